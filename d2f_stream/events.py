@@ -1,0 +1,118 @@
+"""The events of a stream: msgspec Structs with a tag, frozen, the same in process and on the wire.
+
+Durable events carry a gapless `seq` from 0 per stream and can be replayed; drafts are provisional,
+may be dropped and carry none. The texts of a stream's `Block` events concatenate to its final text.
+"""
+
+from typing import Literal
+
+import msgspec
+
+__all__ = [
+    "Block",
+    "Draft",
+    "Event",
+    "FinishReason",
+    "StreamFailed",
+    "StreamFinished",
+    "StreamStarted",
+    "Timings",
+    "Usage",
+]
+
+FinishReason = Literal["eos", "length", "stop", "cancelled"]
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stream consumed; `completion_tokens` are the useful ones, up to the first EOS."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    steps: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Useful tokens per step (TPF); 0.0 before the first step."""
+        return self.completion_tokens / self.steps if self.steps else 0.0
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Wall times of a stream, in milliseconds from the request's admission to the step loop."""
+
+    first_block_ms: float | None
+    total_ms: float
+
+
+class StreamStarted(msgspec.Struct, frozen=True, kw_only=True, tag="stream.started"):
+    """The first event of every stream."""
+
+    stream: str
+    seq: int
+    request_id: str
+    model: str
+    block_size: int
+    prompt_tokens: int
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True, tag="block.committed"):
+    """A block of the answer became final.
+
+    Attributes:
+        stream: id of the stream.
+        seq: position among the stream's durable events.
+        index: number of the block in the answer, from 0.
+        start: first position of the block in the answer, tokens.
+        stop: one past its last position; up to and including the EOS where one ends the answer.
+        text: what became stable with this block. Partial UTF-8 and beginnings of stop strings are
+            held back and come with a later block, so it need not equal the decoded `token_ids`.
+        token_ids: [stop - start] final token ids; an EOS is included.
+        steps: steps the stream had taken when the block was committed.
+        elapsed_ms: time since the request was admitted.
+    """
+
+    stream: str
+    seq: int
+    index: int
+    start: int
+    stop: int
+    text: str
+    token_ids: tuple[int, ...]
+    steps: int
+    elapsed_ms: float
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True, tag="block.draft"):
+    """The provisional state of a block that is being denoised. Opt-in, droppable, never replayed.
+
+    `filled` tells which positions hold a token (the others are still masked); `texts` holds one
+    decoded piece per position, empty at masks, for canvases that draw position by position.
+    """
+
+    stream: str
+    index: int
+    text: str
+    filled: tuple[bool, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+class StreamFinished(msgspec.Struct, frozen=True, kw_only=True, tag="stream.finished"):
+    """The stream ended well. `text_length` is the length of the final text, in characters."""
+
+    stream: str
+    seq: int
+    reason: FinishReason
+    text_length: int
+    usage: Usage
+    timings: Timings
+
+
+class StreamFailed(msgspec.Struct, frozen=True, kw_only=True, tag="stream.failed"):
+    """The stream ended because something broke; `code` is that of the error class."""
+
+    stream: str
+    seq: int
+    code: str
+    message: str
+
+
+Event = StreamStarted | Block | Draft | StreamFinished | StreamFailed

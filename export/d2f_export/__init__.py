@@ -1,0 +1,1 @@
+"""Offline work: data, training, distillation, ONNX export and verification."""

@@ -1,0 +1,1 @@
+"""Transformer configuration, layers and checkpoints; the embedded model."""

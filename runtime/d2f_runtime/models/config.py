@@ -1,0 +1,79 @@
+"""The shape of a block-causal transformer, for every supported family. Plain Python, no torch."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from d2f_runtime.backends.base import PromptAttention
+from d2f_stream.errors import UnsupportedModel
+
+__all__ = ["TransformerConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerConfig:
+    """Sizes and switches of one decoder-only transformer (RMSNorm, rotary positions, SwiGLU).
+
+    Attributes:
+        family: "dream", "llada", "sdar", "llama", "qwen2"; a label only, the switches decide.
+        vocab_size: rows of the embedding and the head.
+        num_tokens: ids that may be produced; rows beyond are padding and forbidden.
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: epsilon of every RMSNorm.
+        qkv_bias: biases on the q, k and v projections (Qwen2, Dream).
+        qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3, SDAR).
+        tie_embeddings: the head is the embedding.
+        shift_logits: row i-1 predicts position i.
+        prompt_attention: who sees whom inside a prompt; see ModelInfo.
+        mask_id: id of the mask token, never produced.
+        eos_ids: ids that end an answer.
+        native_block_size: block size of training, tokens.
+        max_block_size: largest block size to be asked for, tokens.
+        max_len: prompt and answer, tokens.
+    """
+
+    family: str
+    vocab_size: int
+    num_tokens: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    shift_logits: bool = False
+    prompt_attention: PromptAttention = "full"
+    native_block_size: int = 32
+    max_block_size: int = 64
+    max_len: int = 4096
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return asdict(self) | {"eos_ids": list(self.eos_ids)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
+        """Build a config from `to_dict`'s values.
+
+        Raises:
+            UnsupportedModel: for a key that this build does not know, or one that is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r}")
+        try:
+            return cls(**(values | {"eos_ids": tuple(values["eos_ids"])}))
+        except (KeyError, TypeError) as exc:
+            raise UnsupportedModel(f"model config is incomplete: {exc}") from exc
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K/V elements of one position over all layers, times four bytes (fp32)."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * 4

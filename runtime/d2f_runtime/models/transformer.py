@@ -1,0 +1,220 @@
+"""One block-causal transformer for every family: LLaDA, Dream, SDAR, Llama, Qwen.
+
+A forward runs a window of W positions over P cached ones. Who sees whom is one integer per row, the
+canvas position up to which the row sees (`visible_until`), so that full, causal and block-causal
+attention are the same code. Parameter names are those of transformers' Llama and Qwen classes.
+
+Shapes: B rows, W window positions, P cached positions, H heads, KV key/value heads, hd head size,
+D hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2f_runtime.models.config import TransformerConfig
+
+__all__ = ["KeyValue", "Transformer", "block_causal_mask", "head_states"]
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, P or W, KV, hd]
+
+
+def block_causal_mask(start: Tensor, visible_until: Tensor, num_cached: int) -> Tensor:
+    """Return who sees whom as [B, 1, W, num_cached + W] bool.
+
+    Args:
+        start: [B] int64, canvas position of each row's window; its first `start` cached columns
+            hold K/V, any column between `start` and `num_cached` is padding.
+        visible_until: [B, W] int64, one past the last canvas position that each query sees.
+        num_cached: columns of the cache, the same for all rows.
+    """
+    window = visible_until.shape[1]
+    cached = torch.arange(num_cached, device=start.device)
+    ahead = torch.arange(window, device=start.device)
+    in_cache = cached[None, :] < start[:, None]  # [B, P]
+    cached_mask = in_cache[:, None, :] & (cached[None, None, :] < visible_until[:, :, None])
+    window_mask = (start[:, None] + ahead[None, :])[:, None, :] < visible_until[:, :, None]
+    return torch.cat([cached_mask, window_mask], dim=2)[:, None]  # [B, 1, W, P + W]
+
+
+def head_states(hidden: Tensor, last_hidden: Tensor, rows: Tensor, *, shift: bool) -> Tensor:
+    """Select the states that predict the given window positions: [B, R, D].
+
+    Args:
+        hidden: [B, W, D] final states of the window.
+        last_hidden: [B, D] final state of the last cached position (used where `shift`).
+        rows: [B, R] int64, window positions to predict.
+        shift: position i is predicted by the state before it (Dream; d2f-spec 1.6).
+    """
+    if shift:
+        hidden = torch.cat([last_hidden[:, None], hidden], dim=1)
+    index = rows[:, :, None].expand(-1, -1, hidden.shape[2])
+    return torch.gather(hidden, 1, index)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with fp32 statistics."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+def rotary(positions: Tensor, config: TransformerConfig) -> KeyValue:
+    """Return cos and sin, each [B, W, 1, hd] fp32, for the given canvas positions."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequency = config.rope_theta ** (-exponent / config.head_dim)  # [hd / 2]
+    angle = positions[:, :, None, None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply half-split rotary embedding to [B, W, heads, hd] in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of a window over the cache and itself."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        size, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        self.grouped = config.num_heads != config.num_kv_heads
+        self.q_proj = nn.Linear(size, config.num_heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, config.num_kv_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, config.num_kv_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * head_dim, size, bias=False)
+        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """Return the output [B, W, D] and this window's rotated keys and values."""
+        batch, window, _ = x.shape
+        query = self.q_norm(self.q_proj(x).view(batch, window, -1, self.head_dim))
+        key = self.k_norm(self.k_proj(x).view(batch, window, -1, self.head_dim))
+        value = self.v_proj(x).view(batch, window, -1, self.head_dim)
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        new = (key, value)
+        if past is not None:
+            key = torch.cat([past[0], key], dim=1)
+            value = torch.cat([past[1], value], dim=1)
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            enable_gqa=self.grouped,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, window, -1)), new
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, W, D] to [B, W, D]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward with sequential residuals."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """Return the residual stream and this window's keys and values."""
+        out, new = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), new
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm and head."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return the final states [B, W, D] and each layer's new keys and values.
+
+        Args:
+            tokens: [B, W] int64.
+            positions: [B, W] int64 canvas positions.
+            mask: [B or 1, 1, W, P + W] bool, True where the row sees the column.
+            past: per layer the cached keys and values, [B, P, KV, hd] each; rotated.
+        """
+        x = self.embed_tokens(tokens)
+        rope = rotary(positions, self.config)
+        new: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            x, key_value = layer(x, rope, mask, None if past is None else past[index])
+            new.append(key_value)
+        return self.norm(x), new
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return [..., V] raw logits of final states, unshifted."""
+        out: Tensor = self.lm_head(hidden)
+        return out
+
+    def sequence_logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return [B, T, V] logits where row i predicts position i, for whole sequences.
+
+        Row 0 of a model with shifted logits has no predecessor and holds zeros (uniform).
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        hidden, _ = self(tokens, positions, mask)
+        logits = self.logits(hidden)
+        if self.config.shift_logits:
+            logits = F.pad(logits[:, :-1], (0, 0, 1, 0))
+        return logits
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw fresh weights: normal(0, 0.02), residual outputs scaled by depth, unit norms."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0 if "norm" in name else 0.0)
+                continue
+            std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise)

@@ -1,0 +1,62 @@
+"""The values that cross the seam between decoder and backend. Plain Python, no torch.
+
+A step runs one `Window` per row, stores the K/V of its first `num_to_cache` positions and answers
+with one `Proposals` per row. No mask tensor crosses: who sees whom follows from `start` and
+`block_stops`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["NO_TOKEN", "Proposals", "Window"]
+
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The slice of the canvas from the first uncached position to its end: the input of one step.
+
+    Attributes:
+        start: canvas position of the first row; everything before it is cached.
+        tokens: [W] token ids, masks included.
+        num_to_cache: how many leading positions are final; the step stores their K/V.
+        block_stops: ascending canvas positions at which attention blocks end; the last is
+            `start + W`. A position sees everything before the stop of its own block, so attention
+            is full inside a block and causal across blocks.
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+    num_to_cache: int
+    block_stops: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the canvas position of the last row."""
+        return self.start + len(self.tokens)
+
+    def visible_until(self) -> list[int]:
+        """[W] for each row, one past the last canvas position that it sees."""
+        visible: list[int] = []
+        position = self.start
+        for stop in self.block_stops:
+            visible.extend([stop] * (stop - position))
+            position = stop
+        return visible
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """One token and one confidence for each window position, defined at masks.
+
+    Attributes:
+        tokens: [W] proposed ids; NO_TOKEN where the window holds no mask. Never the mask id.
+        confidence: [W] probability of the proposed token, in [0, 1]; 0.0 where undefined.
+        rank: [W] the score that picks a forced proposal (higher is better), where the request asked
+            for margin or neg_entropy; None means the confidence ranks.
+    """
+
+    tokens: Sequence[int]
+    confidence: Sequence[float]
+    rank: Sequence[float] | None = None
