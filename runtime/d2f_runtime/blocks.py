@@ -1,0 +1,75 @@
+"""The blocks of one answer: the decoder's working state of a block, and what it tells of blocks.
+
+Positions of `Block` are canvas positions; those of the values count from the answer's first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Accepted", "Block", "BlockView", "Committed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A mask was replaced by a proposed token. `position` counts from the answer's first."""
+
+    position: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A block became final.
+
+    Attributes:
+        index: number of the block in the answer, from 0; without gaps.
+        start: first position of the block in the answer; the previous block's `stop`.
+        stop: one past its last position, or past the first EOS where that ends the answer.
+        tokens: [stop - start] ids, an EOS included.
+    """
+
+    index: int
+    start: int
+    stop: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockView:
+    """A block that is not committed yet: answer positions and tokens, masks included."""
+
+    index: int
+    start: int
+    stop: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Block:
+    """A block on the canvas that is not retired: which of its positions hold a mask.
+
+    Attributes:
+        index: number of the block in the answer, from 0.
+        start: canvas position of its first token.
+        stop: one past its last.
+        masked: offsets from `start` that hold a mask, ascending.
+    """
+
+    index: int
+    start: int
+    stop: int
+    masked: list[int]
+
+    @property
+    def progress(self) -> float:
+        """Share of the block that is filled, in [0, 1]."""
+        size = self.stop - self.start
+        return (size - len(self.masked)) / size
+
+    def unmask(self, offsets: Sequence[int]) -> None:
+        """Take the offsets off `masked`; all must be on it."""
+        accepted = set(offsets)
+        left = [offset for offset in self.masked if offset not in accepted]
+        if len(left) != len(self.masked) - len(offsets):
+            raise RuntimeError(f"offsets {list(offsets)} of block {self.index} are not all masked")
+        self.masked = left
