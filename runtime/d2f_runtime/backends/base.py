@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NewType, Protocol
 
 from d2f_runtime.window import Proposals, Window
-from d2f_stream.params import Rank
+from d2f_stream.params import GenerationParams, Rank
 
 __all__ = ["Backend", "ModelInfo", "PromptAttention", "Slot", "StepRow"]
 
@@ -76,6 +76,14 @@ class Backend(Protocol):
     @property
     def info(self) -> ModelInfo:
         """Facts about the loaded model."""
+        ...
+
+    def check(self, params: GenerationParams) -> None:
+        """Refuse settings that this backend cannot serve, before anything is started.
+
+        Raises:
+            InvalidParams: for the first such setting.
+        """
         ...
 
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:

@@ -1,59 +1,111 @@
 """From logits to proposals: token, confidence and ranks per row, on the device.
 
 The same functions run in the torch backend and, exported, inside the ONNX graph, so that both draw
-equal tokens. Softmax and everything after it is fp32.
+equal tokens. Everything here is fp32.
 
-Shapes: R rows of any leading shape, V vocabulary.
+Shapes: rows of any leading shape, V vocabulary.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["forbid", "keep_nucleus", "propose"]
+__all__ = ["FORBIDDEN", "Scores", "draw", "forbid", "keep_nucleus", "propose", "score", "temper"]
+
+FORBIDDEN = -1e9  # finite: weight 0 times minus infinity is NaN in the entropy
+
+
+class Scores(NamedTuple):
+    """What a row's distribution says; each [...] but the weights.
+
+    Attributes:
+        token: int64, the best id.
+        confidence: its probability.
+        margin: between the two best probabilities.
+        neg_entropy: sum of p log p; 0 where all mass is on one id.
+        weights: [..., V] probabilities times `total`; the best id weighs 1.
+        total: sum of the weights.
+    """
+
+    token: Tensor
+    confidence: Tensor
+    margin: Tensor
+    neg_entropy: Tensor
+    weights: Tensor
+    total: Tensor
 
 
 def forbid(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
     """Return fp32 logits whose mask id and padded vocabulary rows can never be chosen."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
     forbidden = (ids == mask_id) | (ids >= num_tokens)
-    return logits.float().masked_fill(forbidden, float("-inf"))
+    return logits.float().masked_fill(forbidden, FORBIDDEN)
+
+
+def temper(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Divide logits [..., V] by temperatures [...]; 0 (greedy) leaves a row as it is."""
+    return logits / torch.where(temperature > 0, temperature, 1.0)[..., None]
 
 
 def keep_nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Drop everything after the first token whose cumulative probability exceeds top_p.
+    """Forbid everything after the first token whose cumulative probability exceeds top_p.
 
     Args:
         logits: [..., V] fp32, already tempered.
         top_p: [...] fp32 in (0, 1]; 1 keeps everything.
     """
     ordered, order = logits.sort(dim=-1, descending=True)
-    mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-    drop = (mass - ordered.softmax(dim=-1)) > top_p[..., None]
+    probability = ordered.softmax(dim=-1)
+    drop = (probability.cumsum(dim=-1) - probability) > top_p[..., None]
     drop = drop & (top_p[..., None] < 1.0)
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), FORBIDDEN)
+
+
+def score(logits: Tensor) -> Scores:
+    """Choose each row's best token and say how sure the model is.
+
+    Args:
+        logits: [..., V] fp32, tempered, forbidden ids at FORBIDDEN.
+    """
+    best, best_id = logits.topk(2, dim=-1)
+    below = logits - best[..., :1]
+    weights = below.exp()
+    total = weights.sum(dim=-1)
+    confidence = 1.0 / total
+    margin = (1.0 - (best[..., 1] - best[..., 0]).exp()) * confidence
+    neg_entropy = (weights * below).sum(dim=-1) * confidence - total.log()
+    return Scores(best_id[..., 0], confidence, margin, neg_entropy, weights, total)
+
+
+def draw(scores: Scores, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token per row by the inverse CDF at `uniforms` [...]; with its probability."""
+    passed = scores.weights.cumsum(dim=-1) <= (uniforms * scores.total)[..., None]
+    drawn = passed.sum(dim=-1)
+    # rounding can leave the whole sum at or below the threshold
+    drawn = torch.where(drawn < scores.weights.shape[-1], drawn, scores.token)
+    weight = scores.weights.gather(-1, drawn[..., None])[..., 0]
+    return drawn, weight * scores.confidence
 
 
 def propose(
-    logits: Tensor, temperature: Tensor, uniforms: Tensor
+    logits: Tensor, temperature: Tensor | None = None, uniforms: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose a token per row and say how sure the model is.
+    """Choose a token per row.
 
     Args:
-        logits: [..., V] fp32, forbidden ids at -inf.
-        temperature: [...] fp32; 0 takes the best token, above 0 the inverse CDF at `uniforms`.
+        logits: [..., V] fp32, tempered (see `temper`), forbidden ids at FORBIDDEN.
+        temperature: [...] fp32; 0 takes the best token, above 0 draws one at `uniforms`; None is 0
+            everywhere, without the sampler's work.
         uniforms: [...] fp32 in [0, 1); ignored where temperature is 0.
 
     Returns:
-        token int64, its probability, the margin between the two best probabilities, and the
-        negative entropy; each [...]. Probabilities are those of the tempered distribution (d2f-spec 1.4).
+        token int64, its probability, margin and negative entropy (see Scores); each [...].
     """
-    safe = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
-    probability = (logits / safe[..., None]).softmax(dim=-1)
-    best, best_id = probability.topk(2, dim=-1)
-    passed = probability.cumsum(dim=-1) <= uniforms[..., None]  # inverse CDF
-    drawn = passed.sum(dim=-1)
-    inside = (temperature > 0) & (drawn < logits.shape[-1])  # rounding can leave the sum below u
-    token = torch.where(inside, drawn, best_id[..., 0])
-    confidence = probability.gather(-1, token[..., None])[..., 0]
-    neg_entropy = (probability * (probability + 1e-10).log()).sum(dim=-1)
-    return token, confidence, best[..., 0] - best[..., 1], neg_entropy
+    scores = score(logits)
+    token, confidence = scores.token, scores.confidence
+    if temperature is not None and uniforms is not None:
+        drawn, probability = draw(scores, uniforms)
+        token = torch.where(temperature > 0, drawn, token)
+        confidence = torch.where(temperature > 0, probability, confidence)
+    return token, confidence, scores.margin, scores.neg_entropy

@@ -8,15 +8,23 @@ Shapes: B rows, W window positions, P cached positions, H heads, KV key/value he
 D hidden size, V vocabulary.
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2f_runtime.models.config import TransformerConfig
 
-__all__ = ["KeyValue", "Transformer", "block_causal_mask", "head_states"]
+__all__ = ["KeyValue", "Past", "Transformer", "block_causal_mask", "head_states"]
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, P or W, KV, hd]
+
+
+class Past(Protocol):
+    """The cached keys and values of every layer: a list, or a pool that gathers on demand."""
+
+    def __getitem__(self, layer: int, /) -> KeyValue: ...
 
 
 def block_causal_mask(start: Tensor, visible_until: Tensor, num_cached: int) -> Tensor:
@@ -44,7 +52,7 @@ def head_states(hidden: Tensor, last_hidden: Tensor, rows: Tensor, *, shift: boo
         hidden: [B, W, D] final states of the window.
         last_hidden: [B, D] final state of the last cached position (used where `shift`).
         rows: [B, R] int64, window positions to predict.
-        shift: position i is predicted by the state before it (Dream; d2f-spec 1.6).
+        shift: position i is predicted by the state before it (Dream).
     """
     if shift:
         hidden = torch.cat([last_hidden[:, None], hidden], dim=1)
@@ -97,7 +105,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue | None
+        self,
+        x: Tensor,
+        rope: KeyValue,
+        mask: Tensor | None,
+        past: KeyValue | None,
+        *,
+        causal: bool = False,
     ) -> tuple[Tensor, KeyValue]:
         """Return the output [B, W, D] and this window's rotated keys and values."""
         batch, window, _ = x.shape
@@ -109,12 +123,16 @@ class Attention(nn.Module):
         if past is not None:
             key = torch.cat([past[0], key], dim=1)
             value = torch.cat([past[1], value], dim=1)
+        if self.grouped and x.requires_grad:  # the fused kernel with a mask has no grouped backward
+            key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+            value = value.repeat_interleave(query.shape[2] // value.shape[2], dim=2)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             attn_mask=mask,
-            enable_gqa=self.grouped,
+            is_causal=causal,
+            enable_gqa=query.shape[2] != key.shape[2],
         )
         return self.o_proj(out.transpose(1, 2).reshape(batch, window, -1)), new
 
@@ -145,10 +163,16 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue | None
+        self,
+        x: Tensor,
+        rope: KeyValue,
+        mask: Tensor | None,
+        past: KeyValue | None,
+        *,
+        causal: bool = False,
     ) -> tuple[Tensor, KeyValue]:
         """Return the residual stream and this window's keys and values."""
-        out, new = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        out, new = self.self_attn(self.input_layernorm(x), rope, mask, past, causal=causal)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), new
 
@@ -170,22 +194,27 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        mask: Tensor,
-        past: list[KeyValue] | None = None,
+        mask: Tensor | None,
+        past: Past | None = None,
+        *,
+        causal: bool = False,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Return the final states [B, W, D] and each layer's new keys and values.
 
         Args:
             tokens: [B, W] int64.
             positions: [B, W] int64 canvas positions.
-            mask: [B or 1, 1, W, P + W] bool, True where the row sees the column.
+            mask: [B or 1, 1, W, P + W] bool, True where the row sees the column; None is full.
+            causal: with no mask and no past, each position sees itself and those before it.
             past: per layer the cached keys and values, [B, P, KV, hd] each; rotated.
         """
         x = self.embed_tokens(tokens)
         rope = rotary(positions, self.config)
         new: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
-            x, key_value = layer(x, rope, mask, None if past is None else past[index])
+            x, key_value = layer(
+                x, rope, mask, None if past is None else past[index], causal=causal
+            )
             new.append(key_value)
         return self.norm(x), new
 
@@ -193,18 +222,6 @@ class Transformer(nn.Module):
         """Return [..., V] raw logits of final states, unshifted."""
         out: Tensor = self.lm_head(hidden)
         return out
-
-    def sequence_logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Return [B, T, V] logits where row i predicts position i, for whole sequences.
-
-        Row 0 of a model with shifted logits has no predecessor and holds zeros (uniform).
-        """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        hidden, _ = self(tokens, positions, mask)
-        logits = self.logits(hidden)
-        if self.config.shift_logits:
-            logits = F.pad(logits[:, :-1], (0, 0, 1, 0))
-        return logits
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

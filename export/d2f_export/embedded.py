@@ -1,0 +1,96 @@
+"""The shapes and recipes of the embedded model, and a tiny one for tests.
+
+The recipe: an autoregressive twin, a bidirectional teacher that starts from it (Dream's way), a D2F
+student distilled from the teacher. Figures of the recipe are recorded in bench/embedded.
+"""
+
+from dataclasses import dataclass, replace
+
+from d2f_export.corpus import EOS_ID, MASK_ID
+from d2f_export.stages import NoiseSettings
+from d2f_export.training import TrainSettings
+from d2f_runtime.models.config import TransformerConfig
+
+__all__ = ["RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that the trainings of one model need.
+
+    Attributes:
+        config: of teacher and student; the twin differs by its attention and block size.
+        twin: settings of the first training.
+        teacher: settings of the second.
+        student: settings of the third.
+        noise: of student and (half of the batches) teacher.
+        data_weight: share of cross entropy to the data in the student's loss.
+    """
+
+    config: TransformerConfig
+    twin: TrainSettings
+    teacher: TrainSettings
+    student: TrainSettings
+    noise: NoiseSettings
+    data_weight: float
+
+    @property
+    def twin_config(self) -> TransformerConfig:
+        """The autoregressive twin: the same sizes, causal, block size 1."""
+        return replace(
+            self.config,
+            family="llama",
+            prompt_attention="causal",
+            native_block_size=1,
+            max_block_size=1,
+        )
+
+
+_EMBEDDED = TransformerConfig(
+    family="dream",
+    vocab_size=1024,
+    num_tokens=1024,
+    hidden_size=384,
+    num_layers=9,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    ffn_size=1152,
+    mask_id=MASK_ID,
+    eos_ids=(EOS_ID,),
+    tie_embeddings=True,
+    shift_logits=True,
+    native_block_size=16,
+    max_block_size=64,
+    max_len=512,
+)
+_TINY = replace(
+    _EMBEDDED, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128
+)
+_NOISE = NoiseSettings(
+    schedules=("ramp", "ramp", "monotone"),
+    block_sizes=(16, 16, 32),
+    low=0.1,
+    high=1.0,
+    stepped=0.5,
+)
+_TINY_STEPS = TrainSettings(steps=4, tokens_per_batch=2048, warmup=2, log_every=1)
+
+RECIPES = {
+    "embedded": Recipe(
+        config=_EMBEDDED,
+        twin=TrainSettings(steps=1_950, lr=2e-3),
+        teacher=TrainSettings(steps=7_700, lr=1.5e-3),
+        student=TrainSettings(steps=6_150, lr=1e-3),
+        noise=_NOISE,
+        data_weight=0.3,
+    ),
+    "tiny": Recipe(
+        config=_TINY,
+        twin=_TINY_STEPS,
+        teacher=_TINY_STEPS,
+        student=_TINY_STEPS,
+        noise=_NOISE,
+        data_weight=0.3,
+    ),
+}

@@ -1,0 +1,119 @@
+"""K/V of all slots of a torch backend: one tensor per layer and kind, a span of it for each slot.
+
+Knows places and tensors, nothing of windows or models.
+
+Shapes: L layers, T pool places (tokens), B rows of a step, P longest cache, KV key/value heads, hd
+head size, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_runtime.backends.base import Slot
+from d2f_runtime.backends.rows import Ints
+from d2f_runtime.backends.spans import Spans
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.transformer import KeyValue
+from d2f_stream.errors import OutOfCapacity
+
+__all__ = ["KVPool", "PooledPast", "Span", "ranges"]
+
+MAX_SLOTS = 1024
+
+
+@dataclass(slots=True)
+class Span:
+    """Where a slot's K/V lie in the pool, and how many tokens of them are stored."""
+
+    index: int  # row of last_hidden
+    offset: int
+    capacity: int
+    num_cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PooledPast:
+    """The cached K/V of a step's rows; gathered layer by layer, when the model asks for them."""
+
+    store: Tensor  # [2 L, T, KV, hd]
+    places: Tensor | slice  # [B, P] int64; a slice where one row is a view
+
+    def __getitem__(self, layer: int, /) -> KeyValue:
+        keys, values = self.store[2 * layer], self.store[2 * layer + 1]
+        if isinstance(self.places, slice):
+            return keys[None, self.places], values[None, self.places]
+        return keys[self.places], values[self.places]
+
+
+class KVPool:
+    """Storage for `max_tokens` tokens over all slots; also each slot's last cached final state."""
+
+    def __init__(
+        self, config: TransformerConfig, max_tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (2 * config.num_layers, max_tokens, config.num_kv_heads, config.head_dim)
+        # NOTE: zeros, not empty: masked columns are multiplied by weight 0, which NaN survives.
+        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.last_hidden = torch.zeros((MAX_SLOTS, config.hidden_size), device=device, dtype=dtype)
+        self._spans = Spans(max_tokens)
+        self._free_indices = list(range(MAX_SLOTS))
+        self._slots: dict[Slot, Span] = {}
+        self._next_slot = 0
+
+    def __getitem__(self, slot: Slot) -> Span:
+        return self._slots[slot]
+
+    def open(self, capacity: int, prefix: Slot | None) -> Slot:
+        """Reserve a span, starting as a copy of `prefix`.
+
+        Raises:
+            OutOfCapacity: no free span is long enough, or all slots are open.
+            ValueError: the prefix is longer than `capacity`.
+        """
+        source = None if prefix is None else self._slots[prefix]
+        if source and source.num_cached > capacity:
+            raise ValueError(f"the prefix holds {source.num_cached} tokens, the slot {capacity}")
+        offset = self._spans.take(capacity) if self._free_indices else None
+        if offset is None:
+            raise OutOfCapacity(
+                f"no room for the K/V of {capacity} tokens: {self._spans.num_free} of "
+                f"{self._spans.size} are free and {len(self._slots)} of {MAX_SLOTS} slots open"
+            )
+        span = Span(self._free_indices.pop(), offset, capacity)
+        self.last_hidden[span.index] = 0
+        if source:
+            num = span.num_cached = source.num_cached
+            copied = self.store[:, source.offset : source.offset + num]
+            self.store[:, offset : offset + num] = copied
+            self.last_hidden[span.index] = self.last_hidden[source.index]
+        slot = Slot(self._next_slot)
+        self._next_slot += 1
+        self._slots[slot] = span
+        return slot
+
+    def close(self, slot: Slot) -> None:
+        """Free a slot's span. Idempotent."""
+        if span := self._slots.pop(slot, None):
+            self._spans.give(span.offset, span.capacity)
+            self._free_indices.append(span.index)
+
+    def clear(self) -> None:
+        """Free the tensors. Idempotent."""
+        self.store = self.last_hidden = torch.empty(0)
+
+    def places(self, offsets: Tensor, longest: int) -> Tensor:
+        """Return [B, P] the places of each row's first `longest` tokens, from offsets [B]."""
+        places = offsets[:, None] + torch.arange(longest, device=offsets.device)
+        # beyond a short row's cache lie other slots' places: masked, but they must exist
+        return places.clamp(max=self.store.shape[1] - 1)
+
+
+def ranges(parts: Sequence[tuple[int, int]]) -> Ints:
+    """Concatenate the integers first..first + num of every (first, num)."""
+    if not parts:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([np.arange(first, first + num, dtype=np.int64) for first, num in parts])

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+
+from d2f_export.losses import cross_entropy, forward_kl
+
+pytestmark = pytest.mark.torch
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+def log_softmax(logits: torch.Tensor) -> Array:
+    values = logits.detach().double().numpy()
+    values = values - values.max(axis=-1, keepdims=True)
+    shifted: Array = values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def random_logits(seed: int) -> torch.Tensor:
+    return 4 * torch.randn(50, 37, generator=torch.Generator().manual_seed(seed))
+
+
+def test_forward_kl_equals_the_definition_in_fp64() -> None:
+    student, teacher = random_logits(0), random_logits(1)
+    weight = torch.rand(50)
+    log_q, log_p = log_softmax(teacher), log_softmax(student)
+    expected = ((np.exp(log_q) * (log_q - log_p)).sum(-1) * weight.double().numpy()).sum()
+    assert forward_kl(student, teacher, weight).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_soft_label_cross_entropy_of_the_released_code_has_the_same_gradient() -> None:
+    student = random_logits(0).requires_grad_()
+    teacher, weight = random_logits(1), torch.rand(50)
+    (kl,) = torch.autograd.grad(forward_kl(student, teacher, weight), student)
+    soft = torch.nn.functional.cross_entropy(student, teacher.softmax(-1), reduction="none")
+    (released,) = torch.autograd.grad((soft * weight).sum(), student)
+    assert torch.allclose(kl, released, atol=1e-6)
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    student, teacher = random_logits(0).requires_grad_(), random_logits(1).requires_grad_()
+    forward_kl(student, teacher, torch.ones(50)).backward()  # type: ignore[no-untyped-call]
+    assert teacher.grad is None
+
+
+def test_cross_entropy_equals_the_definition_in_fp64() -> None:
+    logits, weight = random_logits(0), torch.rand(50)
+    targets = torch.arange(50) % 37
+    picked = -log_softmax(logits)[np.arange(50), targets.numpy()]
+    expected = (picked * weight.double().numpy()).sum()
+    assert cross_entropy(logits, targets, weight).item() == pytest.approx(expected, rel=1e-5)
