@@ -1,3 +1,94 @@
-"""Streams whole blocks of text from block-diffusion language models."""
+"""Streams whole blocks of text from block-diffusion language models.
+
+Importing this package imports msgspec and nothing else: what needs asyncio comes in on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from d2f_stream.errors import (
+    D2FError,
+    EngineClosed,
+    EngineFailed,
+    InvalidParams,
+    InvalidPrompt,
+    InvalidRequest,
+    MissingExtra,
+    ModelDamaged,
+    ModelError,
+    ModelNotFound,
+    OutOfCapacity,
+    PromptTooLong,
+    UnsupportedModel,
+)
+from d2f_stream.events import (
+    Block,
+    Draft,
+    Event,
+    FinishReason,
+    StreamFailed,
+    StreamFinished,
+    StreamStarted,
+    Timings,
+    Usage,
+)
+from d2f_stream.params import GenerationParams, ParamOverrides
+
+if TYPE_CHECKING:
+    from d2f_stream.api import generate, load
+    from d2f_stream.session import Engine, EngineInfo, Prompt, Result, Session
+
+__all__ = [
+    "Block",
+    "D2FError",
+    "Draft",
+    "Engine",
+    "EngineClosed",
+    "EngineFailed",
+    "EngineInfo",
+    "Event",
+    "FinishReason",
+    "GenerationParams",
+    "InvalidParams",
+    "InvalidPrompt",
+    "InvalidRequest",
+    "MissingExtra",
+    "ModelDamaged",
+    "ModelError",
+    "ModelNotFound",
+    "OutOfCapacity",
+    "ParamOverrides",
+    "Prompt",
+    "PromptTooLong",
+    "Result",
+    "Session",
+    "StreamFailed",
+    "StreamFinished",
+    "StreamStarted",
+    "Timings",
+    "UnsupportedModel",
+    "Usage",
+    "__version__",
+    "generate",
+    "load",
+]
 
 __version__ = "0.1.0"
+
+_LAZY = {
+    "d2f_stream.api": ("generate", "load"),
+    "d2f_stream.session": ("Engine", "EngineInfo", "Prompt", "Result", "Session"),
+}
+
+if not TYPE_CHECKING:  # or a type checker would accept any name
+
+    def __getattr__(name: str) -> object:
+        for module, names in _LAZY.items():
+            if name in names:
+                value = globals()[name] = getattr(importlib.import_module(module), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,1 +1,99 @@
-"""Backends behind one protocol. Each heavy library is imported by the backend that needs it."""
+"""The backends, by name. Each imports its heavy library only when it is chosen.
+
+Knows where the backends live and which files and libraries each of them needs; nothing of engines.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+from d2f_runtime.backends.base import Backend
+from d2f_stream.errors import MissingExtra, ModelNotFound, UnsupportedModel
+
+__all__ = ["BACKENDS", "BackendEntry", "choose_backend", "open_backend"]
+
+
+class Load(Protocol):
+    """The `load` function of a backend's module."""
+
+    def __call__(self, path: Path, *, device: str, quantization: str) -> Backend:
+        """Load the model of a folder. Blocks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """Where a backend lives and what it needs.
+
+    Attributes:
+        module: has a `load` function.
+        library: that the module imports; None where it needs none.
+        extra: of this distribution that installs the library.
+        suffix: of the files that the backend runs.
+    """
+
+    module: str
+    library: str | None
+    extra: str
+    suffix: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library can be found; does not import it."""
+        return self.library is None or importlib.util.find_spec(self.library) is not None
+
+
+BACKENDS: Final[Mapping[str, BackendEntry]] = {
+    "onnx": BackendEntry("d2f_runtime.backends.onnx_backend", "onnxruntime", "edge", ".onnx"),
+    "torch": BackendEntry("d2f_runtime.backends.torch_backend", "torch", "torch", ".safetensors"),
+    "scripted": BackendEntry("d2f_runtime.backends.scripted", None, "", "script.json"),
+}
+
+
+def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -> str:
+    """Return the name of the backend to run a model folder with.
+
+    "auto" takes the one whose files the folder holds; where several fit, one that is installed, and
+    of those torch for a CUDA device and onnx otherwise.
+
+    Raises:
+        ModelNotFound: no such folder, or no backend runs what it holds.
+        UnsupportedModel: there is no backend of that name.
+    """
+    if not path.is_dir():
+        raise ModelNotFound(f"no model at {path}; a model is a folder with a manifest.json")
+    if backend != "auto":
+        if backend not in BACKENDS:
+            known = ", ".join(["auto", *BACKENDS])
+            raise UnsupportedModel(f"there is no backend {backend!r}; it must be one of {known}")
+        return backend
+    names = {file.name for file in path.iterdir()}
+    fitting = [
+        name
+        for name, entry in BACKENDS.items()
+        if any(file.endswith(entry.suffix) for file in names)
+    ]
+    if not fitting:
+        suffixes = ", ".join(f"*{entry.suffix}" for entry in BACKENDS.values())
+        raise ModelNotFound(f"{path} holds nothing that a backend runs, which is one of {suffixes}")
+    candidates = [name for name in fitting if BACKENDS[name].installed] or fitting
+    if device.startswith("cuda") and "torch" in candidates:
+        return "torch"
+    return candidates[0]
+
+
+def open_backend(name: str, path: Path, *, device: str, quantization: str) -> Backend:
+    """Load a model folder with the backend of that name. Blocks.
+
+    Raises:
+        MissingExtra: the backend's library is not installed.
+        ModelError: the model cannot be loaded.
+    """
+    entry = BACKENDS[name]
+    if entry.library is not None and not entry.installed:
+        raise MissingExtra(f"backend {name!r}", entry.library, entry.extra)
+    load = cast(Load, importlib.import_module(entry.module).load)
+    return load(path, device=device, quantization=quantization)

@@ -1,0 +1,277 @@
+"""ScriptedBackend: answers from a script instead of a model. Shipped, so that users can test too.
+
+Keeps every rule of the seam that a real backend relies on and raises where a row breaks one. One
+token is one byte (`ByteCodec`), so texts with multi-byte characters meet partial UTF-8 on the way.
+"""
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.window import NO_TOKEN, Proposals, Window
+from d2f_stream.errors import ModelDamaged, ModelNotFound, OutOfCapacity
+from d2f_stream.params import GenerationParams
+
+__all__ = ["EOS_ID", "MASK_ID", "SCRIPTED_INFO", "ByteCodec", "ScriptedBackend", "StepGate", "load"]
+
+EOS_ID = 256
+MASK_ID = 257
+
+SCRIPTED_INFO = ModelInfo(
+    name="scripted",
+    family="scripted",
+    mask_id=MASK_ID,
+    eos_ids=(EOS_ID,),
+    shift_logits=False,
+    prompt_attention="full",
+    native_block_size=8,
+    max_block_size=64,
+    max_len=4096,
+    vocab_size=257,
+    kv_bytes_per_token=0,
+    device="cpu",
+    quantization="none",
+)
+
+Answers = str | Mapping[str, str] | Callable[[tuple[int, ...]], Sequence[int]]
+Confidence = Callable[[int, int], float]
+
+
+class ByteCodec:
+    """One token per byte; 256 is the EOS and 257 the mask, which decode to nothing."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the UTF-8 bytes of the text."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text; broken UTF-8 becomes U+FFFD, as tokenizers do it."""
+        return bytes(token for token in ids if token < EOS_ID).decode(errors="replace")
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return one line per message, then the beginning of the assistant's."""
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return "".join(lines) + "assistant: "
+
+
+class StepGate:
+    """Holds each step of a ScriptedBackend until it is let through, for tests without sleeping."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_entered = 0
+        self._num_allowed: float = 0
+
+    def let_through(self, num_steps: float = 1) -> None:
+        """Let that many more steps run."""
+        with self._changed:
+            self._num_allowed += num_steps
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Hold no step any more."""
+        self.let_through(float("inf"))
+
+    def wait_entered(self, num_steps: int = 1, timeout_s: float = 10.0) -> None:
+        """Wait until that many steps have begun in all. Blocks: call it by asyncio.to_thread.
+
+        Raises:
+            TimeoutError: they have not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._num_entered >= num_steps, timeout_s):
+                raise TimeoutError(
+                    f"{self._num_entered} of {num_steps} steps began in {timeout_s} s"
+                )
+
+    def pass_through(self) -> None:
+        """Wait for permission to run a step; called by the backend."""
+        with self._changed:
+            self._num_entered += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._num_allowed >= self._num_entered)
+
+
+def load(path: Path, *, device: str, quantization: str) -> "ScriptedBackend":
+    """Load a scripted model's folder; device and quantization mean nothing to it."""
+    del device, quantization
+    return ScriptedBackend.load(path)
+
+
+@dataclass(slots=True)
+class _SlotState:
+    capacity: int
+    num_cached: int = 0
+    num_steps: int = 0
+    num_prompt: int = 0
+    answer: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class ScriptedBackend:
+    """Proposes the tokens of a script; a confidence schedule decides how fast they are accepted.
+
+    Attributes:
+        answers: one text for all prompts, a text per prompt text, or a function from prompt ids to
+            answer ids. The EOS follows the answer by itself.
+        info: what the backend claims to be.
+        tokens_per_step: so many leading masks of the window get confidence 1.0, the others 0.0.
+        confidence: (answer position, step of the session) -> confidence; overrides tokens_per_step.
+        capacity: tokens that all open slots hold together; None is unlimited.
+        gate: holds each step until it is let through.
+        errors: raised instead of running the step of that number, from 0.
+        open_slots: those not closed yet: empty after a test that leaks nothing.
+        num_opened, num_closed, num_steps: counters since the beginning.
+        batches: the rows of the latest steps, oldest first.
+        threads: names of the threads that called; one, or the engine is wrong.
+    """
+
+    answers: Answers = ""
+    info: ModelInfo = SCRIPTED_INFO
+    tokens_per_step: int = 4
+    confidence: Confidence | None = None
+    capacity: int | None = None
+    gate: StepGate | None = None
+    errors: Mapping[int, BaseException] = field(default_factory=dict)
+    open_slots: dict[Slot, _SlotState] = field(default_factory=dict, init=False)
+    num_opened: int = field(default=0, init=False)
+    num_closed: int = field(default=0, init=False)
+    num_steps: int = field(default=0, init=False)
+    closed: bool = field(default=False, init=False)
+    batches: deque[tuple[StepRow, ...]] = field(
+        default_factory=lambda: deque(maxlen=256), init=False
+    )
+    threads: set[str] = field(default_factory=set, init=False)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a folder's script.json: {"answers": text or {prompt: text}, "tokens_per_step": n}.
+
+        Raises:
+            ModelNotFound: the folder has no script.json.
+            ModelDamaged: it cannot be read.
+        """
+        try:
+            script = json.loads((path / "script.json").read_bytes())
+            answers, tokens_per_step = script["answers"], script.get("tokens_per_step", 4)
+        except FileNotFoundError as error:
+            raise ModelNotFound(f"no script.json in {path}; a scripted model needs one") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelDamaged(f"{path / 'script.json'} cannot be read: {error!r}") from error
+        info = replace(SCRIPTED_INFO, name=path.name)
+        return cls(answers, info=info, tokens_per_step=tokens_per_step)
+
+    def check(self, params: GenerationParams) -> None:
+        """Accept all settings: the script does not depend on them."""
+
+    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
+        """Open a slot; the script needs no storage, only the count."""
+        self._note_call()
+        used = sum(state.capacity for state in self.open_slots.values())
+        if self.capacity is not None and used + capacity > self.capacity:
+            free = self.capacity - used
+            raise OutOfCapacity(
+                f"a slot of {capacity} tokens was asked for, but {free} of {self.capacity} are free"
+            )
+        state = _SlotState(capacity)
+        if prefix is not None:
+            state = replace(self.open_slots[prefix], capacity=capacity)
+        slot = Slot(self.num_opened)
+        self.num_opened += 1
+        self.open_slots[slot] = state
+        return slot
+
+    def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
+        """Answer from the script.
+
+        Raises:
+            ValueError: a row breaks a rule of the seam.
+        """
+        self._note_call()
+        number = self.num_steps
+        self.num_steps += 1
+        self.batches.append(tuple(rows))
+        if self.gate is not None:
+            self.gate.pass_through()
+        if number in self.errors:
+            raise self.errors[number]
+        proposals = [self._propose(row) for row in rows]
+        for slot in {row.slot: row for row in rows}:
+            self.open_slots[slot].num_steps += 1
+        for row in rows:
+            window = row.window
+            self.open_slots[row.slot].num_cached = window.start + window.num_to_cache
+        return proposals
+
+    def close_slot(self, slot: Slot) -> None:
+        """Forget the slot."""
+        self._note_call()
+        if self.open_slots.pop(slot, None) is not None:
+            self.num_closed += 1
+
+    def close(self) -> None:
+        """Note that the backend was closed."""
+        self._note_call()
+        self.closed = True
+
+    def _propose(self, row: StepRow) -> Proposals:
+        state, window = self.open_slots[row.slot], row.window
+        self._check(state, row)
+        if state.answer is None:
+            self._read_prompt(state, window)
+        answer = state.answer
+        assert answer is not None
+        tokens, confidence, num_masks = [], [], 0
+        for position, token in enumerate(window.tokens, window.start - state.num_prompt):
+            if token != self.info.mask_id:
+                tokens.append(NO_TOKEN)
+                confidence.append(0.0)
+                continue
+            tokens.append(answer[position] if position < len(answer) else self.info.eos_ids[0])
+            if self.confidence is not None:
+                confidence.append(self.confidence(position, state.num_steps))
+            else:
+                confidence.append(1.0 if num_masks < self.tokens_per_step else 0.0)
+            num_masks += 1
+        return Proposals(tokens, confidence, None if row.rank == "confidence" else confidence)
+
+    def _read_prompt(self, state: _SlotState, window: Window) -> None:
+        # The first window starts at 0 and its masks begin where the prompt ends.
+        masks = (i for i, token in enumerate(window.tokens) if token == self.info.mask_id)
+        state.num_prompt = next(masks, len(window.tokens))
+        prompt = window.tokens[: state.num_prompt]
+        if callable(self.answers):
+            state.answer = tuple(self.answers(prompt))
+        elif isinstance(self.answers, str):
+            state.answer = tuple(self.answers.encode())
+        else:
+            state.answer = tuple(self.answers[ByteCodec().decode(prompt)].encode())
+
+    def _check(self, state: _SlotState, row: StepRow) -> None:
+        window, mask_id = row.window, self.info.mask_id
+        stops = window.block_stops
+        edges = {window.start, *stops}
+        if window.start > state.num_cached:
+            raise ValueError(f"window starts at {window.start} but {state.num_cached} are cached")
+        if window.stop > state.capacity:
+            raise ValueError(f"window ends at {window.stop}, slot holds {state.capacity}")
+        if list(stops) != sorted(edges - {window.start}) or stops[-1] != window.stop:
+            raise ValueError(
+                f"block_stops {stops} do not rise from {window.start} to {window.stop}"
+            )
+        if window.start + window.num_to_cache not in edges:
+            raise ValueError(f"num_to_cache {window.num_to_cache} is not on an edge of {stops}")
+        if mask_id in window.tokens[: window.num_to_cache]:
+            raise ValueError("a mask is about to be cached")
+        if (row.uniforms is None) != (row.temperature == 0.0):
+            raise ValueError("uniforms are for a temperature above 0")
+        if row.uniforms is not None and len(row.uniforms) != len(window.tokens):
+            raise ValueError(f"{len(row.uniforms)} uniforms for {len(window.tokens)} positions")
+
+    def _note_call(self) -> None:
+        self.threads.add(threading.current_thread().name)

@@ -1,0 +1,197 @@
+"""LoadedModel: a backend, its codec and the device thread that both live on; shared by the process.
+
+Weights belong to the process and step loops to event loops: engines of several loops, in several
+threads, may lease one loaded model, because every backend call goes through its one device thread.
+The cache is the only state of the package that outlives an event loop; it is closed at exit.
+"""
+
+import asyncio
+import atexit
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from d2f_runtime.backends.base import Backend, Slot, StepRow
+from d2f_runtime.device import DeviceThread
+from d2f_runtime.tokenizer import TextCodec
+from d2f_runtime.window import Proposals
+from d2f_stream.errors import EngineFailed, OutOfCapacity
+from d2f_stream.params import GenerationParams
+
+__all__ = ["MODELS", "LoadedModel", "ModelCache", "ModelKey", "ModelParts"]
+
+logger = logging.getLogger("d2f_stream.loaded_model")
+
+EXIT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey:
+    """What makes two loaded models the same."""
+
+    path: Path
+    backend: str
+    device: str
+    quantization: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What loading a model yields."""
+
+    backend: Backend
+    codec: TextCodec
+    defaults: GenerationParams
+
+
+class LoadedModel:
+    """A model on its device thread. The methods named `do_*` run there and block; others do not.
+
+    Loading begins with the first `do_load`, whose outcome, good or bad, is kept.
+    """
+
+    def __init__(self, name: str, load: Callable[[], ModelParts]) -> None:
+        self.name = name
+        self.device = DeviceThread(f"d2f-device-{name}")
+        self._load = load
+        self._parts: ModelParts | None = None
+        self._failure: BaseException | None = None
+        self._owners: dict[Slot, object] = {}
+        self._waiting: list[Callable[[], object]] = []
+
+    def do_load(self) -> ModelParts:
+        """Return the parts, loading them first where that was not done yet."""
+        if self._failure is not None:
+            raise self._failure
+        if self._parts is None:
+            try:
+                self._parts = self._load()
+            except Exception as error:
+                self._failure = error
+                raise
+            info = self._parts.backend.info
+            logger.info("loaded %s on %s as %s", self.name, info.device, info.quantization)
+        return self._parts
+
+    def do_open_slot(
+        self, owner: object, capacity: int, on_free: Callable[[], object]
+    ) -> Slot | None:
+        """Open a slot of `capacity` tokens; None where it must wait for others to close.
+
+        In that case `on_free` is called once, here, when the next slot was closed.
+
+        Raises:
+            OutOfCapacity: there is no room although no slot is open.
+        """
+        try:
+            slot = self._backend.open_slot(capacity)
+        except OutOfCapacity:
+            if not self._owners:
+                raise
+            self._waiting.append(on_free)
+            return None
+        self._owners[slot] = owner
+        return slot
+
+    def do_step(self, rows: Sequence[StepRow]) -> list[Proposals]:
+        """Run a step. Whatever it raises leaves the model unusable: CUDA errors are sticky.
+
+        Raises:
+            EngineFailed: an earlier step failed.
+        """
+        backend = self._backend
+        try:
+            return backend.step(rows)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def do_close_slots(self, slots: Sequence[Slot]) -> None:
+        """Close slots. Wakes those who wait for room."""
+        for slot in slots:
+            self._owners.pop(slot, None)
+            self._backend_of_any_health.close_slot(slot)
+        waiting, self._waiting = self._waiting, []
+        for on_free in waiting:
+            on_free()
+
+    def do_close_slots_of(self, owner: object) -> None:
+        """Close every slot that the owner opened, also those it was never told of."""
+        self.do_close_slots([slot for slot, known in self._owners.items() if known is owner])
+
+    def do_close(self) -> None:
+        """Free the model. Idempotent."""
+        parts, self._parts = self._parts, None
+        if parts is not None:
+            parts.backend.close()
+            logger.info("closed %s", self.name)
+
+    @property
+    def _backend(self) -> Backend:
+        if self._failure is not None:
+            raise EngineFailed(f"model {self.name} failed: {self._failure!r}") from self._failure
+        return self._backend_of_any_health
+
+    @property
+    def _backend_of_any_health(self) -> Backend:
+        assert self._parts is not None, "a slot or step was asked of a model that is not loaded"
+        return self._parts.backend
+
+
+class ModelCache:
+    """The loaded models of the process, by key, each with the number of engines that lease it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._models: dict[ModelKey, LoadedModel] = {}
+        self._leases: dict[LoadedModel, int] = {}
+
+    def lease(self, key: ModelKey | None, name: str, load: Callable[[], ModelParts]) -> LoadedModel:
+        """Return the model of the key, new where there is none; with key None, one for itself."""
+        with self._lock:
+            model = self._models.get(key) if key is not None else None
+            if model is None:
+                model = LoadedModel(name, load)
+                self._leases[model] = 0
+                if key is not None:
+                    self._models[key] = model
+            self._leases[model] += 1
+            return model
+
+    def release(self, model: LoadedModel) -> "asyncio.Future[None] | None":
+        """Give a lease back; the last one closes the model, which the future tells the end of."""
+        with self._lock:
+            self._leases[model] -= 1
+            if self._leases[model]:
+                return None
+            del self._leases[model]
+            self._forget(model)
+        closed = model.device.call(model.do_close)
+        model.device.stop()
+        return closed
+
+    def discard(self, model: LoadedModel) -> None:
+        """Hand the model to nobody any more: it failed. Its leases stay valid."""
+        with self._lock:
+            self._forget(model)
+
+    def close(self) -> None:
+        """Close everything, waiting for calls in flight. For the end of the process."""
+        with self._lock:
+            models = list(self._leases)
+            self._leases.clear()
+            self._models.clear()
+        for model in models:
+            model.device.stop(last=model.do_close)
+        for model in models:
+            model.device.join(EXIT_TIMEOUT_S)
+
+    def _forget(self, model: LoadedModel) -> None:
+        for key in [key for key, known in self._models.items() if known is model]:
+            del self._models[key]
+
+
+MODELS = ModelCache()
+atexit.register(MODELS.close)

@@ -1,0 +1,95 @@
+"""The wheel: what it holds, how large it is, and that it imports outside the repository."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+from d2f_stream import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_WHEEL_BYTES = 60 * 2**20
+DIST_INFO = f"d2f_stream-{__version__}.dist-info"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
+    subprocess.run(
+        [*command, "--directory", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def import_from(folder: Path, code: str) -> str:
+    """Run code with `folder` first on the path, away from the repository and its installation."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder.parent,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_the_three_packages_and_nothing_else(unpacked: Path) -> None:
+    names = {path.name for path in unpacked.iterdir()}
+    assert names == {"d2f_stream", "d2f_runtime", "d2f_export", DIST_INFO}
+
+
+def test_wheel_holds_every_module_of_the_repository(unpacked: Path) -> None:
+    for folder in (ROOT / "d2f_stream", ROOT / "runtime/d2f_runtime", ROOT / "export/d2f_export"):
+        expected = {path.relative_to(folder.parent) for path in folder.rglob("*.py")}
+        packed = {path.relative_to(unpacked) for path in (unpacked / folder.name).rglob("*.py")}
+        assert packed == expected
+
+
+def test_wheel_is_typed_and_licensed(unpacked: Path) -> None:
+    assert all((unpacked / name / "py.typed").is_file() for name in ("d2f_stream", "d2f_runtime"))
+    assert (unpacked / DIST_INFO / "licenses" / "LICENSE").is_file()
+
+
+def test_wheel_is_small_enough(wheel: Path) -> None:
+    assert wheel.stat().st_size <= MAX_WHEEL_BYTES
+
+
+def test_wheel_needs_only_msgspec(unpacked: Path) -> None:
+    metadata = message_from_bytes((unpacked / DIST_INFO / "METADATA").read_bytes())
+    needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert [line.split(">")[0] for line in needed] == ["msgspec"]
+
+
+def test_unpacked_wheel_imports(unpacked: Path) -> None:
+    code = "import d2f_stream; print(d2f_stream.__file__, d2f_stream.__version__)"
+    assert import_from(unpacked, code).split() == [
+        str(unpacked / "d2f_stream" / "__init__.py"),
+        __version__,
+    ]
+
+
+def test_unpacked_wheel_runs_its_command(unpacked: Path) -> None:
+    code = "import sys; from d2f_stream.cli import main; sys.exit(main(['--version']))"
+    assert import_from(unpacked, code) == f"d2f-stream {__version__}\n"

@@ -1,0 +1,59 @@
+"""The command line over a ScriptedBackend, in process or as a script of its own.
+
+Run as `python tests/scripted_cli.py ARGUMENTS...`, it is `d2f-stream` with a model that never ends
+its answer in a test's time, and that reports its open slots on stderr when the command is over.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
+from d2f_runtime.engine import LocalEngine
+from d2f_runtime.window import Proposals
+from d2f_stream import cli
+
+ANSWER = "Six and two make eight. The answer is 8."
+NUM_ENDLESS_TOKENS = 1_000_000
+STEP_S = 0.005
+
+
+class ScriptedLoad:
+    """A loader whose model is scripted; remembers what it was asked for."""
+
+    def __init__(self, backend: ScriptedBackend | None = None) -> None:
+        self.backend = backend or ScriptedBackend(ANSWER, tokens_per_step=4)
+        self.asked: list[tuple[str | None, str, str, str]] = []
+
+    def __call__(
+        self, model: str | None = None, *, backend: str, quantization: str, device: str
+    ) -> LocalEngine:
+        self.asked.append((model, backend, quantization, device))
+        return LocalEngine.over(self.backend, ByteCodec())
+
+
+@dataclass(slots=True)
+class PacedBackend(ScriptedBackend):
+    """A scripted model with steps as long as a small model's; so its answer lasts for long."""
+
+    def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
+        time.sleep(STEP_S)
+        return ScriptedBackend.step(self, rows)
+
+
+def _main() -> int:
+    # A test run in the background of a shell has SIGINT ignored, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    info = replace(SCRIPTED_INFO, max_len=2 * NUM_ENDLESS_TOKENS)
+    backend = PacedBackend("on and " * NUM_ENDLESS_TOKENS, info=info)
+    arguments = [*sys.argv[1:], "--max-new-tokens", str(NUM_ENDLESS_TOKENS)]
+    code = cli.main(arguments, load=ScriptedLoad(backend))
+    sys.stderr.write(f"open slots: {len(backend.open_slots)}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

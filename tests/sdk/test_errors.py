@@ -1,0 +1,59 @@
+import pytest
+
+from d2f_stream import errors
+from d2f_stream.errors import (
+    D2FError,
+    InvalidParams,
+    InvalidRequest,
+    MissingExtra,
+    ModelError,
+    ModelNotFound,
+    PromptTooLong,
+)
+
+ALL = [getattr(errors, name) for name in errors.__all__]
+
+
+def test_every_error_is_in_the_tree_drawn_in_the_docstring() -> None:
+    assert errors.__doc__ is not None
+    for kind in ALL:
+        assert issubclass(kind, D2FError)
+        assert f" {kind.__name__}" in errors.__doc__
+
+
+def test_codes_are_distinct() -> None:
+    assert len({kind.code for kind in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [(InvalidRequest, ValueError), (ModelNotFound, FileNotFoundError), (MissingExtra, ImportError)],
+)
+def test_errors_can_be_caught_as_builtin_ones(
+    kind: type[D2FError], builtin: type[Exception]
+) -> None:
+    assert issubclass(kind, builtin)
+
+
+def test_model_not_found_is_a_model_error_with_a_plain_sentence() -> None:
+    error = ModelNotFound("no model at /x")
+    assert isinstance(error, ModelError)
+    assert str(error) == "no model at /x"
+
+
+def test_invalid_params_names_field_value_and_range() -> None:
+    error = InvalidParams("top_p", 2.0, "above 0 and at most 1")
+    assert str(error) == "top_p is 2.0 but must be above 0 and at most 1"
+    assert (error.name, error.value, error.allowed) == ("top_p", 2.0, "above 0 and at most 1")
+
+
+def test_prompt_too_long_says_what_to_do() -> None:
+    assert str(PromptTooLong(5000, 256, 4096)) == (
+        "prompt has 5000 tokens and max_new_tokens is 256, but the model holds 4096 in all; "
+        "shorten the prompt or lower max_new_tokens"
+    )
+
+
+def test_missing_extra_gives_the_command() -> None:
+    error = MissingExtra("backend 'onnx'", "onnxruntime", "edge")
+    assert str(error).endswith("run: pip install 'd2f-stream[edge]'")

@@ -1,0 +1,48 @@
+import subprocess
+import sys
+
+import pytest
+
+import d2f_stream
+
+HEAVY = ("torch", "numpy", "onnxruntime", "transformers", "tokenizers", "jinja2", "rich")
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert d2f_stream.__all__ == sorted(d2f_stream.__all__)
+    assert all(hasattr(d2f_stream, name) for name in d2f_stream.__all__)
+
+
+def test_public_names_are_those_of_the_modules() -> None:
+    from d2f_stream import api, errors, events, params, session
+
+    modules = [api.__all__, errors.__all__, events.__all__, session.__all__]
+    names = {name for module in modules for name in module}
+    names |= {"GenerationParams", "ParamOverrides", "__version__"}
+    assert set(params.__all__) >= {"GenerationParams", "ParamOverrides"}
+    assert set(d2f_stream.__all__) == names
+
+
+def loaded_by(code: str, *names: str) -> list[str]:
+    """Those of the modules that a fresh interpreter has loaded after running the code."""
+    code += f"\nimport sys\nprint(*[name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_importing_the_package_loads_nothing_heavy_and_not_even_asyncio() -> None:
+    assert loaded_by("import d2f_stream", *HEAVY, "d2f_runtime", "asyncio") == []
+
+
+def test_public_names_load_nothing_heavy() -> None:
+    assert loaded_by("from d2f_stream import *", *HEAVY, "d2f_runtime", "asyncio") == ["asyncio"]
+
+
+def test_engine_loads_nothing_heavy() -> None:
+    code = "import d2f_runtime.engine, d2f_runtime.opening, d2f_runtime.backends.scripted"
+    assert loaded_by(code, *HEAVY) == []
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'genrate'"):
+        _ = d2f_stream.genrate  # type: ignore[attr-defined]

@@ -1,0 +1,45 @@
+from collections.abc import AsyncIterator
+
+import pytest
+
+from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
+from d2f_runtime.engine import LocalEngine
+from d2f_stream.errors import EngineFailed
+from d2f_stream.events import Draft, Event, StreamFinished
+from d2f_stream.pacing import paced
+
+
+class Clock:
+    """Counts pauses instead of taking them."""
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+
+async def stream(backend: ScriptedBackend) -> AsyncIterator[Event]:
+    async with LocalEngine.over(backend, ByteCodec()) as engine:
+        async for event in engine.generate("?", drafts=True, max_active_blocks=2).events():
+            yield event
+
+
+async def test_every_step_but_the_first_is_preceded_by_a_pause_and_no_event_is_lost() -> None:
+    clock = Clock()
+    backend = ScriptedBackend("seven and eight", tokens_per_step=3)
+    shown = [event async for event in paced(stream(backend), 0.5, sleep=clock.sleep)]
+    end = shown[-1]
+    assert isinstance(end, StreamFinished)
+    assert clock.pauses == [0.5] * (end.usage.steps - 1)
+    durable = [event.seq for event in shown if not isinstance(event, Draft)]
+    assert durable == list(range(len(durable)))
+
+
+async def test_an_error_of_the_stream_comes_through() -> None:
+    async def failing() -> AsyncIterator[Event]:
+        raise EngineFailed("broken")
+        yield  # pragma: no cover
+
+    with pytest.raises(EngineFailed, match="broken"):
+        await anext(paced(failing(), 0.5))

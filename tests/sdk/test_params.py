@@ -1,0 +1,108 @@
+from typing import Any, get_type_hints
+
+import msgspec
+import pytest
+
+from d2f_stream.errors import InvalidParams
+from d2f_stream.params import GenerationParams, ParamOverrides
+
+
+def test_overrides_are_exactly_the_fields() -> None:
+    fields = get_type_hints(GenerationParams)
+    overrides = get_type_hints(ParamOverrides)
+    assert overrides == {name: fields[name] for name in GenerationParams.__struct_fields__}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 1.5),
+        ("max_new_tokens", True),
+        ("block_size", 0),
+        ("block_size", 1025),
+        ("add_threshold", 0.0),
+        ("activate_threshold", 1.1),
+        ("confidence_threshold", float("nan")),
+        ("confidence_threshold", "0.9"),
+        ("max_active_blocks", 0),
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("rank", "best"),
+        ("stop", "text"),
+        ("stop", ("",)),
+        ("stop", tuple("abcdefghijklmnopq")),
+        ("stop_at_eos", "later"),
+        ("tail", "keep"),
+    ],
+)
+def test_value_out_of_range_is_named(field: str, value: Any) -> None:
+    with pytest.raises(InvalidParams, match=f"^{field} is ") as caught:
+        GenerationParams(**{field: value})
+    assert caught.value.name == field
+
+
+def test_edges_of_the_ranges_are_allowed() -> None:
+    GenerationParams(
+        max_new_tokens=1,
+        block_size=1024,
+        add_threshold=1.0,
+        activate_threshold=1e-9,
+        confidence_threshold=1,
+        max_active_blocks=None,
+        temperature=100,
+        top_p=1.0,
+        seed=2**63 - 1,
+        stop=tuple("abcdefghijklmnop"),
+    )
+
+
+def test_with_overrides_changes_a_copy() -> None:
+    params = GenerationParams(block_size=16)
+    changed = params.with_overrides({"max_new_tokens": 5, "drafts": True})
+    assert (changed.max_new_tokens, changed.block_size, changed.drafts) == (5, 16, True)
+    assert params.max_new_tokens == 256
+
+
+def test_with_overrides_checks_the_values() -> None:
+    with pytest.raises(InvalidParams, match="top_p"):
+        GenerationParams().with_overrides({"top_p": 2.0})
+
+
+def test_unknown_override_lists_the_known_ones() -> None:
+    with pytest.raises(InvalidParams, match=r"'max_tokens' but must be one of .*top_p"):
+        GenerationParams().with_overrides({"max_tokens": 5})  # type: ignore[typeddict-unknown-key]
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "tail", "num_blocks"),
+    [(64, "cut", 2), (65, "cut", 3), (65, "drop", 2), (1, "cut", 1)],
+)
+def test_num_blocks(max_new_tokens: int, tail: Any, num_blocks: int) -> None:
+    params = GenerationParams(max_new_tokens=max_new_tokens, block_size=32, tail=tail)
+    assert params.num_blocks == num_blocks
+
+
+def test_dropping_the_tail_needs_one_whole_block() -> None:
+    with pytest.raises(InvalidParams, match="at least block_size"):
+        GenerationParams(max_new_tokens=31, block_size=32, tail="drop")
+
+
+def test_params_are_frozen_and_comparable() -> None:
+    params = GenerationParams()
+    assert params == GenerationParams()
+    with pytest.raises(AttributeError):
+        params.top_p = 0.5  # type: ignore[misc]
+
+
+def test_params_survive_json() -> None:
+    params = GenerationParams(stop=("a", "b"), seed=7, max_active_blocks=None)
+    assert msgspec.json.decode(msgspec.json.encode(params), type=GenerationParams) == params
+
+
+def test_unknown_field_in_json_is_an_error() -> None:
+    with pytest.raises(msgspec.ValidationError, match="max_tokens"):
+        msgspec.json.decode(b'{"max_tokens": 5}', type=GenerationParams)
