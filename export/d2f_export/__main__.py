@@ -13,6 +13,8 @@ from d2f_stream.params import GenerationParams
 
 if TYPE_CHECKING:
     from d2f_export.evaluate import Report
+    from d2f_export.problems import Problem
+    from d2f_runtime.tokenizer import TextCodec
 
 FIXED_SEED = 1
 
@@ -37,20 +39,21 @@ def main(argv: list[str] | None = None) -> None:
         _add_training_arguments(command, start)
         command.set_defaults(run=_train, stage=name)
 
-    score = commands.add_parser("evaluate", help="score a checkpoint on held-out problems")
-    score.add_argument("checkpoint", type=Path)
-    score.add_argument("--tokenizer", type=Path, required=True)
+    score = commands.add_parser("evaluate", help="score a model folder on held-out problems")
+    score.add_argument("model", type=Path, help="a checkpoint or an exported artefact")
+    score.add_argument("--tokenizer", type=Path, help="where the folder has none")
     score.add_argument("--problems", type=int, default=1000)
+    score.add_argument("--backend", choices=["auto", "onnx", "torch"], default="auto")
     score.add_argument("--device", default="auto")
-    score.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    score.add_argument("--quantization", default="auto")
     score.add_argument("--vanilla", action="store_true", help="full attention, one token a step")
     score.add_argument("--output", type=Path, help="append the figures to this JSON-lines file")
-    score.add_argument("--label", default="")
+    score.add_argument("--label", help="instead of the folder's name")
     score.add_argument(
         "--setting",
         action="append",
         metavar="JSON",
-        help="generation parameters; repeat for several runs",
+        help="generation parameters on top of the model's own; repeat for several runs",
     )
     score.set_defaults(run=_evaluate)
 
@@ -106,7 +109,7 @@ def _problems(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from d2f_export.corpus import Corpus
-    from d2f_export.embedded import RECIPES
+    from d2f_export.embedded import RECIPES, STAGES, prepare
     from d2f_export.training import train
 
     recipe = RECIPES[arguments.recipe]
@@ -118,8 +121,16 @@ def _train(arguments: argparse.Namespace) -> None:
         settings = replace(settings, steps=arguments.steps)
     if arguments.lr:
         settings = replace(settings, lr=arguments.lr)
-    model, objective = _stage(arguments, recipe, device)
-    seed = arguments.seed * 10 + ["twin", "teacher", "student"].index(arguments.stage)
+    model, objective = prepare(
+        arguments.stage,
+        recipe,
+        start=arguments.start,
+        teacher=getattr(arguments, "teacher", None),
+        data_weight=getattr(arguments, "data_weight", None),
+        seed=arguments.seed,
+        device=device,
+    )
+    seed = arguments.seed * 10 + STAGES.index(arguments.stage)
     corpus = Corpus(arguments.tokenizer, seed, num_workers=arguments.workers)
     train(
         model,
@@ -134,29 +145,48 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from d2f_export.evaluate import evaluate, held_out
+    from d2f_runtime.backends import choose_backend, open_backend
+    from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
+    from d2f_runtime.tokenizer import Tokenizer
+
+    folder: Path = arguments.model
+    name = arguments.label or folder.name
+    codec = Tokenizer(arguments.tokenizer or folder / "tokenizer.json")
+    sample = held_out(arguments.problems)
+    if arguments.vanilla:
+        _record(_vanilla(name, arguments, sample, codec), arguments.output)
+        return
+    backend = open_backend(
+        choose_backend(folder, arguments.backend, device=arguments.device),
+        folder,
+        device=arguments.device,
+        quantization=arguments.quantization,
+    )
+    defaults = GenerationParams(block_size=backend.info.native_block_size)
+    if (folder / FILE_NAME).exists():
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        defaults = manifest.params_for(backend.info.device)
+    for text in arguments.setting or ["{}"]:
+        params = defaults.with_overrides(json.loads(text))
+        _record(evaluate(name, backend, codec, sample, params), arguments.output)
+
+
+def _vanilla(
+    name: str, arguments: argparse.Namespace, sample: "list[Problem]", codec: "TextCodec"
+) -> "Report":
     import torch
 
-    from d2f_export.evaluate import TokenizerCodec, evaluate, held_out, report
+    from d2f_export.evaluate import report
     from d2f_export.vanilla import decode_vanilla
-    from d2f_runtime.backends.torch_backend import TorchBackend
     from d2f_runtime.models.checkpoints import load_checkpoint
 
-    model = load_checkpoint(arguments.checkpoint)
-    device = _device(arguments.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    codec = TokenizerCodec(arguments.tokenizer)
-    sample = held_out(arguments.problems)
-    name = arguments.label or arguments.checkpoint.name
-    if arguments.vanilla:
-        model.to(device=device, dtype=dtype).eval()
-        prompts = [codec.encode(problem.question) for problem in sample]
-        answers = decode_vanilla(model, prompts, max_new_tokens=160, block_size=16)
-        setting = {"vanilla": True, "block_size": 16}
-        _record(report(name, setting, sample, answers, codec), arguments.output)
-    backend = TorchBackend(model, name=name, device=device, dtype=dtype, max_tokens=150_000)
-    for text in arguments.setting or []:
-        params = GenerationParams(**json.loads(text))
-        _record(evaluate(name, backend, codec, sample, params), arguments.output)
+    dtype = {"bf16": torch.bfloat16}.get(arguments.quantization, torch.float32)
+    model = load_checkpoint(arguments.model).to(device=_device(arguments.device), dtype=dtype)
+    prompts = [codec.encode(problem.question) for problem in sample]
+    answers = decode_vanilla(model.eval(), prompts, max_new_tokens=160, block_size=16)
+    return report(name, {"vanilla": True, "block_size": 16}, sample, answers, codec)
 
 
 def _record(result: "Report", output: Path | None) -> None:
@@ -171,31 +201,6 @@ def _plot(arguments: argparse.Namespace) -> None:
 
     plot_trade_off(arguments.records, arguments.output)
     print(f"wrote {arguments.output}")
-
-
-def _stage(arguments: argparse.Namespace, recipe: object, device: str):  # type: ignore[no-untyped-def]
-    from d2f_export.embedded import Recipe
-    from d2f_export.stages import Objective, StudentObjective, TeacherObjective, TwinObjective
-    from d2f_runtime.models.checkpoints import load_checkpoint
-    from d2f_runtime.models.transformer import Transformer
-
-    assert isinstance(recipe, Recipe)
-    config = recipe.twin_config if arguments.stage == "twin" else recipe.config
-    model = Transformer(config)
-    if arguments.start:
-        model.load_state_dict(load_checkpoint(arguments.start).state_dict())
-    else:
-        model.init_weights(arguments.seed)
-    objective: Objective
-    if arguments.stage == "twin":
-        objective = TwinObjective()
-    elif arguments.stage == "teacher":
-        objective = TeacherObjective(recipe.noise)
-    else:
-        teacher = load_checkpoint(arguments.teacher or arguments.start).to(device).eval()
-        weight = recipe.data_weight if arguments.data_weight is None else arguments.data_weight
-        objective = StudentObjective(teacher.requires_grad_(False), recipe.noise, weight)
-    return model, objective
 
 
 def _device(name: str) -> str:

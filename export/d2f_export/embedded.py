@@ -5,13 +5,26 @@ student distilled from the teacher. Figures of the recipe are recorded in bench/
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 from d2f_export.corpus import EOS_ID, MASK_ID
-from d2f_export.stages import NoiseSettings
+from d2f_export.stages import (
+    NoiseSettings,
+    Objective,
+    StudentObjective,
+    TeacherObjective,
+    TwinObjective,
+)
 from d2f_export.training import TrainSettings
+from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.transformer import Transformer
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "STAGES", "Recipe", "Stage", "prepare"]
+
+Stage = Literal["twin", "teacher", "student"]
+STAGES: tuple[Stage, ...] = ("twin", "teacher", "student")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +107,46 @@ RECIPES = {
         data_weight=0.3,
     ),
 }
+
+
+def prepare(
+    stage: Stage,
+    recipe: Recipe,
+    *,
+    start: Path | None = None,
+    teacher: Path | None = None,
+    data_weight: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[Transformer, Objective]:
+    """Return the model to train and its loss.
+
+    Args:
+        stage: which training.
+        recipe: sizes and settings.
+        start: checkpoint to start from; None draws fresh weights by `seed`.
+        teacher: checkpoint of the student's frozen teacher; None is `start`.
+        data_weight: instead of the recipe's.
+        seed: of fresh weights.
+        device: where the teacher runs.
+
+    Raises:
+        ValueError: a student without a teacher.
+    """
+    model = Transformer(recipe.twin_config if stage == "twin" else recipe.config)
+    if start is None:
+        model.init_weights(seed)
+    else:
+        model.load_state_dict(load_checkpoint(start).state_dict())
+    match stage:
+        case "twin":
+            return model, TwinObjective()
+        case "teacher":
+            return model, TeacherObjective(recipe.noise)
+        case "student":
+            folder = teacher or start
+            if folder is None:
+                raise ValueError("the student needs a teacher; give --start or --teacher")
+            frozen = load_checkpoint(folder).to(device).eval().requires_grad_(False)
+            weight = recipe.data_weight if data_weight is None else data_weight
+            return model, StudentObjective(frozen, recipe.noise, weight)

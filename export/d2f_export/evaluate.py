@@ -8,31 +8,19 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from d2f_export.problems import Problem, is_correct, problems
 from d2f_runtime.backends.base import Backend, ModelInfo, StepRow
 from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.tokenizer import TextCodec
 from d2f_stream.params import GenerationParams
 
-__all__ = ["Answer", "Codec", "Report", "decode_all", "evaluate", "held_out"]
+__all__ = ["Answer", "Report", "decode_all", "evaluate", "held_out", "report"]
 
 HELD_OUT_SEED = 20_000
-
-
-class Codec(Protocol):
-    """Text to ids and back; a tokenizers.Tokenizer wrapped, or the runtime's own."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +74,6 @@ class Report:
         )
 
 
-class TokenizerCodec:
-    """A tokenizers.Tokenizer as a Codec."""
-
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(path))
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids))
-        return text
-
-
 def held_out(number: int) -> list[Problem]:
     """Return the first `number` problems of the evaluation stream."""
     return list(itertools.islice(problems(HELD_OUT_SEED, split="held_out"), number))
@@ -139,7 +108,7 @@ def decode_all(
 def evaluate(
     model: str,
     backend: Backend,
-    codec: Codec,
+    codec: TextCodec,
     sample: Sequence[Problem],
     params: GenerationParams,
     *,
@@ -162,7 +131,7 @@ def report(
     setting: dict[str, Any],
     sample: Sequence[Problem],
     answers: Sequence[Answer],
-    codec: Codec,
+    codec: TextCodec,
 ) -> Report:
     """Count what is right."""
     right = [is_correct(p, codec.decode(a.tokens)) for p, a in zip(sample, answers, strict=True)]

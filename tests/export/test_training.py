@@ -11,7 +11,7 @@ import torch
 from d2f_export.__main__ import main
 from d2f_export.corpus import EOS_ID, Corpus
 from d2f_export.embedded import RECIPES
-from d2f_export.evaluate import TokenizerCodec, evaluate, held_out, report
+from d2f_export.evaluate import evaluate, held_out, report
 from d2f_export.stages import StudentObjective, TeacherObjective, TwinObjective
 from d2f_export.tokenizer_training import train_tokenizer
 from d2f_export.training import TrainSettings, train
@@ -19,6 +19,7 @@ from d2f_export.vanilla import decode_vanilla
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.tokenizer import Tokenizer
 from d2f_stream.params import GenerationParams
 
 pytestmark = pytest.mark.torch
@@ -41,7 +42,7 @@ def fresh(seed: int = 0, *, twin: bool = False) -> Transformer:
 
 
 def test_batches_hold_prompt_answer_and_eos_padding(tokenizer_path: Path) -> None:
-    codec = TokenizerCodec(tokenizer_path)
+    codec = Tokenizer(tokenizer_path)
     batch = next(Corpus(tokenizer_path, seed=3).batches(2048))
     for row, prompt_len in zip(batch.tokens.tolist(), batch.prompt_lens.tolist(), strict=True):
         end = row.index(EOS_ID)
@@ -134,7 +135,7 @@ def test_a_student_equal_to_its_teacher_pays_only_for_what_it_cannot_see(
 
 
 def test_vanilla_decoding_of_an_untrained_model_ends(tokenizer_path: Path) -> None:
-    codec = TokenizerCodec(tokenizer_path)
+    codec = Tokenizer(tokenizer_path)
     sample = held_out(3)
     prompts = [codec.encode(problem.question) for problem in sample]
     answers = decode_vanilla(fresh().eval(), prompts, max_new_tokens=20, block_size=8)
@@ -143,7 +144,7 @@ def test_vanilla_decoding_of_an_untrained_model_ends(tokenizer_path: Path) -> No
 
 
 def test_batched_evaluation_equals_one_problem_at_a_time(tokenizer_path: Path) -> None:
-    codec = TokenizerCodec(tokenizer_path)
+    codec = Tokenizer(tokenizer_path)
     sample = held_out(5)
     backend = TorchBackend(fresh(), name="tiny")
     params = GenerationParams(block_size=8, max_new_tokens=20, confidence_threshold=0.01)
@@ -165,7 +166,7 @@ def test_command_line_makes_twin_teacher_and_student(tokenizer_path: Path, tmp_p
 
 
 def test_vanilla_decoding_does_not_depend_on_the_rows_beside(tokenizer_path: Path) -> None:
-    codec = TokenizerCodec(tokenizer_path)
+    codec = Tokenizer(tokenizer_path)
     prompts = [codec.encode(problem.question) for problem in held_out(4)]
     model = fresh().eval()
     together = decode_vanilla(model, prompts, max_new_tokens=12, block_size=5, per_step=2)
