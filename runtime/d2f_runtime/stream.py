@@ -118,6 +118,9 @@ class Stream:
         """Begin a step: one row for each window, none once the answer is finished."""
         params, noise = self.params, self._noise
         step = self._decoder.num_steps
+        windows = self._decoder.next_windows(max_active_blocks=max_active_blocks)
+        if params.drafts:
+            self._draft_all()  # shows a block that just joined, all masks
         return [
             StepRow(
                 slot=slot,
@@ -127,7 +130,7 @@ class Stream:
                 rank=params.rank,
                 uniforms=None if noise is None else noise.uniforms(window, step),
             )
-            for window in self._decoder.next_windows(max_active_blocks=max_active_blocks)
+            for window in windows
         ]
 
     def apply(self, proposals: Sequence[Proposals]) -> None:
@@ -143,8 +146,7 @@ class Stream:
                 return
         self.outcome = reason
         if self.params.drafts:
-            for view in self._decoder.active_blocks:
-                self._draft(view)
+            self._draft_all()
 
     def end(self) -> None:
         """Announce the outcome as the terminal event; turn away a request that never began."""
@@ -200,6 +202,10 @@ class Stream:
                 elapsed_ms=elapsed_ms,
             )
         )
+
+    def _draft_all(self) -> None:
+        for view in self._decoder.active_blocks:
+            self._draft(view)
 
     def _draft(self, view: BlockView) -> None:
         if self._drafts.get(view.index) == view.tokens:

@@ -256,3 +256,14 @@ async def test_info_needs_a_loaded_model() -> None:
         _ = engine.info
     async with engine:
         assert engine.info.name == "scripted"
+
+
+async def test_first_draft_of_a_block_shows_it_all_masked_before_its_first_step() -> None:
+    backend = ScriptedBackend("seven and eight", tokens_per_step=3)
+    async with engine_over(backend) as engine:
+        session = engine.generate("?", drafts=True)
+        drafts = [event async for event in session.events() if isinstance(event, Draft)]
+    for index in {draft.index for draft in drafts}:
+        first = next(draft for draft in drafts if draft.index == index)
+        assert not any(first.filled)
+        assert first.text == ""

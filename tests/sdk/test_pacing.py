@@ -25,13 +25,13 @@ async def stream(backend: ScriptedBackend) -> AsyncIterator[Event]:
             yield event
 
 
-async def test_every_step_but_the_first_is_preceded_by_a_pause_and_no_event_is_lost() -> None:
+async def test_every_step_is_preceded_by_a_pause_and_no_event_is_lost() -> None:
     clock = Clock()
     backend = ScriptedBackend("seven and eight", tokens_per_step=3)
     shown = [event async for event in paced(stream(backend), 0.5, sleep=clock.sleep)]
     end = shown[-1]
     assert isinstance(end, StreamFinished)
-    assert clock.pauses == [0.5] * (end.usage.steps - 1)
+    assert clock.pauses == [0.5] * end.usage.steps
     durable = [event.seq for event in shown if not isinstance(event, Draft)]
     assert durable == list(range(len(durable)))
 

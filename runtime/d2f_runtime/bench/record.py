@@ -1,4 +1,5 @@
 """What every benchmark result says of its origin: command, commit, machine, versions."""
+
 import importlib.metadata
 import json
 import os
