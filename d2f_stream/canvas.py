@@ -191,9 +191,10 @@ class LiveCanvas:
     Args:
         question: the prompt, shown above the answer.
         console: where to draw.
+        frame_s: drafts that come within so many seconds of a drawing are not drawn by themselves.
     """
 
-    def __init__(self, question: str, *, console: Console) -> None:
+    def __init__(self, question: str, *, console: Console, frame_s: float = FRAME_S) -> None:
         self._canvas = Canvas(question)
         self._live = Live(
             self._canvas,
@@ -203,13 +204,14 @@ class LiveCanvas:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._frame_s = frame_s
         self._drawn_at = 0.0
 
     def apply(self, event: Event) -> None:
         """Take in the next event and draw it; drafts at most once per frame."""
         self._canvas.apply(event)
         now = time.monotonic()
-        if not isinstance(event, Draft) or now - self._drawn_at >= FRAME_S:
+        if not isinstance(event, Draft) or now - self._drawn_at >= self._frame_s:
             self._live.refresh()
             self._drawn_at = now
 

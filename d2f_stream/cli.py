@@ -114,11 +114,11 @@ def _view(args: argparse.Namespace, prompt: str) -> View:
     if is_canvas and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
 
-        from d2f_stream.canvas import LiveCanvas
+        from d2f_stream.canvas import FRAME_S, LiveCanvas
 
         console = Console(highlight=False)
         if not console.is_dumb_terminal:
-            return LiveCanvas(prompt, console=console)
+            return LiveCanvas(prompt, console=console, frame_s=0.0 if args.pace else FRAME_S)
     return TextView()
 
 

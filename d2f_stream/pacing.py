@@ -24,7 +24,8 @@ async def paced(
     """Yield the events, with a pause of `pace_s` seconds before those of each further step.
 
     A step's events come in the order of their blocks, and those of a block that joins after it, so
-    an index that does not grow begins the next step. Safe to cancel; closing the generator ends the reading.
+    an index that does not grow begins the next step. Safe to cancel; closing the generator ends
+    the reading.
 
     Raises:
         D2FError: what reading the events raised, in its turn.
