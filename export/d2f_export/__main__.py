@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from d2f_runtime.tokenizer import TextCodec
 
 FIXED_SEED = 1
+LAST_MESSAGE = "{{ messages[-1]['content'] | trim }}"  # a problem is answered by itself
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,6 +57,27 @@ def main(argv: list[str] | None = None) -> None:
         help="generation parameters on top of the model's own; repeat for several runs",
     )
     score.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write an ONNX model folder from a checkpoint")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
+    export.add_argument("--name", required=True, help="the model's, for people")
+    export.add_argument("--tokenizer", type=Path, help="where the checkpoint folder has none")
+    export.add_argument("--quantization", choices=["int8", "fp32"], default="int8")
+    export.set_defaults(run=_export)
+
+    seal = commands.add_parser("manifest", help="write the manifest of a checkpoint folder")
+    seal.add_argument("checkpoint", type=Path)
+    seal.add_argument("--name", required=True)
+    for command in (export, seal):
+        command.add_argument(
+            "--defaults", type=json.loads, default={}, metavar="JSON", help="by kind of device"
+        )
+        command.add_argument("--training", default="", help="what made the checkpoint")
+        command.add_argument(
+            "--figures", type=json.loads, default={}, metavar="JSON", help="what was measured"
+        )
+    seal.set_defaults(run=_manifest)
 
     plot = commands.add_parser("plot", help="draw accuracy against tokens per step")
     plot.add_argument("records", type=Path, nargs="+", help="files written by evaluate --output")
@@ -194,6 +216,36 @@ def _record(result: "Report", output: Path | None) -> None:
     if output is not None:
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result.to_dict()) + "\n")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from d2f_export.artefact import write_artefact
+    from d2f_runtime.manifest import TrainingInfo
+
+    write_artefact(
+        arguments.checkpoint,
+        arguments.output,
+        name=arguments.name,
+        tokenizer_path=arguments.tokenizer or arguments.checkpoint / "tokenizer.json",
+        quantization=arguments.quantization,
+        chat_template=LAST_MESSAGE,
+        defaults=arguments.defaults,
+        training=TrainingInfo(command=arguments.training, figures=arguments.figures),
+    )
+    print(f"wrote {arguments.output}")
+
+
+def _manifest(arguments: argparse.Namespace) -> None:
+    from d2f_export.artefact import write_checkpoint_manifest
+    from d2f_runtime.manifest import TrainingInfo
+
+    write_checkpoint_manifest(
+        arguments.checkpoint,
+        name=arguments.name,
+        defaults=arguments.defaults,
+        training=TrainingInfo(command=arguments.training, figures=arguments.figures),
+    )
+    print(f"wrote {arguments.checkpoint / 'manifest.json'}")
 
 
 def _plot(arguments: argparse.Namespace) -> None:

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from d2f_runtime.backends.base import PromptAttention
-from d2f_stream.errors import InvalidParams, ModelDamaged, ModelNotFound
+from d2f_runtime.backends.base import FAMILIES, PromptAttention
+from d2f_stream.errors import InvalidParams, ModelDamaged, ModelNotFound, UnsupportedModel
 from d2f_stream.params import GenerationParams
 
 __all__ = [
@@ -129,6 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ModelNotFound: no such folder, or it has no manifest.
         ModelDamaged: the manifest cannot be read, or is of another format version.
+        UnsupportedModel: the model is of a family that this build does not know.
     """
     path = folder / FILE_NAME
     try:
@@ -144,6 +145,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelDamaged(
             f"{path} has format version {manifest.format_version}, but this build reads "
             f"{FORMAT_VERSION}; export the model again or update d2f-stream"
+        )
+    if manifest.family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UnsupportedModel(
+            f"{path} names the model family {manifest.family!r}, but this build runs {known}"
         )
     return manifest
 

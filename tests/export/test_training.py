@@ -12,7 +12,7 @@ from d2f_export.__main__ import main
 from d2f_export.corpus import EOS_ID, Corpus
 from d2f_export.embedded import RECIPES
 from d2f_export.evaluate import evaluate, held_out, report
-from d2f_export.stages import StudentObjective, TeacherObjective, TwinObjective
+from d2f_export.stages import Objective, StudentObjective, TeacherObjective, TwinObjective
 from d2f_export.tokenizer_training import train_tokenizer
 from d2f_export.training import TrainSettings, train
 from d2f_export.vanilla import decode_vanilla
@@ -98,11 +98,12 @@ def test_a_stopped_run_resumes_where_it_was_saved(tokenizer_path: Path, tmp_path
 def test_each_objective_learns_a_batch_by_heart(stage: str, tokenizer_path: Path) -> None:
     torch.manual_seed(0)
     model = fresh(twin=stage == "twin")
-    objective = {
+    objectives: dict[str, Objective] = {
         "twin": TwinObjective(),
         "teacher": TeacherObjective(RECIPE.noise),
         "student": StudentObjective(fresh(seed=7).eval(), RECIPE.noise, data_weight=1.0),
-    }[stage]
+    }
+    objective = objectives[stage]
     batch = next(Corpus(tokenizer_path, seed=3).batches(1024))
     tokens, lens = torch.from_numpy(batch.tokens), torch.from_numpy(batch.prompt_lens)
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from d2f_runtime.manifest import (
     read_manifest,
     verify_files,
 )
-from d2f_stream.errors import ModelDamaged, ModelNotFound
+from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 from d2f_stream.params import GenerationParams
 
 CONTENT = b"weights"
@@ -77,6 +77,11 @@ def test_broken_manifest_names_the_field(tmp_path: Path) -> None:
 def test_other_format_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelDamaged, match="format version 2, but this build reads 1"):
         read_manifest(write(tmp_path, manifest(format_version=2)))
+
+
+def test_unknown_family_is_named_with_those_that_run(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="'mamba', but this build runs dream, llada"):
+        read_manifest(write(tmp_path, manifest(family="mamba")))
 
 
 def test_files_that_match_are_fine(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
 from d2f_runtime.engine import LocalEngine
 from d2f_stream.errors import EngineFailed
-from d2f_stream.events import Draft, Event, StreamFinished
+from d2f_stream.events import Draft, Event, StreamFailed, StreamFinished
 from d2f_stream.pacing import paced
 
 
@@ -38,8 +38,10 @@ async def test_every_step_is_preceded_by_a_pause_and_no_event_is_lost() -> None:
 
 async def test_an_error_of_the_stream_comes_through() -> None:
     async def failing() -> AsyncIterator[Event]:
+        yield StreamFailed(stream="s", seq=0, code="x", message="shown first")
         raise EngineFailed("broken")
-        yield  # pragma: no cover
 
+    shown = paced(failing(), 0.5)
+    assert isinstance(await anext(shown), StreamFailed)
     with pytest.raises(EngineFailed, match="broken"):
-        await anext(paced(failing(), 0.5))
+        await anext(shown)

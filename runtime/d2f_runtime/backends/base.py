@@ -11,7 +11,10 @@ from typing import Literal, NewType, Protocol
 from d2f_runtime.window import Proposals, Window
 from d2f_stream.params import GenerationParams, Rank
 
-__all__ = ["Backend", "ModelInfo", "PromptAttention", "Slot", "StepRow"]
+__all__ = ["FAMILIES", "Backend", "ModelInfo", "PromptAttention", "Slot", "StepRow"]
+
+FAMILIES = ("dream", "llada", "llama", "qwen2", "sdar")
+"""The kinds of transformer that model folders may name."""
 
 Slot = NewType("Slot", int)
 PromptAttention = Literal["full", "causal", "grid"]

@@ -12,11 +12,15 @@ import numpy.typing as npt
 
 from d2f_runtime.backends.base import ModelInfo, StepRow
 from d2f_runtime.window import NO_TOKEN, Proposals, Window
+from d2f_stream.params import Rank
 
-__all__ = ["Floats", "Ints", "check_row", "num_forwarded", "to_proposals"]
+__all__ = ["Bools", "Floats", "Ints", "check_row", "num_forwarded", "to_proposals"]
+
+_RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order of the answers
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
 
 def num_forwarded(window: Window, info: ModelInfo) -> int:
@@ -50,30 +54,38 @@ def check_row(row: StepRow, *, num_cached: int, capacity: int) -> None:
 
 
 def to_proposals(
-    rows: Sequence[StepRow], where: tuple[Ints, Ints], answers: npt.NDArray[np.float64 | np.float32]
+    rows: Sequence[StepRow], masks: Sequence[Sequence[int]], answers: npt.NDArray[np.floating]
 ) -> list[Proposals]:
     """Spread the answers at masks over the windows.
 
     Args:
         rows: B rows.
-        where: [N] row and [N] window position of each mask.
+        masks: for each row the window positions that hold a mask; N in all.
         answers: [4, N] token, confidence, margin, neg_entropy.
     """
-    shape = (len(rows), max(len(row.window.tokens) for row in rows))
-    tokens = np.full(shape, NO_TOKEN, dtype=np.int64)
-    tokens[where] = answers[0]
-    scores = np.zeros((3, *shape), dtype=np.float64)
-    scores[:, where[0], where[1]] = answers[1:]
-    token_lists, score_lists = tokens.tolist(), scores.tolist()
-    proposals = []
-    for index, row in enumerate(rows):
+    token, *scores = answers.tolist()
+    proposals: list[Proposals] = []
+    first = 0
+    for row, positions in zip(rows, masks, strict=True):
         width = len(row.window.tokens)
-        ranks = {"margin": score_lists[1], "neg_entropy": score_lists[2]}.get(row.rank)
+        part = slice(first, first + len(positions))
+        first = part.stop
+        rank = _RANKS.index(row.rank)
+        tokens = [NO_TOKEN] * width
+        for position, chosen in zip(positions, token[part], strict=True):
+            tokens[position] = int(chosen)
         proposals.append(
             Proposals(
-                tokens=token_lists[index][:width],
-                confidence=score_lists[0][index][:width],
-                rank=None if ranks is None else ranks[index][:width],
+                tokens=tokens,
+                confidence=_spread(scores[0][part], positions, width),
+                rank=_spread(scores[rank][part], positions, width) if rank else None,
             )
         )
     return proposals
+
+
+def _spread(scores: Sequence[float], positions: Sequence[int], width: int) -> list[float]:
+    spread = [0.0] * width
+    for position, score in zip(positions, scores, strict=True):
+        spread[position] = score
+    return spread

@@ -9,6 +9,7 @@ Shapes: B rows, W longest window, P longest cache, N masks over all rows, D hidd
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class _Batch:
     start: Ints  # [B]
     offset: Ints  # [B] first pool place of each row's slot
     slot_index: Ints  # [B]
-    masks: tuple[Ints, Ints]  # [N] row, [N] window position
+    masks: list[list[int]]  # for each row its window positions with a mask, N in all
     head_rows: Ints  # [N] rows of [last_hidden; hidden] (shifted) or hidden, flattened
     store_from: Ints  # [M] rows of flattened hidden to cache
     store_to: Ints  # [M] pool places
@@ -226,18 +227,17 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
     start = np.array([row.window.start for row in rows], dtype=np.int64)
     # Padded rows see the whole window, so that no softmax is empty; nobody sees them.
     visible = np.repeat((start + shape[1])[:, None], shape[1], axis=1)
-    rows_of_masks: list[Ints] = []
-    positions: list[Ints] = []
+    masks: list[list[int]] = []
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids = np.array(row.window.tokens, dtype=np.int64)
+        ids = row.window.tokens
         tokens[index, :length] = ids[:length]
         visible[index, :length] = row.window.visible_until()[:length]
-        positions.append(np.flatnonzero(ids == info.mask_id))
-        rows_of_masks.append(np.full(len(positions[-1]), index, dtype=np.int64))
-    masks = (np.concatenate(rows_of_masks), np.concatenate(positions))
-    head_rows = masks[0] * shape[1] + masks[1]
+        masks.append([i for i, token in enumerate(ids) if token == info.mask_id])
+    mask_rows = np.repeat(np.arange(len(rows)), [len(positions) for positions in masks])
+    mask_columns = np.array(list(chain.from_iterable(masks)), dtype=np.int64)
+    head_rows = mask_rows * shape[1] + mask_columns
     if info.shift_logits:  # position 0 is predicted by the slot's last cached state
-        head_rows = np.where(masks[1] == 0, masks[0], len(rows) + head_rows - 1)
+        head_rows = np.where(mask_columns == 0, mask_rows, len(rows) + head_rows - 1)
     stored = list(_stored(rows, spans, shape[1]))
     return _Batch(
         tokens=tokens,
@@ -266,19 +266,17 @@ def _stored(
             yield index * width, place, row.window.num_to_cache, span.index
 
 
-def _sampling(rows: Sequence[StepRow], masks: tuple[Ints, Ints]) -> tuple[Floats | None, bool]:
+def _sampling(rows: Sequence[StepRow], masks: list[list[int]]) -> tuple[Floats | None, bool]:
     """Return [3, N] temperature, top_p and uniforms (None where all is greedy); any nucleus?"""
     if not any(row.temperature > 0 for row in rows):
         return None, False
-    width = max(len(row.window.tokens) for row in rows)
-    noise = np.zeros((len(rows), width), dtype=np.float32)
-    for index, row in enumerate(rows):
-        if row.uniforms is not None:
-            noise[index, : len(row.window.tokens)] = row.uniforms[: len(row.window.tokens)]
-    settings = np.array([[row.temperature, row.top_p] for row in rows], dtype=np.float32)
+    values = [
+        (row.temperature, row.top_p, row.uniforms[i] if row.uniforms else 0.0)
+        for row, positions in zip(rows, masks, strict=True)
+        for i in positions
+    ]
     nucleus = any(row.temperature > 0 and row.top_p < 1 for row in rows)
-    values = [settings[masks[0], 0], settings[masks[0], 1], noise[masks]]
-    return np.stack(values), nucleus
+    return np.array(values, dtype=np.float32).reshape(-1, 3).T.copy(), nucleus
 
 
 def _model_info(config: TransformerConfig, name: str, device: str, dtype: torch.dtype) -> ModelInfo:

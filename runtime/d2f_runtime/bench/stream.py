@@ -1,14 +1,14 @@
 """Tokens per second of whole answers through the public API, several models or settings in one run.
 
-Every prompt is answered by each contender in turn, so that a drift of the machine's speed falls on
-all alike. Useful tokens only: up to the first EOS.
+In each round every contender in turn answers all prompts, so that a drift of the machine's speed
+falls on all alike. Only one model is loaded at a time: the idle threads of another one's runtime
+would take part of the cores. Useful tokens only: up to the first EOS.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,13 @@ async def compare(
     repeats: int = 3,
     backend: str = "auto",
 ) -> dict[str, Any]:
-    """Answer all prompts `repeats` times with every contender, after one warm-up prompt each."""
+    """Answer all prompts `repeats` times with every contender, each time after one warm-up."""
     samples = {contender.label: _Samples() for contender in contenders}
-    async with AsyncExitStack() as stack:
-        engines = [
-            await stack.enter_async_context(d2f_stream.load(c.model, backend=backend))
-            for c in contenders
-        ]
-        for contender, engine in zip(contenders, engines, strict=True):
-            await engine.generate(prompts[0]["prompt"], **contender.overrides).result()
-        for _ in range(repeats):
-            for prompt in prompts:
-                for contender, engine in zip(contenders, engines, strict=True):
+    for _ in range(repeats):
+        for contender in contenders:
+            async with d2f_stream.load(contender.model, backend=backend) as engine:
+                await engine.generate(prompts[0]["prompt"], **contender.overrides).result()
+                for prompt in prompts:
                     await _answer(engine, contender, prompt, samples[contender.label])
     return {label: _summary(sample) for label, sample in samples.items()}
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from d2f_runtime.backends.base import PromptAttention
+from d2f_runtime.backends.base import FAMILIES, PromptAttention
 from d2f_stream.errors import UnsupportedModel
 
 __all__ = ["TransformerConfig"]
@@ -14,7 +14,7 @@ class TransformerConfig:
     """Sizes and switches of one decoder-only transformer (RMSNorm, rotary positions, SwiGLU).
 
     Attributes:
-        family: "dream", "llada", "sdar", "llama", "qwen2"; a label only, the switches decide.
+        family: one of FAMILIES; a label only, the switches decide.
         vocab_size: rows of the embedding and the head.
         num_tokens: ids that may be produced; rows beyond are padding and forbidden.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes.
@@ -63,8 +63,13 @@ class TransformerConfig:
         """Build a config from `to_dict`'s values.
 
         Raises:
-            UnsupportedModel: for a key that this build does not know, or one that is missing.
+            UnsupportedModel: for a family or a key that this build does not know, or a key that is
+                missing.
         """
+        family = values.get("family")
+        if family not in FAMILIES:
+            families = ", ".join(FAMILIES)
+            raise UnsupportedModel(f"model family is {family!r} but must be one of {families}")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r}")

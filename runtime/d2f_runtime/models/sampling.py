@@ -11,7 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FORBIDDEN", "Scores", "draw", "forbid", "keep_nucleus", "propose", "score", "temper"]
+__all__ = [
+    "FORBIDDEN",
+    "Scores",
+    "best",
+    "draw",
+    "forbid",
+    "keep_nucleus",
+    "propose",
+    "score",
+    "temper",
+]
 
 FORBIDDEN = -1e9  # finite: weight 0 times minus infinity is NaN in the entropy
 
@@ -62,20 +72,30 @@ def keep_nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), FORBIDDEN)
 
 
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's best token and its probability, as `score` does, and nothing else.
+
+    Args:
+        logits: [..., V] fp32, forbidden ids at FORBIDDEN.
+    """
+    highest, token = logits.topk(1, dim=-1)
+    return token[..., 0], 1.0 / (logits - highest).exp().sum(dim=-1)
+
+
 def score(logits: Tensor) -> Scores:
     """Choose each row's best token and say how sure the model is.
 
     Args:
         logits: [..., V] fp32, tempered, forbidden ids at FORBIDDEN.
     """
-    best, best_id = logits.topk(2, dim=-1)
-    below = logits - best[..., :1]
+    highest, token = logits.topk(2, dim=-1)
+    below = logits - highest[..., :1]
     weights = below.exp()
     total = weights.sum(dim=-1)
     confidence = 1.0 / total
-    margin = (1.0 - (best[..., 1] - best[..., 0]).exp()) * confidence
+    margin = (1.0 - (highest[..., 1] - highest[..., 0]).exp()) * confidence
     neg_entropy = (weights * below).sum(dim=-1) * confidence - total.log()
-    return Scores(best_id[..., 0], confidence, margin, neg_entropy, weights, total)
+    return Scores(token[..., 0], confidence, margin, neg_entropy, weights, total)
 
 
 def draw(scores: Scores, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,104 @@
+"""How long one backend step takes, by the shape of its window: python -m d2f_runtime.bench.steps.
+
+Random tokens: the time of a step does not depend on them. Quiet machines only; the best tenth is
+reported beside the median, because on shared cores it is the only steady figure.
+"""
+
+import argparse
+import json
+import random
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from d2f_runtime.backends import choose_backend, open_backend
+from d2f_runtime.backends.base import Backend, StepRow
+from d2f_runtime.bench.record import environment, spread
+from d2f_runtime.window import Window
+
+__all__ = ["SHAPES", "Shape", "step_times"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A window: `cached` tokens before it, `filled` at its head, then blocks of masks."""
+
+    cached: int
+    filled: int
+    masks: tuple[int, ...]
+
+
+SHAPES = {
+    "prompt of 60 and 16 masks": Shape(0, 60, (16,)),
+    "1 mask": Shape(128, 0, (1,)),
+    "16 masks": Shape(96, 0, (16,)),
+    "16 filled, 16 masks": Shape(96, 16, (16,)),
+    "16 filled, 64 masks": Shape(96, 16, (16, 16, 16, 16)),
+    "32 filled, 32 masks": Shape(96, 32, (32,)),
+}
+
+
+def step_times(backend: Backend, *, repeats: int = 100) -> dict[str, dict[str, float]]:
+    """Return milliseconds per step for each of SHAPES, one session; the best tenth as p10."""
+    rng = random.Random(0)
+    size = backend.info.vocab_size
+    tokens = [rng.randrange(size) for _ in range(256)]
+    other = (backend.info.mask_id + 1) % size
+    tokens = [other if token == backend.info.mask_id else token for token in tokens]
+    return {name: _time(backend, shape, tokens, repeats) for name, shape in SHAPES.items()}
+
+
+def _time(backend: Backend, shape: Shape, tokens: Sequence[int], repeats: int) -> dict[str, float]:
+    start, stop = shape.cached, shape.cached + shape.filled
+    slot = backend.open_slot(stop + sum(shape.masks))
+    if start:
+        prompt = Window(0, tuple(tokens[:start]), num_to_cache=start, block_stops=(start,))
+        backend.step([StepRow(slot, prompt)])
+    edges = [*([stop] if shape.filled else []), *accumulate(shape.masks, initial=stop)]
+    window = Window(
+        start=start,
+        tokens=(*tokens[start:stop], *[backend.info.mask_id] * sum(shape.masks)),
+        num_to_cache=0,  # what is cached would shorten the next window
+        block_stops=tuple(sorted(set(edges) - {start})),
+    )
+    milliseconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        backend.step([StepRow(slot, window)])
+        milliseconds.append((time.perf_counter() - began) * 1e3)
+    backend.close_slot(slot)
+    return spread(milliseconds[repeats // 10 :])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Time every folder and print, or record, the results."""
+    parser = argparse.ArgumentParser(prog="python -m d2f_runtime.bench.steps", description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", help="model folders")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--output", type=Path, help="record the results here")
+    arguments = parser.parse_args(argv)
+    results: dict[str, Any] = {}
+    for folder in arguments.folders:
+        name = choose_backend(folder, arguments.backend, device=arguments.device)
+        backend = open_backend(name, folder, device=arguments.device, quantization="auto")
+        label = f"{folder.name}, {backend.info.quantization}, {backend.info.device}, {name}"
+        results[label] = step_times(backend, repeats=arguments.repeats)
+        backend.close()
+    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
+    record = {"benchmark": "steps", **environment(), "command": command, "results": results}
+    text = json.dumps(record, indent=2) + "\n"
+    sys.stdout.write(text)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
