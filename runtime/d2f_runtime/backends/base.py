@@ -13,8 +13,8 @@ from d2f_stream.params import GenerationParams, Rank
 
 __all__ = ["FAMILIES", "Backend", "ModelInfo", "PromptAttention", "Slot", "StepRow"]
 
-FAMILIES = ("dream", "llada", "llama", "qwen2", "sdar")
-"""The kinds of transformer that model folders may name."""
+FAMILIES = ("dream", "llada", "llama", "qwen2", "scripted", "sdar")
+"""The kinds of model that folders may name; "scripted" has no transformer."""
 
 Slot = NewType("Slot", int)
 PromptAttention = Literal["full", "causal", "grid"]
