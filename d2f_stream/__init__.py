@@ -33,12 +33,14 @@ from d2f_stream.events import (
     Usage,
 )
 from d2f_stream.params import GenerationParams, ParamOverrides
+from d2f_stream.presets import PRESETS
 
 if TYPE_CHECKING:
     from d2f_stream.api import generate, load
     from d2f_stream.session import Engine, EngineInfo, Prompt, Result, Session
 
 __all__ = [
+    "PRESETS",
     "Block",
     "D2FError",
     "Draft",

@@ -10,7 +10,14 @@ import msgspec
 
 from d2f_stream.errors import InvalidParams
 
-__all__ = ["MAX_BLOCK_SIZE", "GenerationParams", "ParamOverrides", "Rank", "StopAtEos", "Tail"]
+__all__ = [
+    "MAX_BLOCK_SIZE",
+    "GenerationParams",
+    "ParamOverrides",
+    "Rank",
+    "StopAtEos",
+    "Tail",
+]
 
 MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16

@@ -5,7 +5,7 @@ The embedded model is made by these, in order: tokenizer, twin, teacher, student
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,13 @@ def main(argv: list[str] | None = None) -> None:
             "--figures", type=json.loads, default={}, metavar="JSON", help="what was measured"
         )
     seal.set_defaults(run=_manifest)
+
+    verify = commands.add_parser("verify", help="compare an artefact with its checkpoint")
+    verify.add_argument("artefact", type=Path)
+    verify.add_argument("--checkpoint", type=Path, required=True)
+    verify.add_argument("--problems", type=int, default=50)
+    verify.add_argument("--output", type=Path, help="write the comparison to this JSON file")
+    verify.set_defaults(run=_verify)
 
     plot = commands.add_parser("plot", help="draw accuracy against tokens per step")
     plot.add_argument("records", type=Path, nargs="+", help="files written by evaluate --output")
@@ -233,6 +240,28 @@ def _export(arguments: argparse.Namespace) -> None:
         training=TrainingInfo(command=arguments.training, figures=arguments.figures),
     )
     print(f"wrote {arguments.output}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from d2f_export.evaluate import held_out
+    from d2f_export.verify import compare_backends
+    from d2f_runtime.backends import open_backend
+    from d2f_runtime.manifest import read_manifest, verify_files
+    from d2f_runtime.tokenizer import Tokenizer
+
+    manifest = read_manifest(arguments.artefact)
+    verify_files(arguments.artefact, manifest)
+    codec = Tokenizer.from_folder(arguments.artefact)
+    comparison = compare_backends(
+        open_backend("torch", arguments.checkpoint, device="cpu", quantization="fp32"),
+        open_backend("onnx", arguments.artefact, device="cpu", quantization="auto"),
+        [codec.encode(problem.question) for problem in held_out(arguments.problems)],
+        manifest.params_for("cpu"),
+    )
+    text = json.dumps(asdict(comparison), indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
 
 
 def _manifest(arguments: argparse.Namespace) -> None:

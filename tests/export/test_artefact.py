@@ -1,5 +1,6 @@
 """From a checkpoint to a model folder: whole or absent, described, quantized, compared."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import onnx
 import pytest
 
 from d2f_export import artefact
+from d2f_export.__main__ import main
 from d2f_export.artefact import write_artefact, write_checkpoint_manifest
 from d2f_export.quantize import quantize_int8
 from d2f_export.verify import compare_backends
@@ -177,3 +179,17 @@ def test_manifest_of_a_checkpoint_covers_its_files_and_loads(tmp_path: Path) -> 
         file.write(b"x")
     with pytest.raises(ModelDamaged, match=r"model\.safetensors"):
         verify_files(tmp_path, manifest)
+
+
+def test_verify_command_reports_agreement_with_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[2]
+    arguments = [str(root / "runtime/d2f_runtime/models/embedded"), "--problems", "3"]
+    checkpoint = str(root / "export/checkpoints/word-problems")
+    output = tmp_path / "report.json"
+    main(["verify", *arguments, "--checkpoint", checkpoint, "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    assert report["num_prompts"] == 3
+    assert report["token_agreement"] > 0.98

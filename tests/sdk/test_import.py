@@ -9,7 +9,8 @@ HEAVY = ("torch", "numpy", "onnxruntime", "transformers", "tokenizers", "jinja2"
 
 
 def test_public_names_are_sorted_and_exist() -> None:
-    assert d2f_stream.__all__ == sorted(d2f_stream.__all__)
+    constants_first = sorted(d2f_stream.__all__, key=lambda name: (not name.isupper(), name))
+    assert d2f_stream.__all__ == constants_first
     assert all(hasattr(d2f_stream, name) for name in d2f_stream.__all__)
 
 
@@ -18,7 +19,7 @@ def test_public_names_are_those_of_the_modules() -> None:
 
     modules = [api.__all__, errors.__all__, events.__all__, session.__all__]
     names = {name for module in modules for name in module}
-    names |= {"GenerationParams", "ParamOverrides", "__version__"}
+    names |= {"GenerationParams", "PRESETS", "ParamOverrides", "__version__"}
     assert set(params.__all__) >= {"GenerationParams", "ParamOverrides"}
     assert set(d2f_stream.__all__) == names
 

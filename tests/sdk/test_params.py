@@ -5,6 +5,7 @@ import pytest
 
 from d2f_stream.errors import InvalidParams
 from d2f_stream.params import GenerationParams, ParamOverrides
+from d2f_stream.presets import PRESETS
 
 
 def test_overrides_are_exactly_the_fields() -> None:
@@ -106,3 +107,19 @@ def test_params_survive_json() -> None:
 def test_unknown_field_in_json_is_an_error() -> None:
     with pytest.raises(msgspec.ValidationError, match="max_tokens"):
         msgspec.json.decode(b'{"max_tokens": 5}', type=GenerationParams)
+
+
+def test_reference_preset_is_the_published_loop() -> None:
+    params = PRESETS["reference"]
+    assert (params.stop_at_eos, params.tail, params.max_active_blocks) == ("drain", "drop", None)
+    thresholds = (
+        params.add_threshold,
+        params.activate_threshold,
+        params.confidence_threshold,
+    )
+    assert thresholds == (0.1, 0.95, 0.9)
+
+
+def test_single_block_preset_switches_the_pipeline_off() -> None:
+    params = PRESETS["single-block"]
+    assert (params.add_threshold, params.max_active_blocks) == (1.0, 1)
