@@ -1,4 +1,4 @@
-"""Keeps the table of design.md section 2 true: who may import whom."""
+"""Who may import whom: the layers of the packages, held by reading their imports."""
 
 import ast
 from collections.abc import Iterator
