@@ -6,6 +6,7 @@ The embedded model is made by these, in order: tokenizer, twin, teacher, student
 import argparse
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +175,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
     from d2f_export.evaluate import evaluate, held_out
     from d2f_runtime.backends import choose_backend, open_backend
     from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
@@ -199,7 +203,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         defaults = manifest.params_for(backend.info.device)
     for text in arguments.setting or ["{}"]:
         params = defaults.with_overrides(json.loads(text))
-        _record(evaluate(name, backend, codec, sample, params), arguments.output)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("decoding", total=len(sample))
+            on_answer = partial(bar.advance, task)
+            result = evaluate(name, backend, codec, sample, params, on_answer=on_answer)
+        _record(result, arguments.output)
 
 
 def _vanilla(

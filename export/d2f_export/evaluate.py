@@ -6,7 +6,7 @@ seconds; the proposals, and so the answers, are those of one stream at a time.
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,9 +80,17 @@ def held_out(number: int) -> list[Problem]:
 
 
 def decode_all(
-    backend: Backend, prompts: Iterable[Sequence[int]], params: GenerationParams, *, rows: int = 256
+    backend: Backend,
+    prompts: Iterable[Sequence[int]],
+    params: GenerationParams,
+    *,
+    rows: int = 256,
+    on_answer: Callable[[], object] | None = None,
 ) -> list[Answer]:
-    """Decode every prompt greedily, at most `rows` at a time; answers in order of the prompts."""
+    """Decode every prompt greedily, at most `rows` at a time; answers in order of the prompts.
+
+    `on_answer` is called after each; for progress bars.
+    """
     waiting = list(enumerate(prompts))[::-1]
     running: dict[int, tuple[Any, BlockDecoder]] = {}
     answers: dict[int, Answer] = {}
@@ -97,6 +105,8 @@ def decode_all(
             slot, decoder = running.pop(number)
             backend.close_slot(slot)
             answers[number] = _answer(decoder)
+            if on_answer is not None:
+                on_answer()
         step_rows = [StepRow(slot, windows[n][0]) for n, (slot, _) in running.items()]
         if step_rows:
             results = backend.step(step_rows)
@@ -113,10 +123,11 @@ def evaluate(
     params: GenerationParams,
     *,
     rows: int = 256,
+    on_answer: Callable[[], object] | None = None,
 ) -> Report:
     """Decode the sample and compare with the generator's answers."""
     prompts = [codec.encode(problem.question) for problem in sample]
-    answers = decode_all(backend, prompts, params, rows=rows)
+    answers = decode_all(backend, prompts, params, rows=rows, on_answer=on_answer)
     defaults = GenerationParams()
     setting = {
         name: value
