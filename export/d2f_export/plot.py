@@ -21,6 +21,7 @@ def plot_trade_off(records: Sequence[Path], output: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(20)))
     for label, points in _series(records).items():
         points.sort(key=lambda point: point["tokens_per_step"])
         x = [point["tokens_per_step"] for point in points]
