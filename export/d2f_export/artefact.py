@@ -16,6 +16,7 @@ from d2f_export.onnx_graph import OPSET, export_graph
 from d2f_export.quantize import quantize_int8
 from d2f_runtime.backends.onnx_backend import GRAPH_FILE
 from d2f_runtime.manifest import (
+    FILE_NAME,
     FORMAT_VERSION,
     FileInfo,
     JsonValue,
@@ -32,7 +33,6 @@ __all__ = ["MIN_ONNXRUNTIME", "write_artefact", "write_checkpoint_manifest"]
 
 MIN_ONNXRUNTIME: Final = "1.23.0"  # the first with opset 23; 1.23.2, 1.24.1 and 1.31.1 were run
 
-MANIFEST_FILE: Final = "manifest.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 
@@ -64,8 +64,7 @@ def write_artefact(
 
     Raises:
         ModelNotFound: the checkpoint or the tokenizer is missing.
-        ModelDamaged: the checkpoint cannot be read.
-        ModelDamaged: the defaults are no valid parameters.
+        ModelDamaged: the checkpoint cannot be read, or the defaults are no valid parameters.
     """
     model = load_checkpoint(checkpoint_folder)
     if not tokenizer_path.is_file():
@@ -92,7 +91,7 @@ def write_artefact(
             defaults=defaults or {},
             training=training,
         )
-        (unfinished / MANIFEST_FILE).write_bytes(_encoded(manifest))
+        (unfinished / FILE_NAME).write_bytes(_encoded(manifest))
         unfinished.chmod(0o755)  # mkdtemp's are private
         _replace(unfinished, output_folder)
     finally:
@@ -119,7 +118,7 @@ def write_checkpoint_manifest(
         ModelNotFound: there is no checkpoint in the folder.
         ModelDamaged: the checkpoint cannot be read, or the defaults are no valid parameters.
     """
-    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    paths = sorted(path for path in folder.iterdir() if path.name != FILE_NAME)
     manifest = _manifest(
         load_checkpoint(folder).config,
         name=name,
@@ -128,9 +127,9 @@ def write_checkpoint_manifest(
         defaults=defaults or {},
         training=training,
     )
-    unfinished = folder / f".{MANIFEST_FILE}"
+    unfinished = folder / f".{FILE_NAME}"
     unfinished.write_bytes(_encoded(manifest))
-    os.replace(unfinished, folder / MANIFEST_FILE)
+    os.replace(unfinished, folder / FILE_NAME)
     return manifest
 
 

@@ -5,7 +5,7 @@ was the fastest of what onnxruntime offers at every window size but one row (ben
 D2F windows are bound by arithmetic and the integer kernels do more of it.
 
 Weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which 8-bit
-weights overflow silently; 7 bits cannot, and cost no time elsewhere.
+weights overflow silently; 7 bits cannot, and cost no time where both were run.
 """
 
 import logging

@@ -1,0 +1,224 @@
+"""What the commands of python -m d2f_export do; their arguments are declared in __main__.py.
+
+Each imports what it needs itself, so that a command starts without the others' libraries.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2f_stream.params import GenerationParams
+
+if TYPE_CHECKING:
+    from d2f_export.evaluate import Report
+    from d2f_export.problems import Problem
+    from d2f_runtime.tokenizer import TextCodec
+
+__all__ = [
+    "run_evaluate",
+    "run_export",
+    "run_manifest",
+    "run_plot",
+    "run_problems",
+    "run_tokenizer",
+    "run_train",
+    "run_verify",
+]
+
+LAST_MESSAGE = "{{ messages[-1]['content'] | trim }}"  # a problem is answered by itself
+
+
+def run_tokenizer(arguments: argparse.Namespace) -> None:
+    """Train the tokenizer."""
+    from d2f_export.tokenizer_training import train_tokenizer
+
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(seed=arguments.seed).save(str(arguments.output))
+    print(f"wrote {arguments.output}")
+
+
+def run_problems(arguments: argparse.Namespace) -> None:
+    """Write held-out problems as JSON lines."""
+    from d2f_export.evaluate import held_out
+
+    with arguments.output.open("w", encoding="utf-8") as file:
+        for problem in held_out(arguments.number):
+            entry = {
+                "prompt": problem.question,
+                "ending": f"The answer is {problem.result}.",
+                "answer": problem.answer,
+            }
+            file.write(json.dumps(entry) + "\n")
+    print(f"wrote {arguments.output}")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Run one of the three trainings."""
+    from d2f_export.corpus import Corpus
+    from d2f_export.embedded import RECIPES, STAGES, prepare
+    from d2f_export.training import train
+
+    recipe = RECIPES[arguments.recipe]
+    device = _device(arguments.device)
+    settings = replace(
+        getattr(recipe, arguments.stage), max_seconds=arguments.max_seconds, seed=arguments.seed
+    )
+    if arguments.steps:
+        settings = replace(settings, steps=arguments.steps)
+    if arguments.lr:
+        settings = replace(settings, lr=arguments.lr)
+    model, objective = prepare(
+        arguments.stage,
+        recipe,
+        start=arguments.start,
+        teacher=getattr(arguments, "teacher", None),
+        data_weight=getattr(arguments, "data_weight", None),
+        seed=arguments.seed,
+        device=device,
+    )
+    seed = arguments.seed * 10 + STAGES.index(arguments.stage)
+    corpus = Corpus(arguments.tokenizer, seed, num_workers=arguments.workers)
+    train(
+        model,
+        objective,
+        corpus,
+        arguments.output,
+        settings,
+        device=device,
+        compile_layers=arguments.compile,
+    )
+    print(f"wrote {arguments.output}")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Score a model folder and record the figures."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from d2f_export.evaluate import evaluate, held_out
+    from d2f_runtime.backends import choose_backend, open_backend
+    from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
+    from d2f_runtime.tokenizer import Tokenizer
+
+    folder: Path = arguments.model
+    name = arguments.label or folder.name
+    codec = Tokenizer(arguments.tokenizer or folder / "tokenizer.json")
+    sample = held_out(arguments.problems)
+    if arguments.vanilla:
+        _record(_vanilla(name, arguments, sample, codec), arguments.output)
+        return
+    backend = open_backend(
+        choose_backend(folder, arguments.backend, device=arguments.device),
+        folder,
+        device=arguments.device,
+        quantization=arguments.quantization,
+    )
+    defaults = GenerationParams(block_size=backend.info.native_block_size)
+    if (folder / FILE_NAME).exists():
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        defaults = manifest.params_for(backend.info.device)
+    for text in arguments.setting or ["{}"]:
+        params = defaults.with_overrides(json.loads(text))
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("decoding", total=len(sample))
+            on_answer = partial(bar.advance, task)
+            result = evaluate(name, backend, codec, sample, params, on_answer=on_answer)
+        _record(result, arguments.output)
+
+
+def _vanilla(
+    name: str, arguments: argparse.Namespace, sample: "list[Problem]", codec: "TextCodec"
+) -> "Report":
+    import torch
+
+    from d2f_export.evaluate import report
+    from d2f_export.vanilla import decode_vanilla
+    from d2f_runtime.models.checkpoints import load_checkpoint
+
+    dtype = {"bf16": torch.bfloat16}.get(arguments.quantization, torch.float32)
+    model = load_checkpoint(arguments.model).to(device=_device(arguments.device), dtype=dtype)
+    prompts = [codec.encode(problem.question) for problem in sample]
+    answers = decode_vanilla(model.eval(), prompts, max_new_tokens=160, block_size=16)
+    return report(name, {"vanilla": True, "block_size": 16}, sample, answers, codec)
+
+
+def _record(result: "Report", output: Path | None) -> None:
+    print(result.line(), flush=True)
+    if output is not None:
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result.to_dict()) + "\n")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write an ONNX model folder."""
+    from d2f_export.artefact import write_artefact
+    from d2f_runtime.manifest import TrainingInfo
+
+    write_artefact(
+        arguments.checkpoint,
+        arguments.output,
+        name=arguments.name,
+        tokenizer_path=arguments.tokenizer or arguments.checkpoint / "tokenizer.json",
+        quantization=arguments.quantization,
+        chat_template=LAST_MESSAGE,
+        defaults=arguments.defaults,
+        training=TrainingInfo(command=arguments.training, figures=arguments.figures),
+    )
+    print(f"wrote {arguments.output}")
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """Compare an artefact with its checkpoint."""
+    from d2f_export.evaluate import held_out
+    from d2f_export.verify import compare_backends
+    from d2f_runtime.backends import open_backend
+    from d2f_runtime.manifest import read_manifest, verify_files
+    from d2f_runtime.tokenizer import Tokenizer
+
+    manifest = read_manifest(arguments.artefact)
+    verify_files(arguments.artefact, manifest)
+    codec = Tokenizer.from_folder(arguments.artefact)
+    comparison = compare_backends(
+        open_backend("torch", arguments.checkpoint, device="cpu", quantization="fp32"),
+        open_backend("onnx", arguments.artefact, device="cpu", quantization="auto"),
+        [codec.encode(problem.question) for problem in held_out(arguments.problems)],
+        manifest.params_for("cpu"),
+    )
+    text = json.dumps(asdict(comparison), indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+
+
+def run_manifest(arguments: argparse.Namespace) -> None:
+    """Write the manifest of a checkpoint folder."""
+    from d2f_export.artefact import write_checkpoint_manifest
+    from d2f_runtime.manifest import TrainingInfo
+
+    write_checkpoint_manifest(
+        arguments.checkpoint,
+        name=arguments.name,
+        defaults=arguments.defaults,
+        training=TrainingInfo(command=arguments.training, figures=arguments.figures),
+    )
+    print(f"wrote {arguments.checkpoint / 'manifest.json'}")
+
+
+def run_plot(arguments: argparse.Namespace) -> None:
+    """Draw the trade-off figure."""
+    from d2f_export.plot import plot_trade_off
+
+    plot_trade_off(arguments.records, arguments.output)
+    print(f"wrote {arguments.output}")
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
