@@ -5,7 +5,6 @@ neighbour and renamed), `log.csv`, and at the end the checkpoint itself (config.
 model.safetensors). Started again with the same settings, a run goes on from its last state.
 """
 
-import csv
 import os
 import time
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from d2f_export.corpus import Batch, Corpus
 from d2f_export.stages import Objective
+from d2f_export.training_log import TrainingLog
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 
@@ -90,7 +88,7 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     batches = corpus.batches(settings.tokens_per_batch, first_shard=run.shard)
-    with _Log(folder, settings) as log:
+    with TrainingLog(folder, every=settings.log_every) as log:
         _loop(model, objective, optimizer, batches, run, folder, settings, generator, log)
     save_checkpoint(folder, model, dtype=torch.float32)
     (folder / "state.pt").unlink(missing_ok=True)
@@ -105,7 +103,7 @@ def _loop(
     folder: Path,
     settings: TrainSettings,
     generator: torch.Generator,
-    log: "_Log",
+    log: TrainingLog,
 ) -> None:
     device = generator.device
     started, saved = time.monotonic() - run.seconds, time.monotonic()
@@ -125,7 +123,7 @@ def _loop(
         run.step, run.shard = run.step + 1, batch.shard
         run.tokens += tokens.numel()
         run.seconds = time.monotonic() - started
-        log.row(run, loss, rate, progress)
+        log.row(loss, rate, progress, step=run.step, seconds=run.seconds, tokens=run.tokens)
         if time.monotonic() - saved > settings.save_every_s:
             _save(folder, model, optimizer, run)
             saved = time.monotonic()
@@ -169,46 +167,3 @@ def _restore(
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return _Run(**state["run"])
-
-
-class _Log:
-    """log.csv and a progress bar (a line now and then where there is no terminal)."""
-
-    def __init__(self, folder: Path, settings: TrainSettings) -> None:
-        self._path = folder / "log.csv"
-        self._settings = settings
-        self._bar = Progress(
-            TextColumn(folder.name),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        self._task = self._bar.add_task("starting", total=1.0)
-
-    def __enter__(self) -> "_Log":
-        fresh = not self._path.exists()
-        self._file = self._path.open("a", newline="")
-        self._csv = csv.writer(self._file)
-        if fresh:
-            self._csv.writerow(["step", "seconds", "tokens", "loss", "lr"])
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-        self._file.close()
-
-    def row(self, run: _Run, loss: Tensor, rate: float, progress: float) -> None:
-        """Log every `log_every` steps; reading the loss waits for the device."""
-        if run.step % self._settings.log_every:
-            return
-        value = loss.item()
-        self._csv.writerow(
-            [run.step, f"{run.seconds:.1f}", run.tokens, f"{value:.5f}", f"{rate:.3g}"]
-        )
-        self._file.flush()
-        speed = run.tokens / max(run.seconds, 1e-9) / 1e6
-        text = f"step {run.step} loss {value:.4f} {speed:.2f} Mtok/s"
-        self._bar.update(self._task, completed=progress, description=text)
-        if not self._bar.console.is_terminal and run.step % (20 * self._settings.log_every) == 0:
-            self._bar.console.print(f"{text} {run.seconds:.0f} s")

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_runtime.bench.steps import SHAPES, main, step_times
+from d2f_runtime.bench.__main__ import main
+from d2f_runtime.bench.steps import SHAPES, step_times
 
 
 def test_every_shape_is_timed_and_no_slot_stays_open() -> None:
@@ -20,8 +21,8 @@ def test_a_record_names_its_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder.mkdir()
     (folder / "script.json").write_text(json.dumps({"answers": "x" * 200}))
     output = tmp_path / "out" / "steps.json"
-    main([str(folder), "--repeats", "4", "--turns", "1", "--output", str(output)])
+    main(["steps", str(folder), "--repeats", "4", "--turns", "1", "--output", str(output)])
     record = json.loads(output.read_text())
-    assert json.loads(capsys.readouterr().out) == record
-    assert record["command"].startswith("python -m d2f_runtime.bench.steps ")
+    assert json.loads(capsys.readouterr().out) == record["results"]
+    assert record["command"].startswith("python -m d2f_runtime.bench steps ")
     assert list(record["results"]) == ["scripted, none, cpu, scripted"]

@@ -32,17 +32,26 @@ def main(argv: list[str] | None = None) -> None:
     overhead = commands.add_parser("overhead", help="a step's cost beyond the model")
     overhead.set_defaults(run=_overhead)
 
+    steps = commands.add_parser("steps", help="time of a backend step by the shape of its window")
+    steps.add_argument("folders", type=Path, nargs="+", help="model folders")
+    steps.add_argument("--backend", default="auto")
+    steps.add_argument("--device", default="auto")
+    steps.add_argument("--repeats", type=int, default=50)
+    steps.add_argument("--turns", type=int, default=5)
+    steps.set_defaults(run=_steps)
+
     footprint = commands.add_parser("footprint", help="sizes, memory and start of the edge extra")
     footprint.add_argument("--prompt", default="Tom has 3 apples. He buys 4 more. How many now?")
     footprint.set_defaults(run=_footprint)
 
-    for command in (stream, overhead, footprint):
+    for command in (stream, overhead, steps, footprint):
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
     results = arguments.run(arguments)
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
     if arguments.output:
-        write_record(arguments.output, arguments.command, results)
+        given = sys.argv[1:] if argv is None else argv
+        write_record(arguments.output, arguments.command, results, arguments=given)
 
 
 def _stream(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +72,20 @@ def _overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     from d2f_runtime.bench.overhead import overhead
 
     return asyncio.run(overhead())
+
+
+def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
+    from d2f_runtime.bench.steps import compare_steps
+
+    return dict(
+        compare_steps(
+            arguments.folders,
+            backend=arguments.backend,
+            device=arguments.device,
+            repeats=arguments.repeats,
+            turns=arguments.turns,
+        )
+    )
 
 
 def _footprint(arguments: argparse.Namespace) -> dict[str, Any]:

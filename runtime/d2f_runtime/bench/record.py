@@ -7,7 +7,6 @@ import platform
 import shlex
 import statistics
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +17,10 @@ __all__ = ["environment", "spread", "write_record"]
 PACKAGES = ("d2f-stream", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "tokenizers")
 
 
-def environment() -> dict[str, Any]:
+def environment(arguments: Sequence[str]) -> dict[str, Any]:
     """Return command, commit, date, processor and the versions of what may be involved."""
     return {
-        "command": shlex.join(["python", "-m", "d2f_runtime.bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "d2f_runtime.bench", *arguments]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
@@ -43,10 +42,12 @@ def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     }
 
 
-def write_record(path: Path, name: str, results: dict[str, Any]) -> None:
+def write_record(
+    path: Path, name: str, results: dict[str, Any], *, arguments: Sequence[str]
+) -> None:
     """Write a result with its origin as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": name, **environment(), "results": results}
+    record = {"benchmark": name, **environment(arguments), "results": results}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,14 +1,10 @@
-"""How long one backend step takes, by the shape of its window: python -m d2f_runtime.bench.steps.
+"""How long one backend step takes, by the shape of its window.
 
 Random tokens: the time of a step does not depend on them. The folders take turns, and each shape's
 fastest turn counts: on shared cores whole seconds run at half speed.
 """
 
-import argparse
-import json
 import random
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +13,10 @@ from pathlib import Path
 
 from d2f_runtime.backends import choose_backend, open_backend
 from d2f_runtime.backends.base import Backend, StepRow
-from d2f_runtime.bench.record import environment, spread
+from d2f_runtime.bench.record import spread
 from d2f_runtime.window import Window
 
-__all__ = ["SHAPES", "Shape", "step_times"]
+__all__ = ["SHAPES", "Shape", "compare_steps", "step_times"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +48,23 @@ def step_times(backend: Backend, *, repeats: int = 50) -> dict[str, dict[str, fl
     return {name: _time(backend, shape, tokens, repeats) for name, shape in SHAPES.items()}
 
 
+def compare_steps(
+    folders: Sequence[Path], *, backend: str, device: str, repeats: int, turns: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Time every folder `turns` times, in turn, and keep the best turn of each shape."""
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for folder in list(folders) * turns:
+        name = choose_backend(folder, backend, device=device)
+        opened = open_backend(name, folder, device=device, quantization="auto")
+        label = f"{folder.name}, {opened.info.quantization}, {opened.info.device}, {name}"
+        times = step_times(opened, repeats=repeats)
+        opened.close()
+        best = results.setdefault(label, times)
+        for shape, found in times.items():
+            best[shape] = min(best[shape], found, key=lambda spread: spread["median"])
+    return results
+
+
 def _time(backend: Backend, shape: Shape, tokens: Sequence[int], repeats: int) -> dict[str, float]:
     start, stop = shape.cached, shape.cached + shape.filled
     slot = backend.open_slot(stop + sum(shape.masks))
@@ -72,36 +85,3 @@ def _time(backend: Backend, shape: Shape, tokens: Sequence[int], repeats: int) -
         milliseconds.append((time.perf_counter() - began) * 1e3)
     backend.close_slot(slot)
     return spread(milliseconds[repeats // 10 :])
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Time every folder and print, or record, the results."""
-    parser = argparse.ArgumentParser(prog="python -m d2f_runtime.bench.steps", description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", help="model folders")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="record the results here")
-    arguments = parser.parse_args(argv)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for folder in arguments.folders * arguments.turns:
-        name = choose_backend(folder, arguments.backend, device=arguments.device)
-        backend = open_backend(name, folder, device=arguments.device, quantization="auto")
-        label = f"{folder.name}, {backend.info.quantization}, {backend.info.device}, {name}"
-        times = step_times(backend, repeats=arguments.repeats)
-        backend.close()
-        best = results.setdefault(label, times)
-        for shape, found in times.items():
-            best[shape] = min(best[shape], found, key=lambda spread: spread["median"])
-    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
-    record = {"benchmark": "steps", **environment(), "command": command, "results": results}
-    text = json.dumps(record, indent=2) + "\n"
-    sys.stdout.write(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
