@@ -241,20 +241,20 @@ class BlockDecoder:
         offsets = self._policy.accept(
             block.masked, confidence, rank, fully_activated=fully_activated
         )
+        if not offsets:
+            if fully_activated:
+                raise RuntimeError("the policy accepted nothing in a fully activated block")
+            return
+        canvas, eos_ids, num_prompt = self._canvas, self._eos_ids, self._num_prompt
         for offset in offsets:
-            self._fill(block.start + offset, row.tokens[first + offset], events)
-        if offsets:
-            block.unmask(offsets)
-        elif fully_activated:
-            raise RuntimeError("the policy accepted nothing in a fully activated block")
-
-    def _fill(self, position: int, token: int, events: list[Accepted | Committed]) -> None:
-        if token < 0:
-            raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
-        self._canvas[position] = token
-        if token in self._eos_ids and (self._eos is None or position < self._eos):
-            self._eos = position
-        events.append(Accepted(position - self._num_prompt, token))
+            position, token = block.start + offset, row.tokens[first + offset]
+            if token < 0:
+                raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
+            canvas[position] = token
+            if token in eos_ids and (self._eos is None or position < self._eos):
+                self._eos = position
+            events.append(Accepted(position - num_prompt, token))
+        block.unmask(offsets)
 
     def _drop_after(self, block: Block) -> None:
         if len(self._canvas) > block.stop:

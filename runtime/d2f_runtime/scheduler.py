@@ -158,7 +158,7 @@ class Scheduler(Generic[Id]):
         return len(self._waiting)
 
     def _admit(self) -> tuple[Id, ...]:
-        if self._is_full and self._running:
+        if not self._waiting or (self._is_full and self._running):
             return ()
         self._is_full = False
         admitted: list[Id] = []

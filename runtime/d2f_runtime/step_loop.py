@@ -14,7 +14,7 @@ and only then lets the cancellation through.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from d2f_runtime.backends.base import StepRow
@@ -154,22 +154,27 @@ class StepLoop:
             if self._closing:
                 for stream in self._streams.values():
                     stream.outcome = stream.outcome or EngineClosed("the engine was closed")
-            await self._retire()
+            if ended := [s for s in self._streams.values() if s.outcome is not None]:
+                await self._retire(ended)
             if self._streams and not await self._step():
                 await self._wake.wait()
 
     async def _step(self) -> bool:
         """Admit, and run one step; False if nothing can run before something changes."""
         batch = self._scheduler.next_batch()
-        await self._admit([self._streams[stream_id] for stream_id in batch.admit])
+        if batch.admit:
+            await self._admit([self._streams[stream_id] for stream_id in batch.admit])
         rows: list[StepRow] = []
         shares: list[tuple[Stream, slice]] = []
         for stream_id, max_active_blocks in batch.run:
             stream = self._streams[stream_id]
             if stream.slot is not None and stream.outcome is None:
                 first = len(rows)
-                with self._alone(stream):
+                try:
                     rows += stream.rows(stream.slot, max_active_blocks)
+                except Exception as error:
+                    _end_alone(stream, error)
+                else:
                     shares.append((stream, slice(first, len(rows))))
         if not rows:
             # Where only other engines hold slots, their end wakes this one.
@@ -179,8 +184,10 @@ class StepLoop:
             raise RuntimeError(f"the backend answered {len(rows)} rows with {len(proposals)}")
         for stream, share in shares:
             if stream.outcome is None:
-                with self._alone(stream):
+                try:
                     stream.apply(proposals[share])
+                except Exception as error:
+                    _end_alone(stream, error)
         return True
 
     async def _admit(self, streams: Sequence[Stream]) -> None:
@@ -201,9 +208,8 @@ class StepLoop:
             stream.slot = slot
             stream.start()
 
-    async def _retire(self) -> None:
+    async def _retire(self, ended: Sequence[Stream]) -> None:
         """Free the slots of streams that are to end, then announce their ends."""
-        ended = [stream for stream in self._streams.values() if stream.outcome is not None]
         slots = [stream.slot for stream in ended if stream.slot is not None]
         if slots:
             await self._model.device.call(self._model.do_close_slots, slots)
@@ -274,14 +280,11 @@ class StepLoop:
         stream.end()
         logger.debug("stream %s: %s", stream.id, stream.outcome)
 
-    @contextlib.contextmanager
-    def _alone(self, stream: Stream) -> Iterator[None]:
-        """Let an error of one stream's own code end that stream only."""
-        try:
-            yield
-        except Exception as error:
-            logger.exception("stream %s failed", stream.id)
-            stream.outcome = D2FError(f"the stream failed: {error!r}")
+
+def _end_alone(stream: Stream, error: Exception) -> None:
+    """Let an error of one stream's own code end that stream only."""
+    logger.error("stream %s failed", stream.id, exc_info=error)
+    stream.outcome = D2FError(f"the stream failed: {error!r}")
 
 
 def _waker(wake: asyncio.Event) -> Callable[[], None]:
