@@ -15,25 +15,50 @@ the offending value, the limit and the way out.
     ├── MissingExtra (ImportError)       an optional dependency is not installed
     ├── OutOfCapacity                    no room for another session's K/V
     ├── EngineClosed                     the engine was closed before or during the request
-    └── EngineFailed                     the backend failed; the engine is unusable
+    ├── EngineFailed                     the backend failed; the engine is unusable
+    └── RemoteError                      between a client and its server
+        ├── ConnectionLost (ConnectionError)  the server cannot be reached
+        ├── StreamLost                   the server does not know the stream (any more)
+        ├── WorkerLost                   the worker that ran the stream is gone
+        ├── Unauthorized (PermissionError)  no token, or a wrong one
+        ├── LimitExceeded                a limit of the server; the sentence names it
+        │   ├── MessageTooLarge          a message, prompt or answer beyond what is served
+        │   ├── RateLimited              too many requests a minute
+        │   ├── SlowConsumer             a reader did not read for too long
+        │   └── TooManyStreams           too many streams of one client, or in all
+        ├── ServerShuttingDown           the server takes nothing on any more
+        └── ProtocolError                one side sent what the other cannot read
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 __all__ = [
+    "ConnectionLost",
     "D2FError",
     "EngineClosed",
     "EngineFailed",
     "InvalidParams",
     "InvalidPrompt",
     "InvalidRequest",
+    "LimitExceeded",
+    "MessageTooLarge",
     "MissingExtra",
     "ModelDamaged",
     "ModelError",
     "ModelNotFound",
     "OutOfCapacity",
     "PromptTooLong",
+    "ProtocolError",
+    "RateLimited",
+    "RemoteError",
+    "ServerShuttingDown",
+    "SlowConsumer",
+    "StreamLost",
+    "TooManyStreams",
+    "Unauthorized",
     "UnsupportedModel",
+    "WorkerLost",
+    "error_from",
 ]
 
 
@@ -137,3 +162,102 @@ class EngineFailed(D2FError):
     """The backend failed; every session ends with this and the engine accepts no more."""
 
     code = "engine_failed"
+
+
+class RemoteError(D2FError):
+    """Something between a client and its server; the request itself may have been fine."""
+
+    code = "remote_error"
+
+
+class ConnectionLost(RemoteError, ConnectionError):
+    """The server cannot be reached, and the client has stopped trying."""
+
+    code = "connection_lost"
+
+
+class StreamLost(RemoteError):
+    """The server does not know the stream: it was restarted, or kept the stream long enough."""
+
+    code = "stream_lost"
+
+
+class WorkerLost(RemoteError):
+    """The worker that ran the stream is gone."""
+
+    code = "worker_lost"
+
+
+class Unauthorized(RemoteError, PermissionError):
+    """No token was given, or a wrong one."""
+
+    code = "unauthorized"
+
+
+class LimitExceeded(RemoteError):
+    """A limit of the server; the sentence names it and its value.
+
+    Attributes:
+        retry_after_s: seconds after which the same request may succeed, where that is known.
+    """
+
+    code = "limit_exceeded"
+    retry_after_s: float | None = None
+
+
+class MessageTooLarge(LimitExceeded):
+    """A message, a prompt or an answer is larger than the server allows."""
+
+    code = "message_too_large"
+
+
+class RateLimited(LimitExceeded):
+    """Too many requests in a minute; later ones are served."""
+
+    code = "rate_limited"
+
+
+class SlowConsumer(LimitExceeded):
+    """A reader did not take its events for too long and lost its connection, not its streams."""
+
+    code = "slow_consumer"
+
+
+class TooManyStreams(LimitExceeded):
+    """Too many streams at once, of one client or in all; others will end."""
+
+    code = "too_many_streams"
+
+
+class ServerShuttingDown(RemoteError):
+    """The server takes no more requests."""
+
+    code = "shutting_down"
+
+
+class ProtocolError(RemoteError):
+    """A message that cannot be read, or that has no place where it came."""
+
+    code = "protocol_error"
+
+
+def error_from(code: str, message: str) -> D2FError:
+    """Return the error of a code that came over the wire; of an unknown one, a D2FError with it.
+
+    Errors that are made of values come back as their parent, since only the sentence crosses; the
+    code is kept.
+    """
+    kind = _BY_CODE.get(code, D2FError)
+    while "__init__" in vars(kind):
+        kind = next(base for base in kind.__bases__ if issubclass(base, D2FError))
+    error = kind(message)
+    if error.code != code:
+        error.code = code  # type: ignore[misc]  # the class's stands for all others
+    return error
+
+
+def _with_subclasses(kind: type[D2FError]) -> list[type[D2FError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in _with_subclasses(child))]
+
+
+_BY_CODE: Final = {kind.code: kind for kind in _with_subclasses(D2FError)}

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 from d2f_stream.buffer import EventBuffer
-from d2f_stream.errors import D2FError, EngineClosed, EngineFailed, OutOfCapacity
+from d2f_stream.errors import D2FError, error_from
 from d2f_stream.events import (
     Block,
     Event,
@@ -64,6 +64,11 @@ class EngineInfo(Protocol):
     @property
     def max_len(self) -> int:
         """Prompt and answer together, tokens."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What the model can do, in a sentence or two for its users; may be empty."""
         ...
 
 
@@ -229,7 +234,4 @@ def _give_up(loop: asyncio.AbstractEventLoop, buffer: EventBuffer) -> None:
 
 def _failure_of(event: StreamFailed | None) -> D2FError:
     assert event is not None, "a stream ended without a terminal event"
-    for kind in (EngineFailed, EngineClosed, OutOfCapacity):
-        if kind.code == event.code:
-            return kind(event.message)
-    return D2FError(f"{event.message} ({event.code})")
+    return error_from(event.code, event.message)

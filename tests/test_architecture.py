@@ -13,6 +13,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 VALUES = {"d2f_stream.errors", "d2f_stream.params"}
 EVENTS = VALUES | {"d2f_stream.events"}
 SESSION = EVENTS | {"d2f_stream.buffer"}
+SERVED = EVENTS | {"d2f_stream.protocol", "d2f_stream.session", "d2f_stream.server.limits"}
 PURE = VALUES | {"d2f_runtime." + n for n in ("window", "policy", "partition", "blocks")}
 
 # What a module of ours may import of ours. Others are bounded by is_forbidden only.
@@ -22,6 +23,14 @@ ALLOWED = {
     "d2f_stream.events": VALUES,
     "d2f_stream.buffer": EVENTS,
     "d2f_stream.session": SESSION,
+    "d2f_stream.protocol": EVENTS,
+    "d2f_stream.channels": {"d2f_stream.protocol"},
+    "d2f_stream.channels.memory": {"d2f_stream.channels", "d2f_stream.protocol"},
+    "d2f_stream.server.limits": {"d2f_stream.errors"},
+    "d2f_stream.server.auth": {"d2f_stream.errors"},
+    "d2f_stream.server.streams": SERVED,
+    "d2f_stream.server.gateway": SERVED
+    | {"d2f_stream.channels", "d2f_stream.server.auth", "d2f_stream.server.streams"},
     "d2f_runtime.window": set(),
     "d2f_runtime.decoder": PURE,
     "d2f_runtime.policy": PURE,

@@ -79,6 +79,7 @@ def _add_export(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         command.add_argument(
             "--defaults", type=json.loads, default={}, metavar="JSON", help="by kind of device"
         )
+        command.add_argument("--description", default="", help="what the model can do, for users")
         command.add_argument("--training", default="", help="what made the checkpoint")
         command.add_argument(
             "--figures", type=json.loads, default={}, metavar="JSON", help="what was measured"

@@ -49,6 +49,7 @@ def write_artefact(
     chat_template: str | None = None,
     defaults: Defaults | None = None,
     training: TrainingInfo | None = None,
+    description: str = "",
 ) -> Manifest:
     """Export a checkpoint as an ONNX model folder.
 
@@ -61,6 +62,7 @@ def write_artefact(
         chat_template: jinja text, where the model chats.
         defaults: GenerationParams fields by kind of device ("cpu", "cuda").
         training: where the weights come from.
+        description: what the model can do, for its users.
 
     Raises:
         ModelNotFound: the checkpoint or the tokenizer is missing.
@@ -90,6 +92,7 @@ def write_artefact(
             onnx=OnnxInfo(opset=OPSET, min_onnxruntime=MIN_ONNXRUNTIME, quantization=quantization),
             defaults=defaults or {},
             training=training,
+            description=description,
         )
         (unfinished / FILE_NAME).write_bytes(_encoded(manifest))
         unfinished.chmod(0o755)  # mkdtemp's are private
@@ -105,6 +108,7 @@ def write_checkpoint_manifest(
     name: str,
     defaults: Defaults | None = None,
     training: TrainingInfo | None = None,
+    description: str = "",
 ) -> Manifest:
     """Write the manifest of a checkpoint folder for the torch backend, over all its other files.
 
@@ -113,6 +117,7 @@ def write_checkpoint_manifest(
         name: the model's, for people.
         defaults: see write_artefact.
         training: see write_artefact.
+        description: see write_artefact.
 
     Raises:
         ModelNotFound: there is no checkpoint in the folder.
@@ -126,6 +131,7 @@ def write_checkpoint_manifest(
         onnx=None,
         defaults=defaults or {},
         training=training,
+        description=description,
     )
     unfinished = folder / f".{FILE_NAME}"
     unfinished.write_bytes(_encoded(manifest))
@@ -147,6 +153,7 @@ def _manifest(
     onnx: OnnxInfo | None,
     defaults: Defaults,
     training: TrainingInfo | None,
+    description: str,
 ) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -171,6 +178,7 @@ def _manifest(
         files=files,
         onnx=onnx,
         training=training,
+        description=description,
     )
 
 

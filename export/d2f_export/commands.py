@@ -167,6 +167,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         chat_template=LAST_MESSAGE,
         defaults=arguments.defaults,
         training=TrainingInfo(command=arguments.training, figures=arguments.figures),
+        description=arguments.description,
     )
     print(f"wrote {arguments.output}")
 
@@ -204,6 +205,7 @@ def run_manifest(arguments: argparse.Namespace) -> None:
         name=arguments.name,
         defaults=arguments.defaults,
         training=TrainingInfo(command=arguments.training, figures=arguments.figures),
+        description=arguments.description,
     )
     print(f"wrote {arguments.checkpoint / 'manifest.json'}")
 

@@ -15,7 +15,7 @@ from typing import Self, Unpack
 
 from d2f_runtime.backends.base import Backend, ModelInfo
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
-from d2f_runtime.step_loop import Limits, StepLoop
+from d2f_runtime.step_loop import EngineLoad, Limits, StepLoop, StepObserver
 from d2f_runtime.stream import Stream, StreamId
 from d2f_runtime.tokenizer import TextCodec
 from d2f_stream.buffer import EventBuffer
@@ -24,6 +24,7 @@ from d2f_stream.errors import (
     EngineFailed,
     InvalidParams,
     InvalidPrompt,
+    MessageTooLarge,
     PromptTooLong,
 )
 from d2f_stream.params import GenerationParams, ParamOverrides
@@ -71,12 +72,21 @@ class LocalEngine:
     @property
     def info(self) -> ModelInfo:
         """Facts about the model, once it is loaded."""
-        return self._parts().backend.info
+        return self._parts().info
 
     @property
     def defaults(self) -> GenerationParams:
         """The parameters of a request that gives none, once the model is loaded."""
         return self._parts().defaults
+
+    @property
+    def current_load(self) -> EngineLoad:
+        """What the engine does at this moment."""
+        return self._steps.current_load
+
+    def on_step(self, observe: StepObserver) -> None:
+        """Call `observe` after each step, on the event loop; it must not wait or raise."""
+        self._steps.observers.append(observe)
 
     @property
     def usable(self) -> bool:
@@ -113,7 +123,7 @@ class LocalEngine:
 
         def prepare(parts: ModelParts) -> Stream:
             chosen = (params or parts.defaults).with_overrides(overrides)
-            return _make_stream(stream_id, prompt, chosen, parts, buffer)
+            return _make_stream(stream_id, prompt, chosen, parts, buffer, steps.limits)
 
         steps.submit(stream_id, prepare, buffer)
         return Session(buffer)
@@ -197,14 +207,20 @@ def _make_stream(
     params: GenerationParams,
     parts: ModelParts,
     buffer: EventBuffer,
+    limits: Limits,
 ) -> Stream:
-    info = parts.backend.info
+    info = parts.info
     tokens = _encode(prompt, parts.codec, info)
     if params.block_size > info.max_block_size:
         allowed = f"at most {info.max_block_size} for model {info.name}"
         raise InvalidParams("block_size", params.block_size, allowed)
     if len(tokens) + params.max_new_tokens > info.max_len:
         raise PromptTooLong(len(tokens), params.max_new_tokens, info.max_len)
+    limit = limits.max_prompt_tokens
+    if limit is not None and len(tokens) > limit:
+        raise MessageTooLarge(
+            f"prompt has {len(tokens)} tokens but at most {limit} are served; shorten it"
+        )
     parts.backend.check(params)
     return Stream(
         stream_id,

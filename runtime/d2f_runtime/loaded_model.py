@@ -10,10 +10,10 @@ import atexit
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 
-from d2f_runtime.backends.base import Backend, Slot, StepRow
+from d2f_runtime.backends.base import Backend, ModelInfo, Slot, StepRow
 from d2f_runtime.device import DeviceThread
 from d2f_runtime.tokenizer import TextCodec
 from d2f_runtime.window import Proposals
@@ -39,11 +39,16 @@ class ModelKey:
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """What loading a model yields."""
+    """What loading a model yields; `info` is the backend's, with the manifest's description."""
 
     backend: Backend
     codec: TextCodec
     defaults: GenerationParams
+    description: InitVar[str] = ""
+    info: ModelInfo = field(init=False)
+
+    def __post_init__(self, description: str) -> None:
+        object.__setattr__(self, "info", replace(self.backend.info, description=description))
 
 
 class LoadedModel:

@@ -86,6 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         files: name, relative to the folder, to hash and size.
         onnx: present where the folder holds an ONNX graph.
         training: where the weights come from.
+        description: what the model can do, in a sentence or two for its users.
     """
 
     format_version: int
@@ -104,6 +105,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileInfo] = msgspec.field(default_factory=dict)
     onnx: OnnxInfo | None = None
     training: TrainingInfo | None = None
+    description: str = ""
 
     def params_for(self, device: str) -> GenerationParams:
         """Return the defaults for a device such as "cpu" or "cuda:0".

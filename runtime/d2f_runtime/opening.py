@@ -11,7 +11,7 @@ from typing import Final
 import d2f_runtime.models
 from d2f_runtime.backends import choose_backend, open_backend
 from d2f_runtime.backends.scripted import ByteCodec
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine import Limits, LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
 from d2f_runtime.tokenizer import TextCodec, Tokenizer
@@ -27,7 +27,12 @@ _lock: Final = threading.Lock()
 
 
 def open_engine(
-    model: str | Path | None, *, backend: str, quantization: str, device: str
+    model: str | Path | None,
+    *,
+    backend: str = "auto",
+    quantization: str = "auto",
+    device: str = "auto",
+    limits: Limits | None = None,
 ) -> LocalEngine:
     """Return a new engine; entering it waits for the model.
 
@@ -35,7 +40,8 @@ def open_engine(
         ModelNotFound: there is no such folder.
         UnsupportedModel: the model or the backend is of a kind that this build does not know.
     """
-    return _engine(_key(model, backend=backend, quantization=quantization, device=device))
+    key = _key(model, backend=backend, quantization=quantization, device=device)
+    return _engine(key, limits)
 
 
 def shared_engine(model: str | Path | None) -> LocalEngine:
@@ -86,8 +92,8 @@ def _key(model: str | Path | None, *, backend: str, quantization: str, device: s
     return ModelKey(path=path, backend=name, device=device, quantization=quantization)
 
 
-def _engine(key: ModelKey) -> LocalEngine:
-    return LocalEngine(MODELS.lease(key, key.path.name, lambda: _load(key)))
+def _engine(key: ModelKey, limits: Limits | None = None) -> LocalEngine:
+    return LocalEngine(MODELS.lease(key, key.path.name, lambda: _load(key)), limits=limits)
 
 
 def _load(key: ModelKey) -> ModelParts:
@@ -99,7 +105,7 @@ def _load(key: ModelKey) -> ModelParts:
     backend = open_backend(key.backend, path, device=key.device, quantization=key.quantization)
     codec: TextCodec = ByteCodec() if key.backend == "scripted" else Tokenizer.from_folder(path)
     if manifest is not None:
-        defaults = manifest.params_for(backend.info.device)
-    else:
-        defaults = GenerationParams(block_size=backend.info.native_block_size)
-    return ModelParts(backend, codec, defaults)
+        return ModelParts(
+            backend, codec, manifest.params_for(backend.info.device), manifest.description
+        )
+    return ModelParts(backend, codec, GenerationParams(block_size=backend.info.native_block_size))

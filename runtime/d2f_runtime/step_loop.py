@@ -14,6 +14,7 @@ and only then lets the cancellation through.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,13 @@ from d2f_runtime.stream import Stream, StreamId, cancelled_unstarted
 from d2f_stream.buffer import EventBuffer
 from d2f_stream.errors import D2FError, EngineClosed, EngineFailed, OutOfCapacity
 
-__all__ = ["Limits", "StepLoop"]
+__all__ = ["EngineLoad", "Limits", "StepLoop", "StepObserver"]
 
 logger = logging.getLogger("d2f_stream.engine")
 
 Prepare = Callable[[ModelParts], Stream]
+StepObserver = Callable[[float, int], None]
+"""Is given a step's wall time, seconds, and how many rows it had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,29 @@ class Limits:
         max_tokens: tokens that all slots together have room for.
         max_rows: sessions that share a step.
         max_step_tokens: window tokens that a step aims for.
+        max_prompt_tokens: of one request; None leaves it to the model.
     """
 
     max_sessions: int = 32
     max_tokens: int = 2**31
     max_rows: int = 16
     max_step_tokens: int = 1024
+    max_prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine does at one moment.
+
+    Attributes:
+        num_running: sessions that hold a slot.
+        num_waiting: sessions in the queue.
+        kv_tokens: tokens that the open slots have room for.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +82,15 @@ class StepLoop:
     Attributes:
         parts: of the model, once it is loaded.
         failure: why nothing is accepted any more, if something broke.
+        limits: how much it takes on at once.
+        observers: called after each step.
     """
 
     def __init__(self, model: LoadedModel, limits: Limits) -> None:
         self.parts: ModelParts | None = None
         self.failure: D2FError | None = None
+        self.limits = limits
+        self.observers: list[StepObserver] = []
         self._model = model
         self._scheduler: Scheduler[StreamId] = Scheduler(
             max_sessions=limits.max_sessions,
@@ -79,6 +103,16 @@ class StepLoop:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._closing = False
+
+    @property
+    def current_load(self) -> EngineLoad:
+        """What the loop does at this moment; requests that wait for the model are in the queue."""
+        scheduler = self._scheduler
+        return EngineLoad(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting + len(self._requests),
+            kv_tokens=sum(s.capacity for s in self._streams.values() if s.slot is not None),
+        )
 
     async def load(self) -> ModelParts:
         """Load the model. Safe to cancel; loading goes on.
@@ -179,7 +213,10 @@ class StepLoop:
         if not rows:
             # Where only other engines hold slots, their end wakes this one.
             return bool(batch.run) and self._scheduler.num_running > 0
+        began = time.perf_counter()
         proposals = await self._model.device.call(self._model.do_step, rows)
+        for observe in self.observers:
+            observe(time.perf_counter() - began, len(rows))
         if len(proposals) != len(rows):
             raise RuntimeError(f"the backend answered {len(rows)} rows with {len(proposals)}")
         for stream, share in shares:

@@ -2,6 +2,7 @@ import pytest
 
 from d2f_stream import errors
 from d2f_stream.errors import (
+    ConnectionLost,
     D2FError,
     InvalidParams,
     InvalidRequest,
@@ -9,9 +10,13 @@ from d2f_stream.errors import (
     ModelError,
     ModelNotFound,
     PromptTooLong,
+    Unauthorized,
+    error_from,
 )
 
-ALL = [getattr(errors, name) for name in errors.__all__]
+ALL: list[type[D2FError]] = [
+    kind for name in errors.__all__ if isinstance(kind := getattr(errors, name), type)
+]
 
 
 def test_every_error_is_in_the_tree_drawn_in_the_docstring() -> None:
@@ -27,7 +32,13 @@ def test_codes_are_distinct() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "builtin"),
-    [(InvalidRequest, ValueError), (ModelNotFound, FileNotFoundError), (MissingExtra, ImportError)],
+    [
+        (InvalidRequest, ValueError),
+        (ModelNotFound, FileNotFoundError),
+        (MissingExtra, ImportError),
+        (ConnectionLost, ConnectionError),
+        (Unauthorized, PermissionError),
+    ],
 )
 def test_errors_can_be_caught_as_builtin_ones(
     kind: type[D2FError], builtin: type[Exception]
@@ -57,3 +68,18 @@ def test_prompt_too_long_says_what_to_do() -> None:
 def test_missing_extra_gives_the_command() -> None:
     error = MissingExtra("backend 'onnx'", "onnxruntime", "edge")
     assert str(error).endswith("run: pip install 'd2f-stream[edge]'")
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_error_comes_back_from_the_wire_as_itself_or_its_parent(kind: type[D2FError]) -> None:
+    error = error_from(kind.code, "what happened")
+    assert issubclass(kind, type(error))
+    assert type(error) is kind or "__init__" in vars(kind)
+    assert (error.code, str(error)) == (kind.code, "what happened")
+
+
+def test_unknown_code_is_kept() -> None:
+    error = error_from("added_later", "what happened")
+    assert type(error) is D2FError
+    assert (error.code, str(error)) == ("added_later", "what happened")
+    assert D2FError.code == "error"

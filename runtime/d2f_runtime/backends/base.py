@@ -39,6 +39,7 @@ class ModelInfo:
         kv_bytes_per_token: K/V storage of one position over all layers.
         device: "cpu", "cuda:0", ...
         quantization: "fp32", "bf16", "int8", ...
+        description: what the model can do, for its users; from the manifest.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelInfo:
     kv_bytes_per_token: int
     device: str
     quantization: str
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,86 @@
+"""RemoteStream: what a client knows of one stream that a server runs. Pure; knows no transport.
+
+Events come in, possibly twice, possibly from a second worker; each durable one reaches the reader
+once and in order. A client reads on after a lost connection from `last_seq`.
+"""
+
+from d2f_stream.buffer import EventBuffer
+from d2f_stream.errors import D2FError
+from d2f_stream.events import Draft, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.protocol import Generate
+
+__all__ = ["RemoteStream"]
+
+
+class RemoteStream:
+    """Joins the events of one request into the buffer that its session reads.
+
+    Attributes:
+        request: as it was sent.
+        stream_id: the server's name of the stream, once it has started.
+        last_seq: of the last durable event; -1 before the first.
+
+    Args:
+        request: what was asked.
+        buffer: gets the events.
+    """
+
+    def __init__(self, request: Generate, buffer: EventBuffer) -> None:
+        self.request = request
+        self.stream_id: str | None = None
+        self.last_seq = -1
+        self._buffer = buffer
+
+    @property
+    def started(self) -> bool:
+        """Whether the stream exists; from then on the request must not be sent again."""
+        return self.stream_id is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the reader was told the end, or was turned away."""
+        return self._buffer.ended
+
+    def receive(self, event: Event) -> bool:
+        """Take an event; False where one before it is missing, so that `last_seq` must be resumed.
+
+        Repeated events, and those of a second stream for the same request, are dropped.
+        """
+        if self.ended:
+            return True
+        if isinstance(event, StreamStarted) and not self.started:
+            if event.request_id != self.request.request_id:
+                return True
+            self.stream_id = event.stream
+        if event.stream != self.stream_id:
+            # The beginning of our own stream may be missing; that of a second one is not ours.
+            return self.started
+        if isinstance(event, Draft):
+            self._buffer.put(event)
+            return True
+        if event.seq <= self.last_seq:
+            return True
+        if event.seq > self.last_seq + 1:
+            return False
+        self.last_seq = event.seq
+        self._buffer.put(event)
+        return True
+
+    def fail(self, error: D2FError) -> None:
+        """End the stream from this side: it is lost, or the server turned it away. Idempotent."""
+        if self.ended:
+            return
+        if self.stream_id is None:
+            self._buffer.reject(error)
+            return
+        self.last_seq += 1
+        self._buffer.put(
+            StreamFailed(
+                stream=self.stream_id, seq=self.last_seq, code=error.code, message=str(error)
+            )
+        )
+
+    def end(self, finished: StreamFinished) -> None:
+        """End the stream with an event made on this side. Idempotent."""
+        if not self.ended:
+            self._buffer.put(finished)
