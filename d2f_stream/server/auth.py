@@ -67,7 +67,7 @@ class Auth:
             return True
         if origin.rstrip("/") in self.origins:
             return True
-        return host is not None and urlsplit(origin).netloc.lower() == host.lower()
+        return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
 
 
 def token_of_header(authorization: str | None) -> str | None:
@@ -82,7 +82,7 @@ def token_of_subprotocols(subprotocols: Iterable[str]) -> str | None:
         if name.startswith(AUTH_SUBPROTOCOL):
             text = name.removeprefix(AUTH_SUBPROTOCOL)
             try:
-                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
+                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode() or None
             except (binascii.Error, UnicodeDecodeError, ValueError):
                 return None
     return None
