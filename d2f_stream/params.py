@@ -21,6 +21,7 @@ __all__ = [
 
 MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16
+MAX_LOOKAHEAD = 16
 
 Rank = Literal["confidence", "margin", "neg_entropy"]
 StopAtEos = Literal["truncate", "drain"]
@@ -43,6 +44,7 @@ class ParamOverrides(TypedDict, total=False):
     stop: tuple[str, ...]
     stop_at_eos: StopAtEos
     tail: Tail
+    lookahead: int
     drafts: bool
 
 
@@ -68,6 +70,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             the blocks after it too, as the reference loop does.
         tail: when block_size does not divide max_new_tokens, "cut" shortens the last block and
             "drop" leaves it out, as the reference loop does.
+        lookahead: branches tried beside the canvas in each step, 0 to 16; 0 switches it off. Each
+            costs a row of the step.
         drafts: also emit provisional events while a block is being denoised.
 
     Raises:
@@ -87,6 +91,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop: tuple[str, ...] = ()
     stop_at_eos: StopAtEos = "truncate"
     tail: Tail = "cut"
+    lookahead: int = 0
     drafts: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +108,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_choice("rank", self.rank, ("confidence", "margin", "neg_entropy"))
         _check_choice("stop_at_eos", self.stop_at_eos, ("truncate", "drain"))
         _check_choice("tail", self.tail, ("cut", "drop"))
+        _check_count("lookahead", self.lookahead, 0, MAX_LOOKAHEAD)
         if self.tail == "drop" and self.max_new_tokens < self.block_size:
             allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"
             raise InvalidParams("max_new_tokens", self.max_new_tokens, allowed)

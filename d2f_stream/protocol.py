@@ -70,6 +70,7 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop: tuple[str, ...] | UnsetType = UNSET
     stop_at_eos: StopAtEos | UnsetType = UNSET
     tail: Tail | UnsetType = UNSET
+    lookahead: int | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET
 
     def to_dict(self) -> ParamOverrides:

@@ -169,11 +169,13 @@ def checked_run(
         if not windows:
             break
         before_apply(step)
-        (window,) = decoder.next_windows()
+        windows = decoder.next_windows()
+        window = windows[0]
         del cache[decoder.num_cached :]
         check_window(case, cache, window)
+        check_branches(case, windows)
         before = decoder.answer_tokens
-        events = decoder.apply((propose(case, cache, window, step),))
+        events = decoder.apply([propose(case, cache, branch, step) for branch in windows])
         cache += window.tokens[: window.num_to_cache]
         assert decoder.num_cached == len(cache)
         assert decoder.num_steps == step
@@ -216,6 +218,19 @@ def check_window(case: Case, cache: list[int], window: Window) -> None:
     answer = (*cache, *window.tokens)[case.origin :]
     unfilled = sum(MASK in answer[at : at + size] for at in range(0, len(answer), size))
     assert bound is None or unfilled <= bound
+
+
+def check_branches(case: Case, windows: Sequence[Window]) -> None:
+    """Each branch fills one mask of the canvas, each another one, and leaves at least one."""
+    anchor, filled = windows[0], set()
+    assert len(windows) <= 1 + case.params.lookahead
+    for branch in windows[1:]:
+        (at,) = (i for i, token in enumerate(branch.tokens) if token != anchor.tokens[i])
+        assert anchor.tokens[at] == MASK
+        assert MASK in branch.tokens
+        assert replace(branch, tokens=anchor.tokens) == anchor
+        filled.add(at)
+    assert len(filled) == len(windows) - 1
 
 
 def check_events(

@@ -14,7 +14,7 @@ VALUES = {"d2f_stream.errors", "d2f_stream.params"}
 EVENTS = VALUES | {"d2f_stream.events"}
 SESSION = EVENTS | {"d2f_stream.buffer"}
 SERVED = EVENTS | {"d2f_stream.protocol", "d2f_stream.session", "d2f_stream.server.limits"}
-PURE = VALUES | {"d2f_runtime." + n for n in ("window", "policy", "partition", "blocks")}
+PURE = VALUES | {"d2f_runtime." + n for n in ("window", "policy", "partition", "blocks", "lookahead")}
 
 # What a module of ours may import of ours. Others are bounded by is_forbidden only.
 ALLOWED = {
@@ -34,6 +34,7 @@ ALLOWED = {
     "d2f_runtime.window": set(),
     "d2f_runtime.decoder": PURE,
     "d2f_runtime.policy": PURE,
+    "d2f_runtime.lookahead": PURE,
     "d2f_runtime.partition": PURE,
     "d2f_runtime.blocks": PURE,
     "d2f_runtime.noise": PURE,

@@ -11,9 +11,10 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from d2f_runtime.blocks import Accepted, Block, BlockView, Committed
+from d2f_runtime.lookahead import BranchPolicy, Candidate, Lookahead
 from d2f_runtime.partition import Partition
 from d2f_runtime.policy import AcceptancePolicy, ThresholdPolicy
-from d2f_runtime.window import Proposals, Window
+from d2f_runtime.window import Proposals, Window, check_proposals
 from d2f_stream.errors import InvalidPrompt
 from d2f_stream.params import GenerationParams
 
@@ -40,6 +41,7 @@ class BlockDecoder:
         native_block_size: of the grid; unused otherwise.
         num_cached: leading positions whose K/V the slot already holds; on an attention block edge.
         policy: what to accept; by default the threshold rule of `params`.
+        branch_policy: what to try beside the canvas; by default the lookahead of `params`.
 
     Raises:
         InvalidPrompt: the prompt holds the mask id, or is empty where position 0 cannot be filled.
@@ -58,11 +60,15 @@ class BlockDecoder:
         native_block_size: int | None = None,
         num_cached: int = 0,
         policy: AcceptancePolicy | None = None,
+        branch_policy: BranchPolicy | None = None,
     ) -> None:
         self._params = params
         self._mask_id = mask_id
         self._eos_ids = frozenset(eos_ids)
         self._policy = policy or ThresholdPolicy(params.confidence_threshold)
+        if branch_policy is None and params.lookahead:
+            branch_policy = Lookahead(params.lookahead)
+        self._branch_policy = branch_policy
         self._truncates = params.stop_at_eos == "truncate"
         self._canvas = list(prompt_tokens)
         self._check_prompt(shift_logits)
@@ -79,11 +85,13 @@ class BlockDecoder:
         self._eos: int | None = None  # canvas position of the first EOS so far
         self._num_steps = 0
         self._pending: tuple[Window, ...] = ()
+        self._branches: tuple[Candidate, ...] = ()  # of the pending windows but the first
 
     def next_windows(self, *, max_active_blocks: int | None = None) -> tuple[Window, ...]:
         """Begin a step: return the windows to run, () once finished.
 
-        May append a block first. Called again before `apply`, it returns the same windows.
+        The first is the canvas as it is, the others are lookahead branches of it. May append a
+        block first. Called again before `apply`, it returns the same windows.
 
         Args:
             max_active_blocks: tightens the bound of the request for this step; None leaves it.
@@ -91,7 +99,7 @@ class BlockDecoder:
         if not self._pending and not self.finished:
             if self._may_append(max_active_blocks):
                 self._append_block()
-            self._pending = (self._window(),)
+            self._pending = self._windows()
         return self._pending
 
     def apply(self, proposals: Sequence[Proposals]) -> list[Accepted | Committed]:
@@ -103,28 +111,31 @@ class BlockDecoder:
             RuntimeError: an internal error: the proposals do not belong to the windows, or name the
                 mask id; or the policy broke its contract. The decoder is unusable after it.
         """
-        window, row = self._check_proposals(proposals)
+        self._check_proposals(proposals)
+        accepted: list[Accepted] = []
+        window, row = self._take_branch(proposals, accepted)
         self._pending = ()
         self._num_steps += 1
         self._num_cached += window.num_to_cache
-        events: list[Accepted | Committed] = []
         fully_activated = True  # what precedes the first unfilled block is filled
         for block in self._blocks:
             activated = fully_activated
             fully_activated = block.progress >= self._params.activate_threshold
             if block.masked:
-                self._accept(block, row, window.start, activated, events)
-                if self._truncates and self._eos is not None and self._eos < block.stop:
-                    self._drop_after(block)
-                    break
-        self._commit(events)
-        return events
+                self._accept(block, row, window.start, activated, accepted)
+            if self._truncates and self._eos is not None and self._eos < block.stop:
+                self._drop_after(block)
+                break
+        if self._branch_policy is not None:
+            accepted.sort()  # what the branch had filled stands first
+            self._branches = self._next_branches(row, window.start)
+        return [*accepted, *self._commit()]
 
     def forget_cache(self) -> None:
         """Start the next window at position 0: the slot was lost. Accepted tokens stay."""
         self._num_cached = 0
         if self._pending:
-            self._pending = (self._window(),)
+            self._pending = self._windows()
 
     @property
     def finished(self) -> bool:
@@ -208,24 +219,41 @@ class BlockDecoder:
         block_stops = self._partition.stops(start, len(self._canvas))
         return Window(start, tuple(self._canvas[start:]), num_to_cache, block_stops)
 
-    def _check_proposals(self, proposals: Sequence[Proposals]) -> tuple[Window, Proposals]:
+    def _windows(self) -> tuple[Window, ...]:
+        anchor = self._window()
+        return (anchor, *(anchor.filled(c.position, c.token) for c in self._branches))
+
+    def _take_branch(
+        self, proposals: Sequence[Proposals], accepted: list[Accepted]
+    ) -> tuple[Window, Proposals]:
+        """Make the winning branch the canvas; return its window and proposals."""
+        chosen = 0
+        if self._branch_policy is not None and len(proposals) > 1:
+            chosen = self._branch_policy.choose(self._pending, proposals, self._mask_id)
+        if chosen:
+            candidate = self._branches[chosen - 1]
+            block = next(b for b in self._blocks if b.start <= candidate.position < b.stop)
+            self._fill(candidate.position, candidate.token, accepted)
+            block.unmask((candidate.position - block.start,))
+        return self._pending[chosen], proposals[chosen]
+
+    def _next_branches(self, row: Proposals, base: int) -> tuple[Candidate, ...]:
+        """Choose what to try beside the canvas in the next step, from this step's proposals."""
+        assert self._branch_policy is not None
+        masked = [block.start + offset for block in self._blocks for offset in block.masked]
+        if len(masked) < 2:
+            return ()  # every branch needs a mask
+        return tuple(
+            self._branch_policy.branches(
+                [Candidate(p, row.tokens[p - base], row.confidence[p - base]) for p in masked]
+            )
+        )
+
+    def _check_proposals(self, proposals: Sequence[Proposals]) -> None:
         if len(proposals) != len(self._pending) or not proposals:
             raise RuntimeError(f"{len(proposals)} proposals for {len(self._pending)} windows")
-        window, row = self._pending[0], proposals[0]
-        width = len(window.tokens)
-        for values in (row.tokens, row.confidence, row.rank):
-            if values is not None and len(values) != width:
-                raise RuntimeError(f"{len(values)} proposed values for a window of {width}")
-        if row.rank is None and self._params.rank != "confidence":
-            raise RuntimeError(
-                f"proposals without rank, but the request ranks by {self._params.rank}"
-            )
-        if self._mask_id in row.tokens:
-            at = window.start + list(row.tokens).index(self._mask_id)
-            raise RuntimeError(
-                f"proposal at canvas position {at} names the mask id {self._mask_id}"
-            )
-        return window, row
+        for window, row in zip(self._pending, proposals, strict=True):
+            check_proposals(window, row, mask_id=self._mask_id, rank=self._params.rank)
 
     def _accept(
         self,
@@ -233,7 +261,7 @@ class BlockDecoder:
         row: Proposals,
         base: int,
         fully_activated: bool,
-        events: list[Accepted | Committed],
+        accepted: list[Accepted],
     ) -> None:
         first, stop = block.start - base, block.stop - base
         confidence = row.confidence[first:stop]
@@ -245,31 +273,34 @@ class BlockDecoder:
             if fully_activated:
                 raise RuntimeError("the policy accepted nothing in a fully activated block")
             return
-        canvas, eos_ids, num_prompt = self._canvas, self._eos_ids, self._num_prompt
         for offset in offsets:
-            position, token = block.start + offset, row.tokens[first + offset]
-            if token < 0:
-                raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
-            canvas[position] = token
-            if token in eos_ids and (self._eos is None or position < self._eos):
-                self._eos = position
-            events.append(Accepted(position - num_prompt, token))
+            self._fill(block.start + offset, row.tokens[first + offset], accepted)
         block.unmask(offsets)
+
+    def _fill(self, position: int, token: int, accepted: list[Accepted]) -> None:
+        if token < 0:
+            raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
+        self._canvas[position] = token
+        if token in self._eos_ids and (self._eos is None or position < self._eos):
+            self._eos = position
+        accepted.append(Accepted(position - self._num_prompt, token))
 
     def _drop_after(self, block: Block) -> None:
         if len(self._canvas) > block.stop:
             del self._canvas[block.stop :]
             del self._blocks[self._blocks.index(block) + 1 :]
 
-    def _commit(self, events: list[Accepted | Committed]) -> None:
+    def _commit(self) -> list[Committed]:
+        committed: list[Committed] = []
         while self._blocks and not self._blocks[0].masked:
-            self._announce(self._blocks.pop(0), events)
+            self._announce(self._blocks.pop(0), committed)
         if self._blocks and self._eos is not None:
             block = self._blocks[0]
             if self._eos < block.start + block.masked[0]:
-                self._announce(block, events)
+                self._announce(block, committed)
+        return committed
 
-    def _announce(self, block: Block, events: list[Accepted | Committed]) -> None:
+    def _announce(self, block: Block, committed: list[Committed]) -> None:
         if self._ended:
             return  # draining: what follows the first EOS is no part of the answer
         start, stop = self._committed, block.stop
@@ -278,7 +309,7 @@ class BlockDecoder:
         self._committed = stop
         tokens = tuple(self._canvas[start:stop])
         start, stop = start - self._num_prompt, stop - self._num_prompt
-        events.append(Committed(block.index, start, stop, tokens))
+        committed.append(Committed(block.index, start, stop, tokens))
 
     def _view(self, block: Block) -> BlockView:
         num_prompt = self._num_prompt

@@ -36,16 +36,19 @@ class _Session:
     prompt_tokens: int
     block_size: int
     max_active_blocks: int | None
+    num_rows: int
     has_run: bool = False
 
     def narrowed(self, share: int) -> int:
-        fitting = max(1, share // self.block_size - 1)  # one more may wait to be cached
+        fitting = max(
+            1, share // (self.block_size * self.num_rows) - 1
+        )  # one more may wait to be cached
         return fitting if self.max_active_blocks is None else min(fitting, self.max_active_blocks)
 
     def window_tokens(self, max_active_blocks: int) -> int:
         if not self.has_run:
             return self.prompt_tokens + self.block_size
-        return (max_active_blocks + 1) * self.block_size  # an estimate
+        return (max_active_blocks + 1) * self.block_size * self.num_rows  # an estimate
 
 
 class Scheduler(Generic[Id]):
@@ -79,11 +82,13 @@ class Scheduler(Generic[Id]):
         prompt_tokens: int,
         block_size: int,
         max_active_blocks: int | None,
+        num_rows: int = 1,
     ) -> None:
         """Queue a session under an id that is not in use.
 
         `capacity_tokens` is the K/V storage it needs at most, `prompt_tokens` are the uncached ones
-        (its first window is longer by them), `max_active_blocks` is the request's own bound.
+        (its first window is longer by them), `max_active_blocks` is the request's own bound,
+        `num_rows` what it takes of a step after the first: its lookahead branches and itself.
 
         Raises:
             OutOfCapacity: it could not be admitted even alone.
@@ -96,7 +101,7 @@ class Scheduler(Generic[Id]):
                 f"{self._capacity_tokens}; shorten the prompt or lower max_new_tokens"
             )
         self._waiting[session_id] = _Session(
-            capacity_tokens, prompt_tokens, block_size, max_active_blocks
+            capacity_tokens, prompt_tokens, block_size, max_active_blocks, num_rows
         )
 
     def remove(self, session_id: Id) -> None:

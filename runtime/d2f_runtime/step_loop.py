@@ -307,6 +307,7 @@ class StepLoop:
             prompt_tokens=stream.num_prompt_tokens,
             block_size=stream.block_size,
             max_active_blocks=params.max_active_blocks,
+            num_rows=1 + params.lookahead,
         )
         self._streams[stream.id] = stream
         logger.debug("stream %s: %s prompt tokens", stream.id, stream.num_prompt_tokens)
