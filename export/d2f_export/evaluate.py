@@ -107,11 +107,11 @@ def decode_all(
             answers[number] = _answer(decoder)
             if on_answer is not None:
                 on_answer()
-        step_rows = [StepRow(slot, windows[n][0]) for n, (slot, _) in running.items()]
+        step_rows = [StepRow(slot, w) for n, (slot, _) in running.items() for w in windows[n]]
         if step_rows:
-            results = backend.step(step_rows)
-            for (_, decoder), proposals in zip(running.values(), results, strict=True):
-                decoder.apply([proposals])
+            results = iter(backend.step(step_rows))
+            for n, (_, decoder) in running.items():
+                decoder.apply(list(itertools.islice(results, len(windows[n]))))
     return [answers[number] for number in sorted(answers)]
 
 
