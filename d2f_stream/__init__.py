@@ -48,7 +48,7 @@ from d2f_stream.params import GenerationParams, ParamOverrides
 from d2f_stream.presets import PRESETS
 
 if TYPE_CHECKING:
-    from d2f_stream.api import generate, load
+    from d2f_stream.api import connect, generate, load
     from d2f_stream.session import Engine, EngineInfo, Prompt, Result, Session
 
 __all__ = [
@@ -95,6 +95,7 @@ __all__ = [
     "Usage",
     "WorkerLost",
     "__version__",
+    "connect",
     "generate",
     "load",
 ]
@@ -102,7 +103,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "d2f_stream.api": ("generate", "load"),
+    "d2f_stream.api": ("connect", "generate", "load"),
     "d2f_stream.session": ("Engine", "EngineInfo", "Prompt", "Result", "Session"),
 }
 

@@ -1,18 +1,24 @@
-"""The two functions that most programs need: `generate` and `load`.
+"""The functions that most programs need: `generate`, `load` and `connect`.
 
-Knows which engine a request goes to. The runtime is imported on the first call, so that importing
-d2f_stream stays light.
+Knows which engine a request goes to. The runtime and the clients are imported on the first call, so
+that importing d2f_stream stays light.
 """
 
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
+from d2f_stream.errors import InvalidRequest
 from d2f_stream.params import GenerationParams, ParamOverrides
 from d2f_stream.session import Engine, Prompt, Session
 
-__all__ = ["generate", "load"]
+if TYPE_CHECKING:
+    from d2f_stream.shared import SharedEngine
+
+__all__ = ["connect", "generate", "load"]
 
 
 def generate(
@@ -30,9 +36,11 @@ def generate(
     Args:
         prompt: a string, taken verbatim; a list of chat messages ({"role": ..., "content": ...}),
             put through the model's template; or a list of token ids.
-        model: None is the embedded model; a path is a model folder; an open engine is used as it
-            is. A model that is not open yet is loaded once per process and stays loaded, and all
-            requests of an event loop share one engine for it; `load` gives control over that.
+        model: None is the embedded model; a path is a model folder; "org/name" is a Hugging Face
+            repository, unless there is a folder of that name; an address as of `connect` is a
+            server; an open engine is used as it is. A model that is not open yet is loaded once per
+            process and stays loaded, and all requests of an event loop share one engine for it, or
+            one connection; `load` and `connect` give control over that.
         params: instead of the model's defaults.
         overrides: single fields of GenerationParams, on top of either.
 
@@ -41,8 +49,13 @@ def generate(
             session's first await raises this instead.
         ModelError: there is no such model, or it cannot be used; once loading began, raised by the
             session's first await.
+        RemoteError: the server cannot be reached, or refuses; raised by the session's first await.
     """
-    if model is None or isinstance(model, str | Path):
+    if isinstance(model, str) and "://" in model:
+        from d2f_stream.shared import shared_remote_engine
+
+        model = shared_remote_engine(model, partial(_remote_engine, model))
+    elif model is None or isinstance(model, str | Path):
         from d2f_runtime.opening import shared_engine
 
         model = shared_engine(model)
@@ -53,6 +66,7 @@ def generate(
 async def load(
     model: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     backend: str = "auto",
     quantization: str = "auto",
     device: str = "auto",
@@ -63,7 +77,10 @@ async def load(
     Safe to cancel.
 
     Args:
-        model: None is the embedded model; a path is a model folder.
+        model: None is the embedded model; a path is a model folder; "org/name" or
+            "org/name@revision" is a Hugging Face repository, unless there is a folder of that name;
+            an address is a server, which has chosen all that follows itself.
+        adapter: folder or repository of a LoRA adapter (PEFT), merged into the weights.
         backend: "auto", "onnx", "torch" or "scripted".
         quantization: what the backend offers; "auto" is its own choice.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -71,10 +88,67 @@ async def load(
     Raises:
         ModelError: there is no such model, or it cannot be used.
         MissingExtra: the backend's library is not installed.
+        RemoteError: the server cannot be reached, or refuses.
     """
+    if isinstance(model, str) and "://" in model:
+        if (adapter, backend, quantization, device) != (None, "auto", "auto", "auto"):
+            raise InvalidRequest(
+                "adapter, backend, quantization and device are the server's own choice; leave them "
+                "out"
+            )
+        async with connect(model) as remote:
+            yield remote
+        return
     from d2f_runtime.opening import open_engine
 
     async with open_engine(
-        model, backend=backend, quantization=quantization, device=device
+        model, adapter=adapter, backend=backend, quantization=quantization, device=device
     ) as engine:
         yield engine
+
+
+def connect(
+    url: str, *, token: str | None = None, reconnect_timeout_s: float = 30.0
+) -> AbstractAsyncContextManager[Engine]:
+    """Open an engine whose model is on a server; leaving the context ends its sessions.
+
+        async with d2f_stream.connect("ws://127.0.0.1:8000") as engine:
+            async for block in engine.generate("How many is 3 times 4?"):
+                print(block.text, end="")
+
+    It is used like one of `load`. A connection that breaks is made again, and every answer goes on
+    where it broke off.
+
+    Args:
+        url: ws://host:port or wss://host, whose path is /v1/stream unless it has another; or
+            mqtt://broker, mqtts://broker.
+        token: of a server that asks for one. Never put it into the address.
+        reconnect_timeout_s: how long a server that was lost is tried, before every session fails.
+            One that does not answer at first is not tried again.
+
+    Raises:
+        InvalidRequest: the address cannot be used.
+        RemoteError: on entering: the server cannot be reached, or refuses.
+        MissingExtra: the client's library is not installed.
+    """
+    return _remote_engine(url, token=token, reconnect_timeout_s=reconnect_timeout_s)
+
+
+def _remote_engine(
+    url: str, *, token: str | None = None, reconnect_timeout_s: float = 30.0
+) -> "SharedEngine":
+    scheme = url.partition("://")[0]
+    if scheme in ("mqtt", "mqtts"):
+        from d2f_stream.mqtt_client import connect_mqtt
+
+        return connect_mqtt(url, token=token, reconnect_timeout_s=reconnect_timeout_s)
+    if scheme not in ("ws", "wss"):
+        raise InvalidRequest(
+            f"{scheme}:// is no address of a model; it must be one of ws, wss, mqtt, mqtts"
+        )
+    from d2f_stream.backoff import Backoff
+    from d2f_stream.channels.websocket import check_url, open_websocket
+    from d2f_stream.client import RemoteEngine
+
+    dial = partial(open_websocket, check_url(url), token=token)
+    return RemoteEngine(dial, backoff=Backoff(timeout_s=reconnect_timeout_s))

@@ -4,12 +4,19 @@ Events come in, possibly twice, possibly from a second worker; each durable one 
 once and in order. A client reads on after a lost connection from `last_seq`.
 """
 
-from d2f_stream.buffer import EventBuffer
-from d2f_stream.errors import D2FError
-from d2f_stream.events import Draft, Event, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.protocol import Generate
+import uuid
+from collections.abc import Mapping, Sequence
 
-__all__ = ["RemoteStream"]
+import msgspec
+
+from d2f_stream.buffer import EventBuffer
+from d2f_stream.errors import D2FError, InvalidRequest
+from d2f_stream.events import Draft, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.params import GenerationParams, ParamOverrides
+from d2f_stream.protocol import Generate, OnDisconnect, Overrides, WirePrompt, wire_prompt
+from d2f_stream.session import Prompt
+
+__all__ = ["RemoteStream", "new_request"]
 
 
 class RemoteStream:
@@ -84,3 +91,44 @@ class RemoteStream:
         """End the stream with an event made on this side. Idempotent."""
         if not self.ended:
             self._buffer.put(finished)
+
+
+def new_request(
+    prompt: Prompt,
+    params: GenerationParams | None,
+    overrides: ParamOverrides,
+    *,
+    defaults: GenerationParams | None,
+    on_disconnect: OnDisconnect = "continue",
+) -> Generate:
+    """Return a request under a new id: every field of given params, else what is overridden.
+
+    Args:
+        prompt: as of generate().
+        params: instead of the model's defaults.
+        overrides: single fields, on top of either.
+        defaults: the model's, where they are known already: the fields are then checked here.
+        on_disconnect: see Generate.
+
+    Raises:
+        InvalidRequest: prompt or parameters cannot be sent, or are known to be out of range.
+    """
+    base = params or defaults
+    checked = base.with_overrides(overrides) if base is not None else None
+    chosen: object = overrides if params is None else msgspec.structs.asdict(checked or params)
+    try:
+        fields = msgspec.convert(chosen, Overrides)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"the parameters cannot be sent: {error}") from error
+    return Generate(
+        request_id=uuid.uuid4().hex,
+        prompt=_sent_prompt(prompt),
+        params=fields,
+        on_disconnect=on_disconnect,
+    )
+
+
+def _sent_prompt(prompt: Prompt) -> WirePrompt:
+    if isinstance(prompt, str | bytes | bytearray) or not isinstance(prompt, Sequence):
+        return wire_prompt(prompt)
+    return wire_prompt([dict(item) if isinstance(item, Mapping) else item for item in prompt])

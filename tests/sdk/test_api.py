@@ -11,6 +11,7 @@ from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.errors import (
     EngineClosed,
     InvalidParams,
+    InvalidRequest,
     ModelDamaged,
     ModelNotFound,
     PromptTooLong,
@@ -100,11 +101,13 @@ async def test_model_loaded_twice_is_held_once(folder: Path) -> None:
         assert first.info is second.info
 
 
-@pytest.mark.parametrize("url", ["ws://host/v1/stream", "mqtts://broker"])
-async def test_remote_models_are_not_supported_yet(url: str) -> None:
-    with pytest.raises(UnsupportedModel, match=url):
+@pytest.mark.parametrize("url", ["http://host/v1/stream", "hf://model", "://"])
+async def test_address_of_no_known_kind_lists_the_known(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="ws, wss, mqtt, mqtts"):
         d2f_stream.generate("hi", model=url)
-    with pytest.raises(UnsupportedModel, match=url):
+    with pytest.raises(InvalidRequest, match="ws, wss, mqtt, mqtts"):
+        d2f_stream.connect(url)
+    with pytest.raises(InvalidRequest, match="ws, wss, mqtt, mqtts"):
         async with d2f_stream.load(url):
             pass
 
