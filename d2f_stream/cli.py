@@ -1,8 +1,8 @@
-"""The command line: `d2f-stream generate` and `d2f-stream doctor`.
+"""The command line: `d2f-stream generate`, `serve` and `doctor`.
 
 Owns arguments, output and exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody
-reads the output. Generation is left to the SDK, output to views.py and canvas.py, diagnosis to
-doctor.py.
+reads the output. Generation is left to the SDK, output to views.py and canvas.py, serving to
+server/command.py, diagnosis to doctor.py.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from d2f_stream.errors import D2FError, InvalidPrompt, InvalidRequest
 from d2f_stream.events import StreamFailed
 from d2f_stream.pacing import paced
 from d2f_stream.params import GenerationParams, ParamOverrides
+from d2f_stream.server import command
 from d2f_stream.session import Engine
 from d2f_stream.views import JsonView, TextView, View
 
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
     try:
         if args.command == "doctor":
             return _doctor(as_json=args.json)
+        if args.command == "serve":
+            return command.run(args)
         return asyncio.run(_generate(args, _prompt(args.prompt), load or _default_load()))
     except D2FError as exc:
         _complain(str(exc))
@@ -131,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"d2f-stream {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="answer a prompt, block by block"))
+    command.add_arguments(commands.add_parser("serve", help="serve a model to many clients"))
     doctor = commands.add_parser("doctor", help="say what is installed and which backends work")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser

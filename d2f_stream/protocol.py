@@ -15,14 +15,14 @@ server's: whoever knows it may read, resume and cancel the stream, so both must 
 
 import re
 from collections.abc import Sequence
-from typing import Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from d2f_stream.errors import InvalidRequest, ProtocolError
+from d2f_stream.errors import D2FError, InvalidRequest, LimitExceeded, ProtocolError
 from d2f_stream.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.params import GenerationParams, ParamOverrides, Rank, StopAtEos, Tail
+from d2f_stream.params import Attention, GenerationParams, ParamOverrides, Rank, StopAtEos, Tail
 
 __all__ = [
     "JSON",
@@ -34,6 +34,8 @@ __all__ = [
     "Codec",
     "Generate",
     "ModelCard",
+    "ModelDefaults",
+    "OnDisconnect",
     "Operation",
     "Overrides",
     "RequestRejected",
@@ -71,6 +73,8 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop_at_eos: StopAtEos | UnsetType = UNSET
     tail: Tail | UnsetType = UNSET
     lookahead: int | UnsetType = UNSET
+    num_per_step: int | UnsetType = UNSET
+    attention: Attention | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET
 
     def to_dict(self) -> ParamOverrides:
@@ -126,6 +130,10 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
 Operation = Authenticate | Generate | Cancel | Resume
 
 
+class ModelDefaults(GenerationParams, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """A model's parameters as a server tells them; a later one may have more of them."""
+
+
 class ModelCard(Struct, frozen=True, kw_only=True):
     """What a server tells of its model.
 
@@ -144,8 +152,13 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     native_block_size: int
     max_block_size: int
     max_len: int
-    defaults: GenerationParams
+    defaults: ModelDefaults
     description: str = ""
+
+    @property
+    def params(self) -> GenerationParams:
+        """The defaults that this version knows."""
+        return GenerationParams(**msgspec.structs.asdict(self.defaults))
 
 
 class ServerHello(Struct, frozen=True, kw_only=True, tag="server.hello"):
@@ -174,6 +187,19 @@ class RequestRejected(Struct, frozen=True, kw_only=True, tag="request.rejected")
     stream: str | None = None
     retry_after_s: float | None = None
 
+    @classmethod
+    def of(
+        cls, error: D2FError, *, request_id: str | None = None, stream: str | None = None
+    ) -> Self:
+        """Return what tells a client of the error."""
+        return cls(
+            code=error.code,
+            message=str(error),
+            request_id=request_id,
+            stream=stream,
+            retry_after_s=error.retry_after_s if isinstance(error, LimitExceeded) else None,
+        )
+
 
 class ServerClosing(Struct, frozen=True, kw_only=True, tag="server.closing"):
     """The server shuts down: it takes no new requests and ends what runs in `deadline_s`."""
@@ -200,6 +226,14 @@ class _Tag(Struct):
     type: str = ""
 
 
+_Name = Annotated[str, msgspec.Meta(max_length=128)]
+
+
+class _Names(Struct):
+    request_id: _Name | None = None
+    stream: _Name | None = None
+
+
 class Codec:
     """One encoding of the protocol.
 
@@ -220,6 +254,7 @@ class Codec:
         self._operations = library.Decoder(Operation)
         self._messages = library.Decoder(ServerMessage)
         self._tags = library.Decoder(_Tag)
+        self._names = library.Decoder(_Names)
 
     def encode(self, message: Operation | ServerMessage) -> bytes:
         """Return the message's bytes."""
@@ -262,6 +297,14 @@ class Codec:
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise ProtocolError(f"a message is not {self.name}: {error}") from error
         return message
+
+    def names_of(self, data: bytes | str) -> tuple[str | None, str | None]:
+        """Return request id and stream that an operation names, even one that cannot be read."""
+        try:
+            names: _Names = self._names.decode(_bytes(data))
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            return None, None
+        return names.request_id, names.stream
 
     def _tag(self, data: bytes | str) -> str:
         try:

@@ -16,6 +16,7 @@ test_python() {
     printf '%s\n' "$VIRTUAL_ENV/bin/python"
     return
   fi
-  make_venv "$root/.venv-test" "$torch" hatchling -e "${root}[dev,edge,torch,export]" >&2 || return
+  make_venv "$root/.venv-test" "$torch" hatchling \
+    -e "${root}[dev,edge,torch,export,serve,client,mqtt]" >&2 || return
   printf '%s\n' "$root/.venv-test/bin/python"
 }

@@ -30,7 +30,7 @@ class Auth:
     Attributes:
         tokens: the token of each client, by the client's name; empty lets everybody in.
         origins: browser origins, such as "https://chat.example.com", that may connect beside the
-            server's own; "*" allows all.
+            server's own, and whose hosts the server may be reached as; "*" allows all.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -67,7 +67,11 @@ class Auth:
             return True
         if origin.rstrip("/") in self.origins:
             return True
-        return bool(host) and urlsplit(origin).netloc.lower() == str(host).lower()
+        try:
+            netloc = urlsplit(origin).netloc
+        except ValueError:  # such as http://[
+            return False
+        return bool(host) and netloc.lower() == str(host).lower()
 
 
 def token_of_header(authorization: str | None) -> str | None:

@@ -14,7 +14,6 @@ from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.errors import (
     D2FError,
     InvalidRequest,
-    LimitExceeded,
     ProtocolError,
     ServerShuttingDown,
     SlowConsumer,
@@ -27,7 +26,6 @@ from d2f_stream.protocol import (
     Authenticate,
     Cancel,
     Generate,
-    ModelCard,
     Operation,
     RequestRejected,
     Resume,
@@ -52,6 +50,7 @@ CLOSE_CODES = {
 """Websocket close codes of the reasons that the server closes a connection for."""
 
 MAX_WAITING_REPLIES = 32
+LAST_WORDS_S = 1.0
 
 
 class Gateway:
@@ -77,19 +76,8 @@ class Gateway:
     @property
     def hello(self) -> ServerHello:
         """What the server says of itself."""
-        engine = self.registry.engine
-        info = engine.info
-        card = ModelCard(
-            name=info.name,
-            family=info.family,
-            native_block_size=info.native_block_size,
-            max_block_size=info.max_block_size,
-            max_len=info.max_len,
-            defaults=engine.defaults,
-            description=info.description,
-        )
         ttl_s = self.registry.limits.resume_ttl_s
-        return ServerHello(protocol=VERSION, model=card, resume_ttl_s=ttl_s)
+        return ServerHello(protocol=VERSION, model=self.registry.card, resume_ttl_s=ttl_s)
 
     async def serve(self, channel: Channel, *, client: str | None) -> None:
         """Serve one connection to its end. Safe to cancel; its streams go on or end as asked.
@@ -125,9 +113,7 @@ class Gateway:
         connections = list(self._connections)
         for connection in connections:
             connection.finish()
-        if connections:
-            waits = [asyncio.ensure_future(connection.closed.wait()) for connection in connections]
-            await asyncio.wait(waits)
+        await asyncio.gather(*(connection.closed.wait() for connection in connections))
 
 
 class _Connection:
@@ -143,6 +129,7 @@ class _Connection:
         self._wake = asyncio.Event()  # for the writer
         self._room = asyncio.Event()  # for the reader: replies were written
         self._finishing = False
+        self._left = False  # the client: nothing can be written any more
         self._num_bad = 0
 
     async def serve(self) -> None:
@@ -150,14 +137,25 @@ class _Connection:
         writer = asyncio.create_task(self._write(), name="d2f-connection-writer")
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done() and not writer.cancelled():
+                await self._read_rest(reader, writer.exception())
         finally:
-            for cursor in self._cursors.values():
-                cursor.detach()
-            self._cursors.clear()
-            code, reason = await self._end(reader, writer)
-            with contextlib.suppress(ChannelClosed):
-                await self._channel.close(code, reason)
-            self.closed.set()
+            try:
+                for cursor in self._cursors.values():
+                    cursor.detach()
+                self._cursors.clear()
+                code, reason = await self._end(reader, writer)
+                with contextlib.suppress(ChannelClosed):
+                    await self._channel.close(code, reason)
+            finally:
+                self.closed.set()
+
+    async def _read_rest(self, reader: "asyncio.Task[None]", broken: BaseException | None) -> None:
+        """Take what a client sent before it left: its last words may cancel streams."""
+        if isinstance(broken, ChannelClosed):
+            self._left = True
+            self._room.set()
+            await asyncio.wait((reader,), timeout=LAST_WORDS_S)
 
     def note_closing(self, message: ServerClosing) -> None:
         if self._client is not None:
@@ -198,10 +196,11 @@ class _Connection:
             try:
                 self._handle(self._channel.codec.decode_operation(data))
             except D2FError as error:
-                self._reply(_rejection(error))
+                request_id, stream = self._channel.codec.names_of(data)
+                self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
                 if isinstance(error, ProtocolError):
                     self._note_bad()
-            while len(self._replies) > MAX_WAITING_REPLIES:
+            while len(self._replies) > MAX_WAITING_REPLIES and not self._left:
                 self._room.clear()
                 await self._room.wait()
 
@@ -244,11 +243,12 @@ class _Connection:
         try:
             act()
         except D2FError as error:
-            self._reply(_rejection(error, request_id=request_id, stream=stream))
+            self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
 
     def _generate(self, request: Generate) -> None:
         assert self._client is not None
-        self._check_room()
+        if not any(c.stream.request_id == request.request_id for c in self._cursors.values()):
+            self._check_room()
         stream = self._registry.generate(request, client=self._client)
         drafts = request.params.drafts is True
         self._follow(stream, after_seq=-1, drafts=drafts)
@@ -283,6 +283,8 @@ class _Connection:
             )
 
     def _reply(self, message: ServerMessage) -> None:
+        if self._left:
+            return
         self._replies.append(message)
         self._wake.set()
 
@@ -312,7 +314,7 @@ class _Connection:
             assert stream.error is not None
             name = None if stream.started else stream.request_id
             told = stream.id if stream.started else None
-            await self._send(_rejection(stream.error, request_id=name, stream=told))
+            await self._send(RequestRejected.of(stream.error, request_id=name, stream=told))
         if cursor.exhausted and self._cursors.get(stream_id) is cursor:
             del self._cursors[stream_id]
             cursor.detach()
@@ -327,15 +329,3 @@ class _Connection:
             self._gateway.num_slow_consumers += 1
             kind = "a draft" if isinstance(message, Draft) else "a message"
             raise SlowConsumer(f"the reader did not take {kind} for {timeout_s:g} s") from None
-
-
-def _rejection(
-    error: D2FError, *, request_id: str | None = None, stream: str | None = None
-) -> RequestRejected:
-    return RequestRejected(
-        code=error.code,
-        message=str(error),
-        request_id=request_id,
-        stream=stream,
-        retry_after_s=error.retry_after_s if isinstance(error, LimitExceeded) else None,
-    )

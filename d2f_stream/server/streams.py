@@ -23,7 +23,7 @@ from d2f_stream.errors import (
     TooManyStreams,
 )
 from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.protocol import Generate, check_request_id
+from d2f_stream.protocol import Generate, ModelCard, ModelDefaults, check_request_id
 from d2f_stream.server.limits import RateLimit, ServeLimits
 from d2f_stream.session import Engine, Prompt, Session
 
@@ -82,6 +82,7 @@ class ServedStream:
         self.cancels_on_disconnect = request.on_disconnect == "cancel"
         self._cursors: set[Cursor] = set()
         self._session: Session | None = None
+        self._expiry: asyncio.TimerHandle | None = None
 
     @property
     def started(self) -> bool:
@@ -106,7 +107,7 @@ class ServedStream:
         Raises:
             InvalidRequest: the stream has no event `after_seq`.
         """
-        if not -1 <= after_seq < max(len(self.log), 1):
+        if not -1 <= after_seq < len(self.log):
             raise InvalidRequest(
                 f"after_seq is {after_seq} but the last event of the stream is {len(self.log) - 1}"
             )
@@ -228,6 +229,20 @@ class StreamRegistry:
         self._admits = True
 
     @property
+    def card(self) -> ModelCard:
+        """What is told of the engine's model."""
+        info = self.engine.info
+        return ModelCard(
+            name=info.name,
+            family=info.family,
+            native_block_size=info.native_block_size,
+            max_block_size=info.max_block_size,
+            max_len=info.max_len,
+            defaults=ModelDefaults(**msgspec.structs.asdict(self.engine.defaults)),
+            description=info.description,
+        )
+
+    @property
     def num_active(self) -> int:
         """Streams that run or wait."""
         return len(self._pumps)
@@ -311,10 +326,11 @@ class StreamRegistry:
             raise MessageTooLarge(
                 f"max_new_tokens is {params.max_new_tokens} but this server allows {limit}"
             )
-        self._check_room(client, params.max_new_tokens)
+        excess = self._check_room(client, params.max_new_tokens)
         self._rate.take(client, asyncio.get_running_loop().time())
         stream = ServedStream(request, client=client, max_new_tokens=params.max_new_tokens)
         stream._session = session = self.engine.generate(_prompt_of(request), params)
+        self._evict(excess)  # only now: a request that is refused must cost others nothing
         self._streams[stream.id] = stream
         self._requests[client, stream.request_id] = stream
         self._retained_tokens += stream.max_new_tokens
@@ -325,7 +341,12 @@ class StreamRegistry:
         pump.add_done_callback(self._note_end)
         return stream
 
-    def _check_room(self, client: str, max_new_tokens: int) -> None:
+    def _check_room(self, client: str, max_new_tokens: int) -> int:
+        """Return how many retained tokens must go to make room for the request.
+
+        Raises:
+            TooManyStreams: there is none, even without the streams that have ended.
+        """
         limits = self.limits
         if self.num_active >= limits.max_streams:
             raise TooManyStreams(
@@ -340,17 +361,25 @@ class StreamRegistry:
                     f"{own} of your streams are running or waiting and the limit is {bound}; "
                     "wait for one to end, or cancel it"
                 )
-        needed = self._retained_tokens + max_new_tokens - limits.max_retained_tokens
+        excess = self._retained_tokens + max_new_tokens - limits.max_retained_tokens
+        if excess > 0:
+            ended = sum(s.max_new_tokens for s in self._streams.values() if s.ended)
+            if excess > ended:
+                raise TooManyStreams(
+                    f"the running streams may take {limits.max_retained_tokens} tokens in all; "
+                    "try again later, or lower max_new_tokens"
+                )
+        return excess
+
+    def _evict(self, excess: int) -> None:
+        """Forget ended streams, the oldest first, until so many tokens are free."""
+        if excess <= 0:
+            return
         for stream in [s for s in self._streams.values() if s.ended]:
-            if needed <= 0:
-                break
-            needed -= stream.max_new_tokens
             self._forget(stream)
-        if needed > 0:
-            raise TooManyStreams(
-                f"the running streams may take {limits.max_retained_tokens} tokens in all; "
-                "try again later, or lower max_new_tokens"
-            )
+            excess -= stream.max_new_tokens
+            if excess <= 0:
+                return
 
     async def _pump(self, stream: ServedStream, session: Session) -> None:
         """Drain a session into its stream's log, under the names that clients know."""
@@ -381,12 +410,16 @@ class StreamRegistry:
         if self._observer is not None:
             self._observer.on_end(stream)
         if stream.started:
-            asyncio.get_running_loop().call_later(self.limits.resume_ttl_s, self._forget, stream)
+            stream._expiry = asyncio.get_running_loop().call_later(
+                self.limits.resume_ttl_s, self._forget, stream
+            )
         else:
             self._forget(stream)  # it was turned away: the same request may come again
 
     def _forget(self, stream: ServedStream) -> None:
         if self._streams.pop(stream.id, None) is not None:
+            if stream._expiry is not None:
+                stream._expiry.cancel()  # or the timer would hold the log until it is due
             del self._requests[stream.client, stream.request_id]
             self._retained_tokens -= stream.max_new_tokens
 

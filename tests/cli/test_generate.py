@@ -225,4 +225,5 @@ def test_help_lists_only_commands_that_exist(capsys: Capture) -> None:
     output = capsys.readouterr().out
     assert "generate" in output
     assert "doctor" in output
-    assert "serve" not in output
+    assert "serve" in output
+    assert "distill" not in output

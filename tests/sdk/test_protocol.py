@@ -16,6 +16,7 @@ from d2f_stream.protocol import (
     Codec,
     Generate,
     ModelCard,
+    ModelDefaults,
     Operation,
     Overrides,
     RequestRejected,
@@ -34,7 +35,7 @@ CARD = ModelCard(
     native_block_size=4,
     max_block_size=8,
     max_len=64,
-    defaults=GenerationParams(),
+    defaults=ModelDefaults(),
 )
 OPERATIONS: list[Operation] = [
     Authenticate(token="naïve"),
@@ -85,8 +86,11 @@ def test_client_skips_messages_of_a_later_version(codec: Codec) -> None:
     library = msgspec.json if codec is JSON else msgspec.msgpack
     later = library.encode({"type": "block.revised", "stream": "s"})
     assert codec.decode_message(later) is None
-    more = msgspec.to_builtins(block(0)) | {"added_later": 1}
-    assert codec.decode_message(library.encode(more)) == block(0)
+    for message in MESSAGES:
+        more = msgspec.to_builtins(message) | {"added_later": 1}
+        if isinstance(message, ServerHello):
+            more["model"]["defaults"]["added_later"] = 1
+        assert codec.decode_message(library.encode(more)) == message
 
 
 @pytest.mark.parametrize(

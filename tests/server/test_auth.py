@@ -51,6 +51,7 @@ def test_tokens_do_not_show_in_reprs_or_errors() -> None:
         ("null", "127.0.0.1:8000", False),
         ("", "", False),
         ("https://evil.org", None, False),
+        ("http://[", "127.0.0.1:8000", False),
     ],
 )
 def test_pages_of_other_origins_are_kept_out(

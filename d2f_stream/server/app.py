@@ -1,0 +1,116 @@
+"""The ASGI application of a server: every route on one port.
+
+/v1/stream                                       websocket, the protocol of protocol.py
+/v1/chat/completions, /v1/completions, /v1/models    the OpenAI API
+/healthz  /metrics
+/                                                the chat page, and the files beside it
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.staticfiles import StaticFiles
+
+from d2f_stream.server.gateway import Gateway
+from d2f_stream.server.http_limits import BodyLimit, OriginGuard, SecurityHeaders
+from d2f_stream.server.metrics import Metrics
+from d2f_stream.server.openai_api import openai_routes
+from d2f_stream.server.streams import StreamRegistry
+from d2f_stream.server.websocket import stream_route
+
+__all__ = ["create_app"]
+
+STATIC: Final = Path(__file__).parent / "static"
+CONTENT_TYPES: Final = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".ico": "image/x-icon",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".ts": "text/plain; charset=utf-8",  # types for editors; the system may call it video/mp2t
+    ".webmanifest": "application/manifest+json",
+}
+"""Ours, since a system's own table differs from machine to machine; others are not served."""
+
+
+def create_app(
+    gateway: Gateway,
+    *,
+    metrics: Metrics | None = None,
+    ui: bool = True,
+    hosts: Collection[str] | None = None,
+    extra_routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+    """Return the application that serves the gateway's streams.
+
+    Args:
+        gateway: the streams, and who may read them.
+        metrics: what is told at `/metrics`; None has no such route.
+        ui: whether to serve the chat page at `/`.
+        hosts: names under which the server may be reached; None takes every name.
+        extra_routes: beside those of this page; they come first.
+    """
+    registry, auth = gateway.registry, gateway.auth
+    routes: list[BaseRoute] = [*extra_routes, stream_route(gateway), _health_route(registry)]
+    routes += openai_routes(registry, auth, observer=metrics)
+    if metrics is not None:
+        routes.append(metrics.route())
+    if ui:
+        routes.append(_page_route())
+    middleware = [
+        Middleware(SecurityHeaders),
+        Middleware(OriginGuard, auth=auth, hosts=hosts),
+        Middleware(BodyLimit, max_bytes=registry.limits.max_message_bytes),
+    ]
+    if auth.origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=auth.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+        )
+        middleware.insert(2, cors)
+    return Starlette(routes=routes, middleware=middleware)
+
+
+def _health_route(registry: StreamRegistry) -> Route:
+    async def health(request: Request) -> Response:
+        del request
+        status, model = _status(registry), registry.engine.info.name
+        code = 200 if status == "ok" else 503
+        headers = {"Cache-Control": "no-store"}
+        return JSONResponse({"status": status, "model": model}, status_code=code, headers=headers)
+
+    return Route("/healthz", health, methods=["GET"])
+
+
+def _status(registry: StreamRegistry) -> str:
+    if not getattr(registry.engine, "usable", True):  # LocalEngine's; an Engine need not have it
+        return "engine_failed"
+    return "ok" if registry.admits else "shutting_down"
+
+
+def _page_route() -> Route:
+    files = StaticFiles(directory=STATIC, html=True)
+
+    async def page(request: Request) -> Response:
+        path = request.path_params["path"] or "index.html"
+        content_type = CONTENT_TYPES.get(Path(path).suffix)
+        if content_type is None:
+            return Response(status_code=404)
+        response = await files.get_response(path, request.scope)
+        response.headers["Content-Type"] = content_type
+        # Asked for each time, answered with 304 while the ETag fits: a page never mixes versions.
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+    return Route("/{path:path}", page, methods=["GET"])

@@ -1,0 +1,200 @@
+"""The command `d2f-stream serve`: its arguments, and what they make of settings.
+
+Imports nothing of the [serve] extra before it runs, so that the other commands need none.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from d2f_stream.errors import InvalidParams, InvalidRequest, MissingExtra
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.settings import ServeSettings
+
+__all__ = ["add_arguments", "run", "settings_of", "tokens_of"]
+
+NAMED_TOKEN: Final = re.compile(r"([A-Za-z0-9._-]{1,64})=(.*[^=].*)")
+BROKER: Final = re.compile(r"mqtts?://.+")
+EPILOG: Final = """\
+Clients need a token where one is given, by --token, --token-file or the environment variable
+D2F_TOKEN. A token on the command line is visible to everybody on this machine in the list of
+processes; the other two are not, nor is a broker's password in D2F_MQTT instead of --mqtt.
+NAME tells clients apart: streams belong to their client, and one client can neither read nor
+cancel another's.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    limits = ServeLimits()
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", metavar="PATH", help="a model folder (default: the embedded)")
+    parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--quantization", default="auto", metavar="NAME")
+
+    reach = parser.add_argument_group("who can connect")
+    reach.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    reach.add_argument("--port", type=int, default=8000, help="0 is a free one (%(default)s)")
+    reach.add_argument(
+        "--token", action="append", default=[], metavar="[NAME=]TOKEN", help="may be repeated"
+    )
+    reach.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="tokens, one [NAME=]TOKEN a line"
+    )
+    reach.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="let pages of this origin connect too, https://chat.example.com; may be repeated",
+    )
+    reach.add_argument(
+        "--insecure", action="store_true", help="listen beyond this machine without a token"
+    )
+    reach.add_argument("--mqtt", metavar="URL", help="serve a broker too, mqtt[s]://host[:port]")
+    reach.add_argument(
+        "--mqtt-group", default="d2f", metavar="NAME", help="of workers that share requests (d2f)"
+    )
+    reach.add_argument(
+        "--ui", action=argparse.BooleanOptionalAction, default=True, help="the chat page at /"
+    )
+
+    bounds = parser.add_argument_group("limits")
+
+    def add(flag: str, kind: type, default: float | None, metavar: str, text: str) -> None:
+        shown = text if default is None else f"{text} (%(default)s)"
+        bounds.add_argument(flag, type=kind, default=default, metavar=metavar, help=shown)
+
+    add("--max-streams", int, limits.max_streams, "N", "answers that run or wait")
+    add("--max-new-tokens", int, None, "N", "of one answer")
+    add("--max-prompt-tokens", int, None, "N", "of one prompt")
+    add("--requests-per-minute", int, None, "N", "of one client")
+    add("--resume-ttl", float, limits.resume_ttl_s, "S", "keep an ended answer for its reader")
+    add("--shutdown-deadline", float, 30.0, "S", "let answers end when asked to stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model, serve it until a signal comes, and return the exit code.
+
+    Raises:
+        InvalidRequest: the arguments do not fit together.
+        MissingExtra: a library is not installed.
+        D2FError: the model cannot be loaded, or the address cannot be listened on.
+    """
+    from d2f_runtime.engine import Limits
+    from d2f_runtime.opening import open_engine
+
+    try:
+        from d2f_stream.server.serve import check_address, configure_logging, serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("d2f_stream", "d2f_runtime")):
+            raise
+        library = (error.name or "starlette").partition(".")[0]
+        raise MissingExtra("serving", library, "serve") from error
+    settings = settings_of(args, os.environ)
+    if settings.mqtt is not None and importlib.util.find_spec("aiomqtt") is None:
+        raise MissingExtra("serving over MQTT", "aiomqtt", "mqtt")
+    check_address(settings)
+    configure_logging()
+
+    async def run_engine() -> int:
+        engine = open_engine(
+            args.model,
+            backend=args.backend,
+            device=args.device,
+            quantization=args.quantization,
+            limits=Limits(max_prompt_tokens=settings.limits.max_prompt_tokens),
+        )
+        async with engine:
+            return await serve(engine, settings)
+
+    return asyncio.run(run_engine())
+
+
+def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> ServeSettings:
+    """Return the settings that the arguments, and D2F_TOKEN and D2F_MQTT ask for.
+
+    Raises:
+        InvalidRequest: they do not fit together.
+    """
+    for flag in ("max_streams", "max_new_tokens", "max_prompt_tokens", "requests_per_minute"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise InvalidParams(_flag(flag), value, "at least 1")
+    for flag in ("resume_ttl", "shutdown_deadline"):
+        value = getattr(args, flag)
+        if not 0.0 <= value <= 86_400.0:  # False for NaN too
+            raise InvalidParams(_flag(flag), value, "between 0 and 86400 seconds")
+    mqtt = args.mqtt or environment.get("D2F_MQTT") or None
+    if mqtt is not None and BROKER.fullmatch(mqtt) is None:
+        # Not shown: it may hold a password.
+        raise InvalidRequest("--mqtt needs a URL of a broker, such as mqtt://127.0.0.1:1883")
+    given = [*args.token, *_lines_of(args.token_file)]
+    if environment.get("D2F_TOKEN"):
+        given.append(environment["D2F_TOKEN"])
+    return ServeSettings(
+        host=args.host,
+        port=args.port,
+        auth=Auth(tokens_of(given), tuple(_origin(origin) for origin in args.origin)),
+        limits=ServeLimits(
+            max_streams=args.max_streams,
+            max_new_tokens=args.max_new_tokens,
+            max_prompt_tokens=args.max_prompt_tokens,
+            requests_per_minute=args.requests_per_minute,
+            resume_ttl_s=args.resume_ttl,
+        ),
+        ui=args.ui,
+        mqtt=mqtt,
+        mqtt_group=args.mqtt_group,
+        insecure=args.insecure,
+        shutdown_deadline_s=args.shutdown_deadline,
+    )
+
+
+def tokens_of(given: Iterable[str]) -> dict[str, str]:
+    """Return the token of each client; clients without a name are called client-1, client-2, ...
+
+    Raises:
+        InvalidRequest: a name or a token comes twice. Tokens are never shown.
+    """
+    tokens: dict[str, str] = {}
+    for number, text in enumerate(given, 1):
+        named = NAMED_TOKEN.fullmatch(text)
+        client, token = named.groups() if named else (f"client-{number}", text)
+        if client in tokens:
+            raise InvalidRequest(f"the client {client!r} has two tokens; give each its own name")
+        if token in tokens.values():
+            raise InvalidRequest(f"the token of {client!r} is another client's too")
+        tokens[client] = token
+    return tokens
+
+
+def _lines_of(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise InvalidRequest(f"the token file {path} cannot be read: {error}") from error
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    if not tokens:
+        raise InvalidRequest(f"the token file {path} holds no token")
+    return tokens
+
+
+def _origin(text: str) -> str:
+    if text != "*" and re.fullmatch(r"https?://[^/\s]+/?", text) is None:
+        raise InvalidParams("--origin", text, "an origin, such as https://chat.example.com, or *")
+    return text.rstrip("/")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,335 @@
+"""Server: one engine on one port, from listening to the last closed connection.
+
+Owns the socket, uvicorn, and the order of an orderly end. Signals, the ready line and logging
+belong to `serve`, which a command line calls; `Server` itself can run inside any event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+import uvicorn
+
+from d2f_stream.errors import D2FError
+from d2f_stream.server.app import create_app
+from d2f_stream.server.gateway import Gateway
+from d2f_stream.server.metrics import Metrics
+from d2f_stream.server.settings import ServeSettings
+from d2f_stream.server.streams import StreamRegistry
+from d2f_stream.server.uvicorn_guard import uvicorn_config
+from d2f_stream.session import Engine
+
+if TYPE_CHECKING:
+    from d2f_stream.server.mqtt import MqttGateway
+
+__all__ = [
+    "AddressUnavailable",
+    "ServeSettings",
+    "Server",
+    "check_address",
+    "configure_logging",
+    "serve",
+]
+
+logger = logging.getLogger("d2f_stream.server")
+
+SEND_BUFFER_BYTES: Final = 128 * 1024
+"""Of each connection, in the kernel, which would else hold megabytes for a peer that reads none."""
+
+LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "::1")
+
+
+class AddressUnavailable(D2FError):
+    """The server cannot listen where it was told to; the sentence says why and what to do."""
+
+    code = "address_unavailable"
+
+
+class Server:
+    """Serves an open engine; an async context manager that listens from entering to leaving.
+
+    Leaving it without `shut_down` ends all streams and connections at once.
+
+    Args:
+        engine: stays open, and is its owner's.
+        settings: where and how to listen.
+        metrics: observes the server; None makes them.
+
+    Raises:
+        InvalidRequest: the broker's URL cannot be used.
+        MissingExtra: a broker is named, and aiomqtt is not installed.
+
+    Attributes:
+        registry: the streams.
+        gateway: the websocket connections.
+        metrics: what is told at /metrics.
+    """
+
+    def __init__(
+        self, engine: Engine, settings: ServeSettings, *, metrics: Metrics | None = None
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self.registry = StreamRegistry(engine, limits=settings.limits, observer=self.metrics)
+        self.gateway = Gateway(self.registry, settings.auth)
+        self.metrics.watch(engine, self.gateway)
+        # With a token, a page that reached the server under a false name still has none.
+        is_open = settings.is_loopback and not settings.auth.required
+        hosts = {*LOOPBACK_NAMES, settings.host.strip("[]")} if is_open else None
+        app = create_app(self.gateway, metrics=self.metrics, ui=settings.ui, hosts=hosts)
+        config = uvicorn_config(
+            app, settings.timeouts, max_message_bytes=settings.limits.max_message_bytes
+        )
+        self._uvicorn = _Uvicorn(config)
+        self._port = settings.port
+        self._tasks: list[asyncio.Task[None]] = []
+        self._mqtt = self._open_mqtt(settings.mqtt)
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on, once it was entered."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it."""
+        host = self.settings.host
+        if host in ("0.0.0.0", "::", ""):
+            host = socket.gethostname()
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def num_connections(self) -> int:
+        """Open connections of all kinds, those included that have not sent a request yet."""
+        return len(self._uvicorn.server_state.connections)
+
+    async def __aenter__(self) -> Self:
+        """Listen. Safe to cancel.
+
+        Raises:
+            AddressUnavailable: the address is in use, or is not this machine's.
+        """
+        listener = _listen(self.settings.host, self.settings.port)
+        self._port = listener.getsockname()[1]
+        self._tasks.append(asyncio.create_task(self._serve(listener), name="d2f-http-server"))
+        if self._mqtt is not None:
+            self._tasks.append(asyncio.create_task(self._mqtt.run(), name="d2f-mqtt-gateway"))
+        try:
+            await self._uvicorn.ready.wait()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End what `shut_down` has left: streams, connections and the tasks behind them."""
+        self.gateway.announce_closing(0.0)
+        await self.registry.shut_down(0.0)
+        self._uvicorn.ask_exit()
+        self._uvicorn.abort_connections()
+        for task in self._tasks[1:]:  # uvicorn's ends by itself, once its connections have
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def wait_failed(self) -> None:
+        """Wait until it stops serving by itself, which it should not. Safe to cancel."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    async def shut_down(self, deadline_s: float) -> None:
+        """End in order: take nothing on, let the streams end, send what is ready, close.
+
+        Safe to cancel; leaving the context ends the rest.
+
+        Args:
+            deadline_s: after it, streams are cancelled, seconds.
+        """
+        self.gateway.announce_closing(deadline_s)
+        endings = [self.registry.shut_down(deadline_s)]
+        if self._mqtt is not None:
+            endings.append(self._mqtt.close(deadline_s))
+        await asyncio.gather(*endings)
+        with contextlib.suppress(TimeoutError):  # of readers that take nothing
+            async with asyncio.timeout(self.settings.timeouts.close_s):
+                await self.gateway.close()
+        await self._uvicorn.finish_responses(self.settings.timeouts.close_s)
+
+    def _open_mqtt(self, url: str | None) -> "MqttGateway | None":
+        if url is None:
+            return None
+        from d2f_stream.server.mqtt import MqttGateway
+
+        group = self.settings.mqtt_group
+        return MqttGateway(self.registry, url, hello=self.gateway.hello, group=group)
+
+    async def _serve(self, listener: socket.socket) -> None:
+        try:
+            await self._uvicorn.serve(sockets=[listener])
+        finally:
+            self._uvicorn.ready.set()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server without its signal handlers, which tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+        self._asked = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        # uvicorn's own looks ten times a second whether it should end. It needs only the clock of
+        # the Date header, every second.
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._asked.wait()
+
+    def ask_exit(self) -> None:
+        """End the main loop, now."""
+        self.should_exit = True
+        self._asked.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def finish_responses(self, timeout_s: float) -> None:
+        """Take no connections any more and let HTTP responses end."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=timeout_s)
+
+    def abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+
+async def serve(engine: Engine, settings: ServeSettings) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit code: 0 after an orderly end.
+
+    A second signal ends at once what the first has left running; the code then names that signal,
+    as shells do it: 128 and its number.
+
+    Raises:
+        AddressUnavailable: the address is in use, or is not this machine's.
+    """
+    with _signals() as signals:
+        async with Server(engine, settings) as server:
+            _say_ready(engine, server)
+            if await _first(signals.get(), server.wait_failed()) is None:
+                raise RuntimeError("the server stopped by itself")
+            deadline_s = settings.shutdown_deadline_s
+            logger.info(
+                "shutting down: %d streams have %g s to end; a second signal ends them now",
+                server.registry.num_active,
+                deadline_s,
+            )
+            hurried = await _first(signals.get(), server.shut_down(deadline_s))
+    return 0 if hurried is None else 128 + hurried
+
+
+async def _first(signalled: Awaitable[int], work: Awaitable[None]) -> int | None:
+    """Wait for either and cancel the other; return the signal that came, None where none did."""
+    tasks = asyncio.ensure_future(signalled), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        came, done = tasks
+        if done.done():
+            done.result()
+        return came.result() if came.done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def check_address(settings: ServeSettings) -> None:
+    """Try to listen, so that an address in use is told before a model is loaded for minutes.
+
+    Raises:
+        AddressUnavailable: it cannot be listened on.
+    """
+    _listen(settings.host, settings.port).close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator["asyncio.Queue[int]"]:
+    loop = asyncio.get_running_loop()
+    came: asyncio.Queue[int] = asyncio.Queue()  # bounded by the patience of a person
+
+    def note(number: int, frame: object) -> None:
+        loop.call_soon_threadsafe(came.put_nowait, number)
+
+    # Not loop.add_signal_handler, which Windows lacks.
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener: socket.socket | None = None
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it lets two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        listener.bind(address)
+        listener.listen()
+        listener.setblocking(False)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise AddressUnavailable(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "choose another with --port, or 0 for a free one"
+        ) from error
+    return listener
+
+
+def configure_logging() -> None:
+    """Write what the SDK and uvicorn log to standard error; for command lines. Idempotent."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("d2f_stream", "uvicorn"):
+        ours = logging.getLogger(name)
+        if not any(isinstance(old, logging.StreamHandler) for old in ours.handlers):
+            ours.addHandler(handler)
+    logging.getLogger("d2f_stream").setLevel(logging.INFO)
+
+
+def _say_ready(engine: Engine, server: Server) -> None:
+    device = getattr(engine.info, "device", "")
+    where = f" on {device}" if device else ""
+    sys.stdout.write(
+        f"d2f-stream serves {engine.info.name}{where} at {server.url} (stop with Ctrl-C)\n"
+    )
+    sys.stdout.flush()

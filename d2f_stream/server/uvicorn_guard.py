@@ -1,0 +1,203 @@
+"""What uvicorn leaves open: connections that send slowly, never read, or never go away.
+
+uvicorn 0.54 bounds headers and message sizes, and blocks a `send` while the peer does not read. It
+has no time limit for a request that trickles in, none for a response that nobody reads, and waits
+for the write buffer of a peer that never reads even to close it. The two protocol classes here add
+that, by the methods that asyncio itself calls on a protocol, and nothing else.
+"""
+
+import asyncio
+from typing import Any, Final, cast
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode, Frame
+
+from d2f_stream.server.settings import Timeouts
+
+__all__ = ["guarded_protocols", "uvicorn_config"]
+
+MAX_FRAGMENTS: Final = 1024
+"""Fragments of one websocket message: empty ones have no size, but are kept until its end."""
+
+
+def guarded_protocols(
+    timeouts: Timeouts,
+) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
+    """Return the protocol classes for uvicorn's `http` and `ws`."""
+    given = {"timeouts": timeouts}
+    http = type("HttpProtocol", (_GuardedHttp,), given)
+    websocket = type("WebSocketProtocol", (_GuardedWebSocket,), given)
+    return http, websocket
+
+
+class _GuardedHttp(H11Protocol):
+    timeouts: Timeouts
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._request_timer = _Timer()
+        self._stall_timer = _Timer()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))
+        self._watch_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._request_timer.stop()
+        self._stall_timer.stop()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._watch_request()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._request_timer.stop()
+        self._stall_timer.stop()
+        super().handle_websocket_upgrade(event)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_request()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer.start(self.timeouts.stall_s, self.transport)
+
+    def resume_writing(self) -> None:
+        self._stall_timer.stop()
+        super().resume_writing()
+
+    def _watch_request(self) -> None:
+        """Run the timer while a request is incomplete; bytes that trickle in do not reset it.
+
+        Also while the connection closes, which a peer that does not read the rest could hold up.
+        """
+        if self.transport.get_protocol() is not self:
+            return  # a websocket now
+        waits = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if waits or self.transport.is_closing():
+            self._request_timer.start(self.timeouts.request_s, self.transport)
+        else:
+            self._request_timer.stop()
+
+
+class _GuardedWebSocket(WebSocketsSansIOProtocol):
+    timeouts: Timeouts
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.close_timeout = self.timeouts.close_s / 2  # uvicorn's, for the peer to confirm
+        self._abort_timer = _Timer()
+        self._waiting_pong = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._abort_timer.start(self.timeouts.request_s, self.transport)  # until it is accepted
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._abort_timer.stop()
+        super().connection_lost(exc)
+
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        self._abort_later()
+
+    async def send(self, message: Any) -> None:
+        match message["type"]:
+            case "websocket.accept":
+                self._abort_timer.stop()
+            case "websocket.close":
+                # It goes behind what the peer has not read yet, and must not wait for that.
+                self.writable.set()
+                self._abort_later()
+            case "websocket.send" if self.transport.is_closing():
+                raise ClientDisconnected  # uvicorn learns of it in the loop's next turn only
+        await super().send(message)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._abort_later()
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self._abort_later()
+
+    def handle_ping(self) -> None:
+        pong = b"".join(self.conn.data_to_send())
+        if self.writable.is_set():
+            self.transport.write(pong)
+        else:
+            # RFC 6455, 5.5.3: a pong for the latest ping is enough. A peer that pings and never
+            # reads would else fill the memory.
+            self._waiting_pong = pong
+
+    def handle_cont(self, event: Frame) -> None:
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.conn.fail(CloseCode.POLICY_VIOLATION, f"more than {MAX_FRAGMENTS} fragments")
+            self.frames = []
+            self.handle_parser_exception()
+            return
+        super().handle_cont(event)
+
+    def handle_parser_exception(self) -> None:
+        super().handle_parser_exception()
+        self._abort_later()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        pong, self._waiting_pong = self._waiting_pong, b""
+        if pong and not self.transport.is_closing():
+            self.transport.write(pong)
+
+    def _abort_later(self) -> None:
+        """Drop the connection after a while, whether the peer took what was sent or not."""
+        if not self.disconnected:
+            self._abort_timer.stop()
+            self._abort_timer.start(self.timeouts.close_s, self.transport)
+
+
+class _Timer:
+    """Aborts a connection after a delay, unless it is stopped before."""
+
+    def __init__(self) -> None:
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, delay_s: float, transport: asyncio.Transport) -> None:
+        """Begin to count, unless it counts already."""
+        if self._handle is None:
+            loop = asyncio.get_running_loop()
+            self._handle = loop.call_later(delay_s, transport.abort)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
+def uvicorn_config(app: object, timeouts: Timeouts, *, max_message_bytes: int) -> uvicorn.Config:
+    """Return the settings of a uvicorn server that holds nothing for nobody."""
+    http, websocket = guarded_protocols(timeouts)
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]  # any ASGI application
+        http=http,
+        ws=websocket,
+        ws_max_size=max_message_bytes,
+        ws_max_queue=4,
+        ws_ping_interval=timeouts.ping_s,
+        ws_ping_timeout=timeouts.ping_s,
+        ws_per_message_deflate=False,  # costs 64 KiB a connection, for messages of some 300 bytes
+        lifespan="off",
+        log_config=None,
+        log_level="warning",  # below that, uvicorn logs paths with their query strings
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=int(timeouts.close_s) + 1,
+        h11_max_incomplete_event_size=16 * 1024,
+    )

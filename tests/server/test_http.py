@@ -1,0 +1,221 @@
+"""HTTP: the page and its headers, foreign origins, large bodies and slow peers."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+import fakes
+from d2f_stream.server.app import CONTENT_TYPES, STATIC
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.serve import Server
+from d2f_stream.server.settings import Timeouts
+from serving import serving, small_socket
+
+CHAT = "/v1/chat/completions"
+
+
+@contextlib.asynccontextmanager
+async def client_of(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def raw(server: Server) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_health_names_the_model() -> None:
+    async with serving() as server, client_of(server) as client:
+        response = await client.get("/healthz")
+    assert response.status_code == 200
+    assert response.json() == {"status": "ok", "model": "scripted"}
+    assert "server" not in response.headers
+
+
+async def test_metrics_tell_of_the_streams() -> None:
+    async with serving() as server, client_of(server) as client:
+        await client.post("/v1/completions", json={"model": "scripted", "prompt": "hi"})
+        text = (await client.get("/metrics")).text
+    assert 'd2f_requests_total{outcome="eos"} 1.0' in text
+    assert "d2f_connections 0.0" in text
+
+
+async def test_page_may_load_from_its_own_server_only() -> None:
+    async with serving() as server, client_of(server) as client:
+        response = await client.get("/")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    host = f"127.0.0.1:{server.port}"
+    assert f"connect-src 'self' ws://{host} wss://{host};" in policy
+    assert "unsafe" not in policy
+
+
+async def test_host_header_cannot_extend_the_policy() -> None:
+    async with serving(auth=Auth(origins=("*",))) as server, client_of(server) as client:
+        host = "x; script-src *"
+        policy = (await client.get("/", headers={"Host": host})).headers["content-security-policy"]
+    assert "connect-src 'self';" in policy
+    assert "*" not in policy
+
+
+async def test_files_of_the_page_have_their_types_and_are_not_sent_twice() -> None:
+    async with serving() as server, client_of(server) as client:
+        for path in STATIC.iterdir():
+            first = await client.get(f"/{path.name}")
+            assert (first.status_code, first.content) == (200, path.read_bytes())
+            assert first.headers["content-type"] == CONTENT_TYPES[path.suffix]
+            assert first.headers["cache-control"] == "no-cache"
+            known = {"If-None-Match": first.headers["etag"]}
+            again = await client.get(f"/{path.name}", headers=known)
+            assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    "path", ["/nothing.js", "/../app.py", "/..%2f..%2fserve.py", "//etc/x.json", "/%00.js", "/x.py"]
+)
+async def test_nothing_else_is_served(path: str) -> None:
+    async with serving() as server, raw(server) as (reader, writer):
+        writer.write(
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 404")
+
+
+async def test_page_can_be_left_out() -> None:
+    async with serving(ui=False) as server, client_of(server) as client:
+        assert (await client.get("/")).status_code == 404
+        assert (await client.get("/healthz")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Host": "evil.example", "Origin": "http://evil.example"},
+        {"Host": "evil.example"},
+        {"Host": "["},
+        {"Origin": "http://["},
+    ],
+)
+async def test_foreign_page_cannot_make_the_model_work(headers: dict[str, str]) -> None:
+    async with serving() as server, client_of(server) as client:
+        response = await client.post(CHAT, headers=headers, content=b"{}")
+        assert response.status_code == 403
+        assert response.json()["error"]["code"] == "origin_refused"
+        assert "access-control-allow-origin" not in response.headers
+
+
+async def test_allowed_origin_may_read_the_answer() -> None:
+    origin = "https://chat.example"
+    async with (
+        serving(auth=Auth(origins=(origin,))) as server,
+        client_of(server) as client,
+    ):
+        asked = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        preflight = await client.options(CHAT, headers=asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == origin
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
+        response = await client.post(CHAT, headers={"Origin": origin}, json=body)
+    assert response.headers["access-control-allow-origin"] == origin
+    assert response.json()["choices"][0]["message"]["content"] == fakes.ANSWER
+
+
+async def _chunks(num_bytes: int) -> AsyncIterator[bytes]:
+    for _ in range(0, num_bytes, 1000):
+        yield b"x" * 1000
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_large_body_is_refused_in_the_shape_of_the_api(is_chunked: bool) -> None:
+    async with (
+        serving(limits=ServeLimits(max_message_bytes=5000)) as server,
+        client_of(server) as client,
+    ):
+        content = _chunks(20_000) if is_chunked else b"x" * 20_000
+        headers = {"Content-Type": "application/json"}
+        response = await client.post(CHAT, content=content, headers=headers)
+        assert response.status_code == 413
+        error = response.json()["error"]
+        assert error["code"] == "message_too_large"
+        assert "5000 bytes" in error["message"]
+
+
+async def test_large_header_is_refused() -> None:
+    async with serving() as server, raw(server) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 30_000)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /",
+        b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n",
+    ],
+)
+async def test_request_that_does_not_arrive_in_time_loses_its_connection(sent: bytes) -> None:
+    async with (
+        serving(timeouts=Timeouts(request_s=0.05)) as server,
+        raw(server) as (reader, writer),
+    ):
+        writer.write(sent)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        assert server.num_connections == 0
+
+
+async def test_bytes_that_trickle_in_do_not_buy_time() -> None:
+    async with serving(timeouts=Timeouts(request_s=0.2)) as server, raw(server) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX: ")
+        closed = asyncio.create_task(reader.read())
+        while not closed.done():
+            writer.write(b"x")
+            await asyncio.wait((closed,), timeout=0.02)  # the pace of the attack
+        assert isinstance(closed.exception(), ConnectionError) or closed.result() == b""
+        assert server.num_connections == 0
+
+
+async def test_response_that_nobody_reads_loses_its_connection() -> None:
+    timeouts = Timeouts(stall_s=0.05)
+    async with serving(timeouts=timeouts) as server, small_socket(server) as sock:
+        loop = asyncio.get_running_loop()
+        # As many as are taken in at once; their responses are some megabytes.
+        asked = b"GET /d2f-client.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 300
+        await loop.sock_sendall(sock, asked)
+        await loop.sock_recv(sock, 100)
+        while server.num_connections:
+            await fakes.turn()
+
+
+async def test_closed_keep_alive_connection_does_not_wait_for_its_reader() -> None:
+    timeouts = Timeouts(request_s=0.05)
+    async with serving(timeouts=timeouts) as server, raw(server) as (reader, writer):
+        for _ in range(3):
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            await reader.readuntil(b"}")
