@@ -1,0 +1,490 @@
+import json
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import d2f_stream
+from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_stream.params import GenerationParams
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.limits import ServeLimits
+from fakes import ANSWER, info
+from openai_serving import TOKEN, Serving, chat, serving, serving_engine
+
+MESSAGES: Any = [{"role": "user", "content": "hi"}]
+PROMPT = "user: hi\nassistant: "
+
+
+async def streamed(served: Serving, **fields: Any) -> list[Any]:
+    chunks = await served.openai().chat.completions.create(
+        model="d2f", messages=MESSAGES, stream=True, **fields
+    )
+    return [chunk async for chunk in chunks]
+
+
+def text_of(chunks: list[Any]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+async def test_answer_comes_whole_with_its_usage() -> None:
+    async with serving(ScriptedBackend({PROMPT: ANSWER})) as served:
+        answer = await served.openai().chat.completions.create(model="scripted", messages=MESSAGES)
+    num_tokens = len(ANSWER.encode()) + 1
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.model == "scripted"
+    [choice] = answer.choices
+    assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", ANSWER)
+    assert choice.finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert answer.usage.completion_tokens == num_tokens
+    assert answer.usage.total_tokens == len(PROMPT) + num_tokens
+    report = answer.model_extra["d2f"] if answer.model_extra else {}
+    assert report["reason"] == "eos"
+    assert report["tokens_per_step"] == num_tokens / report["steps"]
+    assert report["timings"]["total_ms"] >= report["timings"]["first_block_ms"] > 0
+
+
+async def test_stream_is_a_role_then_a_delta_for_each_block_then_the_reason() -> None:
+    async with serving(ScriptedBackend(ANSWER)) as served:
+        chunks = await streamed(served)
+    first, *blocks, last = chunks
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+    assert text_of(chunks) == ANSWER
+    assert len(blocks) == -(-(len(ANSWER.encode()) + 1) // 8)
+    assert [chunk.d2f["type"] for chunk in blocks] == ["block.committed"] * len(blocks)
+    assert [chunk.d2f["index"] for chunk in blocks] == [*range(len(blocks))]
+    assert [chunk.d2f["seq"] for chunk in chunks] == [*range(len(chunks))]
+    steps = [chunk.d2f["steps"] for chunk in blocks]
+    assert steps == sorted(steps)
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert last.choices[0].finish_reason == "stop"
+    assert last.choices[0].delta.content is None
+    assert (
+        len({chunk.id for chunk in chunks}) == len({chunk.d2f["stream"] for chunk in chunks}) == 1
+    )
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert "usage" not in first.model_fields_set
+
+
+async def test_include_usage_adds_a_chunk_without_choices() -> None:
+    async with serving(ScriptedBackend("eight by")) as served:
+        chunks = await streamed(served, stream_options={"include_usage": True})
+    *others, last = chunks
+    assert last.choices == []
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(PROMPT), 9)
+    assert last.usage.total_tokens == len(PROMPT) + 9
+    assert [chunk.usage for chunk in others] == [None] * len(others)
+    assert all("usage" in chunk.model_fields_set for chunk in others)
+
+
+async def test_frames_and_headers_of_a_stream() -> None:
+    async with serving(ScriptedBackend("twelve bytes")) as served, served.http() as http:
+        answer = await http.post("/v1/chat/completions", json=chat(stream=True))
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    frames = answer.text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""]
+    assert all(frame.startswith("data: {") for frame in frames[:-2])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_max_tokens_ends_with_length(stream: bool) -> None:
+    async with serving(ScriptedBackend("abc" * 100)) as served:
+        for name in ("max_tokens", "max_completion_tokens"):
+            if stream:
+                chunks = await streamed(served, **{name: 20})
+                text, reason = text_of(chunks), chunks[-1].choices[0].finish_reason
+            else:
+                fields: Any = {name: 20}
+                answer = await served.openai().chat.completions.create(
+                    model="d2f", messages=MESSAGES, **fields
+                )
+                text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+            assert (text, reason) == (("abc" * 7)[:20], "length")
+
+
+async def test_stop_string_split_over_blocks_never_shows() -> None:
+    async with serving(ScriptedBackend("1234567. The end")) as served:
+        chunks = await streamed(served, stop=". The", max_tokens=64)
+        listed = await streamed(served, stop=["nowhere", "The end"])
+    assert text_of(chunks) == "1234567"
+    assert [chunk.choices[0].delta.content for chunk in chunks[1:-1]] == ["1234567", ""]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].d2f["reason"] == "stop"
+    assert text_of(listed) == "1234567. "
+
+
+async def test_sampling_parameters_reach_the_engine() -> None:
+    backend = ScriptedBackend("abc")
+    async with serving(backend) as served:
+        client = served.openai().chat.completions
+        for _ in range(2):
+            await client.create(
+                model="d2f", messages=MESSAGES, temperature=0.7, top_p=0.9, seed=11, user="ann"
+            )
+        await client.create(
+            model="d2f",
+            messages=MESSAGES,
+            temperature=None,
+            top_p=None,
+            seed=None,
+            extra_body={"d2f": {"block_size": 4, "rank": "margin"}, "unheard_of": 1},
+        )
+    first, second, third = [batch[0] for batch in backend.batches]
+    assert (first.temperature, first.top_p) == (0.7, 0.9)
+    assert first.uniforms == second.uniforms is not None
+    assert (third.temperature, third.rank, len(third.window.tokens)) == (
+        0.0,
+        "margin",
+        len(PROMPT) + 4,
+    )
+
+
+async def test_diffusing_replaces_the_text_and_ends_with_the_final_one() -> None:
+    async with serving(ScriptedBackend(ANSWER)) as served:
+        chunks = await streamed(served, extra_body={"diffusing": True})
+    texts = [chunk.choices[0].delta.content for chunk in chunks]
+    kinds = [chunk.d2f["type"] for chunk in chunks]
+    assert texts[-1] == ANSWER
+    assert "block.draft" in kinds
+    committed = ""
+    for chunk in chunks[1:]:
+        shown = chunk.choices[0].delta.content
+        if chunk.d2f["type"] == "block.committed":
+            committed = shown[: max(len(committed), 1)]
+        assert shown.startswith(committed)
+    assert len(texts) > len([kind for kind in kinds if kind == "block.committed"]) + 2
+
+
+async def test_diffusing_without_stream_is_the_plain_answer() -> None:
+    async with serving(ScriptedBackend(ANSWER)) as served:
+        answer = await served.openai().chat.completions.create(
+            model="d2f", messages=MESSAGES, extra_body={"diffusing": True}
+        )
+    assert answer.choices[0].message.content == ANSWER
+
+
+@pytest.mark.parametrize(
+    "prompt", ["say", ["say"], [*b"say"], [[*b"say"]]], ids=["text", "list", "ids", "list of ids"]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_completions_take_one_prompt_verbatim(prompt: Any, stream: bool) -> None:
+    async with serving(ScriptedBackend({"say": ANSWER})) as served:
+        create = served.openai().completions.create
+        if stream:
+            chunks = [c async for c in await create(model="d2f", prompt=prompt, stream=True)]
+            text = "".join(chunk.choices[0].text for chunk in chunks)
+            last = chunks[-1]
+        else:
+            last = await create(model="d2f", prompt=prompt)
+            text = last.choices[0].text
+    assert (text, last.object) == (ANSWER, "text_completion")
+    assert last.id.startswith("cmpl-")
+    assert last.choices[0].finish_reason == "stop"
+
+
+async def test_messages_of_every_role_and_of_text_parts() -> None:
+    script = {"system: a\nsystem: b\nuser: one two\nassistant: three\nassistant: ": "four"}
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    messages: Any = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b", "name": "boss"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "three", "tool_calls": None},
+    ]
+    async with serving(ScriptedBackend(script)) as served:
+        answer = await served.openai().chat.completions.create(model="d2f", messages=messages)
+    assert answer.choices[0].message.content == "four"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "tool", "content": "4", "tool_call_id": "1"}, "messages[0].role"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "user", "content": None}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
+    ],
+)
+async def test_messages_that_are_not_text_are_refused(message: Any, param: str) -> None:
+    async with serving(ScriptedBackend()) as served:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await served.openai().chat.completions.create(model="d2f", messages=[message])
+    assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
+
+
+UNSUPPORTED_IN_BOTH = {
+    "n": 2,
+    "logit_bias": {"50256": -100},
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+}
+UNSUPPORTED_IN_CHAT: dict[str, Any] = {
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "functions": [{"name": "f"}],
+    "tool_choice": "required",
+    "function_call": {"name": "f"},
+    "logprobs": True,
+    "top_logprobs": 3,
+    "response_format": {"type": "json_object"},
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "alloy", "format": "wav"},
+}
+UNSUPPORTED_IN_COMPLETIONS = {"best_of": 3, "echo": True, "suffix": "end", "logprobs": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("name", "value"), (UNSUPPORTED_IN_BOTH | UNSUPPORTED_IN_CHAT).items())
+async def test_unsupported_parameter_of_chat_is_refused(
+    name: str, value: object, stream: bool
+) -> None:
+    async with serving(ScriptedBackend()) as served:
+        with pytest.raises(openai.BadRequestError, match=name) as caught:
+            await served.openai().chat.completions.create(
+                model="d2f", messages=MESSAGES, stream=stream, extra_body={name: value}
+            )
+        assert served.registry.num_retained == 0
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), (UNSUPPORTED_IN_BOTH | UNSUPPORTED_IN_COMPLETIONS).items()
+)
+async def test_unsupported_parameter_of_completions_is_refused(name: str, value: object) -> None:
+    async with serving(ScriptedBackend()) as served:
+        with pytest.raises(openai.BadRequestError, match=name) as caught:
+            await served.openai().completions.create(
+                model="d2f", prompt="hi", extra_body={name: value}
+            )
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"n": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0},
+        {"tools": [], "functions": [], "tool_choice": "none", "function_call": "auto"},
+        {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}},
+        {"modalities": ["text"], "audio": None, "stop": [], "stream_options": None},
+        {"user": "ann", "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low"},
+        {"d2f": None, "diffusing": False, "max_tokens": None, "parallel_tool_calls": True},
+    ],
+)
+async def test_parameters_that_change_nothing_are_accepted(neutral: dict[str, Any]) -> None:
+    async with serving(ScriptedBackend("fine")) as served, served.http() as http:
+        answer = await http.post("/v1/chat/completions", json=chat(**neutral))
+    assert answer.json()["choices"][0]["message"]["content"] == "fine"
+
+
+async def test_several_prompts_are_refused() -> None:
+    async with serving(ScriptedBackend()) as served:
+        with pytest.raises(openai.BadRequestError, match="holds 2 prompts") as caught:
+            await served.openai().completions.create(model="d2f", prompt=["one", "two"])
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"temperature": -1}, "temperature", "invalid_params"),
+        ({"top_p": 2}, "top_p", "invalid_params"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_params"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "invalid_params"),
+        ({"stop": [""]}, "stop", "invalid_params"),
+        ({"d2f": {"block_size": 0}}, "d2f.block_size", "invalid_params"),
+        ({"d2f": {"block_sise": 8}}, "d2f", "invalid_request"),
+        ({"max_tokens": 5000}, "messages", "prompt_too_long"),
+        ({"messages": []}, "messages", "invalid_prompt"),
+        ({"messages": "hi"}, "messages", "invalid_request"),
+        ({"temperature": "hot"}, "temperature", "invalid_request"),
+        ({"messages": [{"content": "hi"}]}, "messages[0]", "invalid_request"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_invalid_values_are_refused_by_name(
+    fields: dict[str, Any], param: str, code: str, stream: bool
+) -> None:
+    async with serving(ScriptedBackend()) as served, served.http() as http:
+        answer = await http.post("/v1/chat/completions", json=chat(stream=stream) | fields)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (param, code)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+async def test_unknown_model_is_not_found() -> None:
+    async with serving(ScriptedBackend("hello")) as served:
+        client = served.openai()
+        with pytest.raises(openai.NotFoundError, match=r"'gpt-4'.*'scripted'") as caught:
+            await client.chat.completions.create(model="gpt-4", messages=MESSAGES)
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("gpt-4")
+        for name in ("", "d2f", "scripted"):
+            answer = await client.chat.completions.create(model=name, messages=MESSAGES)
+            assert answer.model == "scripted"
+
+
+async def test_models_are_listed_with_what_they_can_do() -> None:
+    backend = ScriptedBackend(info=info(name="maker/small", max_len=77))
+    async with serving(backend) as served:
+        client = served.openai()
+        [model] = [model async for model in client.models.list()]
+        found = await client.models.retrieve("maker/small")
+    assert model == found
+    assert (model.id, model.object, model.owned_by) == ("maker/small", "model", "d2f_stream")
+    assert model.model_extra is not None
+    assert model.model_extra["d2f"]["max_len"] == 77
+    assert model.model_extra["d2f"]["defaults"]["block_size"] == 8
+
+
+async def test_token_is_needed_where_there_are_some() -> None:
+    auth = Auth({"ann": TOKEN})
+    async with serving(ScriptedBackend("hello"), auth=auth) as served:
+        stranger, ann = served.openai("wrong"), served.openai()
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await stranger.chat.completions.create(model="d2f", messages=MESSAGES)
+        assert caught.value.code == "invalid_api_key"
+        assert caught.value.response.headers["www-authenticate"] == "Bearer"
+        with pytest.raises(openai.AuthenticationError):
+            await stranger.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            await stranger.models.retrieve("scripted")
+        assert await ann.models.list()
+        answer = await ann.chat.completions.create(model="d2f", messages=MESSAGES)
+        assert answer.choices[0].message.content == "hello"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_rate_limit_says_when_to_come_again(stream: bool) -> None:
+    limits = ServeLimits(requests_per_minute=1)
+    async with serving(ScriptedBackend("hello"), limits=limits) as served:
+        create = served.openai().chat.completions.create
+        await create(model="d2f", messages=MESSAGES)
+        with pytest.raises(openai.RateLimitError, match="1 requests a minute") as caught:
+            await create(model="d2f", messages=MESSAGES, stream=stream)
+    assert (caught.value.code, caught.value.type) == ("rate_limited", "rate_limit_error")
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+
+
+async def test_answer_beyond_the_server_s_limit_is_too_large() -> None:
+    async with serving(ScriptedBackend(), limits=ServeLimits(max_new_tokens=100)) as served:
+        with pytest.raises(openai.APIStatusError, match="allows 100") as caught:
+            await served.openai().chat.completions.create(
+                model="d2f", messages=MESSAGES, max_tokens=101
+            )
+    assert (caught.value.status_code, caught.value.code) == (413, "message_too_large")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
+async def test_body_that_is_not_called_json_is_refused(content_type: str | None) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    async with serving(ScriptedBackend()) as served, served.http() as http:
+        content = json.dumps(chat()).encode()
+        answer = await http.post("/v1/chat/completions", content=content, headers=headers)
+    assert answer.status_code == 415
+    assert answer.json()["error"]["code"] == "unsupported_media_type"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    body=st.binary(max_size=60)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(["messages", "prompt", "role", "content", "stop", "d2f", "n"])
+                | st.text(),
+                inner,
+            )
+        ),
+        max_leaves=12,
+    ).map(lambda value: json.dumps(value).encode())
+)
+async def test_any_body_is_answered_with_a_proper_error(body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    async with serving(ScriptedBackend("x")) as served, served.http() as http:
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            answer = await http.post(path, content=body, headers=headers)
+            if answer.status_code != 200:
+                assert answer.status_code in (400, 404, 413)
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_server_that_shuts_down_takes_nothing(stream: bool) -> None:
+    async with serving(ScriptedBackend()) as served:
+        await served.registry.shut_down(0.0)
+        with pytest.raises(openai.InternalServerError) as caught:
+            await served.openai().chat.completions.create(
+                model="d2f", messages=MESSAGES, stream=stream
+            )
+    assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
+    assert caught.value.type == "server_error"
+
+
+async def test_failed_engine_is_an_error_of_the_server() -> None:
+    async with serving(
+        ScriptedBackend("hi", errors={0: RuntimeError("the GPU is gone")})
+    ) as served:
+        with pytest.raises(openai.InternalServerError, match="the GPU is gone") as caught:
+            await served.openai().chat.completions.create(model="d2f", messages=MESSAGES)
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_failed")
+        with pytest.raises(openai.InternalServerError) as later:
+            await served.openai().chat.completions.create(model="d2f", messages=MESSAGES)
+        assert later.value.code == "engine_failed"
+
+
+async def test_stream_that_fails_ends_with_the_error() -> None:
+    backend = ScriptedBackend("a" * 40, errors={4: RuntimeError("the GPU is gone")})
+    received: list[str | None] = []
+
+    async def read(served: Serving) -> None:
+        chunks = await served.openai().chat.completions.create(
+            model="d2f", messages=MESSAGES, stream=True
+        )
+        async for chunk in chunks:
+            received.append(chunk.choices[0].delta.content)  # noqa: PERF401 - it raises
+
+    async with serving(backend) as served:
+        with pytest.raises(openai.APIError, match="the GPU is gone") as caught:
+            await read(served)
+    assert caught.value.code == "engine_failed"
+    assert "".join(filter(None, received)) == "a" * 16
+
+
+class BrokenBackend(ScriptedBackend):
+    def check(self, params: GenerationParams) -> None:
+        raise RuntimeError("a mistake of ours")
+
+
+async def test_mistake_of_ours_is_logged_and_answered(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(BrokenBackend()) as served:
+        with pytest.raises(openai.InternalServerError, match="inside the server") as caught:
+            await served.openai().chat.completions.create(model="d2f", messages=MESSAGES)
+    assert (caught.value.status_code, caught.value.code) == (500, "error")
+    assert "a mistake of ours" in caplog.text
+
+
+async def test_embedded_model_solves_a_word_problem() -> None:
+    problem = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
+    messages: Any = [{"role": "user", "content": problem}]
+    async with d2f_stream.load() as engine, serving_engine(engine) as served:
+        create = served.openai().chat.completions.create
+        whole = await create(model="word-problems", messages=messages)
+        chunks = [c async for c in await create(model="d2f", messages=messages, stream=True)]
+        plain = await served.openai().completions.create(model="d2f", prompt=problem)
+    text = whole.choices[0].message.content
+    assert text is not None
+    assert "The answer is 52" in text
+    assert text_of(chunks) == text == plain.choices[0].text
+    assert whole.usage == plain.usage
