@@ -1,0 +1,108 @@
+"""Whatever comes over the broker, a gateway answers or drops it and goes on."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from brokers import Device, Mosquitto, text_of, worker
+from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_stream.broker import Incoming
+from d2f_stream.protocol import JSON, MSGPACK, Generate, RequestRejected
+from d2f_stream.server.gateway import Gateway
+from d2f_stream.server.mqtt import MqttGateway
+from d2f_stream.server.streams import StreamRegistry
+from d2f_stream.topics import RequestTopic, streams_of
+from fakes import ANSWER, engine_over
+
+REQUEST = "request-0123456789"
+
+levels = st.sampled_from(
+    ["d2f", "v1", "requests", "clients", "nodes", "operations", "cancel", "events", "status"]
+) | st.text(max_size=20)
+near_topics = st.sampled_from(
+    [
+        "d2f/v1/requests/alice",
+        f"d2f/v1/clients/alice/{REQUEST}/cancel",
+        f"d2f/v1/nodes/n/operations/alice/{REQUEST}",
+        "d2f/v1/requests/+",
+    ]
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+operations = st.fixed_dictionaries(
+    {"type": st.sampled_from(["generate", "resume", "cancel", "authenticate", "else"]) | values},
+    optional={
+        "request_id": st.just(REQUEST) | values,
+        "prompt": values,
+        "stream": values,
+        "after_seq": values,
+        "params": values,
+        "token": values,
+    },
+)
+
+
+def encoded(value: object) -> bytes:
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+payloads = st.binary(max_size=80) | operations.map(encoded) | values.map(encoded)
+messages = st.builds(
+    Incoming,
+    topic=near_topics | st.lists(levels, max_size=7).map("/".join),
+    payload=payloads,
+    content_type=st.sampled_from([None, "", JSON.content_type, MSGPACK.content_type, "text/plain"]),
+    retained=st.booleans(),
+    notes=st.just({}),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(messages, max_size=25))
+def test_no_message_breaks_a_gateway(batch: list[Incoming]) -> None:
+    async def feed() -> None:
+        async with engine_over(ScriptedBackend("short")) as engine:
+            registry = StreamRegistry(engine)
+            hello = Gateway(registry).hello
+            gateway = MqttGateway(registry, "mqtt://127.0.0.1:1", hello=hello)
+            for message in batch:
+                gateway.on_message(message)
+            good = Generate(request_id=REQUEST, prompt="hi")
+            stream = registry.generate(good, client="somebody")
+            assert [event async for event in stream.follow()]
+            await gateway.close(0.0)
+            await registry.shut_down(0.0)
+
+    asyncio.run(feed())
+
+
+@pytest.mark.mqtt
+@pytest.mark.usefixtures("nothing_left")
+async def test_garbage_of_one_device_costs_another_nothing(mosquitto: Mosquitto) -> None:
+    async with (
+        worker(mosquitto.url, ScriptedBackend(ANSWER)),
+        Device(mosquitto, "bad") as bad,
+        Device(mosquitto, "good") as good,
+    ):
+        await good.subscribe(streams_of("good", "events"))
+        for data in (b"\x00" * 1000, b"[" * 100_000, b'{"type":"generate"' * 1000, b"9" * 300_000):
+            await bad.publish(RequestTopic("bad"), data)
+        await good.send(RequestTopic("good"), Generate(request_id=REQUEST, prompt="hi"))
+        assert text_of(await good.events()) == ANSWER
+
+
+@pytest.mark.mqtt
+@pytest.mark.usefixtures("nothing_left")
+async def test_too_large_message_is_refused_by_its_name(mosquitto: Mosquitto) -> None:
+    async with worker(mosquitto.url, ScriptedBackend(ANSWER)), Device(mosquitto, "big") as big:
+        await big.subscribe(streams_of("big", "events"))
+        await big.send(RequestTopic("big"), Generate(request_id=REQUEST, prompt="x" * 300_000))
+        refused = await big.next_message()
+        assert isinstance(refused, RequestRejected)
+        assert (refused.code, refused.request_id) == ("message_too_large", REQUEST)
