@@ -1,0 +1,35 @@
+"""What the browser tests need from Playwright and axe; who imports this is skipped without them.
+
+With D2F_FORBID_SKIPS=1 in the environment it fails instead.
+"""
+
+import os
+
+import pytest
+
+try:
+    from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+    from playwright.sync_api import (
+        Browser,
+        ConsoleMessage,
+        Page,
+        Request,
+        WebSocket,
+        expect,
+        sync_playwright,
+    )
+except ModuleNotFoundError as error:
+    if os.environ.get("D2F_FORBID_SKIPS") == "1":
+        raise
+    pytest.skip(f"the Python package {error.name} is not installed", allow_module_level=True)
+
+__all__ = [
+    "Axe",
+    "Browser",
+    "ConsoleMessage",
+    "Page",
+    "Request",
+    "WebSocket",
+    "expect",
+    "sync_playwright",
+]

@@ -1,0 +1,101 @@
+"""A real Chromium, and pages that are watched: for foreign requests, errors and broken policies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import pytest
+
+from browser.page_server import PageServer
+from requirements import require_program
+
+if TYPE_CHECKING:  # this file is read even where Playwright is missing
+    from browser.chromium import Browser, ConsoleMessage, Page, Request, WebSocket
+
+TIMEOUT_MS = 20_000  # a guard against hanging; nothing waits for it to pass
+
+# A page that is cut off says so, whatever its script does about it.
+EXPECTED_ERRORS = ("WebSocket connection to", "net::ERR_")
+
+
+class OpenPage(Protocol):
+    def __call__(
+        self, server: PageServer, *, pace: str | None = "live", **options: Any
+    ) -> Page: ...
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    # Not for the whole session: while Playwright is open, no other event loop runs on this thread.
+    from browser.chromium import sync_playwright
+
+    path = require_program("chromium")
+    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Browser) -> Iterator[OpenPage]:
+    """Open the page of a server, connected. What it must never do is checked at the end."""
+    watches: list[_Watch] = []
+
+    def open_one(server: PageServer, *, pace: str | None = "live", **options: Any) -> Page:
+        context = chromium.new_context(**options)
+        context.set_default_timeout(TIMEOUT_MS)
+        if pace is not None:
+            context.add_init_script(f"localStorage['d2f.pace'] ??= '\"{pace}\"'")
+        page = context.new_page()
+        watches.append(_Watch(page, server.url))
+        page.goto(server.url)
+        return page
+
+    yield open_one
+    for watch in watches:
+        watch.page.context.close()
+    for watch in watches:
+        watch.check()
+
+
+class _Watch:
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self._host = urlsplit(url).netloc
+        self._urls: list[str] = []
+        self._errors: list[str] = []
+        page.on("request", self._note_request)
+        page.on("websocket", self._note_websocket)
+        page.on("console", self._note_console)
+        page.on("pageerror", lambda error: self._errors.append(str(error)))
+
+    def check(self) -> None:
+        foreign = [url for url in self._urls if urlsplit(url).netloc not in ("", self._host)]
+        assert foreign == []
+        assert [url for url in self._urls if "token" in url.lower()] == []
+        assert self._errors == []
+
+    def _note_request(self, request: Request) -> None:
+        self._urls.append(request.url)
+
+    def _note_websocket(self, socket: WebSocket) -> None:
+        self._urls.append(socket.url)
+
+    def _note_console(self, message: ConsoleMessage) -> None:
+        is_expected = any(text in message.text for text in EXPECTED_ERRORS)
+        if message.type in ("error", "warning") and not is_expected:
+            self._errors.append(message.text)
+
+
+@contextmanager
+def offline(page: Page, server: PageServer) -> Iterator[None]:
+    """Cut the page off, as a lost network does, and connect it again at the end."""
+    page.context.set_offline(True)
+    server.sever()
+    yield
+    page.context.set_offline(False)

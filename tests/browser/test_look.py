@@ -1,0 +1,192 @@
+"""What everybody must be able to use: themes, motion, small screens, assistive technology."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import fakes
+from browser.chromium import Axe, Page, expect
+from browser.conftest import OpenPage
+from browser.page_server import ScriptedServer
+from browser.reader import BLOCKS, STEPS_A_BLOCK, announced, ask, expect_blocks, expect_idle
+from d2f_stream.server.auth import Auth
+
+pytestmark = pytest.mark.browser
+
+PHONE = {"width": 360, "height": 740}
+DESKTOP = {"width": 1280, "height": 800}
+FAULTS = ("serious", "critical")
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+def background(page: Page) -> int:
+    """How bright the page is: the sum of its background's red, green and blue."""
+    parts = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g)")
+    return sum(map(int, parts[:3]))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_theme_follows_the_system_until_it_is_chosen(
+    server: ScriptedServer, open_page: OpenPage, scheme: str
+) -> None:
+    page = open_page(server, color_scheme=scheme)
+    was_light = background(page) > 3 * 128
+    assert was_light is (scheme == "light")
+    other = "dark" if was_light else "light"
+    page.get_by_role("button", name=f"Switch to {other}").click()
+    assert (background(page) > 3 * 128) is not was_light
+    page.reload()
+    assert (background(page) > 3 * 128) is not was_light
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_role("radio", name=other.capitalize())).to_be_checked()
+    page.get_by_role("radio", name="System").check()
+    assert (background(page) > 3 * 128) is was_light
+
+
+def test_reduced_motion_moves_nothing_and_waits_for_nothing(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server, pace=None, reduced_motion="reduce")
+    expect(page.get_by_role("radio", name="Live")).to_be_checked()
+    ask(page)
+    server.gate.let_through(STEPS_A_BLOCK + 1)
+    expect(page.locator("#conversation .token").first).to_be_visible()
+    moves = "document.getAnimations().length"
+    assert page.evaluate(moves) == 0
+    durations = page.evaluate(
+        "[...document.querySelectorAll('*')].map((one) => getComputedStyle(one))"
+        ".flatMap((style) => [style.transitionDuration, style.animationName])"
+    )
+    assert set(durations) == {"0s", "none"}
+    server.gate.open()
+    expect_idle(page)
+    assert page.evaluate(moves) == 0
+
+
+def test_pace_is_gentle_where_motion_is_welcome(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server, pace=None)
+    expect(page.get_by_role("radio", name="Gentle")).to_be_checked()
+
+
+def test_each_block_is_announced_once_and_drafts_never(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server, pace="slow")
+    log = page.get_by_role("log")
+    assert log.get_attribute("aria-live") == "polite"
+    ask(page)
+    for number in range(len(BLOCKS)):
+        server.gate.let_through(STEPS_A_BLOCK)
+        expect(log.locator("p")).to_have_text(BLOCKS[: number + 1], use_inner_text=False)
+    server.sever()
+    server.gate.open()
+    expect(page.get_by_role("button", name="Show all at once")).to_be_visible()
+    assert "".join(announced(page)) == fakes.ANSWER
+    assert page.evaluate("document.querySelectorAll('#conversation [aria-live]').length") == 0
+
+
+def test_phone_never_scrolls_sideways(server: ScriptedServer, open_page: OpenPage) -> None:
+    page = open_page(server, viewport=PHONE, has_touch=True, is_mobile=True)
+
+    def check() -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+    check()
+    ask(page, "a-question-without-any-spaces-in-it" * 8)
+    server.gate.let_through(STEPS_A_BLOCK + 1)
+    expect(page.locator("#conversation .token").first).to_be_visible()
+    check()
+    server.gate.open()
+    expect_idle(page)
+    check()
+    ask(page, "why " * 1200)
+    expect(page.get_by_role("alert")).to_be_visible()
+    check()
+    page.get_by_role("button", name="Settings").click()
+    sheet = page.locator("#settings")
+    assert sheet.evaluate("(sheet) => sheet.scrollWidth <= sheet.clientWidth")
+
+
+def test_fingers_find_every_control(server: ScriptedServer, open_page: OpenPage) -> None:
+    page = open_page(server, viewport=PHONE, has_touch=True, is_mobile=True)
+    expect_idle(page)
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('button, .segments label, .switch')]"
+        ".map((one) => one.getBoundingClientRect()).filter(({ width }) => width > 0)"
+        ".map(({ width, height }) => Math.min(width, height))"
+    )
+    assert min(sizes) >= 32
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "light": {"color_scheme": "light", "viewport": DESKTOP},
+    "dark": {"color_scheme": "dark", "viewport": DESKTOP},
+    "phone": {"color_scheme": "light", "viewport": PHONE},
+}
+RULES: dict[str, dict[str, Any]] = {
+    "light": {},
+    "dark": {"runOnly": ["color-contrast"]},  # all else is as in light
+    "phone": {},
+}
+
+
+def faults(page: Page, look: str) -> list[str]:
+    options = {"resultTypes": ["violations"], **RULES[look]}
+    found = Axe().run(page, options=options).response["violations"]
+    return [
+        f"{fault['id']}: {node['html']} {node['failureSummary']}"
+        for fault in found
+        if fault["impact"] in FAULTS
+        for node in fault["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_axe_finds_no_serious_fault(server: ScriptedServer, open_page: OpenPage, look: str) -> None:
+    page = open_page(server, reduced_motion="reduce", **LOOKS[look])
+
+    def in_progress() -> None:
+        ask(page)
+        server.gate.let_through(STEPS_A_BLOCK + 1)
+        expect_blocks(page, BLOCKS[:1])
+
+    def finished() -> None:
+        server.gate.open()
+        expect_idle(page)
+
+    def failed() -> None:
+        ask(page, "why " * 1200)
+        expect(page.get_by_role("alert")).to_be_visible()
+
+    def configured() -> None:
+        page.get_by_role("button", name="Settings").click()
+
+    states: list[Callable[[], None]] = [
+        lambda: expect_idle(page),
+        in_progress,
+        finished,
+        failed,
+        configured,
+    ]
+    for enter in states:
+        enter()
+        assert faults(page, look) == []
+
+
+@pytest.mark.parametrize("look", ["dark", "phone"])
+def test_axe_finds_no_serious_fault_where_a_token_is_asked(open_page: OpenPage, look: str) -> None:
+    with ScriptedServer(auth=Auth({"me": "0123456789abcdef0123"})) as server:
+        page = open_page(server, reduced_motion="reduce", **LOOKS[look])
+        expect(page.get_by_role("dialog")).to_be_visible()
+        assert faults(page, look) == []
+        page.get_by_role("button", name="Not now").click()
+        expect(page.get_by_text("This server asks for a token.")).to_be_visible()
+        assert faults(page, look) == []

@@ -1,0 +1,347 @@
+"""The chat page over a scripted model whose steps the test lets through, in a real Chromium."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import d2f_stream
+import fakes
+from browser.chromium import expect
+from browser.conftest import OpenPage, offline
+from browser.page_server import PageServer, ScriptedServer
+from browser.reader import (
+    BLOCKS,
+    STEPS_A_BLOCK,
+    announced,
+    answer,
+    ask,
+    blocks,
+    expect_blocks,
+    expect_idle,
+)
+from d2f_runtime.backends.scripted import ByteCodec
+from d2f_stream.errors import InvalidPrompt
+from d2f_stream.server.auth import Auth
+
+pytestmark = pytest.mark.browser
+
+TOKEN = "0123456789abcdef0123"
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer() as server:
+        yield server
+
+
+def test_blocks_appear_whole_one_after_the_other(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    ask(page)
+    expect(page.locator("#conversation .mask").first).to_be_visible()
+    for number in range(len(BLOCKS)):
+        server.gate.let_through(STEPS_A_BLOCK)
+        expect_blocks(page, [text for text in BLOCKS[: number + 1]])
+    server.gate.open()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    figures = page.locator(".figures")
+    expect(figures).to_contain_text("tokens per step")
+    expect(figures).to_contain_text("tokens/s")
+    expect(figures).to_contain_text("to the first block")
+
+
+def test_canvas_shows_each_accepted_token_and_keeps_masks(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    ask(page)
+    server.gate.let_through(1)
+    first = page.locator("#conversation .block").first
+    expect(first.locator(".token")).to_have_text(list(BLOCKS[0][:4]))
+    expect(first.locator(".mask")).to_have_count(4)
+    assert first.get_attribute("aria-hidden") == "true"
+    server.gate.let_through(1)
+    expect(first).to_have_text(BLOCKS[0])
+    assert first.get_attribute("aria-hidden") is None
+
+
+def test_without_canvas_only_whole_blocks_are_shown(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    page.get_by_text("Canvas", exact=True).click()
+    expect(page.get_by_role("radio", name="Slow")).to_be_disabled()
+    ask(page)
+    server.gate.let_through(STEPS_A_BLOCK + 1)
+    expect_blocks(page, BLOCKS[:1])
+    expect(page.locator("#conversation .mask, #conversation .token")).to_have_count(0)
+
+
+@pytest.mark.parametrize("way", ["button", "escape"])
+def test_stop_keeps_what_was_committed(open_page: OpenPage, way: str) -> None:
+    endless = "on and on " * 400
+    with ScriptedServer(endless, max_new_tokens=4000) as server:
+        page = open_page(server)
+        ask(page)
+        server.gate.let_through(STEPS_A_BLOCK + 1)
+        expect_blocks(page, [endless[:8]])
+        if way == "button":
+            page.get_by_role("button", name="Stop").click()
+        else:
+            page.keyboard.press("Escape")
+        note = page.locator(".note")
+        while not note.is_visible():
+            server.gate.let_through(1)  # the server may learn of it in the middle of any step
+        expect(note).to_have_text("Stopped.")
+        expect_idle(page)
+        assert answer(page).startswith(endless[:8])
+        assert endless.startswith(answer(page))
+        assert len(answer(page)) < 4000
+        expect(page.locator("#conversation .mask")).to_have_count(0)
+
+
+def test_lost_network_is_told_and_the_answer_goes_on_exactly(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    ask(page)
+    server.gate.let_through(STEPS_A_BLOCK)
+    expect_blocks(page, BLOCKS[:1])
+    with offline(page, server):
+        expect(page.locator("#state")).to_have_text("Reconnecting")
+        expect(page.locator("#banner")).to_be_visible()
+        server.gate.let_through(2 * STEPS_A_BLOCK)  # while nobody listens
+    expect(page.locator("#state")).to_have_text("Connected")
+    expect(page.locator("#banner")).to_be_hidden()
+    expect_blocks(page, BLOCKS)
+    server.gate.open()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    assert "".join(announced(page)) == fakes.ANSWER
+
+
+def test_reload_in_mid_stream_reads_on(server: ScriptedServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    ask(page)
+    server.gate.let_through(2 * STEPS_A_BLOCK)
+    expect_blocks(page, BLOCKS[:2])
+    page.reload()
+    expect_blocks(page, BLOCKS[:2])
+    server.gate.open()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    page.reload()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    assert announced(page) == []
+
+
+def test_reload_before_the_first_step_starts_no_second_answer(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    ask(page)
+    expect(page.locator("#conversation .mask").first).to_be_visible()
+    page.reload()
+    server.gate.open()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    assert server.num_streams == 1
+
+
+def test_restarted_server_is_told_in_one_sentence(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    ask(page)
+    server.gate.let_through(STEPS_A_BLOCK)
+    expect_blocks(page, BLOCKS[:1])
+    with offline(page, server):
+        server.stop()
+        server.start()
+    expect(page.get_by_role("alert")).to_contain_text("no longer knows this answer")
+    expect_blocks(page, BLOCKS[:1])
+    server.gate.open()
+    page.get_by_role("button", name="Ask again").click()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    expect(page.locator(".question")).to_have_count(1)
+
+
+def test_server_that_stays_away_is_given_up_and_the_answer_read_on_later(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    page.clock.install()
+    ask(page)
+    server.gate.let_through(STEPS_A_BLOCK)
+    expect_blocks(page, BLOCKS[:1])
+    with offline(page, server):
+        state = page.locator("#state")
+        while state.text_content() != "Not connected":
+            page.clock.run_for(10_000)
+    expect(page.get_by_role("alert")).to_contain_text("could not be reached for 120 s")
+    server.gate.open()
+    page.get_by_role("button", name="Read on").click()
+    expect_idle(page)
+    assert answer(page) == fakes.ANSWER
+    expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_too_long_question_can_be_edited(server: ScriptedServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    question = "why " * 1200
+    ask(page, question)
+    expect(page.get_by_role("alert")).to_contain_text("but the model holds 4096 in all")
+    fold = page.get_by_role("button", name="Show the whole question")
+    expect(fold).to_have_attribute("aria-expanded", "false")
+    fold.click()
+    expect(page.get_by_role("button", name="Show less")).to_be_visible()
+    page.get_by_role("button", name="Edit the question").click()
+    expect(page.get_by_label("Your question")).to_have_value(question.strip())
+    expect(page.locator(".question")).to_have_count(0)
+
+
+class PlainCodec(ByteCodec):
+    """Of a model without a chat template."""
+
+    def render(self, messages: object) -> str:
+        del messages
+        raise InvalidPrompt("the model has no chat template; pass the prompt as one string")
+
+
+def test_model_without_chat_template_gets_the_plain_question(open_page: OpenPage) -> None:
+    with ScriptedServer(is_held=False, codec=PlainCodec()) as server:
+        page = open_page(server)
+        ask(page, "Go on")
+        expect_idle(page)
+        assert answer(page) == fakes.ANSWER
+        assert server.prompts == ["Go on"]
+
+
+def test_conversation_so_far_is_sent_with_the_next_question(open_page: OpenPage) -> None:
+    with ScriptedServer("Four.", is_held=False) as server:
+        page = open_page(server)
+        for number, question in enumerate(("Two and two?", "Sure?"), 1):
+            ask(page, question)
+            expect(page.locator(".answer:not([aria-busy])")).to_have_count(number)
+        assert server.prompts[1] == "user: Two and two?\nassistant: Four.\nuser: Sure?\nassistant: "
+
+
+def test_settings_begin_with_the_models_own_and_are_sent(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    page.get_by_role("button", name="Settings").click()
+    size = page.get_by_label("Block size")
+    expect(size).to_have_value("8")
+    expect(page.get_by_label("Longest answer")).to_have_value("128")
+    size.fill("16")
+    page.get_by_label("Active blocks").fill("")
+    page.get_by_role("button", name="Done").click()
+    ask(page)
+    server.gate.open()
+    expect_idle(page)
+    assert blocks(page)[0] == fakes.ANSWER[:16]
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Model's defaults").click()
+    expect(size).to_have_value("8")
+
+
+def test_new_conversation_clears_the_old_one(open_page: OpenPage) -> None:
+    with ScriptedServer(is_held=False) as server:
+        page = open_page(server)
+        ask(page)
+        expect(page.locator(".answer .note, .answer .figures").last).to_be_visible()
+        page.get_by_role("button", name="New conversation").click()
+        expect(page.locator("#welcome")).to_be_visible()
+        page.reload()
+        expect(page.locator("#welcome")).to_be_visible()
+        expect(page.locator(".question")).to_have_count(0)
+
+
+def test_server_that_wants_a_token_is_given_one(open_page: OpenPage) -> None:
+    with ScriptedServer(is_held=False, auth=Auth({"me": TOKEN})) as server:
+        page = open_page(server)
+        field = page.get_by_label("Token", exact=True)
+        expect(field).to_be_focused()
+        expect(page.get_by_text("That token was not accepted.")).to_be_hidden()
+        field.fill("a-wrong-one-of-some-length")
+        field.press("Enter")
+        expect(page.get_by_text("That token was not accepted.")).to_be_visible()
+        field.fill(TOKEN)
+        field.press("Enter")
+        expect(page.locator("#state")).to_have_text("Connected")
+        page.reload()
+        expect(page.locator("#state")).to_have_text("Connected")
+        ask(page)
+        expect_idle(page)
+        assert answer(page) == fakes.ANSWER
+        assert TOKEN not in page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_slow_motion_delays_the_picture_and_nothing_else(open_page: OpenPage) -> None:
+    with ScriptedServer(is_held=False) as server:
+        page = open_page(server, pace="slow")
+        page.clock.install(time=0)
+        page.clock.pause_at(10)
+        ask(page)
+        skip = page.get_by_role("button", name="Show all at once")
+        expect(skip).to_be_visible()  # the stream is at its end
+        assert "".join(announced(page)) == fakes.ANSWER
+        assert len(blocks(page)) < 2
+        page.clock.run_for(1000)
+        assert len(blocks(page)) < 4
+        skip.click()
+        expect_idle(page)
+        assert answer(page) == fakes.ANSWER
+
+
+def test_gentle_pace_stays_close_to_a_long_answer(open_page: OpenPage) -> None:
+    with ScriptedServer("on and on " * 12, is_held=False) as server:
+        page = open_page(server, pace="gentle")
+        page.clock.install()
+        ask(page)
+        expect(page.get_by_role("button", name="Show all at once")).to_be_visible()
+        page.clock.run_for(8000)
+        expect_idle(page)
+        assert answer(page) == "on and on " * 12
+
+
+def test_keyboard_alone_asks_stops_and_sets(server: ScriptedServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    keyboard = page.keyboard
+    expect(page.get_by_label("Your question")).to_be_focused()
+    keyboard.type("One line")
+    keyboard.press("Shift+Enter")
+    keyboard.type("and another")
+    keyboard.press("Enter")
+    expect(page.locator(".question .text")).to_have_text("One line\nand another")
+    server.gate.let_through(STEPS_A_BLOCK)
+    expect_blocks(page, BLOCKS[:1])
+    keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Stop")).to_be_focused()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    keyboard.press("Enter")
+    server.gate.open()
+    expect(page.get_by_role("button", name="Send")).to_be_focused()
+    keyboard.press("Tab")
+    keyboard.press("Space")
+    expect(page.get_by_role("switch", name="Canvas")).not_to_be_checked()
+    page.get_by_role("button", name="Settings").focus()
+    keyboard.press("Enter")
+    expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
+    keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Settings")).to_be_focused()
+
+
+def test_embedded_model_answers_its_own_example(open_page: OpenPage) -> None:
+    with PageServer(lambda: d2f_stream.load()) as server:
+        page = open_page(server)
+        expect(page.locator("#model-description")).to_contain_text("arithmetic word problem")
+        page.get_by_role("button", name="A basket of pears").click()
+        expect_idle(page)
+        assert answer(page).endswith("The answer is 42.")
+        assert "".join(announced(page)).strip() == answer(page)
