@@ -111,6 +111,9 @@ class Metrics:
         self._resumes = self._counter(
             "resumes", "Times that a reader came back to a stream that it had begun"
         )
+        self._dropped_drafts = self._counter(
+            "dropped_drafts", "Drafts that a reader wanted and a later state overtook"
+        )
         self._tokens_per_step = self._histogram(
             "tokens_per_step",
             "Useful tokens per step of a stream, one observation for each that ended",
@@ -177,6 +180,7 @@ class Metrics:
     def on_end(self, stream: ServedStream) -> None:
         """Count the stream as active no more, and as refused if it never began."""
         self._active.dec()
+        self._dropped_drafts.inc(stream.num_drafts_dropped)
         self._last_event.pop(stream.id, None)
         if stream.error is not None:
             self._requests.labels("refused" if not stream.started else "failed").inc()

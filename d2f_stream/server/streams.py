@@ -66,6 +66,7 @@ class ServedStream:
         max_new_tokens: what its log is charged.
         log: durable events so far; an event's index is its `seq`.
         drafts: the latest draft of each block that is not final.
+        num_drafts_dropped: drafts that a reader wanted and a later state overtook.
         error: why it was turned away before it began, if it was.
         ended: whether no more events come.
     """
@@ -77,6 +78,7 @@ class ServedStream:
         self.max_new_tokens = max_new_tokens
         self.log: list[Event] = []
         self.drafts: dict[int, Draft] = {}
+        self.num_drafts_dropped = 0
         self.error: D2FError | None = None
         self.ended = False
         self.cancels_on_disconnect = request.on_disconnect == "cancel"
@@ -147,6 +149,8 @@ class ServedStream:
                 self.drafts.pop(event.index, None)
             case StreamFinished() | StreamFailed():
                 self.drafts.clear()
+        for cursor in self._cursors:
+            cursor._drop_drafts()
         self.log.append(event)
         self._wake_all()
 
@@ -183,11 +187,10 @@ class Cursor:
         if self._next_seq < len(log):
             self._next_seq += 1
             return log[self._next_seq - 1]
-        while self._unread_drafts:
+        if self._unread_drafts:
             index = next(iter(self._unread_drafts))
             del self._unread_drafts[index]
-            if (draft := self.stream.drafts.get(index)) is not None:
-                return draft
+            return self.stream.drafts[index]
         return None
 
     def detach(self) -> None:
@@ -196,8 +199,15 @@ class Cursor:
 
     def _note_draft(self, index: int) -> None:
         if self._wants_drafts:
+            self.stream.num_drafts_dropped += index in self._unread_drafts
             self._unread_drafts[index] = None
             self._wake()
+
+    def _drop_drafts(self) -> None:
+        """Forget those whose block is final."""
+        for index in [index for index in self._unread_drafts if index not in self.stream.drafts]:
+            del self._unread_drafts[index]
+            self.stream.num_drafts_dropped += 1
 
 
 class StreamRegistry:

@@ -1,6 +1,7 @@
 """The examples run as a reader would run them: real processes, the embedded model, no arguments."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def run(script: Path, folder: Path) -> str:
+def run(script: Path, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -37,6 +38,26 @@ def test_many_questions_answers_each_of_them(tmp_path: Path) -> None:
     for number in questions:
         blocks = re.findall(rf"^{number}: (.*)$", output, flags=re.MULTILINE)
         assert "The answer is" in " ".join(blocks)
+
+
+def test_websocket_client_gets_its_answer_from_the_websocket_server(tmp_path: Path) -> None:
+    server = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "websocket_server.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[-1]
+        output = run(EXAMPLES / "websocket_client.py", tmp_path, address)
+        assert output.startswith(f"word-problems answers at {address}\n")
+        assert "The answer is 52" in output
+    finally:
+        server.send_signal(signal.SIGINT)
+        rest, errors = server.communicate(timeout=60)
+    assert (server.returncode, rest, errors) == (0, "stopped\n", "")
 
 
 def test_first_example_of_the_readme_answers_its_question(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_stream.errors import D2FError, Unauthorized, error_from
-from d2f_stream.protocol import Generate
+from d2f_stream.protocol import Generate, Overrides
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.metrics import Metrics
@@ -110,6 +110,23 @@ async def test_resumes_cancels_and_failures_are_counted() -> None:
     assert read("requests_total", outcome="refused") == 1
     assert read("errors_total", code="engine_failed") == 1
     assert read("errors_total", code="invalid_request") == 1
+
+
+async def test_drafts_that_nobody_took_in_time_are_counted() -> None:
+    metrics = Metrics()
+    backend = ScriptedBackend("a" * 7, tokens_per_step=1)  # one block in eight steps, with its EOS
+    async with engine_over(backend) as engine:
+        registry = StreamRegistry(engine, observer=metrics)
+        request = Generate(
+            request_id="r" * 16, prompt="hi", params=Overrides(drafts=True, max_active_blocks=1)
+        )
+        stream = registry.generate(request, client="ann")
+        absent = stream.read(drafts=True, wake=lambda: None)
+        uninterested = stream.read(wake=lambda: None)
+        await registry.shut_down(10.0)
+    assert stream.num_drafts_dropped == 8  # all masks at first, then after each step but the last
+    assert reader(metrics)("dropped_drafts_total") == 8
+    assert absent.take() == uninterested.take() == stream.log[0]
 
 
 def test_codes_that_no_class_has_share_a_label() -> None:
