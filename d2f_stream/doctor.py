@@ -23,8 +23,11 @@ BRINGS: Final = {
     "edge-gpu": "the same with ONNX Runtime for NVIDIA GPUs, in place of edge",
     "torch": "the PyTorch backend, for checkpoints and GPUs",
     "export": "training, distillation and ONNX export (python -m d2f_export)",
+    "serve": "d2f-stream serve: websocket, OpenAI's API, metrics, the chat page",
+    "client": "connect() to a server's websocket",
+    "mqtt": "servers and clients behind an MQTT broker",
 }
-RELATED: Final = ("transformers", "bitsandbytes", "websockets", "aiomqtt")  # told where installed
+RELATED: Final = ("transformers", "bitsandbytes")  # told where installed
 RIVALS: Final = ("onnxruntime", "onnxruntime-gpu")  # two distributions of one import package
 
 _REQUIREMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
