@@ -12,6 +12,7 @@ from d2f_stream.errors import InvalidParams
 
 __all__ = [
     "MAX_BLOCK_SIZE",
+    "Attention",
     "GenerationParams",
     "ParamOverrides",
     "Rank",
@@ -23,6 +24,7 @@ MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16
 MAX_LOOKAHEAD = 16
 
+Attention = Literal["blocks", "full"]
 Rank = Literal["confidence", "margin", "neg_entropy"]
 StopAtEos = Literal["truncate", "drain"]
 Tail = Literal["cut", "drop"]
@@ -45,6 +47,8 @@ class ParamOverrides(TypedDict, total=False):
     stop_at_eos: StopAtEos
     tail: Tail
     lookahead: int
+    num_per_step: int
+    attention: Attention
     drafts: bool
 
 
@@ -72,6 +76,12 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             "drop" leaves it out, as the reference loop does.
         lookahead: branches tried beside the canvas in each step, 0 to 16; 0 switches it off. Each
             costs a row of the step.
+        num_per_step: how many proposals a block accepts in each step, the best by `rank`, whatever
+            their confidence; 0 goes by `confidence_threshold`.
+        attention: "blocks" is full inside a block and causal across. "full" makes prompt and
+            answer one attention block, as masked diffusion models are decoded without D2F: all
+            `max_new_tokens` positions are on the canvas from the start and nothing is cached, so
+            that each step costs the whole canvas. `stop_at_eos="drain"` then fills all of them.
         drafts: also emit provisional events while a block is being denoised.
 
     Raises:
@@ -92,6 +102,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop_at_eos: StopAtEos = "truncate"
     tail: Tail = "cut"
     lookahead: int = 0
+    num_per_step: int = 0
+    attention: Attention = "blocks"
     drafts: bool = False
 
     def __post_init__(self) -> None:
@@ -109,6 +121,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_choice("stop_at_eos", self.stop_at_eos, ("truncate", "drain"))
         _check_choice("tail", self.tail, ("cut", "drop"))
         _check_count("lookahead", self.lookahead, 0, MAX_LOOKAHEAD)
+        _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
+        _check_choice("attention", self.attention, ("blocks", "full"))
         if self.tail == "drop" and self.max_new_tokens < self.block_size:
             allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"
             raise InvalidParams("max_new_tokens", self.max_new_tokens, allowed)

@@ -36,7 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     _add_export(subparsers)
 
     plot = subparsers.add_parser("plot", help="draw accuracy against tokens per step")
-    plot.add_argument("records", type=Path, nargs="+", help="files written by evaluate --output")
+    plot.add_argument(
+        "records",
+        type=Path,
+        nargs="+",
+        help="files written by evaluate --output, or tables (.csv) of the sweep benchmark",
+    )
     plot.add_argument("--output", type=Path, required=True)
     plot.set_defaults(run=commands.run_plot)
 
@@ -51,7 +56,6 @@ def _add_evaluate(score: argparse.ArgumentParser) -> None:
     score.add_argument("--backend", choices=["auto", "onnx", "torch"], default="auto")
     score.add_argument("--device", default="auto")
     score.add_argument("--quantization", default="auto")
-    score.add_argument("--vanilla", action="store_true", help="full attention, one token a step")
     score.add_argument("--output", type=Path, help="append the figures to this JSON-lines file")
     score.add_argument("--label", help="instead of the folder's name")
     score.add_argument(

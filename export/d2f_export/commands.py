@@ -14,8 +14,6 @@ from d2f_stream.params import GenerationParams
 
 if TYPE_CHECKING:
     from d2f_export.evaluate import Report
-    from d2f_export.problems import Problem
-    from d2f_runtime.tokenizer import TextCodec
 
 __all__ = [
     "run_evaluate",
@@ -107,9 +105,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     name = arguments.label or folder.name
     codec = Tokenizer(arguments.tokenizer or folder / "tokenizer.json")
     sample = held_out(arguments.problems)
-    if arguments.vanilla:
-        _record(_vanilla(name, arguments, sample, codec), arguments.output)
-        return
     backend = open_backend(
         choose_backend(folder, arguments.backend, device=arguments.device),
         folder,
@@ -128,22 +123,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             on_answer = partial(bar.advance, task)
             result = evaluate(name, backend, codec, sample, params, on_answer=on_answer)
         _record(result, arguments.output)
-
-
-def _vanilla(
-    name: str, arguments: argparse.Namespace, sample: "list[Problem]", codec: "TextCodec"
-) -> "Report":
-    import torch
-
-    from d2f_export.evaluate import report
-    from d2f_export.vanilla import decode_vanilla
-    from d2f_runtime.models.checkpoints import load_checkpoint
-
-    dtype = {"bf16": torch.bfloat16}.get(arguments.quantization, torch.float32)
-    model = load_checkpoint(arguments.model).to(device=_device(arguments.device), dtype=dtype)
-    prompts = [codec.encode(problem.question) for problem in sample]
-    answers = decode_vanilla(model.eval(), prompts, max_new_tokens=160, block_size=16)
-    return report(name, {"vanilla": True, "block_size": 16}, sample, answers, codec)
 
 
 def _record(result: "Report", output: Path | None) -> None:
@@ -213,8 +192,10 @@ def run_manifest(arguments: argparse.Namespace) -> None:
 def run_plot(arguments: argparse.Namespace) -> None:
     """Draw the trade-off figure."""
     from d2f_export.plot import plot_trade_off
+    from d2f_export.sweep_plot import plot_sweep
 
-    plot_trade_off(arguments.records, arguments.output)
+    tables = {path.suffix for path in arguments.records} == {".csv"}
+    (plot_sweep if tables else plot_trade_off)(arguments.records, arguments.output)
     print(f"wrote {arguments.output}")
 
 

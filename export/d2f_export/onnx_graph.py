@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from d2f_export.graph_layers import GraphLayer, LastGraphLayer
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.sampling import FORBIDDEN, best, propose, temper
-from d2f_runtime.models.transformer import KeyValue, Layer, Transformer, block_causal_mask
+from d2f_runtime.models.transformer import (
+    KeyValue,
+    Layer,
+    Transformer,
+    block_causal_mask,
+    rotary_frequencies,
+)
 
 __all__ = ["OPSET", "StepGraph", "export_graph", "input_names", "output_names"]
 
@@ -43,10 +49,8 @@ class StepGraph(nn.Module):
         ids = torch.arange(config.vocab_size)
         forbidden = (ids == config.mask_id) | (ids >= config.num_tokens)
         self.head.bias = nn.Parameter(torch.where(forbidden, FORBIDDEN, 0.0))
-        exponent = torch.arange(0, config.head_dim, 2).float()
-        frequency = config.rope_theta ** (-exponent / config.head_dim)
         self.frequency: Tensor
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.register_buffer("frequency", rotary_frequencies(config), persistent=False)
 
     def forward(
         self,

@@ -50,7 +50,7 @@ def _series(records: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _label(model: str, setting: dict[str, Any]) -> str:
-    if setting.get("vanilla"):
+    if setting.get("vanilla") or setting.get("attention") == "full":  # the first: older records
         return f"{model}, vanilla, one token a step"
     block_size = setting.get("block_size", 32)
     if block_size == 1:

@@ -4,7 +4,8 @@ Owns the canvas: which blocks exist, which positions are filled, what is final. 
 models, batches, text or time. The loop is Algorithm 2 of the D2F paper (arXiv 2508.09192) as its
 public code runs it, with these departures, each behind a field of GenerationParams: the answer
 stops at its first EOS (`stop_at_eos`), the last block is cut instead of left out (`tail`), and the
-number of unfilled blocks is bounded (`max_active_blocks`).
+number of unfilled blocks is bounded (`max_active_blocks`). What D2F is compared with runs here too:
+with `attention="full"` each window is the whole canvas to come, as one attention block.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,9 +14,9 @@ from typing import Literal
 from d2f_runtime.blocks import Accepted, Block, BlockView, Committed
 from d2f_runtime.lookahead import BranchPolicy, Candidate, Lookahead
 from d2f_runtime.partition import Partition
-from d2f_runtime.policy import AcceptancePolicy, ThresholdPolicy
+from d2f_runtime.policy import AcceptancePolicy, policy_of
 from d2f_runtime.window import Proposals, Window, check_proposals
-from d2f_stream.errors import InvalidPrompt
+from d2f_stream.errors import InvalidParams, InvalidPrompt
 from d2f_stream.params import GenerationParams
 
 __all__ = ["Accepted", "BlockDecoder", "BlockView", "Committed"]
@@ -40,12 +41,13 @@ class BlockDecoder:
             stands filled at the head of the first answer block.
         native_block_size: of the grid; unused otherwise.
         num_cached: leading positions whose K/V the slot already holds; on an attention block edge.
-        policy: what to accept; by default the threshold rule of `params`.
+        policy: what to accept; by default the fixed count or the threshold of `params`.
         branch_policy: what to try beside the canvas; by default the lookahead of `params`.
 
     Raises:
         InvalidPrompt: the prompt holds the mask id, or is empty where position 0 cannot be filled.
-        InvalidParams: `max_new_tokens` leaves no whole block on the grid and `tail` is "drop".
+        InvalidParams: `max_new_tokens` leaves no whole block on the grid and `tail` is "drop"; or
+            full attention is asked of a model that is not bidirectional.
     """
 
     def __init__(
@@ -65,11 +67,17 @@ class BlockDecoder:
         self._params = params
         self._mask_id = mask_id
         self._eos_ids = frozenset(eos_ids)
-        self._policy = policy or ThresholdPolicy(params.confidence_threshold)
+        self._policy = policy or policy_of(params)
         if branch_policy is None and params.lookahead:
             branch_policy = Lookahead(params.lookahead)
         self._branch_policy = branch_policy
         self._truncates = params.stop_at_eos == "truncate"
+        self._sees_all = params.attention == "full"
+        # With full attention what comes before an EOS sees what comes after: all goes on as it was.
+        self._drops = self._truncates and not self._sees_all
+        if self._sees_all and (prompt_attention != "full" or num_cached):
+            allowed = f"'blocks' for a model with {prompt_attention} attention or a cached prefix"
+            raise InvalidParams("attention", params.attention, allowed)
         self._canvas = list(prompt_tokens)
         self._check_prompt(shift_logits)
         self._partition = Partition.of(
@@ -123,7 +131,7 @@ class BlockDecoder:
             fully_activated = block.progress >= self._params.activate_threshold
             if block.masked:
                 self._accept(block, row, window.start, activated, accepted)
-            if self._truncates and self._eos is not None and self._eos < block.stop:
+            if self._drops and self._eos is not None and self._eos < block.stop:
                 self._drop_after(block)
                 break
         if self._branch_policy is not None:
@@ -142,9 +150,7 @@ class BlockDecoder:
         """Whether no further step is needed."""
         if self._ended and self._truncates:
             return True
-        return not self._blocks and (
-            self._eos is not None or len(self._canvas) == self._partition.end
-        )
+        return not self._blocks and self._is_whole
 
     @property
     def finish_reason(self) -> Literal["eos", "length"] | None:
@@ -196,8 +202,15 @@ class BlockDecoder:
             at = self._canvas.index(self._mask_id)
             raise InvalidPrompt(f"the prompt holds the mask id {self._mask_id} at position {at}")
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether no block joins any more."""
+        if self._eos is not None and not self._sees_all:
+            return True
+        return len(self._canvas) == self._partition.end
+
     def _may_append(self, max_active_blocks: int | None) -> bool:
-        if self._eos is not None or len(self._canvas) == self._partition.end:
+        if self._is_whole:
             return False
         if not self._blocks:
             return True  # whatever the bound: every window must hold a mask
@@ -214,6 +227,10 @@ class BlockDecoder:
         self._canvas.extend([self._mask_id] * (stop - length))
 
     def _window(self) -> Window:
+        if self._sees_all:
+            end = self._partition.end
+            masks = [self._mask_id] * (end - len(self._canvas))
+            return Window(0, (*self._canvas, *masks), 0, (end,))
         start = self._num_cached
         num_to_cache = self._blocks[0].start - start
         block_stops = self._partition.stops(start, len(self._canvas))

@@ -80,6 +80,11 @@ class LocalEngine:
         return self._parts().defaults
 
     @property
+    def codec(self) -> TextCodec:
+        """The model's tokenizer and template, once it is loaded."""
+        return self._parts().codec
+
+    @property
     def current_load(self) -> EngineLoad:
         """What the engine does at this moment."""
         return self._steps.current_load
@@ -211,7 +216,7 @@ def _make_stream(
 ) -> Stream:
     info = parts.info
     tokens = _encode(prompt, parts.codec, info)
-    if params.block_size > info.max_block_size:
+    if params.attention == "blocks" and params.block_size > info.max_block_size:
         allowed = f"at most {info.max_block_size} for model {info.name}"
         raise InvalidParams("block_size", params.block_size, allowed)
     if len(tokens) + params.max_new_tokens > info.max_len:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Protocol
 
-__all__ = ["AcceptancePolicy", "FixedCountPolicy", "ThresholdPolicy"]
+from d2f_stream.params import GenerationParams
+
+__all__ = ["AcceptancePolicy", "FixedCountPolicy", "ThresholdPolicy", "policy_of"]
 
 
 class AcceptancePolicy(Protocol):
@@ -83,3 +85,10 @@ class FixedCountPolicy:
         """Return the best offsets by rank, at equal rank the leftmost first."""
         best = nsmallest(self.num_per_step, masked, key=lambda offset: (-rank[offset], offset))
         return sorted(best)
+
+
+def policy_of(params: GenerationParams) -> AcceptancePolicy:
+    """Return the rule that a request asks for."""
+    if params.num_per_step:
+        return FixedCountPolicy(params.num_per_step)
+    return ThresholdPolicy(params.confidence_threshold)

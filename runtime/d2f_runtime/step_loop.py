@@ -301,11 +301,12 @@ class StepLoop:
 
     def _add(self, stream: Stream) -> None:
         params = stream.params
+        prompt_tokens, block_size = stream.shares
         self._scheduler.add(
             stream.id,
             capacity_tokens=stream.capacity,
-            prompt_tokens=stream.num_prompt_tokens,
-            block_size=stream.block_size,
+            prompt_tokens=prompt_tokens,
+            block_size=block_size,
             max_active_blocks=params.max_active_blocks,
             num_rows=1 + params.lookahead,
         )

@@ -98,6 +98,18 @@ class Stream:
         on_grid = self._info.prompt_attention == "grid"
         return self._info.native_block_size if on_grid else self.params.block_size
 
+    @property
+    def shares(self) -> tuple[int, int]:
+        """What the scheduler takes for the prompt and for one block of a window, tokens.
+
+        With full attention every window is the whole canvas, whatever is active: two halves of it
+        stand for the one active block and the block that the scheduler adds to that.
+        """
+        if self.params.attention == "full":
+            half = -(-self.capacity // 2)
+            return half, half
+        return self.num_prompt_tokens, self.block_size
+
     def start(self) -> None:
         """Announce the stream; the clock of its timings starts. Idempotent."""
         if self._seq:

@@ -11,16 +11,16 @@ import torch
 from d2f_export.__main__ import main
 from d2f_export.corpus import EOS_ID, Corpus
 from d2f_export.embedded import RECIPES
-from d2f_export.evaluate import evaluate, held_out, report
+from d2f_export.evaluate import decode_all, evaluate, held_out, report
 from d2f_export.stages import Objective, StudentObjective, TeacherObjective, TwinObjective
 from d2f_export.tokenizer_training import train_tokenizer
 from d2f_export.training import TrainSettings, train
-from d2f_export.vanilla import decode_vanilla
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.tokenizer import Tokenizer
-from d2f_stream.params import GenerationParams
+from d2f_stream.params import Attention, GenerationParams
+from d2f_stream.presets import PRESETS
 
 pytestmark = pytest.mark.torch
 
@@ -139,16 +139,22 @@ def test_vanilla_decoding_of_an_untrained_model_ends(tokenizer_path: Path) -> No
     codec = Tokenizer(tokenizer_path)
     sample = held_out(3)
     prompts = [codec.encode(problem.question) for problem in sample]
-    answers = decode_vanilla(fresh().eval(), prompts, max_new_tokens=20, block_size=8)
+    params = PRESETS["llada-vanilla"].with_overrides({"max_new_tokens": 20, "block_size": 8})
+    answers = decode_all(TorchBackend(fresh(), name="tiny"), prompts, params)
     assert [answer.num_steps for answer in answers] == [20, 20, 20]
     assert report("untrained", {}, sample, answers, codec).accuracy == 0.0
 
 
-def test_batched_evaluation_equals_one_problem_at_a_time(tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["blocks", "full"])
+def test_batched_evaluation_equals_one_problem_at_a_time(
+    tokenizer_path: Path, attention: Attention
+) -> None:
     codec = Tokenizer(tokenizer_path)
     sample = held_out(5)
     backend = TorchBackend(fresh(), name="tiny")
-    params = GenerationParams(block_size=8, max_new_tokens=20, confidence_threshold=0.01)
+    params = GenerationParams(
+        block_size=8, max_new_tokens=20, confidence_threshold=0.01, attention=attention
+    )
     together = evaluate("x", backend, codec, sample, params, rows=4)
     alone = evaluate("x", backend, codec, sample, params, rows=1)
     assert together == alone
@@ -164,13 +170,3 @@ def test_command_line_makes_twin_teacher_and_student(tokenizer_path: Path, tmp_p
     arguments = ["evaluate", str(tmp_path / "student"), "--tokenizer", str(tokenizer_path)]
     main([*arguments, "--problems", "2", "--setting", setting, "--output", str(output)])
     assert '"num_problems": 2' in output.read_text()
-
-
-def test_vanilla_decoding_does_not_depend_on_the_rows_beside(tokenizer_path: Path) -> None:
-    codec = Tokenizer(tokenizer_path)
-    prompts = [codec.encode(problem.question) for problem in held_out(4)]
-    model = fresh().eval()
-    together = decode_vanilla(model, prompts, max_new_tokens=12, block_size=5, per_step=2)
-    alone = decode_vanilla(model, prompts, max_new_tokens=12, block_size=5, per_step=2, rows=1)
-    assert together == alone
-    assert together[0].num_steps == 3 + 3 + 1

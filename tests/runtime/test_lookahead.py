@@ -32,13 +32,13 @@ def with_lookahead(rnd: random.Random) -> Case:
     return random_case(rnd).with_params(lookahead=rnd.randint(1, 6))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_every_invariant_of_the_decoder_holds_with_branches(seed: int) -> None:
     checked_run(with_lookahead(random.Random(seed)))
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_branches_that_never_win_change_nothing(seed: int) -> None:
     case = with_lookahead(random.Random(seed))
@@ -70,7 +70,7 @@ def test_branches_that_never_win_change_nothing(seed: int) -> None:
     assert decoder.finished
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_lost_cache_changes_no_answer(seed: int) -> None:
     rnd = random.Random(seed)

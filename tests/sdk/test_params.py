@@ -120,6 +120,26 @@ def test_reference_preset_is_the_published_loop() -> None:
     assert thresholds == (0.1, 0.95, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),  # max_new, B, add, confidence; table 8 of arXiv 2508.09192
+    [
+        ("d2f-llada-gsm8k", (512, 64, 0.7, 0.9)),
+        ("d2f-llada-mbpp", (512, 32, 0.9, 0.9)),
+        ("d2f-llada-minerva_math", (512, 32, 0.1, 0.9)),
+        ("d2f-llada-humaneval", (512, 32, 0.1, 0.9)),
+        ("d2f-dream-gsm8k_cot", (256, 32, 0.1, 0.9)),
+        ("d2f-dream-mbpp", (256, 48, 0.1, 0.9)),
+        ("d2f-dream-minerva_math", (256, 64, 0.1, 0.9)),
+        ("d2f-dream-humaneval", (256, 32, 0.9, 0.95)),
+    ],
+)
+def test_task_presets_are_those_of_the_paper(name: str, row: tuple[int, int, float, float]) -> None:
+    params = PRESETS[name]
+    found = params.max_new_tokens, params.block_size, params.add_threshold
+    assert (*found, params.confidence_threshold) == row
+    assert params.activate_threshold == 0.95
+
+
 def test_single_block_preset_switches_the_pipeline_off() -> None:
     params = PRESETS["single-block"]
     assert (params.add_threshold, params.max_active_blocks) == (1.0, 1)

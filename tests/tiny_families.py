@@ -1,0 +1,224 @@
+"""The published families with tiny sizes: their config files, special tokens and chat templates.
+
+The keys are those of the published config.json files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["FAMILIES", "LLADA_TEMPLATE", "QWEN_TEMPLATE", "Tiny"]
+
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLADA_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's published files, with tiny sizes.
+
+    Attributes:
+        model_type: of config.json.
+        classes: prefix of transformers' classes that compute the same.
+        config: config.json; token ids are added when it is written.
+        mask: text of the mask token.
+        ends: texts that must end an answer; the first is the config's eos_token_id.
+        tokens: further added tokens.
+        template: chat template.
+        attention: "full", "causal" or the size of the grid.
+        parts: vocab.json and merges.txt instead of tokenizer.json.
+    """
+
+    model_type: str
+    classes: str
+    config: Mapping[str, Any]
+    mask: str | None
+    ends: tuple[str, ...]
+    attention: str | int
+    tokens: tuple[str, ...] = ("<|im_start|>",)
+    template: str = QWEN_TEMPLATE
+    parts: bool = False
+    shifted: bool = True
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+_QWEN = {
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "max_window_layers": 2,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 320,
+}
+_ENDS = ("<|endoftext|>", "<|im_end|>")
+
+FAMILIES: Mapping[str, Tiny] = {
+    "llada": Tiny(
+        model_type="llada",
+        classes="Llama",
+        config={
+            "activation_type": "silu",
+            "alibi": False,
+            "alibi_bias_max": 8.0,
+            "architectures": ["LLaDAModelLM"],
+            "attention_dropout": 0.0,
+            "attention_layer_norm": False,
+            "attention_layer_norm_with_affine": True,
+            "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
+            "bias_for_layer_norm": False,
+            "block_group_size": 1,
+            "block_type": "llama",
+            "d_model": 64,
+            "embedding_dropout": 0.0,
+            "embedding_size": 320,
+            "flash_attention": False,
+            "include_bias": False,
+            "include_qkv_bias": False,
+            "init_device": "meta",
+            "input_emb_norm": False,
+            "layer_norm_type": "rms",
+            "layer_norm_with_affine": True,
+            "max_sequence_length": 256,
+            "mlp_hidden_size": 96,
+            "mlp_ratio": 4,
+            "model_type": "llada",
+            "multi_query_attention": None,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "n_layers": 2,
+            "precision": "amp_bf16",
+            "rms_norm_eps": 1e-05,
+            "rope": True,
+            "rope_full_precision": True,
+            "rope_theta": 500000.0,
+            "scale_logits": False,
+            "vocab_size": 320,
+            "weight_tying": False,
+        },
+        mask="<|mdm_mask|>",
+        ends=("<|endoftext|>", "<|eot_id|>"),
+        attention="full",
+        tokens=("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>"),
+        template=LLADA_TEMPLATE,
+        shifted=False,
+    ),
+    "Dream": Tiny(
+        model_type="Dream",
+        classes="Qwen2",
+        config=_QWEN
+        | {
+            "architectures": ["DreamModel"],
+            "auto_map": {"AutoModel": "modeling_dream.DreamModel"},
+            "model_type": "Dream",
+            "use_mrope": False,
+        },
+        mask="<|mask|>",
+        ends=_ENDS,
+        attention="full",
+        tokens=("<|im_start|>", "<|beginoftext|>"),
+        parts=True,
+    ),
+    "sdar": Tiny(
+        model_type="sdar",
+        classes="Qwen3",
+        config=_QWEN
+        | {
+            "architectures": ["SDARForCausalLM"],
+            "attention_bias": False,
+            "block_size": 4,
+            "debug": False,
+            "fuse_cross_entropy": True,
+            "head_dim": 32,
+            "model_type": "sdar",
+        },
+        mask="<|MASK|>",
+        ends=_ENDS,
+        attention=4,
+        shifted=False,
+    ),
+    "Fast_dLLM_Qwen": Tiny(
+        model_type="Fast_dLLM_Qwen",
+        classes="Qwen2",
+        config=_QWEN
+        | {
+            "architectures": ["Fast_dLLM_QwenForCausalLM"],
+            "bd_size": 8,
+            "model_type": "Fast_dLLM_Qwen",
+            "tie_word_embeddings": True,
+        },
+        mask="|<MASK>|",
+        ends=_ENDS,
+        attention=8,
+    ),
+    "llama": Tiny(
+        model_type="llama",
+        classes="Llama",
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "max_position_embeddings": 512,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 64,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+        },  # without a vocab_size: it has no padded rows
+        mask=None,
+        ends=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        attention="causal",
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+        template=LLADA_TEMPLATE,
+    ),
+    "qwen2": Tiny(
+        model_type="qwen2",
+        classes="Qwen2",
+        config=_QWEN | {"model_type": "qwen2", "tie_word_embeddings": True},
+        mask=None,
+        ends=_ENDS,
+        attention="causal",
+    ),
+    "qwen3": Tiny(
+        model_type="qwen3",
+        classes="Qwen3",
+        config=_QWEN | {"attention_bias": False, "head_dim": 32, "model_type": "qwen3"},
+        mask=None,
+        ends=_ENDS,
+        attention="causal",
+    ),
+}
