@@ -1,0 +1,1 @@
+"""Scores of a model on published tasks, through lm-evaluation-harness."""
