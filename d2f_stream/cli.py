@@ -1,4 +1,4 @@
-"""The command line: `d2f-stream generate`, `serve` and `doctor`.
+"""The command line: `d2f-stream generate`, `serve`, `doctor`, `bench` and `eval`.
 
 Owns arguments, output and exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody
 reads the output. Generation is left to the SDK, output to views.py and canvas.py, serving to
@@ -39,7 +39,13 @@ class Loader(Protocol):
     """Opens a model, as `d2f_stream.load` does."""
 
     def __call__(
-        self, model: str | None = None, *, backend: str, quantization: str, device: str
+        self,
+        model: str | None = None,
+        *,
+        adapter: str | None = None,
+        backend: str,
+        quantization: str,
+        device: str,
     ) -> AbstractAsyncContextManager[Engine]:
         """Return the engine as an async context manager."""
         ...
@@ -52,7 +58,10 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         argv: the arguments without the program's name; None takes the process's own.
         load: opens the model; None is `d2f_stream.load`.
     """
-    args = build_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] in (["bench"], ["eval"]):  # their arguments are their own
+        return _run_elsewhere(given[0], given[1:])
+    args = build_parser().parse_args(given)
     # What the SDK logs comes back as an error, which is one line here.
     logging.getLogger("d2f_stream").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
@@ -74,6 +83,21 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         return BROKEN_PIPE
 
 
+def _run_elsewhere(command: str, arguments: list[str]) -> int:
+    if command == "bench":
+        from d2f_runtime.bench.__main__ import main as run
+    else:
+        from d2f_runtime.evaluation.__main__ import main as run
+    try:
+        run(arguments)
+    except D2FError as exc:
+        _complain(str(exc))
+        return BAD_INPUT if isinstance(exc, InvalidRequest) else FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
 async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
     overrides = overrides_of(args)
     GenerationParams().with_overrides(overrides)  # complain before the model loads
@@ -83,7 +107,11 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
     failure: StreamFailed | None = None
     with view:
         opening = load(
-            args.model, backend=args.backend, quantization=args.quantization, device=args.device
+            args.model,
+            adapter=args.adapter,
+            backend=args.backend,
+            quantization=args.quantization,
+            device=args.device,
         )
         async with opening as engine, engine.generate(prompt, **overrides) as session:
             events = session.events()
@@ -137,12 +165,17 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_arguments(commands.add_parser("serve", help="serve a model to many clients"))
     doctor = commands.add_parser("doctor", help="say what is installed and which backends work")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    commands.add_parser("bench", help="measure speed, memory and scores", add_help=False)
+    commands.add_parser("eval", help="run tasks of lm-evaluation-harness", add_help=False)
     return parser
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the prompt, verbatim; - reads it from standard input")
-    parser.add_argument("--model", metavar="PATH", help="a model folder (default: the embedded)")
+    parser.add_argument(
+        "--model", help="a folder, a hub id or a server's address (default: the embedded model)"
+    )
+    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
     parser.add_argument("--backend", choices=("auto", "onnx", "torch"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")

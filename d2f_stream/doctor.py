@@ -26,6 +26,7 @@ BRINGS: Final = {
     "serve": "d2f-stream serve: websocket, OpenAI's API, metrics, the chat page",
     "client": "connect() to a server's websocket",
     "mqtt": "servers and clients behind an MQTT broker",
+    "eval": "d2f-stream eval: tasks of lm-evaluation-harness",
 }
 RELATED: Final = ("transformers", "bitsandbytes")  # told where installed
 RIVALS: Final = ("onnxruntime", "onnxruntime-gpu")  # two distributions of one import package

@@ -26,12 +26,18 @@ class ScriptedLoad:
 
     def __init__(self, backend: ScriptedBackend | None = None) -> None:
         self.backend = backend or ScriptedBackend(ANSWER, tokens_per_step=4)
-        self.asked: list[tuple[str | None, str, str, str]] = []
+        self.asked: list[tuple[str | None, str | None, str, str, str]] = []
 
     def __call__(
-        self, model: str | None = None, *, backend: str, quantization: str, device: str
+        self,
+        model: str | None = None,
+        *,
+        adapter: str | None = None,
+        backend: str,
+        quantization: str,
+        device: str,
     ) -> LocalEngine:
-        self.asked.append((model, backend, quantization, device))
+        self.asked.append((model, adapter, backend, quantization, device))
         return LocalEngine.over(self.backend, ByteCodec())
 
 

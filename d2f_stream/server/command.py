@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = ServeLimits()
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", metavar="PATH", help="a model folder (default: the embedded)")
+    parser.add_argument("--model", help="a folder or a hub id (default: the embedded model)")
+    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
     parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     async def run_engine() -> int:
         engine = open_engine(
             args.model,
+            adapter=args.adapter,
             backend=args.backend,
             device=args.device,
             quantization=args.quantization,

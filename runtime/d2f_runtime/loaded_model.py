@@ -15,6 +15,7 @@ from pathlib import Path
 
 from d2f_runtime.backends.base import Backend, ModelInfo, Slot, StepRow
 from d2f_runtime.device import DeviceThread
+from d2f_runtime.hub import HubModel
 from d2f_runtime.tokenizer import TextCodec
 from d2f_runtime.window import Proposals
 from d2f_stream.errors import EngineFailed, OutOfCapacity
@@ -31,24 +32,31 @@ EXIT_TIMEOUT_S = 30.0
 class ModelKey:
     """What makes two loaded models the same."""
 
-    path: Path
+    path: Path | HubModel
     backend: str
     device: str
     quantization: str
+    adapter: Path | HubModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelParts:
-    """What loading a model yields; `info` is the backend's, with the manifest's description."""
+    """What loading a model yields.
+
+    `info` is the backend's, with a description, and with a name where its folder is not its name.
+    """
 
     backend: Backend
     codec: TextCodec
     defaults: GenerationParams
     description: InitVar[str] = ""
+    name: InitVar[str | None] = None
     info: ModelInfo = field(init=False)
 
-    def __post_init__(self, description: str) -> None:
-        object.__setattr__(self, "info", replace(self.backend.info, description=description))
+    def __post_init__(self, description: str, name: str | None) -> None:
+        info = self.backend.info
+        info = replace(info, name=name or info.name, description=description or info.description)
+        object.__setattr__(self, "info", info)
 
 
 class LoadedModel:

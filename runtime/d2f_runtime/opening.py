@@ -1,6 +1,6 @@
 """From the name of a model to an engine over it: folder, backend, codec, defaults.
 
-The one place that joins manifest, backend and tokenizer.
+The one place that joins folder or hub id, manifest or published config, backend and tokenizer.
 """
 
 import asyncio
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Final
 
 import d2f_runtime.models
-from d2f_runtime.backends import choose_backend, open_backend
+from d2f_runtime.backends import check_backend, choose_backend, open_backend
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.engine import Limits, LocalEngine
+from d2f_runtime.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.published import Published, is_published, read_published
 from d2f_runtime.tokenizer import TextCodec, Tokenizer
 from d2f_stream.errors import ModelNotFound, UnsupportedModel
 from d2f_stream.params import GenerationParams
@@ -29,6 +32,7 @@ _lock: Final = threading.Lock()
 def open_engine(
     model: str | Path | None,
     *,
+    adapter: str | Path | None = None,
     backend: str = "auto",
     quantization: str = "auto",
     device: str = "auto",
@@ -36,11 +40,20 @@ def open_engine(
 ) -> LocalEngine:
     """Return a new engine; entering it waits for the model.
 
+    Args:
+        model: a folder or a hub id; None is the embedded model.
+        adapter: folder or hub id of a LoRA adapter to merge into the weights.
+        backend: see `d2f_stream.load`, as for the next two.
+        quantization: what the backend offers.
+        device: "auto", "cpu", "cuda", ...
+        limits: how much the engine takes on at once.
+
     Raises:
-        ModelNotFound: there is no such folder.
+        ModelNotFound: there is no such folder. Whether there is such a repository shows on
+            entering.
         UnsupportedModel: the model or the backend is of a kind that this build does not know.
     """
-    key = _key(model, backend=backend, quantization=quantization, device=device)
+    key = _key(model, backend=backend, quantization=quantization, device=device, adapter=adapter)
     return _engine(key, limits)
 
 
@@ -84,12 +97,29 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _key(model: str | Path | None, *, backend: str, quantization: str, device: str) -> ModelKey:
+def _key(
+    model: str | Path | None,
+    *,
+    backend: str,
+    quantization: str,
+    device: str,
+    adapter: str | Path | None = None,
+) -> ModelKey:
     if isinstance(model, str) and "://" in model:
         raise UnsupportedModel(f"{model} is a remote model, which this build does not support yet")
-    path = embedded_folder() if model is None else Path(model).expanduser().resolve()
-    name = choose_backend(path, backend, device=device)
-    return ModelKey(path=path, backend=name, device=device, quantization=quantization)
+    path = embedded_folder() if model is None else locate(model)
+    if isinstance(path, HubModel):
+        check_backend(backend)
+        name = backend  # "auto" is decided by the files, once they are here
+    else:
+        name = choose_backend(path, backend, device=device)
+    return ModelKey(
+        path=path,
+        backend=name,
+        device=device,
+        quantization=quantization,
+        adapter=None if adapter is None else locate(adapter),
+    )
 
 
 def _engine(key: ModelKey, limits: Limits | None = None) -> LocalEngine:
@@ -98,14 +128,39 @@ def _engine(key: ModelKey, limits: Limits | None = None) -> LocalEngine:
 
 def _load(key: ModelKey) -> ModelParts:
     """Load everything. Runs on the model's device thread."""
-    path = key.path
+    path = _fetched(key.path)
+    adapter = None if key.adapter is None else _fetched(key.adapter)
+    name = choose_backend(path, key.backend, device=key.device)
     manifest = read_manifest(path) if (path / FILE_NAME).exists() else None
+    published = _published(path) if manifest is None else None
     if manifest is not None:
         verify_files(path, manifest, max_hash_bytes=MAX_HASH_BYTES)
-    backend = open_backend(key.backend, path, device=key.device, quantization=key.quantization)
-    codec: TextCodec = ByteCodec() if key.backend == "scripted" else Tokenizer.from_folder(path)
+    defaults = None if published is None else published.defaults(adapted=adapter is not None)
+    codec: TextCodec = ByteCodec() if name == "scripted" else Tokenizer.from_folder(path)
+    backend = open_backend(  # last, so that memory is taken for nothing that is wrong
+        name, path, device=key.device, quantization=key.quantization, adapter=adapter
+    )
+    description = ""
     if manifest is not None:
-        return ModelParts(
-            backend, codec, manifest.params_for(backend.info.device), manifest.description
-        )
-    return ModelParts(backend, codec, GenerationParams(block_size=backend.info.native_block_size))
+        defaults, description = manifest.params_for(backend.info.device), manifest.description
+    elif defaults is None:
+        defaults = GenerationParams(block_size=backend.info.native_block_size)
+    hub_name = key.path.name if isinstance(key.path, HubModel) else None
+    return ModelParts(backend, codec, defaults, description, name=hub_name)
+
+
+def _fetched(source: Path | HubModel) -> Path:
+    """Return the folder of a model or an adapter; refuses an unknown family before its weights."""
+    if isinstance(source, Path):
+        return source
+    folder = fetch_description(source)
+    _published(folder)
+    fetch_weights(source, folder)
+    return folder
+
+
+def _published(folder: Path) -> Published | None:
+    config = ConfigFile.read(folder / "config.json")
+    if config is None or not is_published(config):
+        return None
+    return read_published(folder)

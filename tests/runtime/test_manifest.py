@@ -80,7 +80,7 @@ def test_other_format_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_family_is_named_with_those_that_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="'mamba', but this build runs dream, llada"):
+    with pytest.raises(UnsupportedModel, match="'mamba', but this build runs dream, fast_dllm_v2"):
         read_manifest(write(tmp_path, manifest(family="mamba")))
 
 

@@ -13,14 +13,25 @@ from typing import Final, Protocol, cast
 from d2f_runtime.backends.base import Backend
 from d2f_stream.errors import MissingExtra, ModelNotFound, UnsupportedModel
 
-__all__ = ["BACKENDS", "BackendEntry", "choose_backend", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendEntry",
+    "check_backend",
+    "choose_backend",
+    "open_backend",
+    "refuse_pickles",
+]
+
+PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Load(Protocol):
     """The `load` function of a backend's module."""
 
-    def __call__(self, path: Path, *, device: str, quantization: str) -> Backend:
-        """Load the model of a folder. Blocks."""
+    def __call__(
+        self, path: Path, *, device: str, quantization: str, adapter: Path | None = None
+    ) -> Backend:
+        """Load the model of a folder. Blocks. Only some backends merge an adapter."""
         ...
 
 
@@ -33,12 +44,14 @@ class BackendEntry:
         library: that the module imports; None where it needs none.
         extra: of this distribution that installs the library.
         suffix: of the files that the backend runs.
+        merges: whether it can merge a LoRA adapter into the weights.
     """
 
     module: str
     library: str | None
     extra: str
     suffix: str
+    merges: bool = False
 
     @property
     def installed(self) -> bool:
@@ -48,9 +61,36 @@ class BackendEntry:
 
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "onnx": BackendEntry("d2f_runtime.backends.onnx_backend", "onnxruntime", "edge", ".onnx"),
-    "torch": BackendEntry("d2f_runtime.backends.torch_backend", "torch", "torch", ".safetensors"),
+    "torch": BackendEntry(
+        "d2f_runtime.backends.torch_backend", "torch", "torch", ".safetensors", merges=True
+    ),
     "scripted": BackendEntry("d2f_runtime.backends.scripted", None, "", "script.json"),
 }
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a name that is not one of a backend, nor "auto".
+
+    Raises:
+        UnsupportedModel: there is no backend of that name.
+    """
+    if backend not in {"auto", *BACKENDS}:
+        known = ", ".join(["auto", *BACKENDS])
+        raise UnsupportedModel(f"there is no backend {backend!r}; it must be one of {known}")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Say what is wrong with a folder whose weights are pickled; call it where others are missing.
+
+    Raises:
+        UnsupportedModel: it holds a pickle.
+    """
+    pickled = sorted(file.name for file in folder.iterdir() if file.name.endswith(PICKLED))
+    if pickled:
+        raise UnsupportedModel(
+            f"{folder} holds pickled weights only ({pickled[0]}), and reading a pickle can run any "
+            "code; fetch or convert them to safetensors"
+        )
 
 
 def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -> str:
@@ -61,14 +101,15 @@ def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -
 
     Raises:
         ModelNotFound: no such folder, or no backend runs what it holds.
-        UnsupportedModel: there is no backend of that name.
+        UnsupportedModel: there is no backend of that name, or the weights are pickled.
     """
     if not path.is_dir():
-        raise ModelNotFound(f"no model at {path}; a model is a folder with a manifest.json")
+        raise ModelNotFound(
+            f"no model at {path}; a model is a folder with a manifest.json or a config.json, or "
+            "the id of a hub repository (org/name)"
+        )
+    check_backend(backend)
     if backend != "auto":
-        if backend not in BACKENDS:
-            known = ", ".join(["auto", *BACKENDS])
-            raise UnsupportedModel(f"there is no backend {backend!r}; it must be one of {known}")
         return backend
     names = {file.name for file in path.iterdir()}
     fitting = [
@@ -77,6 +118,7 @@ def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -
         if any(file.endswith(entry.suffix) for file in names)
     ]
     if not fitting:
+        refuse_pickles(path)
         suffixes = ", ".join(f"*{entry.suffix}" for entry in BACKENDS.values())
         raise ModelNotFound(f"{path} holds nothing that a backend runs, which is one of {suffixes}")
     candidates = [name for name in fitting if BACKENDS[name].installed] or fitting
@@ -85,15 +127,23 @@ def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -
     return candidates[0]
 
 
-def open_backend(name: str, path: Path, *, device: str, quantization: str) -> Backend:
+def open_backend(
+    name: str, path: Path, *, device: str, quantization: str, adapter: Path | None = None
+) -> Backend:
     """Load a model folder with the backend of that name. Blocks.
 
     Raises:
         MissingExtra: the backend's library is not installed.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or the backend takes no adapter.
     """
     entry = BACKENDS[name]
+    if adapter is not None and not entry.merges:
+        raise UnsupportedModel(
+            f"the {name} backend cannot merge the adapter {adapter}; use the torch backend"
+        )
     if entry.library is not None and not entry.installed:
         raise MissingExtra(f"backend {name!r}", entry.library, entry.extra)
     load = cast(Load, importlib.import_module(entry.module).load)
-    return load(path, device=device, quantization=quantization)
+    if adapter is None:
+        return load(path, device=device, quantization=quantization)
+    return load(path, device=device, quantization=quantization, adapter=adapter)

@@ -13,7 +13,7 @@ from d2f_stream.params import GenerationParams, Rank
 
 __all__ = ["FAMILIES", "Backend", "ModelInfo", "PromptAttention", "Slot", "StepRow"]
 
-FAMILIES = ("dream", "llada", "llama", "qwen2", "scripted", "sdar")
+FAMILIES = ("dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
 """The kinds of model that folders may name; "scripted" has no transformer."""
 
 Slot = NewType("Slot", int)

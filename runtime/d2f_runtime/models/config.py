@@ -6,7 +6,24 @@ from typing import Any
 from d2f_runtime.backends.base import FAMILIES, PromptAttention
 from d2f_stream.errors import UnsupportedModel
 
-__all__ = ["TransformerConfig"]
+__all__ = ["Llama3Rope", "TransformerConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Rope:
+    """Llama 3.1's stretching of the rotary frequencies: the slow by `factor`, the fast not at all.
+
+    Attributes:
+        factor: by how much wavelengths beyond the trained context are stretched.
+        low_freq_factor: wavelengths above the trained context divided by this are stretched fully.
+        high_freq_factor: those below the trained context divided by this stay as they are.
+        trained_len: the context before stretching, tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    trained_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +36,7 @@ class TransformerConfig:
         num_tokens: ids that may be produced; rows beyond are padding and forbidden.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched beyond the first training; None leaves them.
         norm_eps: epsilon of every RMSNorm.
         qkv_bias: biases on the q, k and v projections (Qwen2, Dream).
         qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3, SDAR).
@@ -53,10 +71,14 @@ class TransformerConfig:
     native_block_size: int = 32
     max_block_size: int = 64
     max_len: int = 4096
+    rope_scaling: Llama3Rope | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        return asdict(self) | {"eos_ids": list(self.eos_ids)}
+        values = asdict(self) | {"eos_ids": list(self.eos_ids)}
+        if self.rope_scaling is None:
+            del values["rope_scaling"]  # so that older builds read it
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
@@ -73,8 +95,11 @@ class TransformerConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r}")
+        scaling = values.get("rope_scaling")
         try:
-            return cls(**(values | {"eos_ids": tuple(values["eos_ids"])}))
+            rope = None if scaling is None else Llama3Rope(**scaling)
+            changed = {"eos_ids": tuple(values["eos_ids"]), "rope_scaling": rope}
+            return cls(**(values | changed))
         except (KeyError, TypeError) as exc:
             raise UnsupportedModel(f"model config is incomplete: {exc}") from exc
 

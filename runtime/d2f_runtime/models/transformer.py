@@ -8,6 +8,7 @@ Shapes: B rows, W window positions, P cached positions, H heads, KV key/value he
 D hidden size, V vocabulary.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 
 from d2f_runtime.models.config import TransformerConfig
 
-__all__ = ["KeyValue", "Past", "Transformer", "block_causal_mask", "head_states"]
+__all__ = [
+    "KeyValue",
+    "Past",
+    "Transformer",
+    "block_causal_mask",
+    "head_states",
+    "rotary_frequencies",
+]
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, P or W, KV, hd]
 
@@ -73,10 +81,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
+def rotary_frequencies(config: TransformerConfig, device: torch.device | None = None) -> Tensor:
+    """Return [hd / 2] fp32 angles per position, stretched where the config says so."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float()
+    frequency = config.rope_theta ** (-exponent / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.trained_len * frequency / (2 * math.pi)  # within the trained context
+    spread = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / spread).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
 def rotary(positions: Tensor, config: TransformerConfig) -> KeyValue:
     """Return cos and sin, each [B, W, 1, hd] fp32, for the given canvas positions."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequency = config.rope_theta ** (-exponent / config.head_dim)  # [hd / 2]
+    frequency = rotary_frequencies(config, positions.device)
     angle = positions[:, :, None, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()

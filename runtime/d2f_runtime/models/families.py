@@ -1,0 +1,177 @@
+"""The published model families: what their checkpoints have in common, and their tensors' names.
+
+Pure; how their config files are read is `published_config`'s. Facts are of the checkpoints as
+published: their config files, the D2F authors' evaluation code (zhijie-group/
+Discrete-Diffusion-Forcing, commit 771f745), JetAstra/SDAR's generate.py and NVlabs/Fast-dLLM v2's
+generation_functions.py. Ids follow a folder's own files where these name them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from d2f_runtime.backends.base import PromptAttention
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_stream.errors import UnsupportedModel
+
+__all__ = ["PUBLISHED", "Family", "Layout", "family_of", "published_name"]
+
+Layout = Literal["llada", "llama"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What the checkpoints of one `model_type` have in common beyond what their config says.
+
+    Attributes:
+        label: of TransformerConfig and ModelInfo.
+        layout: names of tensors and of config keys.
+        prompt_attention, shift_logits: see TransformerConfig.
+        block_size: what the models were trained for, unless the config names it; tokens.
+        mask_token, mask_id: text and published id of the mask; None for autoregressive models.
+        eos_tokens: texts and published ids of the tokens that end an answer.
+        qkv_bias: biases on q, k and v; None goes by the config.
+        qk_norm: RMSNorm on queries and keys.
+        defaults: the preset of a request that asks for nothing, for the model as it is.
+        adapted: the same with a D2F adapter; None where there are none.
+    """
+
+    label: str
+    layout: Layout = "llama"
+    prompt_attention: PromptAttention
+    shift_logits: bool
+    block_size: int
+    mask_token: str | None = None
+    mask_id: int | None = None
+    eos_tokens: Mapping[str, int]
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    defaults: str
+    adapted: str | None = None
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether the model knows no mask."""
+        return self.mask_token is None
+
+
+_QWEN_ENDS: Final = {"<|endoftext|>": 151643, "<|im_end|>": 151645}
+
+PUBLISHED: Final[Mapping[str, Family]] = {
+    "llada": Family(  # LLaDA-8B, LLaDA-1.5, d3LLM-LLaDA
+        label="llada",
+        layout="llada",
+        prompt_attention="full",
+        shift_logits=False,
+        block_size=32,
+        mask_token="<|mdm_mask|>",
+        mask_id=126336,
+        eos_tokens={"<|endoftext|>": 126081, "<|eot_id|>": 126348},
+        defaults="single-block",
+        adapted="paper",
+    ),
+    "Dream": Family(  # Dream-v0, DiffuCoder, d3LLM-Dream
+        label="dream",
+        prompt_attention="full",
+        shift_logits=True,
+        block_size=32,
+        mask_token="<|mask|>",
+        mask_id=151666,
+        eos_tokens=_QWEN_ENDS,
+        qkv_bias=True,
+        defaults="single-block",
+        adapted="paper",
+    ),
+    "sdar": Family(  # SDAR-*-Chat, TraDo
+        label="sdar",
+        prompt_attention="grid",
+        shift_logits=False,
+        block_size=4,
+        mask_token="<|MASK|>",
+        mask_id=151669,
+        eos_tokens=_QWEN_ENDS,
+        qk_norm=True,
+        defaults="sdar",
+    ),
+    "Fast_dLLM_Qwen": Family(
+        label="fast_dllm_v2",
+        prompt_attention="grid",
+        shift_logits=True,
+        block_size=32,
+        mask_token="|<MASK>|",
+        mask_id=151665,
+        eos_tokens=_QWEN_ENDS,
+        qkv_bias=True,
+        defaults="fast-dllm-v2",
+    ),
+    "llama": Family(
+        label="llama",
+        prompt_attention="causal",
+        shift_logits=True,
+        block_size=1,
+        eos_tokens={"<|end_of_text|>": 128001, "<|eom_id|>": 128008, "<|eot_id|>": 128009},
+        defaults="autoregressive",
+    ),
+    "qwen2": Family(
+        label="qwen2",
+        prompt_attention="causal",
+        shift_logits=True,
+        block_size=1,
+        eos_tokens=_QWEN_ENDS,
+        qkv_bias=True,
+        defaults="autoregressive",
+    ),
+    "qwen3": Family(
+        label="qwen3",
+        prompt_attention="causal",
+        shift_logits=True,
+        block_size=1,
+        eos_tokens=_QWEN_ENDS,
+        qk_norm=True,
+        defaults="autoregressive",
+    ),
+}
+"""By the `model_type` of config.json."""
+
+_LLADA_LAYER: Final = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ff_norm",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+_LLADA_TOP: Final = {"embed_tokens": "wte", "norm": "ln_f", "lm_head": "ff_out"}
+
+
+def family_of(config: ConfigFile) -> Family:
+    """Return the family that a config.json names.
+
+    Raises:
+        UnsupportedModel: this build does not know it.
+    """
+    model_type = config.values.get("model_type")
+    family = PUBLISHED.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        known = ", ".join(PUBLISHED)
+        raise UnsupportedModel(
+            f"{config.path} has the model_type {model_type!r}, but this build runs {known}"
+        )
+    return family
+
+
+def published_name(layout: Layout, name: str) -> str:
+    """Return what a family calls a parameter of `Transformer`.
+
+    LLaDA has two `ff_out`: a layer's is the down projection, that of the model is the head.
+    """
+    if layout == "llama":
+        return name if name.startswith("lm_head.") else f"model.{name}"
+    module, _, leaf = name.rpartition(".")
+    if not module.startswith("layers."):
+        return f"model.transformer.{_LLADA_TOP[module]}.{leaf}"
+    _, index, inner = module.split(".", 2)
+    return f"model.transformer.blocks.{index}.{_LLADA_LAYER[inner]}.{leaf}"

@@ -1,0 +1,113 @@
+"""A published model folder without its weights: family, config, and the defaults of a request.
+
+Joins config.json, generation_config.json and the tokenizer's files. Imports no torch, so that a
+model can be refused before anything heavy is loaded.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.families import Family, family_of
+from d2f_runtime.models.published_config import transformer_config
+from d2f_runtime.tokenizer_files import TokenizerFiles
+from d2f_stream.errors import InvalidParams, ModelDamaged, ModelNotFound
+from d2f_stream.params import GenerationParams
+from d2f_stream.presets import PRESETS
+
+__all__ = ["Published", "is_published", "read_published"]
+
+logger = logging.getLogger("d2f_stream.published")
+
+_UNKNOWN = ("min_p", "repetition_penalty", "top_k", "typical_p")  # sampling that we do not offer
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the files of a published model say."""
+
+    family: Family
+    config: TransformerConfig
+    generation: ConfigFile | None
+
+    def defaults(self, *, adapted: bool) -> GenerationParams:
+        """Return the parameters of a request that gives none.
+
+        Those of generation_config.json (temperature, top_p, max_new_tokens), and beneath them the
+        family's.
+
+        Args:
+            adapted: whether a D2F adapter is merged in.
+
+        Raises:
+            ModelDamaged: generation_config.json asks for what is out of range.
+        """
+        family = self.family
+        preset = family.adapted if adapted and family.adapted is not None else family.defaults
+        changes: dict[str, Any] = {"block_size": self.config.native_block_size}
+        if self.generation is not None:
+            changes |= _sampling(self.generation, is_autoregressive=family.is_autoregressive)
+        try:
+            return msgspec.structs.replace(PRESETS[preset], **changes)
+        except InvalidParams as error:
+            assert self.generation is not None
+            raise ModelDamaged(f"{self.generation.path}: {error}") from error
+
+
+def is_published(config: ConfigFile) -> bool:
+    """Whether config.json is a published model's, not this project's own."""
+    return "family" not in config and "model_type" in config
+
+
+def read_published(folder: Path) -> Published:
+    """Read what a published folder says of its model; the weights are not looked at.
+
+    Raises:
+        ModelNotFound: it has no config.json.
+        ModelDamaged: a file is no JSON object, a key is missing or of the wrong kind, or nothing
+            names the mask or the EOS.
+        UnsupportedModel: the family or one of its options is not known.
+    """
+    config = ConfigFile.read(folder / "config.json")
+    if config is None:
+        raise ModelNotFound(f"{folder} has no config.json; is it a model folder?")
+    generation = ConfigFile.read(folder / "generation_config.json")
+    family = family_of(config)
+    files = TokenizerFiles(folder)
+    return Published(
+        family=family,
+        config=transformer_config(
+            config,
+            generation=generation,
+            vocabulary=files.vocabulary() if files.complete else None,
+        ),
+        generation=generation,
+    )
+
+
+def _sampling(generation: ConfigFile, *, is_autoregressive: bool) -> dict[str, Any]:
+    """Return the fields of GenerationParams that a generation_config.json sets.
+
+    As in transformers, a temperature counts only with do_sample; Dream's own configs, which know no
+    do_sample, sample wherever they give a temperature.
+    """
+    values = generation.values
+    changes: dict[str, Any] = {}
+    if "max_new_tokens" in generation:
+        changes["max_new_tokens"] = generation.integer("max_new_tokens")
+    samples = generation.flag("do_sample", not is_autoregressive)
+    if samples:
+        given = "do_sample" in generation
+        changes["temperature"] = values.get("temperature", 1.0 if given else 0.0)
+        if "top_p" in generation:
+            changes["top_p"] = generation.number("top_p")
+        ignored = [key for key in _UNKNOWN if key in generation]
+        if ignored:
+            shown = ", ".join(f"{key} {values[key]}" for key in ignored)
+            logger.info("%s also asks for %s, which is not done here", generation.path, shown)
+    return changes

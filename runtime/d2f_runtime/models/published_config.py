@@ -1,0 +1,244 @@
+"""From a published config.json to a `TransformerConfig`.
+
+Pure: takes what the files say, opens none. Options that the transformer is not written for are
+refused by name; ids are those that the folder's own files give.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from d2f_runtime.models.config import Llama3Rope, TransformerConfig
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.families import Family, family_of
+from d2f_runtime.tokenizer_files import Vocabulary
+from d2f_stream.errors import ModelDamaged, UnsupportedModel
+from d2f_stream.params import MAX_BLOCK_SIZE
+
+__all__ = ["MAX_LEN", "transformer_config"]
+
+MAX_LEN: Final = 32_768
+"""Longer contexts are cut to this: K/V of a whole one is set aside when a model is loaded."""
+
+
+def transformer_config(
+    config: ConfigFile, *, generation: ConfigFile | None, vocabulary: Vocabulary | None
+) -> TransformerConfig:
+    """Make a published model's config.
+
+    Args:
+        config: config.json.
+        generation: generation_config.json.
+        vocabulary: the tokenizer's; without one the ids are those of the config and, where it names
+            none, the published ones.
+
+    Raises:
+        UnsupportedModel: a family or an option that this build does not know.
+        ModelDamaged: a key is missing or of the wrong kind, or there is no mask or no EOS.
+    """
+    family = family_of(config)
+    _refuse_variants(config)
+    sizes = _llada_sizes(config) if family.layout == "llada" else _llama_sizes(config, family)
+    vocab_size = sizes.vocab_size
+    if vocabulary is not None and vocabulary.size > vocab_size:
+        raise ModelDamaged(
+            f"the tokenizer in {config.path.parent} has {vocabulary.size} ids, but the model "
+            f"embeds {vocab_size}; it belongs to another model"
+        )
+    block_size = family.block_size
+    if family.prompt_attention == "grid":
+        block_size = config.integer("bd_size", config.integer("block_size", block_size))
+    is_free = family.prompt_attention == "full"  # to cut the answer as the request likes
+    return TransformerConfig(
+        family=family.label,
+        vocab_size=vocab_size,
+        num_tokens=vocab_size if vocabulary is None else vocabulary.size,
+        hidden_size=sizes.hidden_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        ffn_size=sizes.ffn_size,
+        mask_id=_mask_id(config, family, vocabulary, vocab_size),
+        eos_ids=_eos_ids(config, generation, family, vocabulary, vocab_size),
+        rope_theta=sizes.rope_theta,
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        qkv_bias=sizes.qkv_bias,
+        qk_norm=family.qk_norm,
+        tie_embeddings=sizes.tie_embeddings,
+        shift_logits=family.shift_logits,
+        prompt_attention=family.prompt_attention,
+        native_block_size=block_size,
+        max_block_size=MAX_BLOCK_SIZE if is_free else block_size,
+        max_len=min(sizes.max_len, MAX_LEN),
+        rope_scaling=sizes.rope_scaling,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """What the two layouts call by different names."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_len: int
+    rope_theta: float
+    rope_scaling: Llama3Rope | None
+    qkv_bias: bool
+    tie_embeddings: bool
+
+
+def _llada_sizes(config: ConfigFile) -> _Sizes:
+    hidden_size, num_heads = config.integer("d_model"), config.integer("n_heads")
+    num_kv_heads = 1 if config.flag("multi_query_attention", False) else num_heads
+    return _Sizes(
+        vocab_size=config.integer("embedding_size", config.integer("vocab_size")),
+        hidden_size=hidden_size,
+        num_layers=config.integer("n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("n_kv_heads", num_kv_heads),
+        head_dim=hidden_size // num_heads,
+        ffn_size=config.integer("mlp_hidden_size"),
+        max_len=config.integer("max_sequence_length"),
+        rope_theta=config.number("rope_theta"),
+        rope_scaling=None,
+        qkv_bias=config.flag("include_qkv_bias", False),
+        tie_embeddings=config.flag("weight_tying", False),
+    )
+
+
+def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    rope = config.section("rope_parameters" if "rope_parameters" in config else "rope_scaling")
+    return _Sizes(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_heads),
+        head_dim=config.integer("head_dim", hidden_size // num_heads),
+        ffn_size=config.integer("intermediate_size"),
+        max_len=config.integer("max_position_embeddings"),
+        rope_theta=rope.number("rope_theta", config.number("rope_theta", 10_000.0)),
+        rope_scaling=_rope_scaling(rope),
+        qkv_bias=bool(family.qkv_bias),
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+    )
+
+
+def _rope_scaling(rope: ConfigFile) -> Llama3Rope | None:
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UnsupportedModel(
+            f"{rope.path} scales its rotary positions by {kind!r}, but this build knows llama3 only"
+        )
+    return Llama3Rope(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        trained_len=rope.integer("original_max_position_embeddings"),
+    )
+
+
+_ONLY: Final[Mapping[str, tuple[object, ...]]] = {
+    # of all
+    "quantization_config": (None,),
+    "hidden_act": (None, "silu"),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "use_sliding_window": (None, False),
+    "use_mrope": (None, False),
+    # of LLaDA
+    "activation_type": (None, "silu"),
+    "alibi": (None, False),
+    "attention_layer_norm": (None, False),
+    "bias_for_layer_norm": (None, False),
+    "block_group_size": (None, 1),
+    "block_type": (None, "llama"),
+    "include_bias": (None, False),
+    "input_emb_norm": (None, False),
+    "layer_norm_type": (None, "rms"),
+    "rope": (None, True),
+    "scale_logits": (None, False),
+}
+"""The values of options that the transformer is written for; None is an absent key."""
+
+
+def _refuse_variants(config: ConfigFile) -> None:
+    values = config.values
+    for key, allowed in _ONLY.items():
+        value = values.get(key)
+        # Qwen2's and Dream's biases on q, k and v go without saying
+        if key == "attention_bias" and values["model_type"] in ("Dream", "Fast_dLLM_Qwen", "qwen2"):
+            continue
+        if value not in allowed:
+            shown = "a quantization" if key == "quantization_config" else f"{key} {value!r}"
+            raise UnsupportedModel(f"{config.path} asks for {shown}, which this build does not run")
+    kinds = values.get("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        raise UnsupportedModel(f"{config.path} asks for layers other than full_attention")
+    if values["model_type"] == "Dream" and "block_size" in config:
+        raise UnsupportedModel(
+            f"{config.path} is a Dream with a block_size of its own, a block diffusion model that "
+            "this build does not run"
+        )
+
+
+def _mask_id(
+    config: ConfigFile, family: Family, vocabulary: Vocabulary | None, vocab_size: int
+) -> int:
+    if family.mask_token is None or family.mask_id is None:
+        return vocab_size  # no id at all, so that every id may be produced
+    mask_id: int | None = next(iter(config.ids("mask_token_id")), None)
+    if vocabulary is None:
+        mask_id = family.mask_id if mask_id is None else mask_id
+    else:
+        if mask_id is None:
+            mask_id = vocabulary.find(family.mask_token, named="mask_token")
+        if mask_id is None or mask_id not in vocabulary:
+            says = "" if mask_id is None else f"; config.json says that its id is {mask_id}"
+            raise ModelDamaged(
+                f"the tokenizer in {config.path.parent} has no mask token, which a {family.label} "
+                f"model calls {family.mask_token}{says}"
+            )
+    if mask_id >= vocab_size:
+        raise ModelDamaged(
+            f"{config.path}: the mask id is {mask_id} but the model embeds {vocab_size} ids"
+        )
+    return mask_id
+
+
+def _eos_ids(
+    config: ConfigFile,
+    generation: ConfigFile | None,
+    family: Family,
+    vocabulary: Vocabulary | None,
+    vocab_size: int,
+) -> tuple[int, ...]:
+    found = set(config.ids("eos_token_id"))
+    if generation is not None:
+        found.update(generation.ids("eos_token_id"))
+    if vocabulary is None:
+        found.update(token for token in family.eos_tokens.values() if token < vocab_size)
+    else:
+        named = vocabulary.find(None, named="eos_token")
+        texts = [vocabulary.find(text) for text in family.eos_tokens]
+        found.update(token for token in (named, *texts) if token is not None)
+    if not found:
+        raise ModelDamaged(
+            f"nothing in {config.path.parent} says which token ends an answer: neither config.json "
+            "nor generation_config.json has an eos_token_id, and the tokenizer names no eos_token"
+        )
+    if max(found) >= vocab_size:
+        raise ModelDamaged(
+            f"{config.path.parent}: the EOS id is {max(found)} but the model embeds {vocab_size} "
+            "ids"
+        )
+    return tuple(sorted(found))

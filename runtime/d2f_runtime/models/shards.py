@@ -1,0 +1,144 @@
+"""Shards: the safetensors files of a model folder, their headers first, their tensors one by one.
+
+Headers say names, shapes and dtypes and are checked before any weight is read. A tensor is read
+when it is asked for, and the file is let go before the next one is opened, so that host memory
+holds one shard at most. Never reads a pickle.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from d2f_runtime.backends import refuse_pickles
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+
+__all__ = ["Shards", "TensorHeader"]
+
+INDEX_SUFFIX: Final = ".index.json"
+DTYPES: Final = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+class Shards:
+    """The tensors of one or several safetensors files.
+
+    Attributes:
+        path: what stands for all of them in errors: the one file, or the index.
+        headers: by the tensor's name.
+    """
+
+    def __init__(self, path: Path, headers: Mapping[str, TensorHeader]) -> None:
+        self.path = path
+        self.headers = headers
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> "Shards":
+        """Read the headers of `name`, or of the files that `name`.index.json lists.
+
+        Raises:
+            ModelNotFound: the folder has neither.
+            UnsupportedModel: it has pickles instead, or the weights are quantized.
+            ModelDamaged: a file is truncated or missing, or lacks what the index promises.
+        """
+        index = ConfigFile.read(folder / (name + INDEX_SUFFIX))
+        if (folder / name).is_file():
+            return cls(folder / name, _headers(folder / name))
+        if index is None:
+            refuse_pickles(folder)
+            raise ModelNotFound(f"{folder} has no {name}; is it a model folder?")
+        headers: dict[str, TensorHeader] = {}
+        promised = _weight_map(index)
+        for file in sorted(set(promised.values())):
+            if not (folder / file).is_file():
+                raise ModelDamaged(
+                    f"{index.path} names {file}, which {folder} does not hold; fetch it again"
+                )
+            headers |= _headers(folder / file)
+        for tensor, file in promised.items():
+            if tensor not in headers or headers[tensor].file.name != file:
+                raise ModelDamaged(f"{index.path} says that {file} holds {tensor}; it does not")
+        return cls(index.path, headers)
+
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], *, ignored: Collection[str] = ()
+    ) -> None:
+        """Compare names and shapes; tensors in `ignored` may be there or not.
+
+        Raises:
+            ModelDamaged: for the first that is missing, unknown or of another shape.
+        """
+        if missing := sorted(set(expected) - set(self.headers)):
+            raise ModelDamaged(f"{self.path} lacks the tensor {missing[0]} ({len(missing)} in all)")
+        if unknown := sorted(set(self.headers) - set(expected) - set(ignored)):
+            raise ModelDamaged(
+                f"{self.path} has the unknown tensor {unknown[0]} ({len(unknown)} in all)"
+            )
+        for name, shape in expected.items():
+            header = self.headers[name]
+            if header.shape != shape:
+                raise ModelDamaged(
+                    f"{header.file}: {name} has shape {header.shape} but the config asks for "
+                    f"{shape}"
+                )
+
+    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the named tensors in host memory, file by file; use each before the next is asked.
+
+        Raises:
+            ModelDamaged: a file cannot be read any more.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.headers[name].file, []).append(name)
+        for path, held in by_file.items():
+            with _opened(path) as file:
+                for name in held:
+                    yield name, file.get_tensor(name)
+            del file  # it holds the shard's memory
+
+
+def _headers(path: Path) -> dict[str, TensorHeader]:
+    headers: dict[str, TensorHeader] = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  (it is no mapping)
+            part = file.get_slice(name)
+            dtype = str(part.get_dtype())
+            if dtype not in DTYPES:
+                raise UnsupportedModel(
+                    f"{path}: {name} is stored as {dtype}; quantized checkpoints are not read, "
+                    "fetch the bf16 one"
+                )
+            headers[name] = TensorHeader(path, tuple(part.get_shape()))
+    return headers
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as exc:
+        raise ModelDamaged(f"{path} cannot be read ({exc}); fetch or export it again") from exc
+
+
+def _weight_map(index: ConfigFile) -> Mapping[str, str]:
+    promised = index.section("weight_map").values
+    for tensor, file in promised.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelDamaged(f"{index.path} says that {tensor} lies in {file!r}, no file name")
+    if not promised:
+        raise ModelDamaged(f"{index.path} has no weight_map")
+    return promised

@@ -1,0 +1,168 @@
+"""LoRA adapters: what PEFT writes is merged as PEFT merges it, anything else is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d2f_runtime.backends import open_backend
+from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
+
+WEIGHTS = "adapter_model.safetensors"
+FIRST = "base_model.model.model.layers.0.self_attn.k_proj"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    write_model(tmp_path / "base", "Dream")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    write_adapter(tmp_path / "adapter", FAMILIES["Dream"], oracle(FAMILIES["Dream"]).state_dict())
+    return tmp_path / "adapter"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+PEFT_CASES: list[dict[str, Any]] = [
+    {"r": 4, "lora_alpha": 4},
+    {"r": 4, "lora_alpha": 16, "use_rslora": True},
+    {"r": 4, "lora_alpha": 6, "rank_pattern": {"v_proj": 2, r"layers\.0\.self_attn\.q_proj": 3}},
+    {"r": 2, "lora_alpha": 6, "alpha_pattern": {"k_proj": 1, "1.self_attn.o_proj": 9}},
+    {"r": 3, "lora_alpha": 5, "target_modules": ["up_proj", "down_proj"]},
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft and transformers of different ages
+@pytest.mark.parametrize("settings", PEFT_CASES)
+def test_merged_weights_equal_those_of_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = oracle(FAMILIES["qwen3"])
+    write_checkpoint(tmp_path / "base", FAMILIES["qwen3"], theirs)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**{"target_modules": targets} | settings))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wanted = wrapped.merge_and_unload().state_dict()
+    ours = load_checkpoint(tmp_path / "base", adapter=tmp_path / "adapter").state_dict()
+    changed = load_checkpoint(tmp_path / "base").state_dict()
+    assert sum(not torch.equal(changed[name], ours[name]) for name in ours) == 2 * len(
+        wrapped.peft_config["default"].target_modules
+    )
+    for name, tensor in ours.items():
+        key = name if name.startswith("lm_head") else f"model.{name}"
+        assert (tensor - wanted[key]).abs().max() <= 1e-6  # one sum in another order
+
+
+def test_older_names_with_the_adapters_own_are_read(base: Path, adapter: Path) -> None:
+    wanted = load_checkpoint(base, adapter=adapter).state_dict()
+    weights = load_file(adapter / WEIGHTS)
+    renamed = {name.replace(".weight", ".default.weight"): t for name, t in weights.items()}
+    save_file(renamed, adapter / WEIGHTS)
+    found = load_checkpoint(base, adapter=adapter).state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_low_precision_weights_are_merged_in_fp32(tmp_path: Path) -> None:
+    theirs = oracle(FAMILIES["llada"]).to(torch.bfloat16)
+    write_checkpoint(tmp_path / "base", FAMILIES["llada"], theirs)
+    theirs.float()
+    write_adapter(tmp_path / "adapter", FAMILIES["llada"], theirs.state_dict())
+    ours = load_checkpoint(tmp_path / "base", adapter=tmp_path / "adapter")
+    wanted = theirs.state_dict()["model.layers.1.self_attn.o_proj.weight"]
+    found = ours.state_dict()["layers.1.self_attn.o_proj.weight"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wanted.to(torch.bfloat16))
+
+
+def test_adapter_for_another_base_is_refused(tmp_path: Path, adapter: Path) -> None:
+    write_model(tmp_path / "llada", "llada")
+    with pytest.raises(
+        UnsupportedModel, match=r"another model, made for org/base: it adapts model"
+    ):
+        load_checkpoint(tmp_path / "llada", adapter=adapter)
+    write_model(tmp_path / "qwen3", "qwen3")  # same names, other head sizes
+    with pytest.raises(
+        UnsupportedModel, match=r"k_proj\.weight of shape \(32, 64\), which is \(64, 64\) here"
+    ):
+        load_checkpoint(tmp_path / "qwen3", adapter=adapter)
+
+
+@pytest.mark.parametrize(("base_name", "warns"), [("org/base", False), ("org/other", True)])
+def test_adapter_of_a_sibling_is_merged_with_a_warning(
+    base: Path, adapter: Path, base_name: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"_name_or_path": base_name}
+    (base / "config.json").write_text(json.dumps(config))
+    load_checkpoint(base, adapter=adapter)
+    assert ("was made for org/base, but is merged into other" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("peft_type", "IA3"),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+        ("lora_bias", True),
+        ("trainable_token_indices", [1, 2]),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused_by_name(
+    base: Path, adapter: Path, key: str, value: object
+) -> None:
+    change_config(adapter, **{key: value})
+    with pytest.raises(UnsupportedModel, match=rf"asks for {key} .*only plain LoRA"):
+        load_checkpoint(base, adapter=adapter)
+
+
+def test_adapter_tensors_are_checked(base: Path, adapter: Path) -> None:
+    weights = load_file(adapter / WEIGHTS)
+    save_file(
+        {n: t for n, t in weights.items() if n != f"{FIRST}.lora_B.weight"}, adapter / WEIGHTS
+    )
+    with pytest.raises(ModelDamaged, match=r"lacks lora_B of model\.layers\.0\.self_attn\.k_proj"):
+        load_checkpoint(base, adapter=adapter)
+    magnitude = {f"{FIRST}.lora_magnitude_vector": torch.ones(3)}
+    save_file(weights | magnitude, adapter / WEIGHTS)
+    with pytest.raises(UnsupportedModel, match=r"lora_magnitude_vector, which is no LoRA factor"):
+        load_checkpoint(base, adapter=adapter)
+    save_file(weights, adapter / WEIGHTS)
+    change_config(adapter, rank_pattern={"k_proj": 8})
+    with pytest.raises(ModelDamaged, match=r"k_proj the rank 8, but its factors have 4"):
+        load_checkpoint(base, adapter=adapter)
+
+
+def test_missing_adapter_files_are_named(tmp_path: Path, base: Path, adapter: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"no adapter folder at .*nowhere"):
+        load_checkpoint(base, adapter=tmp_path / "nowhere")
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pickled weights only \(adapter_model\.bin\)"):
+        load_checkpoint(base, adapter=adapter)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ModelNotFound, match=r"no adapter_config\.json"):
+        load_checkpoint(base, adapter=adapter)
+
+
+def test_backends_that_cannot_merge_say_so(base: Path, adapter: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="onnx backend cannot merge the adapter"):
+        open_backend("onnx", base, device="cpu", quantization="auto", adapter=adapter)
