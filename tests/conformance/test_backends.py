@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,11 +42,35 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=["torch", "onnx"])
+NEEDS_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+KINDS = [
+    "torch",
+    "onnx",
+    "fast-references",  # the fast step's code over the kernels' plain references
+    pytest.param("fast", marks=NEEDS_CUDA),
+    pytest.param("fast-uncaptured", marks=NEEDS_CUDA),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def rig(request: pytest.FixtureRequest, family: str) -> Iterator[Rig]:
-    folder = tiny_folder(family, "torch" if request.param == "torch" else "fp32")
-    backend = open_backend(request.param, folder, device="cpu", quantization="auto")
-    yield Rig(backend, load_checkpoint(tiny_folder(family, "torch")))
+    model = load_checkpoint(tiny_folder(family, "torch"))
+    backend: Backend
+    if request.param.startswith("fast"):
+        backend = TorchBackend(
+            model,
+            name="fast",
+            device="cpu" if request.param == "fast-references" else "cuda",
+            runner="fast",
+            graphs="lazy" if request.param == "fast" else "off",
+        )
+    else:
+        folder = tiny_folder(family, "torch" if request.param == "torch" else "fp32")
+        backend = open_backend(request.param, folder, device="cpu", quantization="auto")
+    yield Rig(backend, model)
     backend.close()
 
 
@@ -346,7 +371,8 @@ def test_info_names_the_model(rig: Rig, family: str) -> None:
     assert info.vocab_size == NUM_TOKENS
     assert info.prompt_attention == config.prompt_attention
     assert info.kv_bytes_per_token == 2 * 2 * config.num_kv_heads * config.head_dim * 4
-    assert (info.device, info.quantization) == ("cpu", "fp32")
+    assert info.device in ("cpu", "cuda")
+    assert info.quantization == "fp32"
 
 
 def test_closing_twice_is_fine(family: str) -> None:

@@ -20,7 +20,7 @@ from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import KeyValue
 from d2f_stream.errors import OutOfCapacity
 
-__all__ = ["KVPool", "PooledPast", "Span", "ranges"]
+__all__ = ["MAX_SLOTS", "KVPool", "PooledPast", "Span", "ranges"]
 
 MAX_SLOTS = 1024
 
@@ -50,15 +50,28 @@ class PooledPast:
 
 
 class KVPool:
-    """Storage for `max_tokens` tokens over all slots; also each slot's last cached final state."""
+    """Storage for `max_tokens` tokens over all slots; also each slot's last cached final state.
+
+    Beyond the slots' places lie `num_scratch` more that belong to nobody, from `scratch` on; the
+    last row of `last_hidden` is nobody's either.
+    """
 
     def __init__(
-        self, config: TransformerConfig, max_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: TransformerConfig,
+        max_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        num_scratch: int = 0,
     ) -> None:
-        shape = (2 * config.num_layers, max_tokens, config.num_kv_heads, config.head_dim)
+        self.scratch, self.num_scratch = max_tokens, num_scratch
+        num_places = max_tokens + num_scratch
+        shape = (2 * config.num_layers, num_places, config.num_kv_heads, config.head_dim)
         # NOTE: zeros, not empty: masked columns are multiplied by weight 0, which NaN survives.
         self.store = torch.zeros(shape, device=device, dtype=dtype)
-        self.last_hidden = torch.zeros((MAX_SLOTS, config.hidden_size), device=device, dtype=dtype)
+        last_shape = (MAX_SLOTS + 1, config.hidden_size)
+        self.last_hidden = torch.zeros(last_shape, device=device, dtype=dtype)
         self._spans = Spans(max_tokens)
         self._free_indices = list(range(MAX_SLOTS))
         self._slots: dict[Slot, Span] = {}

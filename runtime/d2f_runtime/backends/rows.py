@@ -6,6 +6,7 @@ Shapes: B rows, W the longest window, N masks over all rows.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+
+Number = TypeVar("Number", bound=np.number[Any])
 
 
 def num_forwarded(window: Window, info: ModelInfo) -> int:
@@ -54,7 +57,9 @@ def check_row(row: StepRow, *, num_cached: int, capacity: int) -> None:
 
 
 def to_proposals(
-    rows: Sequence[StepRow], masks: Sequence[Sequence[int]], answers: npt.NDArray[np.floating]
+    rows: Sequence[StepRow],
+    masks: Sequence[Sequence[int] | Ints],
+    answers: npt.NDArray[np.floating],
 ) -> list[Proposals]:
     """Spread the answers at masks over the windows.
 
@@ -63,29 +68,26 @@ def to_proposals(
         masks: for each row the window positions that hold a mask; N in all.
         answers: [4, N] token, confidence, margin, neg_entropy.
     """
-    token, *scores = answers.tolist()
     proposals: list[Proposals] = []
     first = 0
     for row, positions in zip(rows, masks, strict=True):
+        at = np.asarray(positions, dtype=np.int64)
+        part = answers[:, first : first + len(at)]
+        first += len(at)
         width = len(row.window.tokens)
-        part = slice(first, first + len(positions))
-        first = part.stop
         rank = _RANKS.index(row.rank)
-        tokens = [NO_TOKEN] * width
-        for position, chosen in zip(positions, token[part], strict=True):
-            tokens[position] = int(chosen)
         proposals.append(
             Proposals(
-                tokens=tokens,
-                confidence=_spread(scores[0][part], positions, width),
-                rank=_spread(scores[rank][part], positions, width) if rank else None,
+                tokens=_spread(part[0].astype(np.int64), at, width, NO_TOKEN),
+                confidence=_spread(part[1], at, width, 0.0),
+                rank=_spread(part[1 + rank], at, width, 0.0) if rank else None,
             )
         )
     return proposals
 
 
-def _spread(scores: Sequence[float], positions: Sequence[int], width: int) -> list[float]:
-    spread = [0.0] * width
-    for position, score in zip(positions, scores, strict=True):
-        spread[position] = score
-    return spread
+def _spread(values: npt.NDArray[Number], at: Ints, width: int, elsewhere: float) -> list[Any]:
+    spread = np.full(width, elsewhere, dtype=values.dtype)
+    spread[at] = values
+    out: list[Any] = spread.tolist()
+    return out

@@ -1,18 +1,22 @@
-"""Command line of the benchmarks: python -m d2f_runtime.bench COMMAND --output FILE."""
+"""The benchmarks: d2f-stream bench COMMAND --output FILE, or python -m d2f_runtime.bench."""
 
 import argparse
 import asyncio
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2f_runtime.bench.record import write_record
+
+if TYPE_CHECKING:
+    from d2f_runtime.bench.sweep_tasks import SweepTask
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, run the benchmark, print and record its results."""
-    parser = argparse.ArgumentParser(prog="python -m d2f_runtime.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="d2f-stream bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     stream = commands.add_parser("stream", help="tokens/s of whole answers, side by side")
@@ -40,13 +44,35 @@ def main(argv: list[str] | None = None) -> None:
     steps.add_argument("--turns", type=int, default=5)
     steps.set_defaults(run=_steps)
 
+    step = commands.add_parser("step", help="time of a step of large models, random weights")
+    step.add_argument("--shape", action="append", help="llada-8b, dream-7b, llama-3-8b or tiny")
+    step.add_argument("--quantization", action="append", help="bf16, fp8 or fp32")
+    step.add_argument("--device", default="cuda")
+    step.add_argument("--cached", type=int, default=640, help="tokens before the window")
+    step.add_argument("--width", type=int, action="append", help="of a window")
+    step.add_argument("--rate", type=float, action="append", help="emulated acceptances per step")
+    step.add_argument("--steps", type=int, default=200)
+    step.add_argument("--seconds", type=float, default=300, help="begin nothing new after that")
+    step.add_argument("--no-checks", action="store_true")
+    step.add_argument("--runner", choices=["auto", "fast", "plain"], default="auto")
+    step.set_defaults(run=_step)
+
+    _add_sweep(commands.add_parser("sweep", help="score against tokens per step over settings"))
+
     footprint = commands.add_parser("footprint", help="sizes, memory and start of the edge extra")
     footprint.add_argument("--prompt", default="Tom has 3 apples. He buys 4 more. How many now?")
     footprint.set_defaults(run=_footprint)
 
-    for command in (stream, overhead, steps, footprint):
+    serving = commands.add_parser("serving", help="many streams, latency, disconnects, memory")
+    serving.add_argument("--part", action="append", help="only this part; repeat")
+    serving.set_defaults(run=_serving)
+
+    for command in (stream, overhead, steps, step, footprint, serving):
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
+    if arguments.run is _sweep:
+        _sweep(arguments, sys.argv[1:] if argv is None else argv)  # its output is its own
+        return
     results = arguments.run(arguments)
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
     if arguments.output:
@@ -88,10 +114,122 @@ def _steps(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _step(arguments: argparse.Namespace) -> dict[str, Any]:
+    from d2f_runtime.bench.step import StepSettings, time_steps
+
+    lists = {"shape": "shapes", "quantization": "quantizations", "width": "widths", "rate": "rates"}
+    given = {new: getattr(arguments, old) for old, new in lists.items() if getattr(arguments, old)}
+    settings = StepSettings(
+        **given,
+        device=arguments.device,
+        cached=arguments.cached,
+        steps=arguments.steps,
+        budget_s=arguments.seconds,
+        checks=not arguments.no_checks,
+        runner=arguments.runner,
+    )
+
+    def note(results: dict[str, Any]) -> None:
+        if arguments.output:
+            write_record(arguments.output, "step", results, arguments=sys.argv[1:])
+
+    return time_steps(settings, note)
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument("--model", help="a folder or the address of a server; default: embedded")
+    sweep.add_argument("--adapter", help="a LoRA to merge into the weights")
+    sweep.add_argument("--label", help="instead of the model's name")
+    sweep.add_argument(
+        "--task",
+        required=True,
+        help="JSON lines (.jsonl) with prompt and ending, or the name of a task of lm-eval",
+    )
+    sweep.add_argument("--include-path", type=Path, help="folder of further lm-eval tasks")
+    sweep.add_argument("--number", type=int, default=300, help="how many problems")
+    sweep.add_argument(
+        "--system",
+        action="append",
+        help="d2f, no-pipeline, lookahead, fixed-count, vanilla or ar; repeat",
+    )
+    sweep.add_argument("--block-size", type=int, nargs="+")
+    sweep.add_argument("--confidence", type=float, nargs="+", help="thresholds")
+    sweep.add_argument("--add", type=float, nargs="+", help="thresholds")
+    sweep.add_argument("--activate", type=float, nargs="+", help="thresholds")
+    sweep.add_argument("--lookahead", type=int, nargs="+", help="branches")
+    sweep.add_argument("--per-step", type=int, nargs="+", help="tokens of vanilla decoding")
+    sweep.add_argument("--crossed", action="store_true", help="all combinations of thresholds")
+    sweep.add_argument("--concurrency", type=int, default=8, help="answers at a time")
+    sweep.add_argument("--timed", action="store_true", help="tokens/s too, one answer at a time")
+    sweep.add_argument("--backend", default="auto")
+    sweep.add_argument("--device", default="auto")
+    sweep.add_argument("--output", type=Path, required=True, help="CSV; rows in it are kept")
+    sweep.set_defaults(run=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace, given: list[str]) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from d2f_runtime.bench.sweep import sweep
+    from d2f_runtime.bench.sweep_grid import Grid, settings_of
+    from d2f_runtime.evaluation.samples import opened
+
+    names = ("block_size", "confidence", "add", "activate", "lookahead", "per_step")
+    values = {name: tuple(getattr(arguments, name)) for name in names if getattr(arguments, name)}
+    grid = Grid(**values, crossed=arguments.crossed)
+    settings = settings_of(grid, arguments.system or ("d2f", "no-pipeline", "lookahead", "vanilla"))
+    chosen = {name: getattr(arguments, name) for name in ("adapter", "backend", "device")}
+
+    async def run(bar: Progress) -> int:
+        row = bar.add_task("loading", total=None)
+        async with opened(arguments.model, concurrency=arguments.concurrency, **chosen) as engine:
+            return await sweep(
+                engine,
+                _sweep_task(arguments, chosen),
+                arguments.output,
+                settings,
+                label=arguments.label,
+                command=given,
+                say=partial(bar.console.print, highlight=False, markup=False, soft_wrap=True),
+                on_progress=lambda name, done, total: bar.update(
+                    row, description=name, completed=done, total=total
+                ),
+            )
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        ran = asyncio.run(run(bar))
+    sys.stdout.write(f"{ran} rows added to {arguments.output}\n")
+
+
+def _sweep_task(arguments: argparse.Namespace, chosen: dict[str, Any]) -> "SweepTask":
+    from d2f_runtime.bench.sweep_tasks import HarnessTask, ProblemTask
+
+    if arguments.task.endswith(".jsonl"):
+        return ProblemTask.read(
+            Path(arguments.task),
+            arguments.number,
+            concurrency=arguments.concurrency,
+            timed=arguments.timed,
+        )
+    return HarnessTask(
+        arguments.task,
+        arguments.number,
+        arguments.include_path,
+        {"model": arguments.model, "batch_size": arguments.concurrency, **chosen},
+    )
+
+
 def _footprint(arguments: argparse.Namespace) -> dict[str, Any]:
     from d2f_runtime.bench.footprint import footprint
 
     return footprint(arguments.prompt)
+
+
+def _serving(arguments: argparse.Namespace) -> dict[str, Any]:
+    from d2f_runtime.bench.serving import PARTS, serving
+
+    return asyncio.run(serving(arguments.part or list(PARTS)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any
 
 __all__ = ["environment", "spread", "write_record"]
 
-PACKAGES = ("d2f-stream", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "tokenizers")
+PACKAGES = (
+    "d2f-stream", "onnxruntime", "onnxruntime-gpu", "torch", "triton", "numpy", "tokenizers",
+)  # fmt: skip
 
 
 def environment(arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""The static shapes of the fast step: a step is padded to the smallest one that holds it.
+
+A graph is captured for each. Only rows and sessions are static; positions, places and lengths are
+read from device memory. A window holds `max_active_blocks` unfilled blocks and those that
+wait to be cached, of 4 to 64 tokens, so any width occurs. Up to 128 rows a step costs
+what reading the weights costs, so that finer steps gain nothing; beyond, rows begin to count.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["BUCKETS", "MAX_ROWS", "Bucket", "bucket_for"]
+
+ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 512)
+SESSIONS: Final = (1, 4, 16)
+MAX_ROWS: Final = ROWS[-1]
+"""A longer step, such as a prompt's, does enough work to hide what a graph saves."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """A shape: how many rows and sessions a step may have at most."""
+
+    sessions: int
+    rows: int
+
+    def num_tiles(self, per_tile: int) -> int:
+        """Return how many tiles of `per_tile` rows hold any step of this shape.
+
+        A tile holds rows of one session only, so each session may leave its last one unfilled.
+        """
+        if self.rows <= self.sessions:
+            return self.rows
+        return (self.rows - self.sessions) // per_tile + self.sessions
+
+
+BUCKETS: Final = tuple(Bucket(sessions, rows) for sessions in SESSIONS for rows in ROWS)
+
+
+def bucket_for(num_rows: int, num_sessions: int) -> Bucket | None:
+    """Return the smallest bucket for so many rows of so many sessions; None where none is."""
+    for sessions in SESSIONS:
+        if num_sessions <= sessions:
+            for rows in ROWS:
+                if num_rows <= rows:
+                    return Bucket(sessions, rows)
+            return None
+    return None

@@ -1,0 +1,268 @@
+"""FastRunner: runs the rows of a step near the time that reading the weights takes.
+
+Steps are padded to a few static shapes (`buckets`), each captured once as a CUDA graph; what varies
+(positions, places, lengths) is read from one integer buffer on the device. A greedy step is one
+launch: a host-to-device copy, the model, and a device-to-host copy. Without CUDA the same code runs
+uncaptured over the kernels' references, for tests.
+
+Shapes: M rows, N masks, D hidden size.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_runtime.backends.answers import MAX_HEAD_ELEMENTS, answer_states, sampling_of
+from d2f_runtime.backends.base import ModelInfo, StepRow
+from d2f_runtime.backends.buckets import BUCKETS, Bucket, bucket_for
+from d2f_runtime.backends.kv_pool import KVPool, Span
+from d2f_runtime.backends.rows import Floats, Ints
+from d2f_runtime.backends.runner import Masks
+from d2f_runtime.backends.step_plan import Int32s, Layout, StepPlan, plan_step
+from d2f_runtime.kernels.attention import TILE_FIELDS, rows_per_tile
+from d2f_runtime.models.fast_transformer import FastTransformer, StepTensors
+
+__all__ = ["FastRunner"]
+
+logger = logging.getLogger("d2f_stream.fast_runner")
+
+MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
+EAGER_MULTIPLE: Final = 64  # an uncaptured step's rows are padded to this, so few shapes occur
+
+
+class _Shape:
+    """The buffers of one static shape, and its graphs once they are captured.
+
+    Attributes:
+        layout: of the integers.
+        per_tile: rows of an attention tile.
+        host: the integers, page-locked; they must stay as they are until a step has ended.
+        states: [M, D] final states that predict masks; set by a forward.
+        greedy_graph: a whole greedy step, the copies to and from the device included.
+        body_graph: the same without the head, for steps in which something is sampled.
+    """
+
+    def __init__(self, bucket: Bucket, group: int, device: torch.device) -> None:
+        self.per_tile = rows_per_tile(bucket.rows, group)
+        self.layout = Layout(bucket.rows, bucket.num_tiles(self.per_tile), bucket.sessions)
+        pinned = device.type == "cuda"
+        self._pinned = torch.zeros(self.layout.size, dtype=torch.int32, pin_memory=pinned)
+        self.host: Int32s = self._pinned.numpy()
+        self._device_ints = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
+        parts = torch.split(self._device_ints, list(self.layout.sizes))
+        tokens, positions, places, visible, self.head, tiles, self.last_from, self.last_to = parts
+        tiles = tiles.view(-1, TILE_FIELDS)
+        self.tensors = StepTensors(tokens, positions, places, visible, tiles)
+        self._pinned_answers = torch.zeros((4, bucket.rows), pin_memory=pinned)
+        self._answers: Floats = self._pinned_answers.numpy()
+        self._geometry: tuple[object, ...] | None = None
+        self.states: Tensor | None = None
+        self.greedy_graph: torch.cuda.CUDAGraph | None = None
+        self.body_graph: torch.cuda.CUDAGraph | None = None
+
+    def fill(self, plan: StepPlan) -> None:
+        """Write a step's integers; most steps of a stream differ from the last in tokens alone."""
+        geometry = plan.geometry
+        same = geometry == self._geometry
+        plan.fill(self.host, self.layout, self.per_tile, same_geometry=same)
+        self._geometry = geometry
+
+    def send(self) -> None:
+        """Copy the integers to the device."""
+        self._device_ints.copy_(self._pinned, non_blocking=True)
+
+    def receive(self, answers: Tensor) -> None:
+        """Copy [4, M] answers from the device, without waiting."""
+        self._pinned_answers.copy_(answers, non_blocking=True)
+
+    def answers(self, number: int) -> Floats:
+        """Wait for what was received and return its first `number` columns."""
+        if self._device_ints.is_cuda:
+            torch.cuda.current_stream(self._device_ints.device).synchronize()
+        return self._answers[:, :number].copy()
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows that run at once: a part of a step's rows where they would take too much memory."""
+
+    rows: Sequence[StepRow]
+    spans: Sequence[Span]
+    plan: StepPlan
+
+
+class FastRunner:
+    """Implements Runner with a FastTransformer.
+
+    Args:
+        model: packed, on the pool's device.
+        pool: with scratch places.
+        info: of the model.
+        use_graphs: capture each shape when it first occurs.
+
+    Attributes:
+        graph_bytes: memory that the graphs of each captured shape took from the device.
+    """
+
+    def __init__(
+        self, model: FastTransformer, pool: KVPool, info: ModelInfo, *, use_graphs: bool = True
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._info = info
+        config = model.config
+        self._group = config.num_heads // config.num_kv_heads
+        self._device = pool.store.device
+        self._use_graphs = use_graphs and self._device.type == "cuda"
+        self._shapes: dict[Bucket, _Shape] = {}
+        self._graph_pool: Any = None  # torch gives the handle no public type
+        self.graph_bytes: dict[Bucket, int] = {}
+
+    @torch.inference_mode()
+    def warm_up(self, buckets: Sequence[Bucket] | None = None) -> None:
+        """Capture shapes beforehand; by default those of one session."""
+        with self._current():
+            for bucket in buckets or [bucket for bucket in BUCKETS if bucket.sessions == 1]:
+                self._shape(bucket)
+
+    @torch.inference_mode()
+    def replay(self, bucket: Bucket) -> None:
+        """Launch a shape's last step again, without waiting for it; for timing the device."""
+        graph = self._shape(bucket).greedy_graph
+        if graph is None:
+            raise RuntimeError(f"{bucket} is not captured")
+        graph.replay()
+
+    def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
+        """Run the rows and write their K/V; see Runner."""
+        masks: list[Ints] = []
+        answers: list[Floats] = []
+        with self._current():
+            for piece in self._pieces(rows, spans):
+                masks += piece.plan.masks
+                answers.append(self._run(piece))
+        return masks, answers[0] if len(answers) == 1 else np.concatenate(answers, axis=1)
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Make the device the one that kernels are launched on."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _pieces(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> list[_Piece]:
+        """Plan the rows, in halves where they need too much at once."""
+        plan = plan_step(rows, spans, self._info, scratch=self._pool.scratch)
+        fits = plan.num_rows <= MAX_ROWS_AT_ONCE and plan.num_scratch <= self._pool.num_scratch
+        if fits or len(rows) == 1:
+            if plan.num_scratch > self._pool.num_scratch:
+                raise ValueError(
+                    f"a window needs {plan.num_scratch} places beside its slot, of "
+                    f"{self._pool.num_scratch}; open the slot for the whole window"
+                )
+            return [_Piece(rows, spans, plan)]
+        half = len(rows) // 2
+        return self._pieces(rows[:half], spans[:half]) + self._pieces(rows[half:], spans[half:])
+
+    def _run(self, piece: _Piece) -> Floats:
+        plan = piece.plan
+        bucket = bucket_for(max(plan.num_rows, plan.num_masks), len(piece.rows))
+        shape = self._eager_shape(plan) if bucket is None else self._shape(bucket)
+        shape.fill(plan)
+        if any(row.temperature > 0 for row in piece.rows):
+            return self._sample(piece, shape)
+        if shape.greedy_graph is not None:
+            shape.greedy_graph.replay()
+        else:
+            self._greedy(shape, plan.num_masks)
+        return shape.answers(plan.num_masks)
+
+    def _sample(self, piece: _Piece, shape: _Shape) -> Floats:
+        """Run the layers as ever, and the head with torch."""
+        plan = piece.plan
+        if shape.greedy_graph is not None:
+            if shape.body_graph is None:
+                shape.body_graph = self._captured(lambda: self._body(shape))
+                shape.fill(plan)
+            shape.body_graph.replay()
+        else:
+            self._body(shape)
+        if not plan.num_masks:
+            return shape.answers(0)
+        assert shape.states is not None
+        sampling, nucleus = sampling_of(piece.rows, plan.masks)
+        answers = answer_states(
+            shape.states[: plan.num_masks],
+            self._model.logits,
+            self._model.config,
+            sampling=sampling,
+            nucleus=nucleus,
+        )
+        out: Floats = answers.cpu().numpy()
+        return out
+
+    def _greedy(self, shape: _Shape, num_masks: int) -> None:
+        """Run a whole step, of whose answers the first `num_masks` matter."""
+        self._body(shape)
+        assert shape.states is not None
+        shape.receive(self._head(shape.states, num_masks))
+
+    def _body(self, shape: _Shape) -> None:
+        """Run the layers; set the states that predict masks, and keep the slots' last ones."""
+        shape.send()
+        hidden = self._model.forward(shape.tensors, self._pool.store)
+        if not self._info.shift_logits:
+            shape.states = hidden.index_select(0, shape.head)
+            return
+        last_hidden, head = self._pool.last_hidden, shape.head
+        inside = hidden.index_select(0, head.clamp(min=0))
+        before = last_hidden.index_select(0, (-1 - head).clamp(min=0))
+        shape.states = torch.where((head >= 0)[:, None], inside, before)
+        last_hidden.index_copy_(0, shape.last_to.long(), hidden.index_select(0, shape.last_from))
+
+    def _head(self, states: Tensor, number: int) -> Tensor:
+        """Return [4, M] answers of which the first `number` matter."""
+        length = max(1, MAX_HEAD_ELEMENTS // self._model.config.vocab_size)
+        if 0 < number <= states.shape[0] <= length:
+            return self._model.best_tokens(states)
+        answers = torch.zeros((4, states.shape[0]), device=states.device)
+        for begin in range(0, number, length):
+            piece = slice(begin, min(begin + length, states.shape[0]))
+            answers[:, piece] = self._model.best_tokens(states[piece])
+        return answers
+
+    def _eager_shape(self, plan: StepPlan) -> _Shape:
+        """Return buffers of about the plan's size, for a step that no bucket holds."""
+        rows = max(plan.num_rows, plan.num_masks)
+        rows += -rows % EAGER_MULTIPLE
+        return _Shape(Bucket(len(plan.masks), rows), self._group, self._device)
+
+    def _shape(self, bucket: Bucket) -> _Shape:
+        if bucket not in self._shapes:
+            shape = _Shape(bucket, self._group, self._device)
+            if self._use_graphs:
+                self._capture(bucket, shape)
+            self._shapes[bucket] = shape
+        return self._shapes[bucket]
+
+    def _capture(self, bucket: Bucket, shape: _Shape) -> None:
+        """Capture a step without rows, which writes nothing that anybody reads."""
+        shape.fill(plan_step([], [], self._info, scratch=0))
+        self._greedy(shape, bucket.rows)  # compiles the kernels
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # as a capture does, so that the difference is the graph's
+        before = torch.cuda.memory_reserved(self._device)
+        shape.greedy_graph = self._captured(lambda: self._greedy(shape, bucket.rows))
+        self.graph_bytes[bucket] = torch.cuda.memory_reserved(self._device) - before
+        logger.debug("captured %s, %s bytes", bucket, self.graph_bytes[bucket])
+
+    def _captured(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._graph_pool, capture_error_mode="thread_local"):
+            launch()
+        return graph

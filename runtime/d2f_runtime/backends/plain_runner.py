@@ -1,0 +1,155 @@
+"""PlainRunner: runs the rows of a step with torch alone, in one padded forward, on any device.
+
+A step makes one host-to-device copy of what numpy packed (two when something is sampled) and one
+device-to-host copy of the answers. The reference for the fast step.
+
+Shapes: B rows, W longest window, P longest cache, N masks over all rows, D hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_runtime.backends.answers import answer_states, sampling_of
+from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
+from d2f_runtime.backends.rows import Floats, Ints, num_forwarded
+from d2f_runtime.backends.runner import Masks
+from d2f_runtime.models.transformer import Transformer, block_causal_mask
+
+__all__ = ["PlainRunner"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A step's rows as arrays; what crosses to the device is packed by `integers`."""
+
+    tokens: Ints  # [B, W], padded with 0
+    visible: Ints  # [B, W]
+    start: Ints  # [B]
+    offset: Ints  # [B] first pool place of each row's slot
+    slot_index: Ints  # [B]
+    masks: list[list[int]]  # for each row its window positions with a mask, N in all
+    head_rows: Ints  # [N] rows of [last_hidden; hidden] (shifted) or hidden, flattened
+    store_from: Ints  # [M] rows of flattened hidden to cache
+    store_to: Ints  # [M] pool places
+    last_from: Ints  # [S] flattened row of each storing slot's last cached position
+    last_to: Ints  # [S]
+
+    def integers(self) -> list[Ints]:
+        return [
+            self.tokens, self.visible, self.start, self.offset, self.slot_index,
+            self.head_rows, self.store_from, self.store_to, self.last_from, self.last_to,
+        ]  # fmt: skip
+
+
+class PlainRunner:
+    """Implements Runner with the plain `Transformer`.
+
+    Args:
+        model: on its device.
+        pool: of the K/V, on the same device.
+        info: of the model.
+    """
+
+    def __init__(self, model: Transformer, pool: KVPool, info: ModelInfo) -> None:
+        self._model = model
+        self._pool = pool
+        self._info = info
+        self._config = model.config
+        self._device = pool.store.device
+
+    def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
+        """Run the rows and store their K/V; see Runner."""
+        batch = _pack(rows, spans, self._info)
+        return batch.masks, self._run(batch, *sampling_of(rows, batch.masks))
+
+    def _run(self, batch: _Batch, sampling: Floats | None, nucleus: bool) -> Floats:
+        """Return [4, N] token, confidence, margin, neg_entropy; store K/V and last states."""
+        parts = self._to_device(batch.integers())
+        tokens, visible, start, offset, slot_index = parts[:5]
+        head_rows, store_from, store_to, last_from, last_to = parts[5:]
+        last_hidden = self._pool.last_hidden[slot_index]
+        if batch.tokens.shape[1]:
+            past, num_cached = self._past(batch, offset)
+            mask = block_causal_mask(start, visible, num_cached)
+            positions = start[:, None] + torch.arange(tokens.shape[1], device=self._device)
+            hidden, new = self._model(tokens, positions, mask, past)
+            hidden = hidden.flatten(0, 1)  # [B W, D]
+            if len(batch.store_from):
+                fresh = torch.stack([x.flatten(0, 1) for pair in new for x in pair])
+                self._pool.store[:, store_to] = fresh[:, store_from]
+                self._pool.last_hidden[last_to] = hidden[last_from]
+        else:
+            hidden = last_hidden[:0]
+        if not len(batch.head_rows):
+            return np.zeros((4, 0), dtype=np.float32)
+        states = torch.cat([last_hidden, hidden]) if self._config.shift_logits else hidden
+        answers = answer_states(
+            states[head_rows], self._model.logits, self._config, sampling=sampling, nucleus=nucleus
+        )
+        out: Floats = answers.cpu().numpy()
+        return out
+
+    def _past(self, batch: _Batch, offset: Tensor) -> tuple[PooledPast, int]:
+        longest = int(batch.start.max())
+        if len(batch.start) == 1:
+            first = int(batch.offset[0])
+            return PooledPast(self._pool.store, slice(first, first + longest)), longest
+        return PooledPast(self._pool.store, self._pool.places(offset, longest)), longest
+
+    def _to_device(self, arrays: list[Ints]) -> list[Tensor]:
+        packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+        flat = torch.split(packed.to(self._device), [array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(flat, arrays, strict=True)]
+
+
+def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _Batch:
+    """Lay the rows out as padded arrays."""
+    lengths = [num_forwarded(row.window, info) for row in rows]
+    shape = (len(rows), max(lengths))
+    tokens = np.zeros(shape, dtype=np.int64)
+    start = np.array([row.window.start for row in rows], dtype=np.int64)
+    # Padded rows see the whole window, so that no softmax is empty; nobody sees them.
+    visible = np.repeat((start + shape[1])[:, None], shape[1], axis=1)
+    masks: list[list[int]] = []
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids = row.window.tokens
+        tokens[index, :length] = ids[:length]
+        visible[index, :length] = row.window.visible_until()[:length]
+        masks.append([i for i, token in enumerate(ids) if token == info.mask_id])
+    mask_rows = np.repeat(np.arange(len(rows)), [len(positions) for positions in masks])
+    mask_columns = np.array(list(chain.from_iterable(masks)), dtype=np.int64)
+    head_rows = mask_rows * shape[1] + mask_columns
+    if info.shift_logits:  # position 0 is predicted by the slot's last cached state
+        head_rows = np.where(mask_columns == 0, mask_rows, len(rows) + head_rows - 1)
+    stored = list(_stored(rows, spans, shape[1]))
+    return _Batch(
+        tokens=tokens,
+        visible=visible,
+        start=start,
+        offset=np.array([span.offset for span in spans], dtype=np.int64),
+        slot_index=np.array([span.index for span in spans], dtype=np.int64),
+        masks=masks,
+        head_rows=head_rows,
+        store_from=ranges([(first, num) for first, _, num, _ in stored]),
+        store_to=ranges([(place, num) for _, place, num, _ in stored]),
+        last_from=np.array([first + num - 1 for first, _, num, _ in stored], dtype=np.int64),
+        last_to=np.array([index for _, _, _, index in stored], dtype=np.int64),
+    )
+
+
+def _stored(
+    rows: Sequence[StepRow], spans: Sequence[Span], width: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first flattened row, pool place, length, slot index), once for each storing slot."""
+    seen: set[Slot] = set()
+    for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        if row.window.num_to_cache and row.slot not in seen:
+            seen.add(row.slot)
+            place = span.offset + row.window.start
+            yield index * width, place, row.window.num_to_cache, span.index

@@ -1,0 +1,1 @@
+"""Triton kernels of the fast step, each beside the plain torch function that it must equal."""

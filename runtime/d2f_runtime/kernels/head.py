@@ -1,0 +1,127 @@
+"""The best token of each row of logits, and how sure the model is: one pass over the vocabulary.
+
+The vocabulary is split over several programs, whose findings a second kernel joins; neither writes
+probabilities. Says what `models.sampling.propose` says of greedy rows.
+
+Shapes: N rows, V vocabulary, S splits.
+"""
+
+import torch
+from torch import Tensor
+
+from d2f_runtime.kernels.language import (
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    overlaps,
+    power_of_2,
+    tl,
+)
+from d2f_runtime.models.sampling import forbid, propose
+
+__all__ = ["best_tokens", "best_tokens_reference"]
+
+BLOCK = 2048
+NUM_FINDINGS = 5  # of a split: highest, second highest, its id, sum of weights, of weights * logits
+PROGRAMS = 1056  # enough to keep eight on each of an H100's 132 multiprocessors
+
+
+def best_tokens_reference(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
+    """Return [4, N] fp32: best token, confidence, margin, negative entropy (see `Scores`).
+
+    Args:
+        logits: [N, V] of any float type.
+        mask_id: never chosen.
+        num_tokens: ids from here on are never chosen.
+    """
+    allowed = forbid(logits, mask_id=mask_id, num_tokens=num_tokens)
+    # fp32 holds ids below 2**24 exactly
+    return torch.stack([values.float() for values in propose(allowed)])
+
+
+def best_tokens(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
+    """Do what `best_tokens_reference` does; of equal logits the lowest id wins."""
+    num_rows, size = logits.shape
+    splits = min(power_of_2(-(-PROGRAMS // num_rows)), 64, -(-size // BLOCK))
+    device = logits.device
+    shape = (num_rows, NUM_FINDINGS, splits)
+    findings = torch.empty(shape, device=device, dtype=torch.float32)
+    answers = torch.empty((4, num_rows), device=device, dtype=torch.float32)
+    pdl = overlaps(device)
+    share = -(-size // (splits * BLOCK)) * BLOCK
+    _find[(num_rows, splits)](
+        logits, findings, size, share, mask_id, num_tokens,
+        BLOCK=BLOCK, PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
+    _join[(num_rows,)](
+        findings, answers, num_rows, splits,
+        BLOCK=power_of_2(splits), PDL=pdl, num_warps=1, launch_pdl=pdl,
+    )  # fmt: skip
+    return answers
+
+
+@jit
+def _find(
+    logits, findings, size, share, mask_id, num_tokens, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, split = tl.program_id(0), tl.program_id(1)
+    highest = -1e30
+    second = -1e30
+    token = tl.zeros((), dtype=tl.int32)
+    total = 0.0
+    energy = 0.0  # sum of weight * (logit - highest)
+    begin = split * share
+    for first in range(begin, tl.minimum(begin + share, num_tokens), BLOCK):
+        ids = first + tl.arange(0, BLOCK)
+        allowed = (ids < num_tokens) & (ids < begin + share) & (ids != mask_id)
+        at = logits + row.to(tl.int64) * size + ids
+        value = tl.load(at, mask=allowed, other=-1e30).to(tl.float32)
+        top, index = tl.max(value, axis=0, return_indices=True)
+        best = first + index
+        runner_up = tl.max(tl.where(ids == best, -1e30, value), axis=0)
+        new = tl.maximum(highest, top)
+        second = tl.maximum(tl.minimum(highest, top), tl.maximum(second, runner_up))
+        token = tl.where(top > highest, best, token)
+        below = tl.where(allowed, value - new, 0.0)
+        weight = tl.where(allowed, tl.exp(below), 0.0)
+        fade = tl.exp(highest - new)
+        energy = fade * (energy + (highest - new) * total) + tl.sum(weight * below, axis=0)
+        total = fade * total + tl.sum(weight, axis=0)
+        highest = new
+    at = findings + row * 5 * tl.num_programs(1) + split
+    tl.store(at, highest)
+    tl.store(at + tl.num_programs(1), second)
+    tl.store(at + 2 * tl.num_programs(1), token.to(tl.float32))
+    tl.store(at + 3 * tl.num_programs(1), total)
+    tl.store(at + 4 * tl.num_programs(1), energy)
+
+
+@jit
+def _join(findings, answers, num_rows, num_splits, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    split = tl.arange(0, BLOCK)
+    inside = split < num_splits
+    at = findings + row * 5 * num_splits + split
+    highest = tl.load(at, mask=inside, other=-1e30)
+    second = tl.load(at + num_splits, mask=inside, other=-1e30)
+    token = tl.load(at + 2 * num_splits, mask=inside, other=0.0)
+    total = tl.load(at + 3 * num_splits, mask=inside, other=0.0)
+    energy = tl.load(at + 4 * num_splits, mask=inside, other=0.0)
+    top, index = tl.max(highest, axis=0, return_indices=True)
+    others = tl.max(tl.where(split == index, -1e30, highest), axis=0)
+    runner_up = tl.maximum(others, tl.max(tl.where(split == index, second, -1e30), axis=0))
+    below = highest - top
+    fade = tl.exp(below)  # 0 for a split without allowed ids
+    energy = tl.sum(fade * energy + tl.where(total > 0, fade * below * total, 0.0), axis=0)
+    total = tl.sum(fade * total, axis=0)
+    confidence = 1.0 / total
+    tl.store(answers + row, tl.sum(tl.where(split == index, token, 0.0), axis=0))
+    tl.store(answers + num_rows + row, confidence)
+    tl.store(answers + 2 * num_rows + row, (1.0 - tl.exp(runner_up - top)) * confidence)
+    tl.store(answers + 3 * num_rows + row, energy * confidence - tl.log(total))

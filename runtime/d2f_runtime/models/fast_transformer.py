@@ -1,0 +1,219 @@
+"""The transformer of the fast step: merged projections, K/V written in place, one op per stage.
+
+The same model as `transformer.Transformer`, cut differently: rows of all sessions stand one after
+the other without padding between them, attention reads the pool where it lies, and sums of
+residuals are joined with the norms that follow them. Runs with kernels on a GPU and with their
+references anywhere.
+
+Shapes: M rows of all sessions, D hidden size, V vocabulary, H heads, KV key/value heads, hd head
+size, L layers, T pool places.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2f_runtime.kernels import attention, gate, head, norm, rope
+from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer, rotary
+from d2f_runtime.quantization.linear import PackedLinear, pack
+
+__all__ = ["KERNELS", "REFERENCES", "FastTransformer", "Ops", "StepTensors"]
+
+ATTENTION_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+MAX_SPLITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The stages of a step beside the matrix products, as kernels or as their references."""
+
+    residual_norm: Callable[..., tuple[Tensor, Activation]]
+    rotate_and_store: Callable[..., Tensor]
+    attend: Callable[..., Activation]
+    silu_gate: Callable[..., Activation]
+    quantise: Callable[[Tensor], Activation]
+    best_tokens: Callable[..., Tensor]
+
+
+KERNELS = Ops(
+    norm.residual_norm,
+    rope.rotate_and_store,
+    attention.attend,
+    gate.silu_gate,
+    quantise,
+    head.best_tokens,
+)
+REFERENCES = Ops(
+    norm.residual_norm_reference,
+    rope.rotate_and_store_reference,
+    attention.attend_reference,
+    gate.silu_gate_reference,
+    quantise_rows,
+    head.best_tokens_reference,
+)
+
+
+class StepTensors(NamedTuple):
+    """What a forward reads besides weights and pool; each int32 on the device.
+
+    Attributes:
+        tokens: [M].
+        positions: [M] canvas positions.
+        places: [M] pool places to write K/V to; negative for none.
+        visible: [M] one past the last canvas position that each row sees; 0 for padding.
+        tiles: [N, TILE_FIELDS], see `kernels.attention`.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    places: Tensor
+    visible: Tensor
+    tiles: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _FastLayer:
+    input_norm: Tensor
+    qkv: PackedLinear
+    qkv_bias: Tensor | None
+    head_norms: rope.HeadNorms | None
+    out: PackedLinear
+    ffn_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+class FastTransformer:
+    """Packed weights and the forward over them. Embedding and head stay in the model's dtype.
+
+    Args:
+        model: on its device and in its dtype.
+        quantization: of the layers' products: "fp8", or anything else for the model's dtype.
+        ops: kernels or references.
+        consume: free each layer of `model` once it is packed; the model is unusable after that.
+    """
+
+    def __init__(
+        self, model: Transformer, *, quantization: str, ops: Ops, consume: bool = False
+    ) -> None:
+        self.config = model.config
+        self.ops = ops
+        with torch.no_grad():
+            self._layers = [
+                _pack_layer(model.layers, index, quantization, consume)
+                for index in range(model.config.num_layers)
+            ]
+            self._embedding = model.embed_tokens.weight.detach()
+            self._head = model.lm_head.weight.detach()
+            self._norm = model.norm.weight.detach()
+            self._table = _rope_table(model.config, self._embedding.device)
+
+    @property
+    def num_bytes(self) -> int:
+        """What a step reads of the weights, embedding rows aside."""
+        packed = (w for x in self._layers for w in (x.qkv, x.out, x.gate_up, x.down))
+        return sum(w.num_bytes for w in packed) + self._head.numel() * self._head.element_size()
+
+    def forward(self, step: StepTensors, store: Tensor) -> Tensor:
+        """Return the final states [M, D]; write the K/V of all rows to their places.
+
+        Args:
+            step: the rows.
+            store: [2 L, T, KV, hd] keys and values of the layers in turn.
+        """
+        ops, eps = self.ops, self.config.norm_eps
+        num_tiles = step.tiles.shape[0] * self.config.num_kv_heads
+        num_splits = max(1, min(MAX_SPLITS, ATTENTION_PROGRAMS // max(1, num_tiles)))
+        x = F.embedding(step.tokens, self._embedding)
+        parts: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            keys, values = store[2 * index], store[2 * index + 1]
+            x, rows = ops.residual_norm(
+                x, parts, layer.input_norm, eps, quantise=layer.qkv.takes_fp8
+            )
+            qkv = layer.qkv(rows)
+            query = ops.rotate_and_store(
+                qkv,
+                keys,
+                values,
+                positions=step.positions,
+                places=step.places,
+                table=self._table,
+                bias=layer.qkv_bias,
+                norms=layer.head_norms,
+            )
+            attended = ops.attend(
+                query,
+                keys,
+                values,
+                visible=step.visible,
+                tiles=step.tiles,
+                num_splits=num_splits,
+                quantise=layer.out.takes_fp8,
+            )
+            parts = layer.out.parts(attended)
+            x, rows = ops.residual_norm(
+                x, parts, layer.ffn_norm, eps, quantise=layer.gate_up.takes_fp8
+            )
+            parts = layer.down.parts(self._gated(layer, rows))
+        _, rows = ops.residual_norm(x, parts, self._norm, eps)
+        return rows.values
+
+    def _gated(self, layer: _FastLayer, rows: Activation) -> Activation:
+        """Return what the down projection takes."""
+        to_fp8 = layer.down.takes_fp8
+        gated = layer.gate_up.gated(rows)
+        if gated is None:
+            return self.ops.silu_gate(layer.gate_up(rows), quantise=to_fp8)
+        return self.ops.quantise(gated) if to_fp8 else Activation(gated)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return [N, V] raw logits of final states."""
+        return F.linear(states, self._head)
+
+    def best_tokens(self, states: Tensor) -> Tensor:
+        """Return [4, N] fp32 token, confidence, margin and negative entropy of final states."""
+        config = self.config
+        return self.ops.best_tokens(
+            self.logits(states), mask_id=config.mask_id, num_tokens=config.num_tokens
+        )
+
+
+def _pack_layer(layers: nn.ModuleList, index: int, quantization: str, consume: bool) -> _FastLayer:
+    layer = layers[index]
+    assert isinstance(layer, Layer)
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    bias = None
+    if attention.q_proj.bias is not None:
+        bias = torch.cat([projection.bias for projection in projections])
+    norms = None
+    query_norm, key_norm = attention.q_norm, attention.k_norm
+    if isinstance(query_norm, RMSNorm) and isinstance(key_norm, RMSNorm):
+        norms = rope.HeadNorms(query_norm.weight.detach(), key_norm.weight.detach(), query_norm.eps)
+    packed = _FastLayer(
+        input_norm=layer.input_layernorm.weight.detach(),
+        qkv=pack(torch.cat([projection.weight for projection in projections]), quantization),
+        qkv_bias=bias,
+        head_norms=norms,
+        out=pack(attention.o_proj.weight.detach(), quantization),
+        ffn_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=pack(gate.interleave(mlp.gate_proj.weight, mlp.up_proj.weight), quantization),
+        down=pack(mlp.down_proj.weight.detach(), quantization),
+    )
+    if consume:
+        layers[index] = nn.Identity()
+    return packed
+
+
+def _rope_table(config: TransformerConfig, device: torch.device) -> Tensor:
+    """Return [max_len, hd] fp32, cosines before sines of every canvas position."""
+    cos, sin = rotary(torch.arange(config.max_len, device=device)[None], config)
+    half = config.head_dim // 2
+    return torch.cat([cos[0, :, 0, :half], sin[0, :, 0, :half]], dim=1).contiguous()

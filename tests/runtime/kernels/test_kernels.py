@@ -1,0 +1,193 @@
+"""Every kernel equals the plain function beside it, on fresh random inputs and poisoned outputs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from triton_mode import DEVICE  # isort: skip  # before the kernels
+
+from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
+from d2f_runtime.kernels.attention import attend, attend_reference, rows_per_tile
+from d2f_runtime.kernels.gate import silu_gate, silu_gate_reference
+from d2f_runtime.kernels.head import best_tokens, best_tokens_reference
+from d2f_runtime.kernels.language import HAS_TRITON
+from d2f_runtime.kernels.norm import residual_norm, residual_norm_reference
+from d2f_runtime.kernels.rope import HeadNorms, rotate_and_store, rotate_and_store_reference
+from d2f_runtime.kernels.skinny import Tiling, skinny_product, skinny_product_reference
+from d2f_runtime.kernels.streamed import streamed_product
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+]
+
+NEEDS_HOPPER = pytest.mark.skipif(
+    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+# fp32 sums in another order
+CLOSE = 1e-5
+# A rounding that falls the other way moves a value by a step of e4m3, an eighth of it. The
+# interpreter truncates where the device and torch round to the nearest, so there all values move.
+CLOSE_FP8 = 1e-2 if DEVICE == "cuda" else 1e-1
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN, so that what no kernel writes is seen."""
+    real = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        out = real(*args, **kwargs)
+        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
+
+    def empty_like(x: Tensor, **kwargs: Any) -> Tensor:
+        return empty(x.shape, device=x.device, dtype=kwargs.get("dtype", x.dtype))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", empty_like)
+        yield
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def assert_close(found: Activation, wanted: Activation) -> None:
+    assert (found.scale is None) == (wanted.scale is None)
+    bound = CLOSE if found.scale is None else CLOSE_FP8
+    assert error(found.dequantised(), wanted.dequantised()) < bound
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize("num_parts", [0, 1, 3])
+def test_residual_norm(num_parts: int, quantise: bool) -> None:
+    x, weight = random(5, 72), random(72)
+    parts = random(num_parts, 5, 72) if num_parts else None
+    total, rows = residual_norm(x, parts, weight, 1e-5, quantise=quantise)
+    wanted_total, wanted = residual_norm_reference(x, parts, weight, 1e-5, quantise=quantise)
+    assert error(total, wanted_total) < CLOSE
+    assert_close(rows, wanted)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+def test_silu_gate(quantise: bool) -> None:
+    gate_up = random(3, 2 * 4504)
+    found = silu_gate(gate_up, quantise=quantise)
+    assert_close(found, silu_gate_reference(gate_up, quantise=quantise))
+
+
+def test_quantisation() -> None:
+    x = random(3, 300)
+    assert_close(quantise(x), quantise_rows(x))
+
+
+@pytest.mark.parametrize(("heads", "num_kv"), [(4, 4), (6, 2), (7, 1)])
+@pytest.mark.parametrize("extras", [False, True])
+def test_rotation_and_store(heads: int, num_kv: int, extras: bool) -> None:
+    qkv = random(5, (heads + 2 * num_kv) * 16)
+    table = random(40, 16)
+    given = {
+        "positions": integers(3, 4, 39, 0, 7),
+        "places": integers(8, 2, -1, 0, 11),
+        "table": table,
+        "bias": random((heads + 2 * num_kv) * 16) if extras else None,
+        "norms": HeadNorms(random(16), random(16), 1e-6) if extras else None,
+    }
+    pools = [random(12, num_kv, 16) for _ in range(2)]
+    wanted_pools = [pool.clone() for pool in pools]
+    found = rotate_and_store(qkv, *pools, **given)  # type: ignore[arg-type]
+    wanted = rotate_and_store_reference(qkv, *wanted_pools, **given)  # type: ignore[arg-type]
+    assert error(found, wanted) < CLOSE
+    for pool, wanted_pool in zip(pools, wanted_pools, strict=True):
+        assert error(pool, wanted_pool) < CLOSE
+
+
+def tiles_of(sessions: list[tuple[int, int, int, int, int]], per_tile: int) -> Tensor:
+    """Cut sessions (first row, rows, offset, border, elsewhere) into tiles, and one unused."""
+    cut = [
+        (first + at, min(per_tile, count - at), offset, border, elsewhere)
+        for first, count, offset, border, elsewhere in sessions
+        for at in range(0, count, per_tile)
+    ]
+    return torch.tensor([*cut, (0, 0, 0, 0, 0)], dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize(("heads", "num_kv"), [(2, 2), (6, 2), (7, 1)])
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("quantise", [False, True])
+def test_attention_of_ragged_sessions(
+    heads: int, num_kv: int, num_splits: int, quantise: bool
+) -> None:
+    # 20 rows over 100 places, 3 rows from position 0, and a branch whose own K/V lie at 280..284
+    sessions = [(0, 20, 10, 999, 0), (20, 3, 150, 999, 0), (23, 4, 10, 100, 180)]
+    visible = integers(*[110] * 12, *[120] * 8, 3, 3, 3, 102, 102, 104, 104, 0, 0)
+    query = random(29, heads, 16)
+    keys, values = random(300, num_kv, 16), random(300, num_kv, 16)
+    keys[200:280] = values[200:280] = float("nan")  # nobody's
+    tiles = tiles_of(sessions, rows_per_tile(29, heads // num_kv))
+    given = {"visible": visible, "tiles": tiles, "quantise": quantise}
+    found = attend(query, keys, values, num_splits=num_splits, **given)  # type: ignore[arg-type]
+    wanted = attend_reference(query, keys, values, **given)  # type: ignore[arg-type]
+    assert_close(found, wanted)
+    assert not found.dequantised()[27:].any()
+
+
+def test_best_tokens() -> None:
+    logits = random(5, 20000) * 3
+    logits[0, 3] = logits[1, 19990] = 50.0  # forbidden
+    logits[2, 17] = 40.0  # all mass on one id
+    logits[3] = 1.5  # the lowest id wins
+    found = best_tokens(logits, mask_id=3, num_tokens=19990)
+    wanted = best_tokens_reference(logits, mask_id=3, num_tokens=19990)
+    wanted[0, 3] = 0.0
+    assert found[0].tolist() == wanted[0].tolist()
+    assert torch.allclose(found[1:], wanted[1:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("num_rows", [3, 40])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_skinny_product(num_rows: int, splits: int, fp8: bool) -> None:
+    x, weight = Activation(random(num_rows, 256)), random(128, 256)
+    scale = None
+    if fp8:
+        x = quantise_rows(x.values)
+        weight, scale = quantise_rows(weight)
+    tiling = Tiling(32, 64, 64, 2, 4, splits)
+    found = skinny_product(x, weight, scale, tiling=tiling, dtype=torch.float32)
+    wanted = skinny_product_reference(x, weight, scale, tiling=tiling, dtype=torch.float32)
+    assert found.shape == wanted.shape
+    # Hopper's matrix units add fp8 products with fewer bits than fp32
+    assert error(found, wanted) < (2e-3 if fp8 and DEVICE == "cuda" else CLOSE)
+
+
+@NEEDS_HOPPER
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("num_rows", [3, 40, 128])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_streamed_product(num_rows: int, splits: int, fp8: bool) -> None:
+    x, weight = Activation(random(num_rows, 1024).bfloat16()), random(256, 1024).bfloat16()
+    scale = None
+    if fp8:
+        x = quantise_rows(x.values)
+        weight, scale = quantise_rows(weight)
+    tiling = Tiling(16 if num_rows < 16 else 64, 64, 128 if fp8 else 64, 5, 4, splits)
+    found = streamed_product(x, weight, scale, tiling=tiling, dtype=torch.bfloat16)
+    wanted = skinny_product_reference(x, weight, scale, tiling=tiling, dtype=torch.float32)
+    assert error(found, wanted) < 4e-3  # bf16 results
+    if splits == 1:
+        gated = streamed_product(x, weight, scale, tiling=tiling, dtype=torch.bfloat16, gated=True)
+        assert error(gated[0], silu_gate_reference(wanted[0]).values) < 1e-2

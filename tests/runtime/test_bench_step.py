@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import triton_mode  # noqa: F401  # isort: skip  # before the kernels
+
+from d2f_runtime.bench.__main__ import main
+from d2f_runtime.bench.step_models import SHAPES, floor_bytes
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.mark.parametrize("runner", ["plain", "fast"])
+def test_a_tiny_model_is_timed_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], runner: str
+) -> None:
+    output = tmp_path / "step.json"
+    main(
+        ["step", "--shape=tiny", "--quantization=fp32", "--device=cpu", "--cached=16", "--width=8",
+         "--rate=10", "--steps=4", f"--runner={runner}", f"--output={output}"]
+    )  # fmt: skip
+    found = json.loads(output.read_text())["results"]["tiny fp32"]
+    assert json.loads(capsys.readouterr().out)["tiny fp32"] == found
+    assert found["runner"].startswith(runner)
+    assert found["window 8"]["backend_ms"]["median"] > 0
+    assert found["engine at 10"]["wall_ms"]["count"] >= 1
+    assert found["engine at 10"]["tokens_per_step"] > 3
+
+
+def test_nothing_new_begins_when_the_time_is_up(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["step", "--shape=tiny", "--quantization=fp32", "--device=cpu", "--seconds=0"])
+    found = json.loads(capsys.readouterr().out)["tiny fp32"]
+    assert found["window 32"] == found["engine at 10"] == "left out: the time was up"
+
+
+def test_the_floor_of_llada_is_its_weights_and_cache() -> None:
+    llada = SHAPES["llada-8b"]
+    assert floor_bytes(llada, fp8=False, cached=0) == pytest.approx(15.0e9, rel=0.01)
+    assert floor_bytes(llada, fp8=True, cached=0) == pytest.approx(8.0e9, rel=0.01)
+    assert floor_bytes(llada, fp8=True, cached=640) - floor_bytes(llada, fp8=True, cached=0) == (
+        640 * 32 * 2 * 4096 * 2
+    )

@@ -1,0 +1,175 @@
+"""The fast step decodes what the plain step decodes: whole answers, step by step."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from triton_mode import DEVICE  # isort: skip  # before the kernels
+
+from d2f_runtime.backends.base import Backend, StepRow
+from d2f_runtime.backends.buckets import Bucket
+from d2f_runtime.backends.fast_runner import FastRunner
+from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.kernels.language import HAS_TRITON
+from d2f_runtime.models.fast_transformer import KERNELS, REFERENCES, FastTransformer
+from d2f_runtime.window import Proposals, Window
+from d2f_stream.errors import UnsupportedModel
+from d2f_stream.params import GenerationParams
+from tiny_models import CONFIGS, MASK, tiny_model
+
+pytestmark = pytest.mark.torch
+
+NEEDS_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+PROMPT = [10 + (7 * i) % 100 for i in range(11)]
+
+
+def backend(family: str, runner: str, *, device: str = "cpu", graphs: str = "lazy") -> TorchBackend:
+    return TorchBackend(
+        tiny_model(CONFIGS[family]),
+        name=runner,
+        device=device,
+        runner="fast" if runner == "fast" else "plain",
+        graphs="lazy" if graphs == "lazy" else "off",
+        max_tokens=256,
+    )
+
+
+def trace(backend: Backend, *, temperature: float = 0.0, steps: int = 60) -> list[Proposals]:
+    """Decode an answer; return the proposals of every step."""
+    info = backend.info
+    decoder = BlockDecoder(
+        prompt_tokens=PROMPT,
+        params=GenerationParams(
+            max_new_tokens=24, block_size=min(8, info.max_block_size), confidence_threshold=0.5
+        ),
+        mask_id=info.mask_id,
+        eos_ids=info.eos_ids,
+        shift_logits=info.shift_logits,
+        prompt_attention=info.prompt_attention,
+        native_block_size=info.native_block_size,
+    )
+    slot = backend.open_slot(64)
+    found: list[Proposals] = []
+    while (windows := decoder.next_windows()) and len(found) < steps:
+        width = len(windows[0].tokens)
+        uniforms = [(i * 0.37 + len(found) * 0.11) % 1 for i in range(width)]
+        row = StepRow(slot, windows[0], temperature=temperature, uniforms=uniforms)
+        found += backend.step([row])
+        decoder.apply(found[-1:])
+    backend.close_slot(slot)
+    return found
+
+
+def assert_equal(found: Sequence[Proposals], wanted: Sequence[Proposals]) -> None:
+    assert [list(p.tokens) for p in found] == [list(p.tokens) for p in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        assert list(a.confidence) == pytest.approx(list(b.confidence), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_answers_equal_those_of_the_plain_step(family: str) -> None:
+    wanted = trace(backend(family, "plain"))
+    assert_equal(trace(backend(family, "fast")), wanted)
+
+
+def test_sampled_answers_equal_those_of_the_plain_step() -> None:
+    wanted = trace(backend("dream", "plain"), temperature=0.9)
+    assert_equal(trace(backend("dream", "fast"), temperature=0.9), wanted)
+
+
+@pytest.mark.skipif(not HAS_TRITON or DEVICE == "cuda", reason="for Triton's interpreter")
+def test_interpreted_kernels_decode_the_same() -> None:
+    fast = backend("dream", "fast")
+    assert isinstance(fast._runner, FastRunner)
+    fast._runner._model.ops = KERNELS
+    assert_equal(trace(fast, steps=3), trace(backend("dream", "plain"), steps=3))
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_graphs_change_nothing(family: str, temperature: float) -> None:
+    wanted = trace(backend(family, "plain"), temperature=temperature)
+    uncaptured = trace(
+        backend(family, "fast", device="cuda", graphs="off"), temperature=temperature
+    )
+    captured = trace(backend(family, "fast", device="cuda"), temperature=temperature)
+    assert captured == uncaptured
+    assert_equal(captured, wanted)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+def test_shapes_can_be_captured_beforehand() -> None:
+    fast = backend("llada", "fast", device="cuda")
+    assert isinstance(fast._runner, FastRunner)
+    fast._runner.warm_up([Bucket(1, 16), Bucket(1, 32)])
+    assert list(fast._runner.graph_bytes) == [Bucket(1, 16), Bucket(1, 32)]
+
+
+def test_branches_that_need_much_scratch_run_in_turn() -> None:
+    fast, plain = backend("llada", "fast"), backend("llada", "plain")
+    assert isinstance(fast._runner, FastRunner)
+    fast._pool.num_scratch = 12
+    answers = []
+    for tested in (fast, plain):
+        slot = tested.open_slot(64)
+        tested.step([StepRow(slot, Window(0, tuple(PROMPT), 11, (11,)))])
+        rows = [StepRow(slot, Window(11, (20 + i, *[MASK] * 7), 0, (19,))) for i in range(4)]
+        answers.append(tested.step(rows))
+    assert_equal(*answers)
+
+
+def test_a_window_that_no_scratch_holds_is_refused() -> None:
+    fast = backend("llada", "fast")
+    fast._pool.num_scratch = 4
+    slot = fast.open_slot(8)
+    with pytest.raises(ValueError, match="needs 12 places beside its slot, of 4"):
+        fast.step([StepRow(slot, Window(0, (MASK,) * 12, 0, (12,)))])
+
+
+def test_long_steps_run_without_a_bucket() -> None:
+    tokens = tuple(10 + i % 100 for i in range(20))
+    answers = []
+    for runner in ("fast", "plain"):
+        tested = backend("llada", runner)
+        slots = [tested.open_slot(24) for _ in range(8)]
+        rows = [
+            StepRow(s, Window(0, (*tokens[i:], MASK), 0, (21 - i,))) for i, s in enumerate(slots)
+        ]
+        rows = [
+            StepRow(tested.open_slot(4), Window(0, (9, MASK), 0, (2,))) for _ in range(9)
+        ] + rows
+        answers.append(tested.step(rows))  # 17 sessions
+    assert_equal(*answers)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_fp8_stays_close(family: str) -> None:
+    model = tiny_model(CONFIGS[family])
+    exact = backend(family, "fast")
+    rough = backend(family, "fast")
+    assert isinstance(rough._runner, FastRunner)
+    packed = FastTransformer(model, quantization="fp8", ops=REFERENCES)
+    rough._runner._model = packed
+    window = Window(0, (*PROMPT, *[MASK] * 8), 0, (11, 19))
+    (found,), (wanted,) = (
+        tested.step([StepRow(tested.open_slot(32), window)]) for tested in (rough, exact)
+    )
+    same = sum(a == b for a, b in zip(found.tokens, wanted.tokens, strict=True))
+    assert same >= 15  # of 19, of which 8 are masks: weights of this size are unkind to rounding
+    assert packed.num_bytes < FastTransformer(model, quantization="fp32", ops=REFERENCES).num_bytes
+
+
+def test_fp8_is_refused_without_a_gpu() -> None:
+    with pytest.raises(UnsupportedModel, match="fp8 needs the fast step, but there is no CUDA"):
+        TorchBackend(tiny_model(CONFIGS["llada"]), name="fp8", quantization="fp8")
+
+
+def test_a_consumed_model_gives_its_layers_away() -> None:
+    model = tiny_model(CONFIGS["llada"])
+    FastTransformer(model, quantization="fp32", ops=REFERENCES, consume=True)
+    assert all(isinstance(layer, torch.nn.Identity) for layer in model.layers)
