@@ -24,8 +24,8 @@ except ImportError:
     tl = SimpleNamespace(constexpr=object)
     gdc_launch_dependents = gdc_wait = TensorDescriptor = None
 
-    class jit:  # noqa: N801  # stands in for triton.jit
-        """A kernel that exists but cannot be launched."""
+    class Unlaunchable:
+        """Stands in for a kernel: it exists but cannot be launched."""
 
         def __init__(self, kernel: Callable[..., Any]) -> None:
             self.name = kernel.__name__
@@ -33,6 +33,7 @@ except ImportError:
         def __getitem__(self, grid: object) -> NoReturn:
             raise RuntimeError(f"the kernel {self.name} needs triton, which is not installed")
 
+    jit = Unlaunchable
 
 __all__ = [
     "HAS_TRITON",
