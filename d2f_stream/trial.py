@@ -103,7 +103,26 @@ async def _try(backend: str, device: str) -> Trial:
         return Trial(backend=backend, device=device, works=False, detail=_one_line(exc))
     ready = time.monotonic()
     detail = f"{name}: loaded in {loaded - began:.2f} s, a block in {ready - loaded:.2f} s"
+    if backend == "torch":
+        detail += f"; models in bf16 take the {_step(device)}"
     return Trial(backend=backend, device=device, works=True, detail=detail)
+
+
+def _step(device: str) -> str:
+    """Say which step a model in bf16 would take there, and why."""
+    import torch
+
+    from d2f_runtime.backends.capability import choose_runner
+    from d2f_runtime.kernels.language import HAS_TRITON
+
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    choice = choose_runner(
+        device=device,
+        compute_capability=capability,
+        has_triton=HAS_TRITON,
+        quantization="bf16",
+    )
+    return f"{choice.name} step: {choice.reason}"
 
 
 def _one_line(error: Exception) -> str:

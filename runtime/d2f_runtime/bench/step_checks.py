@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2f_runtime.backends.base import StepRow
-from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.kernels.activation import Activation, quantise_rows
 from d2f_runtime.kernels.attention import attend, attend_reference, rows_per_tile
 from d2f_runtime.kernels.gate import silu_gate, silu_gate_reference
@@ -22,9 +20,8 @@ from d2f_runtime.kernels.rope import rotate_and_store, rotate_and_store_referenc
 from d2f_runtime.kernels.skinny import skinny_product_reference, tiling_for
 from d2f_runtime.kernels.streamed import streamed_product
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.window import Window
 
-__all__ = ["check_kernels", "check_steps"]
+__all__ = ["check_kernels"]
 
 Errors = dict[str, float | str]
 
@@ -119,27 +116,6 @@ def check_kernels(config: TransformerConfig, *, num_rows: int, cached: int) -> E
         checks[f"down {kind}"] = product(fp8, hidden, ffn)
     with _poisoned():
         return {name: _guarded(check) for name, check in checks.items()}
-
-
-def check_steps(fast: TorchBackend, plain: TorchBackend, *, prompt: int, width: int) -> Errors:
-    """Compare proposals of two backends over the same weights on one prompt and one window."""
-    info = fast.info
-    tokens = tuple((7 * i) % 1000 + 10 for i in range(prompt))
-    window = Window(
-        prompt, (info.mask_id,) * width, 0, tuple(range(prompt + 16, prompt + width + 1, 16))
-    )
-    answers = []
-    for backend in (fast, plain):
-        slot = backend.open_slot(prompt + width)
-        backend.step([StepRow(slot, Window(0, tokens, prompt, (prompt,)))])
-        answers += backend.step([StepRow(slot, window)])
-        backend.close_slot(slot)
-    same = [a == b for a, b in zip(answers[0].tokens, answers[1].tokens, strict=True)]
-    found, wanted = (torch.tensor(list(answer.confidence)) for answer in answers)
-    return {
-        "same tokens": sum(same) / len(same),
-        "confidence error": float((found - wanted).norm() / wanted.norm()),
-    }
 
 
 @contextmanager
