@@ -27,6 +27,11 @@ def run(script: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def obey_interrupts() -> None:
+    """Undo what a shell does to its background jobs, of which this may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_local_stream_answers_the_question(tmp_path: Path) -> None:
     assert "The answer is " in run(EXAMPLES / "local_stream.py", tmp_path)
 
@@ -47,6 +52,7 @@ def test_websocket_client_gets_its_answer_from_the_websocket_server(tmp_path: Pa
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        preexec_fn=obey_interrupts,
     )
     try:
         assert server.stdout is not None
@@ -56,7 +62,11 @@ def test_websocket_client_gets_its_answer_from_the_websocket_server(tmp_path: Pa
         assert "The answer is 52" in output
     finally:
         server.send_signal(signal.SIGINT)
-        rest, errors = server.communicate(timeout=60)
+        try:
+            rest, errors = server.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise
     assert (server.returncode, rest, errors) == (0, "stopped\n", "")
 
 

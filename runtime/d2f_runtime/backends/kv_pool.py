@@ -6,6 +6,7 @@ Shapes: L layers, T pool places (tokens), B rows of a step, P longest cache, KV 
 head size, D hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ class KVPool:
         num_places = max_tokens + num_scratch
         shape = (2 * config.num_layers, num_places, config.num_kv_heads, config.head_dim)
         # NOTE: zeros, not empty: masked columns are multiplied by weight 0, which NaN survives.
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.store = _zeros(shape, device, dtype)
         last_shape = (MAX_SLOTS + 1, config.hidden_size)
         self.last_hidden = torch.zeros(last_shape, device=device, dtype=dtype)
         self._spans = Spans(max_tokens)
@@ -123,6 +124,15 @@ class KVPool:
         places = offsets[:, None] + torch.arange(longest, device=offsets.device)
         # beyond a short row's cache lie other slots' places: masked, but they must exist
         return places.clamp(max=self.store.shape[1] - 1)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros; on a CPU pages that nobody has written yet take no time and no memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    # torch.zeros writes every byte; numpy leaves it to the system, but has no bfloat16
+    blank = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(blank).view(dtype).view(shape)
 
 
 def ranges(parts: Sequence[tuple[int, int]]) -> Ints:
