@@ -129,23 +129,28 @@ async def test_late_joiner_goes_on_from_the_retained_state(mosquitto: Mosquitto)
         gate.let_through(6)
         while not (state := decode((await early.receive()).payload, StreamState)).text:
             assert state.terminal is None
-        await late.subscribe(str(StreamTopic("early", REQUEST, "state")))
-        message = await late.receive()
-        assert message.retain
-        state = decode(message.payload, StreamState)
-        assert state.text
-        assert ANSWER.startswith(state.text)
+        # The events first: what is published between the state and them would else be missed.
         await late.subscribe(str(StreamTopic("early", REQUEST, "events")))
-        gate.open()
-        text, terminal = state.text, None
+        await late.subscribe(str(StreamTopic("early", REQUEST, "state")))
+        blocks: dict[int, str] = {}
+        first, terminal = None, None
         while terminal is None:
             message = await late.receive()
             if message.topic.value.endswith("/events"):
                 event = JSON.decode_message(message.payload)
-                if isinstance(event, Block) and event.seq > state.last_seq:
-                    text += event.text
-            else:
-                terminal = decode(message.payload, StreamState).terminal
+                if isinstance(event, Block):
+                    blocks[event.seq] = event.text
+                continue
+            state = decode(message.payload, StreamState)
+            if first is None:
+                assert message.retain
+                assert state.text
+                assert ANSWER.startswith(state.text)
+                first = state
+                gate.open()
+            terminal = state.terminal
+    assert first is not None
+    text = first.text + "".join(blocks[seq] for seq in sorted(blocks) if seq > first.last_seq)
     assert text == ANSWER
     assert isinstance(terminal, StreamFinished)
 
