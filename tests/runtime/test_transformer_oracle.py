@@ -1,51 +1,24 @@
 """Our transformer against transformers' own classes, which its parameter names follow."""
 
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import block_causal_mask, head_states
 from d2f_runtime.window import Window
 from tiny_models import CONFIGS, MASK, tiny_model
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from transformers_oracle import oracle_model
 
 pytestmark = pytest.mark.torch
-
-CLASSES = {"llada": "Llama", "llama": "Llama", "dream": "Qwen2", "sdar": "Qwen3"}
-
-
-def oracle(config: TransformerConfig, weights: dict[str, Tensor]) -> Any:
-    """The family's transformers model with our weights; eager attention takes any 4-D mask."""
-    name = CLASSES[config.family]
-    settings = getattr(transformers, f"{name}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings,
-        attention_bias=False,
-        attn_implementation="eager",
-    )
-    model = getattr(transformers, f"{name}ForCausalLM")(settings).eval()
-    named = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in weights.items()}
-    model.load_state_dict(named)
-    return model
-
 
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_logits_equal_those_of_transformers(family: str) -> None:
     config = CONFIGS[family]
     ours = tiny_model(config)
-    theirs = oracle(config, ours.state_dict())
+    theirs = oracle_model(config, ours.state_dict())
     tokens = torch.randint(4, 150, (2, 29), generator=torch.Generator().manual_seed(1))
     tokens[:, 20:26] = MASK
     stops = tuple(range(1, 30)) if config.prompt_attention == "causal" else (11, 17, 21, 29)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from d2f_stream.server.serve import Server, ServeSettings
 from d2f_stream.server.sse import COMMENT, EventStream
 from d2f_stream.session import Engine
 from fakes import ANSWER, engine_over
+from memory_network import until
 from openai_serving import Exchange, Serving, chat, serving
 
 CHAT = "/v1/chat/completions"
@@ -208,6 +209,13 @@ async def test_answers_over_a_socket() -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
 
 
+async def step_once(backend: ScriptedBackend, gate: StepGate, ended: Callable[[], bool]) -> None:
+    """Let one step through and wait until it ran, or will not run any more."""
+    num_steps = backend.num_steps
+    gate.let_through(1)
+    await until(lambda: backend.num_steps > num_steps or ended())
+
+
 async def test_closing_the_socket_cancels_the_stream() -> None:
     gate = StepGate()
     backend = ScriptedBackend("a" * 4000, gate=gate)
@@ -220,11 +228,10 @@ async def test_closing_the_socket_cancels_the_stream() -> None:
         assert (await anext(chunks)).choices[0].delta.role == "assistant"
         assert (await anext(chunks)).choices[0].delta.content == "a" * 8
         await chunks.close()
-        while server.registry.num_active:
-            gate.let_through(1)  # far fewer than the answer needs, until the server has noticed
-            await asyncio.sleep(0.001)
+        while server.registry.num_active:  # until the server has noticed
+            await step_once(backend, gate, lambda: not server.registry.num_active)
         assert backend.open_slots == {}
-        assert backend.num_steps < 400
+        assert backend.num_steps < 400  # far fewer than the answer needs
 
 
 async def test_body_beyond_the_limit_is_too_large() -> None:
