@@ -32,7 +32,8 @@ from d2f_stream.protocol import (
 from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.mqtt import MqttGateway
-from d2f_stream.server.streams import ServedStream, StreamRegistry
+from d2f_stream.server.served_stream import ServedStream
+from d2f_stream.server.streams import StreamRegistry
 from d2f_stream.topics import GROUP, OperationTopic
 from fakes import engine_over
 from requirements import require_program

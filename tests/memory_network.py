@@ -18,7 +18,8 @@ from d2f_stream.protocol import JSON, Codec
 from d2f_stream.server.auth import LOCAL, Auth
 from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.limits import ServeLimits
-from d2f_stream.server.streams import ServedStream, StreamRegistry
+from d2f_stream.server.served_stream import ServedStream
+from d2f_stream.server.streams import StreamRegistry
 from d2f_stream.session import Engine
 from fakes import engine_over
 

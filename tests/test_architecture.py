@@ -43,9 +43,11 @@ ALLOWED = {
     "d2f_stream.server.auth": {"d2f_stream.errors"},
     "d2f_stream.server.settings": {"d2f_stream.errors"}
     | {"d2f_stream.server." + n for n in ("auth", "limits")},
-    "d2f_stream.server.streams": SERVED,
+    "d2f_stream.server.served_stream": SERVED,
+    "d2f_stream.server.streams": SERVED | {"d2f_stream.server.served_stream"},
     "d2f_stream.server.gateway": SERVED
-    | {"d2f_stream.channels", "d2f_stream.server.auth", "d2f_stream.server.streams"},
+    | {"d2f_stream." + n for n in ("channels", "server.auth", "server.served_stream")}
+    | {"d2f_stream.server.streams"},
     "d2f_runtime.window": set(),
     "d2f_runtime.decoder": PURE,
     "d2f_runtime.policy": PURE,

@@ -34,7 +34,8 @@ from d2f_stream.protocol import (
     ServerMessage,
 )
 from d2f_stream.server.auth import Auth
-from d2f_stream.server.streams import Cursor, ServedStream, StreamRegistry
+from d2f_stream.server.served_stream import Cursor, ServedStream
+from d2f_stream.server.streams import StreamRegistry
 
 __all__ = ["CLOSE_CODES", "Gateway"]
 

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from d2f_stream.errors import D2FError, error_from
 from d2f_stream.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.server.gateway import Gateway
-from d2f_stream.server.streams import ServedStream
+from d2f_stream.server.served_stream import ServedStream
 from d2f_stream.session import Engine
 
 __all__ = ["Metrics"]

@@ -39,7 +39,8 @@ from d2f_stream.protocol import (
     check_request_id,
 )
 from d2f_stream.server.publisher import StreamPublisher
-from d2f_stream.server.streams import ServedStream, StreamRegistry
+from d2f_stream.server.served_stream import ServedStream
+from d2f_stream.server.streams import StreamRegistry
 from d2f_stream.topics import (
     CANCELS,
     GROUP,

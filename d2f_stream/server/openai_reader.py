@@ -4,7 +4,8 @@ import asyncio
 
 from d2f_stream.errors import D2FError, ServerShuttingDown, error_from
 from d2f_stream.events import Block, Event, StreamFailed, StreamFinished
-from d2f_stream.server.streams import ServedStream, StreamRegistry
+from d2f_stream.server.served_stream import ServedStream
+from d2f_stream.server.streams import StreamRegistry
 
 __all__ = ["AnswerReader"]
 

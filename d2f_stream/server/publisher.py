@@ -13,7 +13,7 @@ from d2f_stream.channels.mqtt import BrokerLink
 from d2f_stream.errors import D2FError
 from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished
 from d2f_stream.protocol import Codec, RequestRejected
-from d2f_stream.server.streams import Cursor, ServedStream
+from d2f_stream.server.served_stream import Cursor, ServedStream
 from d2f_stream.topics import StreamKind, StreamState, StreamTopic, encode
 
 __all__ = ["StreamPublisher"]

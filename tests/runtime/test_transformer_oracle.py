@@ -1,6 +1,5 @@
 """Our transformer against transformers' own classes, which its parameter names follow."""
 
-
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ pytest.importorskip("transformers")
 from transformers_oracle import oracle_model
 
 pytestmark = pytest.mark.torch
+
 
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_logits_equal_those_of_transformers(family: str) -> None:

@@ -29,7 +29,7 @@ from d2f_stream.errors import (
 from d2f_stream.events import Block, Draft, Event, StreamFinished, StreamStarted
 from d2f_stream.protocol import Generate, OnDisconnect, Overrides
 from d2f_stream.server.limits import RateLimit, ServeLimits
-from d2f_stream.server.streams import Cursor, ServedStream
+from d2f_stream.server.served_stream import Cursor, ServedStream
 from fakes import ANSWER, block, draft, finished, started
 from memory_network import network, until
 
@@ -160,7 +160,7 @@ async def test_follower_that_leaves_early_is_forgotten() -> None:
         gate.let_through(1)
         async with aclosing(stream.follow()) as events:  # type: ignore[type-var]
             await anext(events)
-        assert not stream._cursors
+        assert stream.num_readers == 0
         gate.open()
         assert text_of(await read(stream)) == ANSWER
 
@@ -183,10 +183,10 @@ async def test_stream_that_is_to_end_with_its_readers_ends_with_the_last() -> No
 
 def test_draft_is_not_read_after_its_block() -> None:
     stream = ServedStream(request(), client="alice", max_new_tokens=1)
-    stream._put(started())
+    stream.put(started())
     reader = stream.read(drafts=True, wake=lambda: None)
     for event in (draft(0), draft(1), block(0)):
-        stream._put(event)
+        stream.put(event)
     assert [reader.take() for _ in range(4)] == [started(), block(0), draft(1), None]
 
 
@@ -196,7 +196,7 @@ class Readers(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stream = ServedStream(request(), client="alice", max_new_tokens=1)
-        self.stream._put(started())
+        self.stream.put(started())
         self.num_blocks = 0
         self.over = False
         self.readers: list[tuple[Cursor, list[Event], int]] = []
@@ -207,13 +207,13 @@ class Readers(RuleBasedStateMachine):
     @rule(ahead=st.integers(0, 2), text=st.text(max_size=2))
     def draft(self, ahead: int, text: str) -> None:
         self.woken.clear()
-        self.stream._put(draft(self.num_blocks + ahead, text))
+        self.stream.put(draft(self.num_blocks + ahead, text))
 
     @precondition(lambda self: not self.over)
     @rule()
     def commit(self) -> None:
         self.woken.clear()
-        self.stream._put(block(self.num_blocks))
+        self.stream.put(block(self.num_blocks))
         self.num_blocks += 1
         assert self.woken == set(range(len(self.readers)))
 
@@ -221,9 +221,8 @@ class Readers(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         self.over = True
-        self.stream._put(finished(self.num_blocks + 1))
-        self.stream.ended = True
-        self.stream._wake_all()
+        self.stream.put(finished(self.num_blocks + 1))
+        self.stream.end()
 
     @rule(data=st.data(), drafts=st.booleans())
     def attach(self, data: st.DataObject, drafts: bool) -> None:

@@ -37,7 +37,7 @@ from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.serve import Server
 from d2f_stream.server.settings import ServeSettings, Timeouts
-from d2f_stream.server.streams import ServedStream
+from d2f_stream.server.served_stream import ServedStream
 
 __all__ = ["PARTS", "serving"]
 
