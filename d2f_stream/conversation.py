@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from d2f_stream.buffer import EventBuffer
+from d2f_stream.codec import JSON
 from d2f_stream.errors import D2FError, LimitExceeded, StreamLost, error_from
 from d2f_stream.events import (
     Block,
@@ -24,7 +25,6 @@ from d2f_stream.events import (
     Usage,
 )
 from d2f_stream.protocol import (
-    JSON,
     Cancel,
     Generate,
     Operation,

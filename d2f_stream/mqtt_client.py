@@ -15,6 +15,7 @@ from typing import Final, Literal, Self, Unpack
 
 from d2f_stream.broker import BrokerAddress, Incoming, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink, Sleep
+from d2f_stream.codec import JSON, MSGPACK
 from d2f_stream.errors import (
     ConnectionLost,
     D2FError,
@@ -24,11 +25,7 @@ from d2f_stream.errors import (
 from d2f_stream.mqtt_exchange import Exchange
 from d2f_stream.mqtt_nodes import Nodes
 from d2f_stream.params import GenerationParams, ParamOverrides
-from d2f_stream.protocol import (
-    JSON,
-    MSGPACK,
-    ModelCard,
-)
+from d2f_stream.protocol import ModelCard
 from d2f_stream.remote import new_request
 from d2f_stream.session import Prompt, Session
 from d2f_stream.topics import (

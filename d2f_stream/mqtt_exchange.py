@@ -17,6 +17,7 @@ from typing import Final
 from d2f_stream.broker import Incoming, Outgoing
 from d2f_stream.buffer import EventBuffer
 from d2f_stream.channels.mqtt import BrokerLink
+from d2f_stream.codec import Codec
 from d2f_stream.errors import (
     D2FError,
     LimitExceeded,
@@ -29,14 +30,7 @@ from d2f_stream.errors import (
 from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.mqtt_nodes import Nodes
 from d2f_stream.mqtt_request import RemoteRequest
-from d2f_stream.protocol import (
-    Cancel,
-    Codec,
-    Generate,
-    Operation,
-    RequestRejected,
-    Resume,
-)
+from d2f_stream.protocol import Cancel, Generate, Operation, RequestRejected, Resume
 from d2f_stream.session import Session
 from d2f_stream.topics import OperationTopic, RequestTopic, StreamTopic, Topic, codec_of
 

@@ -1,8 +1,8 @@
-"""The protocol between clients and servers: operations, messages, and their two encodings.
+"""The protocol between clients and servers: operations and messages.
 
-Knows values and bytes; nothing of sockets, engines or time. The same messages travel over a
-websocket (`/v1/stream`) and over MQTT. The JSON Schema and the AsyncAPI page in `schema/` are made
-from the classes of this file.
+Knows values; nothing of encodings (`codec.py`), sockets, engines or time. The same messages travel
+over a websocket (`/v1/stream`) and over MQTT. The JSON Schema and the AsyncAPI page in `schema/`
+are made from the classes of this file.
 
 A client sends operations, a server answers with the events of the streams (`events.py`) and with
 the few messages below that belong to no stream. Both sides ignore fields that they do not know; a
@@ -15,23 +15,19 @@ server's: whoever knows it may read, resume and cancel the stream, so both must 
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from d2f_stream.errors import D2FError, InvalidRequest, LimitExceeded, ProtocolError
+from d2f_stream.errors import D2FError, InvalidRequest, LimitExceeded
 from d2f_stream.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.params import Attention, GenerationParams, ParamOverrides, Rank, StopAtEos, Tail
 
 __all__ = [
-    "JSON",
-    "MSGPACK",
-    "SUBPROTOCOLS",
     "VERSION",
     "Authenticate",
     "Cancel",
-    "Codec",
     "Generate",
     "ModelCard",
     "ModelDefaults",
@@ -219,112 +215,6 @@ ServerMessage = (
     | ServerClosing
 )
 
-Message = TypeVar("Message")
-
-
-class _Tag(Struct):
-    type: str = ""
-
-
-_Name = Annotated[str, msgspec.Meta(max_length=128)]
-
-
-class _Names(Struct):
-    request_id: _Name | None = None
-    stream: _Name | None = None
-
-
-class Codec:
-    """One encoding of the protocol.
-
-    Attributes:
-        name: "json" or "msgpack".
-        subprotocol: its name in a websocket handshake.
-        content_type: its name elsewhere.
-        is_text: whether it travels in text frames.
-    """
-
-    def __init__(self, name: Literal["json", "msgpack"]) -> None:
-        self.name = name
-        self.subprotocol = f"d2f.v{VERSION}.{name}"
-        self.content_type = f"application/vnd.d2f.v{VERSION}+{name}"
-        self.is_text = name == "json"
-        library = msgspec.json if name == "json" else msgspec.msgpack
-        self._encoder = library.Encoder()
-        self._operations = library.Decoder(Operation)
-        self._messages = library.Decoder(ServerMessage)
-        self._tags = library.Decoder(_Tag)
-        self._names = library.Decoder(_Names)
-
-    def encode(self, message: Operation | ServerMessage) -> bytes:
-        """Return the message's bytes."""
-        data: bytes = self._encoder.encode(message)
-        return data
-
-    def decode_operation(self, data: bytes | str) -> Operation:
-        """Read what a client sent.
-
-        Raises:
-            ProtocolError: it cannot be read, or is no operation.
-            InvalidRequest: it is one, with a field of a wrong type or name.
-        """
-        try:
-            operation: Operation = self._operations.decode(_bytes(data))
-        except msgspec.ValidationError as error:
-            known = {
-                kind.__struct_config__.tag for kind in (Authenticate, Generate, Cancel, Resume)
-            }
-            if self._tag(data) in known:
-                raise InvalidRequest(str(error)) from error
-            raise ProtocolError(f"no operation of this protocol: {error}") from error
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            raise ProtocolError(f"a message is not {self.name}: {error}") from error
-        return operation
-
-    def decode_message(self, data: bytes | str) -> ServerMessage | None:
-        """Read what a server sent; None for a type that this version does not know.
-
-        Raises:
-            ProtocolError: it cannot be read.
-        """
-        try:
-            message: ServerMessage = self._messages.decode(_bytes(data))
-        except msgspec.ValidationError as error:
-            tag = self._tag(data)
-            if tag and tag not in _MESSAGE_TAGS:
-                return None
-            raise ProtocolError(f"a message of the server cannot be read: {error}") from error
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            raise ProtocolError(f"a message is not {self.name}: {error}") from error
-        return message
-
-    def names_of(self, data: bytes | str) -> tuple[str | None, str | None]:
-        """Return request id and stream that an operation names, even one that cannot be read."""
-        try:
-            names: _Names = self._names.decode(_bytes(data))
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            return None, None
-        return names.request_id, names.stream
-
-    def _tag(self, data: bytes | str) -> str:
-        try:
-            tag: str = self._tags.decode(_bytes(data)).type
-        except msgspec.MsgspecError:
-            return ""
-        return tag
-
-
-JSON: Final = Codec("json")
-MSGPACK: Final = Codec("msgpack")
-SUBPROTOCOLS: Final = {codec.subprotocol: codec for codec in (JSON, MSGPACK)}
-_MESSAGE_TAGS: Final = {
-    kind.__struct_config__.tag
-    for kind in (
-        *(StreamStarted, Block, Draft, StreamFinished, StreamFailed),
-        *(ServerHello, RequestRejected, ServerClosing),
-    )
-}
-
 
 def check_request_id(request_id: str) -> None:
     """Refuse a name that another client could guess, or that does not fit a topic.
@@ -351,7 +241,3 @@ def wire_prompt(prompt: str | Sequence[object]) -> WirePrompt:
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the prompt cannot be sent: {error}") from error
     return wire
-
-
-def _bytes(data: bytes | str) -> bytes:
-    return data.encode() if isinstance(data, str) else data

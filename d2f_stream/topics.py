@@ -21,9 +21,10 @@ from typing import Final, Literal, TypeVar
 import msgspec
 from msgspec import Struct
 
+from d2f_stream.codec import JSON, MSGPACK, Codec
 from d2f_stream.errors import InvalidRequest, ProtocolError
 from d2f_stream.events import StreamFailed, StreamFinished
-from d2f_stream.protocol import JSON, MSGPACK, Codec, ServerHello, check_request_id
+from d2f_stream.protocol import ServerHello, check_request_id
 
 __all__ = [
     "CANCELS",

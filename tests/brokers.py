@@ -18,17 +18,10 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_stream.codec import JSON, Codec
 from d2f_stream.errors import D2FError
 from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.protocol import (
-    JSON,
-    Cancel,
-    Codec,
-    Operation,
-    RequestRejected,
-    Resume,
-    ServerMessage,
-)
+from d2f_stream.protocol import Cancel, Operation, RequestRejected, Resume, ServerMessage
 from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.mqtt import MqttGateway

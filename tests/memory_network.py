@@ -12,9 +12,9 @@ from d2f_stream.backoff import Backoff
 from d2f_stream.channels import Channel
 from d2f_stream.channels.memory import MemoryChannel
 from d2f_stream.client import RemoteEngine
+from d2f_stream.codec import JSON, Codec
 from d2f_stream.errors import ConnectionLost, D2FError
 from d2f_stream.events import Event
-from d2f_stream.protocol import JSON, Codec
 from d2f_stream.server.auth import LOCAL, Auth
 from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.limits import ServeLimits

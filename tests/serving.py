@@ -16,11 +16,10 @@ from websockets.exceptions import ConnectionClosed
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_runtime.engine import Limits
+from d2f_stream.codec import JSON, Codec
 from d2f_stream.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.protocol import (
-    JSON,
     Cancel,
-    Codec,
     Generate,
     Operation,
     Overrides,

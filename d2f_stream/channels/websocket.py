@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from d2f_stream.channels import ChannelClosed
+from d2f_stream.codec import JSON, MSGPACK, SUBPROTOCOLS, Codec
 from d2f_stream.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -16,7 +17,7 @@ from d2f_stream.errors import (
     ProtocolError,
     Unauthorized,
 )
-from d2f_stream.protocol import JSON, MSGPACK, SUBPROTOCOLS, Authenticate, Codec
+from d2f_stream.protocol import Authenticate
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection

@@ -21,6 +21,7 @@ import msgspec
 
 from d2f_stream.broker import BrokerAddress, Incoming, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink, Sleep, end_tasks
+from d2f_stream.codec import JSON, Codec
 from d2f_stream.errors import (
     D2FError,
     InvalidRequest,
@@ -29,9 +30,7 @@ from d2f_stream.errors import (
     StreamLost,
 )
 from d2f_stream.protocol import (
-    JSON,
     Cancel,
-    Codec,
     Generate,
     RequestRejected,
     Resume,

@@ -10,9 +10,10 @@ from typing import TypedDict
 
 from d2f_stream.broker import LinkDown, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink
+from d2f_stream.codec import Codec
 from d2f_stream.errors import D2FError
 from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished
-from d2f_stream.protocol import Codec, RequestRejected
+from d2f_stream.protocol import RequestRejected
 from d2f_stream.server.served_stream import Cursor, ServedStream
 from d2f_stream.topics import StreamKind, StreamState, StreamTopic, encode
 

@@ -15,8 +15,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from d2f_stream.channels import ChannelClosed
+from d2f_stream.codec import JSON, SUBPROTOCOLS, Codec
 from d2f_stream.errors import Unauthorized
-from d2f_stream.protocol import JSON, SUBPROTOCOLS, Codec
 from d2f_stream.server.auth import (
     AUTH_SUBPROTOCOL,
     LOCAL,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from brokers import Device, Mosquitto, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.broker import Incoming
-from d2f_stream.protocol import JSON, MSGPACK, Generate, RequestRejected
+from d2f_stream.codec import JSON, MSGPACK
+from d2f_stream.protocol import Generate, RequestRejected
 from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.mqtt import MqttGateway
 from d2f_stream.server.streams import StreamRegistry

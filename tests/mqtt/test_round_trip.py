@@ -7,10 +7,11 @@ import pytest
 
 from brokers import Device, Mosquitto, brief, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
+from d2f_stream.codec import JSON, MSGPACK, Codec
 from d2f_stream.errors import EngineClosed, InvalidParams, InvalidRequest, MessageTooLarge
 from d2f_stream.events import Block, Draft, StreamFinished, StreamStarted
 from d2f_stream.mqtt_client import connect_mqtt
-from d2f_stream.protocol import JSON, MSGPACK, Cancel, Codec, Generate, Overrides, Resume
+from d2f_stream.protocol import Cancel, Generate, Overrides, Resume
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.topics import (
     OperationTopic,

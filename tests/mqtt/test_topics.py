@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2f_stream.codec import JSON, MSGPACK, Codec
 from d2f_stream.errors import InvalidRequest, ProtocolError
-from d2f_stream.protocol import JSON, MSGPACK, Codec
 from d2f_stream.topics import (
     NodeStatus,
     NodeStatusTopic,

@@ -11,6 +11,7 @@ from d2f_stream.backoff import Backoff
 from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.channels.memory import MemoryChannel
 from d2f_stream.client import RemoteEngine
+from d2f_stream.codec import JSON
 from d2f_stream.errors import (
     ConnectionLost,
     D2FError,
@@ -27,7 +28,6 @@ from d2f_stream.errors import (
 )
 from d2f_stream.events import Draft
 from d2f_stream.protocol import (
-    JSON,
     Cancel,
     Generate,
     Operation,

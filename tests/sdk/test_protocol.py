@@ -6,14 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2f_stream.codec import JSON, MSGPACK, Codec
 from d2f_stream.errors import InvalidRequest, ProtocolError
 from d2f_stream.params import GenerationParams
 from d2f_stream.protocol import (
-    JSON,
-    MSGPACK,
     Authenticate,
     Cancel,
-    Codec,
     Generate,
     ModelCard,
     ModelDefaults,

@@ -6,9 +6,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from d2f_stream import schema
+from d2f_stream.codec import JSON
 from d2f_stream.events import Event
 from d2f_stream.protocol import (
-    JSON,
     Authenticate,
     Cancel,
     Generate,

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_stream.channels import ChannelClosed
 from d2f_stream.channels.memory import MemoryChannel
+from d2f_stream.codec import JSON, MSGPACK, Codec
 from d2f_stream.events import Block, Draft, Event, StreamFinished, StreamStarted
 from d2f_stream.protocol import (
-    JSON,
-    MSGPACK,
     VERSION,
     Authenticate,
     Cancel,
-    Codec,
     Generate,
     Operation,
     Overrides,

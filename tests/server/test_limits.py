@@ -9,8 +9,8 @@ import pytest
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_runtime.engine import Limits
+from d2f_stream.codec import MSGPACK
 from d2f_stream.events import Block
-from d2f_stream.protocol import MSGPACK
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.settings import Timeouts
 from d2f_stream.server.uvicorn_guard import MAX_FRAGMENTS

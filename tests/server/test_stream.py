@@ -6,8 +6,9 @@ import pytest
 
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_stream.codec import JSON, MSGPACK, Codec
 from d2f_stream.events import Block, Draft, StreamFinished
-from d2f_stream.protocol import JSON, MSGPACK, Cancel, Codec
+from d2f_stream.protocol import Cancel
 from d2f_stream.server.limits import ServeLimits
 from serving import Peer, check_whole, held, request, serving, text_of
 

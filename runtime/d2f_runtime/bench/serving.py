@@ -36,8 +36,8 @@ from d2f_stream.protocol import Generate, ServerHello
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.serve import Server
-from d2f_stream.server.settings import ServeSettings, Timeouts
 from d2f_stream.server.served_stream import ServedStream
+from d2f_stream.server.settings import ServeSettings, Timeouts
 
 __all__ = ["PARTS", "serving"]
 
