@@ -1,27 +1,20 @@
-"""BrokerLink: a connection to an MQTT 5 broker that comes back by itself. The only user of aiomqtt.
+"""BrokerLink: a connection to an MQTT 5 broker that comes back by itself.
 
-Knows topics as strings and payloads as bytes; nothing of streams. aiomqtt runs its client on the
-event loop, without a thread but for the connect itself. Four of its habits shape this file:
-
-- a `Client` that lost its connection keeps the future of its old one, so each attempt makes anew;
-- its calls do not notice a lost connection while they wait for the broker's answer;
-- a full queue of incoming messages drops what was already acknowledged: the queue here notes that
-  and the link connects anew, which makes both sides resume;
-- the reason in a PUBACK is not looked at, so a broker's refusal would pass for success.
+Knows topics as strings and payloads as bytes; nothing of streams. One attempt to connect is one
+`BrokerClient` (mqtt_connection.py), where aiomqtt's habits are dealt with.
 """
 
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import socket
 import ssl
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Sequence
-from typing import Any, Final, TypeVar, cast
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Any, Final, cast
 
-from d2f_stream.broker import BrokerAddress, Incoming, LinkDown, LinkUser, Outgoing, Refused
+from d2f_stream.broker import BrokerAddress, LinkDown, LinkUser, Outgoing, Refused
 from d2f_stream.errors import MissingExtra
 
 try:
@@ -32,6 +25,15 @@ try:
 except ImportError as error:
     raise MissingExtra("MQTT", error.name or "aiomqtt", "mqtt") from error
 
+from d2f_stream.channels.mqtt_connection import (
+    MAX_PUBLISHING,
+    BrokerClient,
+    Inbox,
+    incoming_of,
+    new_tls_context,
+    properties_of,
+)
+
 __all__ = ["BrokerLink", "Sleep", "end_tasks"]
 
 logger = logging.getLogger("d2f_stream.mqtt")
@@ -40,13 +42,10 @@ BACKOFF_S: Final = (0.1, 0.3, 1.0, 3.0, 10.0)
 KEEPALIVE_S: Final = 20
 MAX_INBOX: Final = 4096
 MAX_OUTBOX: Final = 4096
-MAX_PUBLISHING: Final = 64
 FAREWELL_TIMEOUT_S: Final = 2.0
-LEAVE_TIMEOUT_S: Final = 2.0
 REFUSALS: Final = {0x84, 0x85, 0x86, 0x87, 0x8A, 0x8C}  # version, name, password, rights
 MAX_PACKET_BYTES: Final = 8 * 1024 * 1024
 
-Answer = TypeVar("Answer")
 Sleep = Callable[[float], Awaitable[None]]
 
 
@@ -97,7 +96,7 @@ class BrokerLink:
         self._sleep = sleep
         self._max_inbox = max_inbox
         self._num_failed = 0  # attempts since the last that went well
-        self._client: _Client | None = None
+        self._client: BrokerClient | None = None
         self._connected = asyncio.Event()
         self._outbox: OrderedDict[Hashable, Outgoing] = OrderedDict()
         self._posted = asyncio.Event()
@@ -170,7 +169,7 @@ class BrokerLink:
                 await self._client.answer_to(self._client.unsubscribe(list(filters)))
 
     async def _connect_once(self) -> None:
-        inbox = _Inbox(self._max_inbox)
+        inbox = Inbox(self._max_inbox)
         client = self._new_client(inbox)
         try:
             await client.enter()
@@ -196,11 +195,11 @@ class BrokerLink:
 
     def _hand_over(self, message: aiomqtt.Message) -> None:
         try:
-            self._user.on_message(_incoming(message))
+            self._user.on_message(incoming_of(message))
         except Exception:  # one message must not end the connection of all
             logger.exception("a message on %.200s failed", message.topic.value)
 
-    async def _subscribe(self, client: "_Client") -> None:
+    async def _subscribe(self, client: BrokerClient) -> None:
         if not self.subscriptions:
             return
         wanted = [(name, SubscribeOptions(qos=qos)) for name, qos in self.subscriptions]
@@ -209,12 +208,12 @@ class BrokerLink:
             if answer.is_failure:
                 raise Refused(f"the broker does not let us read {name}: {answer}")
 
-    def _new_client(self, inbox: "_Inbox") -> "_Client":
+    def _new_client(self, inbox: Inbox) -> BrokerClient:
         address = self.address
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = self._session_expiry_s
         properties.MaximumPacketSize = MAX_PACKET_BYTES
-        return _Client(
+        return BrokerClient(
             address.host,
             address.port,
             username=address.username,
@@ -234,15 +233,14 @@ class BrokerLink:
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._tls is None:
-            self._tls = ssl.create_default_context()
-            self._tls.sslsocket_class = _Socket
+            self._tls = new_tls_context()
         return self._tls
 
     def _paho_will(self) -> aiomqtt.Will | None:
         will = self._will
         if will is None:
             return None
-        properties = _properties(will, PacketTypes.WILLMESSAGE)
+        properties = properties_of(will, PacketTypes.WILLMESSAGE)
         properties.WillDelayInterval = self._will_delay_s
         return aiomqtt.Will(will.topic, will.payload, will.qos, will.retain, properties)
 
@@ -298,132 +296,6 @@ async def end_tasks(*tasks: "asyncio.Task[Any]") -> None:
             pending = {task for task in pending if not task.done()}
     if cancelled is not None:
         raise cancelled
-
-
-class _Socket(ssl.SSLSocket):
-    """A socket that is closed when its handshake fails, which paho leaves to the collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except OSError:
-            self.close()
-            raise
-
-
-class _Inbox(asyncio.Queue[aiomqtt.Message]):
-    """The queue of incoming messages, which tells that one did not fit."""
-
-    overflowed = False
-
-    def put_nowait(self, item: aiomqtt.Message) -> None:
-        try:
-            super().put_nowait(item)
-        except asyncio.QueueFull:
-            self.overflowed = True
-            raise
-
-
-class _Client(aiomqtt.Client):
-    """A client for one connection, which minds how the broker answers and how it is left.
-
-    Overrides three private methods of aiomqtt 2, which has no public way to learn of a refused
-    publication or of a connection that is closed before the broker answered.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pending_calls_threshold = MAX_PUBLISHING + 8
-        self._refusals: dict[int, str] = {}  # by message id
-
-    async def enter(self) -> None:
-        """Connect. When cancelled, first wait for the thread that connects the socket."""
-        entering = asyncio.ensure_future(self.__aenter__())
-        try:
-            await asyncio.shield(entering)
-        except asyncio.CancelledError:
-            await asyncio.wait((entering,))
-            raise
-
-    async def leave(self) -> None:
-        """Disconnect, if there is something to disconnect."""
-        if self._disconnected.done():
-            self._disconnected.exception()  # or asyncio complains that nobody looked
-            self._client.disconnect()
-        elif self._client.socket() is not None:
-            self.timeout = LEAVE_TIMEOUT_S
-            with contextlib.suppress(aiomqtt.MqttError):
-                await self.__aexit__(None, None, None)
-
-    async def send(self, message: Outgoing) -> None:
-        """Publish without a timeout: the keep-alive finds out that a broker is gone."""
-        properties = _properties(message, PacketTypes.PUBLISH)
-        call = self.publish(
-            *(message.topic, message.payload, message.qos, message.retain, properties),
-            timeout=math.inf,
-        )
-        await self.answer_to(call)
-
-    async def answer_to(self, call: Coroutine[Any, Any, Answer]) -> Answer:
-        """Wait for the broker's answer, but no longer than the connection lasts.
-
-        Raises:
-            LinkDown: it broke first.
-        """
-        waiting = asyncio.ensure_future(call)
-        try:
-            await asyncio.wait((waiting, self._disconnected), return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise LinkDown("the connection to the broker broke")
-            return waiting.result()
-        except aiomqtt.MqttError as error:
-            raise LinkDown(str(error)) from error
-        finally:
-            waiting.cancel()
-
-    def _on_publish(
-        self, client: Any, userdata: Any, mid: int, reason_code: Any, properties: Any
-    ) -> None:
-        if reason_code.is_failure:
-            self._refusals[mid] = str(reason_code)
-        super()._on_publish(client, userdata, mid, reason_code, properties)
-
-    def _on_disconnect(self, client: Any, userdata: Any, *why: Any) -> None:
-        if not self._connected.done():  # or `enter` would wait for its timeout
-            error = aiomqtt.MqttError("the connection was closed before the broker answered")
-            self._connected.set_exception(error)
-        super()._on_disconnect(client, userdata, *why)
-
-    @contextlib.contextmanager
-    def _pending_call(self, mid: int, value: Any, pending_dict: Any) -> Iterator[None]:
-        self._refusals.pop(mid, None)
-        with super()._pending_call(mid, value, pending_dict):
-            yield
-        if (reason := self._refusals.pop(mid, None)) is not None:
-            raise Refused(reason)
-
-
-def _properties(message: Outgoing, packet_type: int) -> Properties:
-    properties = Properties(packet_type)  # type: ignore[no-untyped-call]
-    if message.content_type is not None:
-        properties.ContentType = message.content_type
-        properties.PayloadFormatIndicator = int(message.content_type.endswith("json"))
-    if message.expiry_s is not None:
-        properties.MessageExpiryInterval = message.expiry_s
-    if message.notes:
-        properties.UserProperty = list(message.notes)
-    return properties
-
-
-def _incoming(message: aiomqtt.Message) -> Incoming:
-    properties = message.properties
-    return Incoming(
-        topic=message.topic.value,
-        payload=bytes(message.payload),
-        content_type=getattr(properties, "ContentType", None),
-        retained=bool(message.retain),
-        notes=dict(getattr(properties, "UserProperty", ())),
-    )
 
 
 def _is_refusal(error: Exception) -> bool:

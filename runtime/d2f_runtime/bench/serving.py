@@ -6,49 +6,40 @@ one wrong raises.
 """
 
 import asyncio
-import contextlib
-import gc
-import json
-import os
 import random
 import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-import msgspec
-
-from d2f_runtime.backends.base import StepRow
-from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
-from d2f_runtime.engine import Limits, LocalEngine
-from d2f_runtime.window import Proposals
+from d2f_runtime.bench.served_model import (
+    LENGTH,
+    answer_to,
+    rss_mb,
+    serving_model,
+    until_forgotten,
+    url_of,
+)
+from d2f_runtime.bench.serving_hostile import hostile
 from d2f_stream.backoff import Backoff
-from d2f_stream.channels import ChannelClosed
 from d2f_stream.channels.websocket import WebSocketChannel, open_websocket
 from d2f_stream.client import RemoteEngine
 from d2f_stream.events import Block, Event, StreamFinished, StreamStarted
-from d2f_stream.params import GenerationParams
 from d2f_stream.protocol import Generate, ServerHello
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.serve import Server
 from d2f_stream.server.served_stream import ServedStream
-from d2f_stream.server.settings import ServeSettings, Timeouts
 
 __all__ = ["PARTS", "serving"]
 
-PARAMS: Final = GenerationParams(max_new_tokens=512, block_size=8)
 SEED: Final = 1
-LENGTH, SHORT = 320, 24  # of answers, bytes
+SHORT: Final = 24  # bytes of the answers of many streams
 NUM_CONNECTIONS, STREAMS_EACH = 50, 10
 NUM_DISCONNECTS: Final = 1000
 NUM_STREAMS: Final = 10_000
-NUM_HOSTILE: Final = 10_000
-NUM_SLOW: Final = 200
 
 
 async def serving(parts: Sequence[str]) -> dict[str, Any]:
@@ -56,54 +47,12 @@ async def serving(parts: Sequence[str]) -> dict[str, Any]:
     return {part: await PARTS[part]() for part in parts}
 
 
-def answer_to(prompt: str, length: int) -> str:
-    """The text that the scripted model gives: its own for each prompt, not all of it ASCII."""
-    line = f"Block diffusion writes whole blocks — naïve café 🙂 — for {prompt}. "
-    data = (line * (length // len(line.encode()) + 1)).encode()[:length]
-    return data.decode(errors="ignore")
-
-
-@dataclass(slots=True)
-class _Backend(ScriptedBackend):
-    """Answers each prompt in its own words, a step in `step_s` seconds."""
-
-    step_s: float = 0.0
-
-    def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
-        if self.step_s:
-            time.sleep(self.step_s)
-        return ScriptedBackend.step(self, rows)
-
-
-@asynccontextmanager
-async def _serving(
-    *,
-    step_s: float = 0.0,
-    length: int = LENGTH,
-    metrics: Metrics | None = None,
-    **settings: Any,
-) -> AsyncIterator[Server]:
-    def answers(ids: tuple[int, ...]) -> list[int]:
-        return list(answer_to(ByteCodec().decode(ids), length).encode())
-
-    backend = _Backend(answers, step_s=step_s)
-    room = Limits(max_sessions=1024, max_rows=64)
-    chosen = ServeSettings(port=0, ui=False, **settings)
-    engine = LocalEngine.over(backend, ByteCodec(), defaults=PARAMS, limits=room)
-    async with engine, Server(engine, chosen, metrics=metrics) as server:
-        yield server
-
-
-def _url(server: Server) -> str:
-    return f"ws://127.0.0.1:{server.port}/v1/stream"
-
-
 # (a) Many streams at once.
 
 
 async def concurrent_streams() -> dict[str, Any]:
     """Run 500 streams over 50 connections; nothing may be lost, doubled or reordered."""
-    async with _serving(step_s=0.002) as server:
+    async with serving_model(step_s=0.002) as server:
         started = time.perf_counter()
         most: list[int] = []
         counts = await asyncio.gather(
@@ -123,7 +72,7 @@ async def concurrent_streams() -> dict[str, Any]:
 
 async def _read_streams(server: Server, number: int, most: list[int]) -> int:
     """Ask for several answers on one connection; check every event, return the number of blocks."""
-    channel = await open_websocket(_url(server))
+    channel = await open_websocket(url_of(server))
     prompts = {uuid.uuid4().hex: f"{number}/{stream}" for stream in range(STREAMS_EACH)}
     for name, prompt in prompts.items():
         await channel.send(channel.codec.encode(Generate(request_id=name, prompt=prompt)))
@@ -179,8 +128,8 @@ async def added_latency(num_streams: int) -> dict[str, float]:
     arrivals = _Arrivals()
     added: list[float] = []
     async with (
-        _serving(step_s=0.005, metrics=arrivals) as server,
-        RemoteEngine(partial(open_websocket, _url(server))) as engine,
+        serving_model(step_s=0.005, metrics=arrivals) as server,
+        RemoteEngine(partial(open_websocket, url_of(server))) as engine,
     ):
 
         async def read(prompt: str) -> None:
@@ -225,8 +174,8 @@ class _Breakable:
 async def disconnects() -> dict[str, Any]:
     """Break 1,000 connections at random moments; every answer must come out exact."""
     chance = random.Random(SEED)
-    async with _serving(step_s=0.002) as server:
-        breakables = [_Breakable(_url(server)) for _ in range(10)]
+    async with serving_model(step_s=0.002) as server:
+        breakables = [_Breakable(url_of(server)) for _ in range(10)]
 
         def num_broken() -> int:
             return sum(one.num_broken for one in breakables)
@@ -268,16 +217,16 @@ async def disconnects() -> dict[str, Any]:
 async def memory() -> dict[str, Any]:
     """Serve 10,000 streams on 20 connections, five at a time; nothing may be left of them."""
     limits = ServeLimits(resume_ttl_s=0.2)
-    async with _serving(length=SHORT, limits=limits) as server:
+    async with serving_model(length=SHORT, limits=limits) as server:
         tasks = len(asyncio.all_tasks())
         started = time.perf_counter()
         await _short_streams(server, NUM_STREAMS // 5)
-        await _forgotten(server)
-        before = _rss_mb()
+        await until_forgotten(server)
+        before = rss_mb()
         await _short_streams(server, NUM_STREAMS)
         most_retained = server.registry.num_retained
-        await _forgotten(server)
-        after = _rss_mb()
+        await until_forgotten(server)
+        after = rss_mb()
         return {
             "streams": NUM_STREAMS,
             "rss_after_warm_up_mb": before,
@@ -296,105 +245,10 @@ async def _short_streams(server: Server, number: int) -> None:
             _check((await engine.generate(prompt).result()).text, prompt, SHORT)
 
     async def client(name: int) -> None:
-        async with RemoteEngine(partial(open_websocket, _url(server))) as engine:
+        async with RemoteEngine(partial(open_websocket, url_of(server))) as engine:
             await asyncio.gather(*(read(engine, f"{name}-{reader}") for reader in range(5)))
 
     await asyncio.gather(*(client(name) for name in range(20)))
-
-
-async def _forgotten(server: Server) -> None:
-    # Nobody tells when the last one is forgotten.
-    while server.registry.num_retained or server.gateway.num_connections:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
-    gc.collect()
-
-
-# (e) Hostile clients.
-
-
-async def hostile() -> dict[str, Any]:
-    """Send 10,000 malformed, oversized and out-of-order messages, and begin 200 slow requests."""
-    chance = random.Random(SEED)
-    limits = ServeLimits(max_message_bytes=4096, max_bad_messages=100)
-    timeouts = Timeouts(request_s=1.0)
-    async with _serving(limits=limits, timeouts=timeouts) as server:
-        tasks = len(asyncio.all_tasks())
-        started = time.perf_counter()
-        await _attack(server, chance, NUM_HOSTILE // 10)
-        before = _rss_mb()
-        slow = asyncio.gather(*(_send_slowly(server) for _ in range(NUM_SLOW)))
-        num_closed = await _attack(server, chance, NUM_HOSTILE)
-        await slow
-        await _forgotten(server)
-        channel = await open_websocket(_url(server))
-        await channel.close()
-        await _forgotten(server)
-        return {
-            "messages": NUM_HOSTILE,
-            "connections_closed_for_it": num_closed,
-            "slow_requests_ended": NUM_SLOW,
-            "rss_before_mb": before,
-            "rss_after_mb": _rss_mb(),
-            "leaked_tasks": len(asyncio.all_tasks()) - tasks,
-            "wall_s": round(time.perf_counter() - started, 2),
-        }
-
-
-async def _attack(server: Server, chance: random.Random, number: int) -> int:
-    """Send so many hostile messages over ten connections; return how many more it took."""
-    counts = [number // 10] * 10
-
-    async def attack(left: int) -> int:
-        num_closed = 0
-        while left:
-            channel = await open_websocket(_url(server))
-            with contextlib.suppress(ChannelClosed):
-                while left:
-                    left -= 1
-                    await channel.send(_hostile_message(chance))
-                    await channel.receive()
-            num_closed += left > 0
-            await channel.close()
-        return num_closed
-
-    return sum(await asyncio.gather(*(attack(left) for left in counts)))
-
-
-def _hostile_message(chance: random.Random) -> bytes:
-    """Return bytes at random, an operation cut off or out of order, or a message too large."""
-    name = uuid.uuid4().hex
-    whole = json.dumps({"type": "generate", "request_id": name, "prompt": [{}, 1, None]}).encode()
-    late = {"type": "resume", "stream": name, "after_seq": chance.randrange(-9, 9)}
-    match chance.randrange(6):
-        case 0:
-            return chance.randbytes(chance.randrange(200))
-        case 1:
-            return whole[: chance.randrange(len(whole))]
-        case 2:
-            return msgspec.msgpack.encode(late)
-        case 3:
-            return b"\x91" * chance.randrange(1, 4000)  # an array in an array in an array
-        case 4:
-            return msgspec.msgpack.encode({"type": "cancel", "stream": name, "request_id": name})
-        case _:
-            return b"x" * chance.choice((4096, 4097, 20_000)) if chance.random() < 0.1 else whole
-
-
-async def _send_slowly(server: Server) -> None:
-    """Begin a request and never end it, until the server hangs up."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX: ")
-    with contextlib.suppress(ConnectionError):
-        await reader.read()
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
-
-
-def _rss_mb() -> float:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
 PARTS: Final[Mapping[str, Callable[[], Awaitable[dict[str, Any]]]]] = {
