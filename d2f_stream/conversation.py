@@ -21,8 +21,6 @@ from d2f_stream.events import (
     StreamFailed,
     StreamFinished,
     StreamStarted,
-    Timings,
-    Usage,
 )
 from d2f_stream.protocol import (
     Cancel,
@@ -53,36 +51,10 @@ class _Asked:
     """
 
     stream: RemoteStream
-    buffer: EventBuffer
     reached: bool = False
     cancelled: bool = False
     resumed_after: int | None = None
     served_as: str | None = None
-    prompt_tokens: int = 0
-    last_block: Block | None = None
-    first_block_ms: float | None = None
-
-    def end(self) -> None:
-        """End it as cancelled from this side, with what came so far."""
-        block, buffer, stream = self.last_block, self.buffer, self.stream
-        usage = Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=len(buffer.token_ids),
-            steps=block.steps if block else 0,
-        )
-        stream.end(
-            StreamFinished(
-                stream=stream.stream_id or stream.request.request_id,
-                seq=stream.last_seq + 1,
-                reason="cancelled",
-                text_length=len(buffer.text),
-                usage=usage,
-                timings=Timings(
-                    first_block_ms=self.first_block_ms,
-                    total_ms=block.elapsed_ms if block else 0.0,
-                ),
-            )
-        )
 
 
 class Conversation:
@@ -116,7 +88,7 @@ class Conversation:
 
     def ask(self, request: Generate, buffer: EventBuffer) -> None:
         """Take a request on; `buffer` gets its events."""
-        self._asked[request.request_id] = _Asked(RemoteStream(request, buffer), buffer)
+        self._asked[request.request_id] = _Asked(RemoteStream(request, buffer))
         if self.up:
             self._post(request)
         else:
@@ -206,7 +178,6 @@ class Conversation:
             case StreamStarted():
                 asked = self._asked.get(message.request_id)
                 if asked is not None and asked.served_as in (None, message.stream):
-                    asked.prompt_tokens = message.prompt_tokens
                     asked.served_as = message.stream
                     self._by_stream[message.stream] = asked
                     self._deliver(asked, message)
@@ -234,10 +205,6 @@ class Conversation:
                 )
                 asked.resumed_after = stream.last_seq
                 self._post(self._resume_of(asked))
-        elif isinstance(event, Block):
-            asked.last_block = event
-            if asked.first_block_ms is None:
-                asked.first_block_ms = event.elapsed_ms
         elif isinstance(event, StreamFinished | StreamFailed):
             self._settle(asked)
 
@@ -256,7 +223,7 @@ class Conversation:
         if asked is None:
             return  # a stream that was cancelled after it had ended
         if asked.cancelled and isinstance(error, StreamLost):
-            asked.end()
+            asked.stream.end_cancelled()
         else:
             asked.stream.fail(error)
         self._settle(asked)
@@ -274,7 +241,7 @@ class Conversation:
         self._outbox = deque(waiting for waiting in self._outbox if waiting is not request)
 
     def _end_here(self, asked: _Asked) -> None:
-        asked.end()
+        asked.stream.end_cancelled()
         self._settle(asked)
 
     def _settle(self, asked: _Asked) -> None:

@@ -197,7 +197,7 @@ class Exchange:
     def _end_cancelled(self, request_id: str) -> None:
         record = self._requests.get(request_id)
         if record is not None:
-            record.end_cancelled()
+            record.stream.end_cancelled()
             self._forget(record)
 
     def _fail(self, record: RemoteRequest, problem: D2FError) -> None:

@@ -9,13 +9,10 @@ from typing import Final
 from d2f_stream.buffer import EventBuffer
 from d2f_stream.errors import error_from
 from d2f_stream.events import (
-    Block,
     Event,
     StreamFailed,
     StreamFinished,
     StreamStarted,
-    Timings,
-    Usage,
 )
 from d2f_stream.protocol import Generate
 from d2f_stream.remote import RemoteStream
@@ -40,9 +37,6 @@ class RemoteRequest:
         self.node: str | None = None
         self.asked_after: int | None = None
         self.deadline: asyncio.TimerHandle | None = None
-        self._buffer = buffer
-        self._prompt_tokens = 0
-        self._steps = 0
         self._num_bounces = 0
 
     @property
@@ -60,31 +54,9 @@ class RemoteRequest:
             if isinstance(event, StreamFailed) and event.seq == 0:
                 self.stream.fail(error_from(event.code, event.message))
                 return True
-        complete = self.stream.receive(event)
-        if isinstance(event, StreamStarted):
-            self._prompt_tokens = event.prompt_tokens
-        elif isinstance(event, Block):
-            self._steps = event.steps
-        return complete
+        return self.stream.receive(event)
 
     def may_bounce(self) -> bool:
         """Whether a worker that shuts down may send the request on once more; counts it."""
         self._num_bounces += 1
         return self._num_bounces <= MAX_BOUNCES
-
-    def end_cancelled(self) -> None:
-        """End the stream on this side, with what it has. Idempotent."""
-        usage = Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=len(self._buffer.token_ids),
-            steps=self._steps,
-        )
-        finished = StreamFinished(
-            stream=self.stream.stream_id or "",
-            seq=self.stream.last_seq + 1,
-            reason="cancelled",
-            text_length=len(self._buffer.text),
-            usage=usage,
-            timings=Timings(first_block_ms=None, total_ms=0.0),
-        )
-        self.stream.end(finished)

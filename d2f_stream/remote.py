@@ -11,7 +11,16 @@ import msgspec
 
 from d2f_stream.buffer import EventBuffer
 from d2f_stream.errors import D2FError, InvalidRequest
-from d2f_stream.events import Draft, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.events import (
+    Block,
+    Draft,
+    Event,
+    StreamFailed,
+    StreamFinished,
+    StreamStarted,
+    Timings,
+    Usage,
+)
 from d2f_stream.params import GenerationParams, ParamOverrides
 from d2f_stream.protocol import Generate, OnDisconnect, Overrides, WirePrompt, wire_prompt
 from d2f_stream.session import Prompt
@@ -37,6 +46,9 @@ class RemoteStream:
         self.stream_id: str | None = None
         self.last_seq = -1
         self._buffer = buffer
+        self._prompt_tokens = 0
+        self._first_block: Block | None = None
+        self._last_block: Block | None = None
 
     @property
     def started(self) -> bool:
@@ -70,6 +82,11 @@ class RemoteStream:
         if event.seq > self.last_seq + 1:
             return False
         self.last_seq = event.seq
+        if isinstance(event, StreamStarted):
+            self._prompt_tokens = event.prompt_tokens
+        elif isinstance(event, Block):
+            self._first_block = self._first_block or event
+            self._last_block = event
         self._buffer.put(event)
         return True
 
@@ -91,6 +108,27 @@ class RemoteStream:
         """End the stream with an event made on this side. Idempotent."""
         if not self.ended:
             self._buffer.put(finished)
+
+    def end_cancelled(self) -> None:
+        """End the stream as cancelled from this side, with what has come. Idempotent."""
+        first, last = self._first_block, self._last_block
+        self.end(
+            StreamFinished(
+                stream=self.stream_id or self.request.request_id,
+                seq=self.last_seq + 1,
+                reason="cancelled",
+                text_length=len(self._buffer.text),
+                usage=Usage(
+                    prompt_tokens=self._prompt_tokens,
+                    completion_tokens=len(self._buffer.token_ids),
+                    steps=last.steps if last else 0,
+                ),
+                timings=Timings(
+                    first_block_ms=first.elapsed_ms if first else None,
+                    total_ms=last.elapsed_ms if last else 0.0,
+                ),
+            )
+        )
 
 
 def new_request(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2f_stream.errors import StreamLost
-from d2f_stream.events import Block, Event, StreamFailed
+from d2f_stream.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.protocol import Generate
 from d2f_stream.remote import RemoteStream
 from fakes import STREAM, Producer, block, draft, finished, started
@@ -99,3 +99,17 @@ async def test_failure_after_the_start_ends_the_stream_after_its_blocks() -> Non
     *_, last_block, end = await all_events(producer)
     assert isinstance(last_block, Block)
     assert end == StreamFailed(stream=STREAM, seq=2, code="stream_lost", message="gone")
+
+
+async def test_stream_cancelled_on_this_side_tells_what_had_come() -> None:
+    stream, producer = stream_of()
+    for event in LOG[:3]:
+        stream.receive(event)
+    stream.end_cancelled()
+    stream.end_cancelled()
+    *_, end = await all_events(producer)
+    assert isinstance(end, StreamFinished)
+    assert (end.stream, end.seq, end.reason) == (STREAM, 3, "cancelled")
+    assert end.text_length == len("0 1 ")
+    assert (end.usage.prompt_tokens, end.usage.completion_tokens, end.usage.steps) == (3, 8, 2)
+    assert (end.timings.first_block_ms, end.timings.total_ms) == (1.0, 1.0)
