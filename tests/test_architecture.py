@@ -14,6 +14,8 @@ VALUES = {"d2f_stream.errors", "d2f_stream.params"}
 EVENTS = VALUES | {"d2f_stream.events"}
 SESSION = EVENTS | {"d2f_stream.buffer"}
 SERVED = EVENTS | {"d2f_stream.protocol", "d2f_stream.session", "d2f_stream.server.limits"}
+CONNECTION = SERVED | {"d2f_stream.channels"}
+CONNECTION |= {"d2f_stream.server." + n for n in ("auth", "served_stream", "streams")}
 PURE = VALUES | {
     "d2f_runtime." + n for n in ("window", "policy", "partition", "blocks", "lookahead")
 }
@@ -48,9 +50,8 @@ ALLOWED = {
     | {"d2f_stream.server." + n for n in ("auth", "limits")},
     "d2f_stream.server.served_stream": SERVED,
     "d2f_stream.server.streams": SERVED | {"d2f_stream.server.served_stream"},
-    "d2f_stream.server.gateway": SERVED
-    | {"d2f_stream." + n for n in ("channels", "server.auth", "server.served_stream")}
-    | {"d2f_stream.server.streams"},
+    "d2f_stream.server.connection": CONNECTION,
+    "d2f_stream.server.gateway": CONNECTION | {"d2f_stream.server.connection"},
     "d2f_runtime.window": set(),
     "d2f_runtime.decoder": PURE,
     "d2f_runtime.policy": PURE,

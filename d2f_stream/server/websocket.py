@@ -24,7 +24,8 @@ from d2f_stream.server.auth import (
     token_of_header,
     token_of_subprotocols,
 )
-from d2f_stream.server.gateway import CLOSE_CODES, Gateway
+from d2f_stream.server.connection import CLOSE_CODES
+from d2f_stream.server.gateway import Gateway
 
 __all__ = ["WebSocketChannel", "stream_route"]
 
