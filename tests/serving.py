@@ -23,15 +23,14 @@ from d2f_stream.protocol import (
     Generate,
     Operation,
     Overrides,
-    RequestRejected,
     Resume,
-    ServerHello,
     ServerMessage,
 )
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server
 from d2f_stream.server.settings import ServeSettings
+from peers import Expecting
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 TWO_CLIENTS = Auth({"alice": ALICE, "bob": BOB})
@@ -90,7 +89,7 @@ class Address:
     port: int
 
 
-class Peer:
+class Peer(Expecting):
     """One websocket connection, through the `websockets` library."""
 
     def __init__(self, socket: ClientConnection, codec: Codec) -> None:
@@ -131,21 +130,6 @@ class Peer:
         assert isinstance(data, str) is self.codec.is_text
         message = self.codec.decode_message(data)
         assert message is not None
-        return message
-
-    async def hello(self) -> ServerHello:
-        message = await self.receive()
-        assert isinstance(message, ServerHello), message
-        return message
-
-    async def rejected(self) -> RequestRejected:
-        message = await self.receive()
-        assert isinstance(message, RequestRejected), message
-        return message
-
-    async def started(self) -> StreamStarted:
-        message = await self.receive()
-        assert isinstance(message, StreamStarted), message
         return message
 
     async def events(self, *, num_streams: int = 1) -> dict[str, list[Event]]:

@@ -23,7 +23,6 @@ from d2f_stream.protocol import (
     Generate,
     Operation,
     Overrides,
-    RequestRejected,
     Resume,
     ServerClosing,
     ServerHello,
@@ -33,6 +32,7 @@ from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from fakes import ANSWER, params
 from memory_network import Network, network, until
+from peers import Expecting
 
 LONG = "a" * 4000
 TOKENS = Auth({"alice": "alice-token", "bob": "bob-token"})
@@ -47,7 +47,7 @@ def held(answers: str = ANSWER) -> tuple[ScriptedBackend, StepGate]:
     return ScriptedBackend(answers, gate=gate), gate
 
 
-class Peer:
+class Peer(Expecting):
     """The client's end of one connection, message by message."""
 
     def __init__(self, channel: MemoryChannel, serving: "asyncio.Task[None]") -> None:
@@ -61,16 +61,6 @@ class Peer:
     async def receive(self) -> ServerMessage:
         message = self.channel.codec.decode_message(await self.channel.receive())
         assert message is not None
-        return message
-
-    async def rejected(self) -> RequestRejected:
-        message = await self.receive()
-        assert isinstance(message, RequestRejected), message
-        return message
-
-    async def started(self) -> StreamStarted:
-        message = await self.receive()
-        assert isinstance(message, StreamStarted), message
         return message
 
     async def to_the_end(self) -> list[Event]:
