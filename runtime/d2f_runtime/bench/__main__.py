@@ -20,43 +20,14 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
 
     stream = commands.add_parser("stream", help="tokens/s of whole answers, side by side")
-    stream.add_argument(
-        "--contender",
-        action="append",
-        required=True,
-        metavar="LABEL=FOLDER[=JSON]",
-        help="a model folder (empty: embedded) and generation parameters; repeat",
-    )
-    stream.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
-    stream.add_argument("--number", type=int, default=32, help="how many prompts")
-    stream.add_argument("--repeats", type=int, default=3)
-    stream.add_argument("--backend", default="auto")
-    stream.set_defaults(run=_stream)
-
+    _add_stream(stream)
     overhead = commands.add_parser("overhead", help="a step's cost beyond the model")
     overhead.set_defaults(run=_overhead)
 
     steps = commands.add_parser("steps", help="time of a backend step by the shape of its window")
-    steps.add_argument("folders", type=Path, nargs="+", help="model folders")
-    steps.add_argument("--backend", default="auto")
-    steps.add_argument("--device", default="auto")
-    steps.add_argument("--repeats", type=int, default=50)
-    steps.add_argument("--turns", type=int, default=5)
-    steps.set_defaults(run=_steps)
-
+    _add_steps(steps)
     step = commands.add_parser("step", help="time of a step of large models, random weights")
-    step.add_argument("--shape", action="append", help="llada-8b, dream-7b, llama-3-8b or tiny")
-    step.add_argument("--quantization", action="append", help="bf16, fp8 or fp32")
-    step.add_argument("--device", default="cuda")
-    step.add_argument("--cached", type=int, default=640, help="tokens before the window")
-    step.add_argument("--width", type=int, action="append", help="of a window")
-    step.add_argument("--rate", type=float, action="append", help="emulated acceptances per step")
-    step.add_argument("--steps", type=int, default=200)
-    step.add_argument("--seconds", type=float, default=300, help="begin nothing new after that")
-    step.add_argument("--no-checks", action="store_true")
-    step.add_argument("--runner", choices=["auto", "fast", "plain"], default="auto")
-    step.set_defaults(run=_step)
-
+    _add_step(step)
     _add_sweep(commands.add_parser("sweep", help="score against tokens per step over settings"))
 
     footprint = commands.add_parser("footprint", help="sizes, memory and start of the edge extra")
@@ -78,6 +49,44 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.output:
         given = sys.argv[1:] if argv is None else argv
         write_record(arguments.output, arguments.command, results, arguments=given)
+
+
+def _add_stream(stream: argparse.ArgumentParser) -> None:
+    stream.add_argument(
+        "--contender",
+        action="append",
+        required=True,
+        metavar="LABEL=FOLDER[=JSON]",
+        help="a model folder (empty: embedded) and generation parameters; repeat",
+    )
+    stream.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    stream.add_argument("--number", type=int, default=32, help="how many prompts")
+    stream.add_argument("--repeats", type=int, default=3)
+    stream.add_argument("--backend", default="auto")
+    stream.set_defaults(run=_stream)
+
+
+def _add_steps(steps: argparse.ArgumentParser) -> None:
+    steps.add_argument("folders", type=Path, nargs="+", help="model folders")
+    steps.add_argument("--backend", default="auto")
+    steps.add_argument("--device", default="auto")
+    steps.add_argument("--repeats", type=int, default=50)
+    steps.add_argument("--turns", type=int, default=5)
+    steps.set_defaults(run=_steps)
+
+
+def _add_step(step: argparse.ArgumentParser) -> None:
+    step.add_argument("--shape", action="append", help="llada-8b, dream-7b, llama-3-8b or tiny")
+    step.add_argument("--quantization", action="append", help="bf16, fp8 or fp32")
+    step.add_argument("--device", default="cuda")
+    step.add_argument("--cached", type=int, default=640, help="tokens before the window")
+    step.add_argument("--width", type=int, action="append", help="of a window")
+    step.add_argument("--rate", type=float, action="append", help="emulated acceptances per step")
+    step.add_argument("--steps", type=int, default=200)
+    step.add_argument("--seconds", type=float, default=300, help="begin nothing new after that")
+    step.add_argument("--no-checks", action="store_true")
+    step.add_argument("--runner", choices=["auto", "fast", "plain"], default="auto")
+    step.set_defaults(run=_step)
 
 
 def _stream(arguments: argparse.Namespace) -> dict[str, Any]:
