@@ -20,7 +20,10 @@ PACKAGES = (
 
 
 def environment(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return command, commit, date, processor and the versions of what may be involved."""
+    """Return command, commit, date, processor and the versions of what may be involved.
+
+    Where the sources are a copy without their repository, D2F_COMMIT names their commit.
+    """
     return {
         "command": shlex.join(["python", "-m", "d2f_runtime.bench", *arguments]),
         "commit": _commit(),
@@ -66,7 +69,7 @@ def _commit() -> str:
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("D2F_COMMIT", "unknown")
     return head + ("+changes" if dirty else "")
 
 

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+
+from d2f_runtime.bench import record
+
+
+def test_sources_without_a_repository_name_their_commit_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("D2F_COMMIT", "0123abc")
+    assert record.environment(["stream"])["commit"] == "0123abc"
+    monkeypatch.delenv("D2F_COMMIT")
+    assert record.environment(["stream"])["commit"] == "unknown"
