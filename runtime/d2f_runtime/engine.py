@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from d2f_runtime.backends.base import Backend, ModelInfo
+from d2f_runtime.limits import EngineLoad, Limits
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
-from d2f_runtime.step_loop import EngineLoad, Limits, StepLoop, StepObserver
+from d2f_runtime.step_loop import StepLoop, StepObserver
 from d2f_runtime.stream import Stream, StreamId
 from d2f_runtime.tokenizer import TextCodec
 from d2f_stream.buffer import EventBuffer

@@ -37,7 +37,7 @@ class _Session:
     block_size: int
     max_active_blocks: int | None
     num_rows: int
-    has_run: bool = False
+    num_runs: int = 0
 
     def narrowed(self, share: int) -> int:
         fitting = max(
@@ -46,7 +46,7 @@ class _Session:
         return fitting if self.max_active_blocks is None else min(fitting, self.max_active_blocks)
 
     def window_tokens(self, max_active_blocks: int) -> int:
-        if not self.has_run:
+        if not self.num_runs:
             return self.prompt_tokens + self.block_size
         return (max_active_blocks + 1) * self.block_size * self.num_rows  # an estimate
 
@@ -118,7 +118,7 @@ class Scheduler(Generic[Id]):
         runs, waiting does not help: `remove` it and fail the request.
         """
         session = self._running.pop(session_id)
-        session.has_run = False
+        session.num_runs = 0
         self._waiting = {session_id: session, **self._waiting}
         self._is_full = True
 
@@ -146,11 +146,28 @@ class Scheduler(Generic[Id]):
                 continue  # keeps its place, so it leads a later step
             room -= tokens
             run.append((session_id, max_active_blocks))
-            session.has_run = True
+            session.num_runs += 1
             self._running[session_id] = self._running.pop(session_id)
             if len(run) == self._max_rows:
                 break
         return Batch(admit, tuple(run))
+
+    def take_back(self, batch: Batch[Id]) -> None:
+        """Undo the run of a batch that did not come about: its sessions lead the line again."""
+        led: dict[Id, _Session] = {}
+        for session_id, _ in batch.run:
+            if (session := self._running.pop(session_id, None)) is not None:
+                session.num_runs -= 1
+                led[session_id] = session
+        self._running = {**led, **self._running}
+
+    @property
+    def admits(self) -> bool:
+        """Whether the next batch admits somebody."""
+        if not self._waiting or (self._is_full and self._running):
+            return False
+        used = sum(session.capacity_tokens for session in self._running.values())
+        return self._has_room(next(iter(self._waiting.values())), used)
 
     @property
     def num_running(self) -> int:
@@ -163,17 +180,22 @@ class Scheduler(Generic[Id]):
         return len(self._waiting)
 
     def _admit(self) -> tuple[Id, ...]:
-        if not self._waiting or (self._is_full and self._running):
+        if not self.admits:
             return ()
         self._is_full = False
         admitted: list[Id] = []
         used = sum(session.capacity_tokens for session in self._running.values())
         for session_id, session in self._waiting.items():
-            used += session.capacity_tokens
-            if len(self._running) == self._max_sessions or used > self._capacity_tokens:
+            if not self._has_room(session, used):
                 break  # first come, first served: nobody overtakes
+            used += session.capacity_tokens
             self._running[session_id] = session
             admitted.append(session_id)
         for session_id in admitted:
             del self._waiting[session_id]
         return tuple(admitted)
+
+    def _has_room(self, session: _Session, used: int) -> bool:
+        if len(self._running) == self._max_sessions:
+            return False
+        return used + session.capacity_tokens <= self._capacity_tokens

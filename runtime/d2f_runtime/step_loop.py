@@ -1,9 +1,14 @@
 """StepLoop: the one task that runs an engine's steps.
 
-Owns the streams and their slots; admits, steps, applies and ends them, in that order, once around
-for each step. Everything happens on the event loop except the calls named `do_*`, which go to the
-model's device thread. The task lives while there are streams, so an idle engine leaves nothing
-behind on its event loop.
+Owns the streams and their slots; admits, launches and announces steps, and ends streams. Everything
+happens on the event loop except the calls named `do_*`, which go to the model's device thread. The
+task lives while there are streams, so an idle engine leaves nothing behind on its event loop.
+
+Two steps are under way as a rule: one runs, and the next is planned and queued behind it, so that
+the device thread goes from one to the next at once. What a step made final is announced while the
+next one runs. Where a stream ends or another one joins, what is queued is withdrawn and what runs
+is waited for: slots are opened and closed with no step under way. A stream whose outcome is decided
+amid a step of its own takes nothing from that step.
 
 The task is never cancelled by its engine: a cancelled await returns while the device thread still
 writes K/V, and freeing that would be a use after free. Where it is cancelled from outside, as
@@ -12,68 +17,29 @@ and only then lets the cancellation through.
 """
 
 import asyncio
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
-from d2f_runtime.backends.base import StepRow
+from d2f_runtime.device import on_loop
+from d2f_runtime.early_requests import EarlyRequests, Prepare
+from d2f_runtime.limits import EngineLoad, Limits
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
-from d2f_runtime.scheduler import Scheduler
-from d2f_runtime.stream import Stream, StreamId, cancelled_unstarted
+from d2f_runtime.planned_step import Joined, PlannedStep
+from d2f_runtime.scheduler import Batch, Scheduler
+from d2f_runtime.step_queue import StepQueue
+from d2f_runtime.stream import Stream, StreamId
 from d2f_stream.buffer import EventBuffer
 from d2f_stream.errors import D2FError, EngineClosed, EngineFailed, OutOfCapacity
 
-__all__ = ["EngineLoad", "Limits", "StepLoop", "StepObserver"]
+__all__ = ["StepLoop", "StepObserver"]
 
 logger = logging.getLogger("d2f_stream.engine")
 
-Prepare = Callable[[ModelParts], Stream]
+T = TypeVar("T")
+
 StepObserver = Callable[[float, int], None]
 """Is given a step's wall time, seconds, and how many rows it had."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much an engine takes on at once; the backend's own storage may bound it further.
-
-    Attributes:
-        max_sessions: sessions that hold a slot.
-        max_tokens: tokens that all slots together have room for.
-        max_rows: sessions that share a step.
-        max_step_tokens: window tokens that a step aims for.
-        max_prompt_tokens: of one request; None leaves it to the model.
-    """
-
-    max_sessions: int = 32
-    max_tokens: int = 2**31
-    max_rows: int = 16
-    max_step_tokens: int = 1024
-    max_prompt_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """What an engine does at one moment.
-
-    Attributes:
-        num_running: sessions that hold a slot.
-        num_waiting: sessions in the queue.
-        kv_tokens: tokens that the open slots have room for.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What came while the model was loading."""
-
-    prepare: Prepare
-    buffer: EventBuffer
 
 
 class StepLoop:
@@ -98,8 +64,9 @@ class StepLoop:
             max_rows=limits.max_rows,
             max_step_tokens=limits.max_step_tokens,
         )
-        self._requests: dict[StreamId, _Request] = {}
+        self._early = EarlyRequests()
         self._streams: dict[StreamId, Stream] = {}
+        self._steps = StepQueue(model)
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._closing = False
@@ -110,7 +77,7 @@ class StepLoop:
         scheduler = self._scheduler
         return EngineLoad(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting + len(self._requests),
+            num_waiting=scheduler.num_waiting + len(self._early),
             kv_tokens=sum(s.capacity for s in self._streams.values() if s.slot is not None),
         )
 
@@ -131,9 +98,11 @@ class StepLoop:
             D2FError: the request is refused; while the model is loading, `buffer` gets that.
         """
         if self.parts is None:
-            self._requests[stream_id] = _Request(prepare, buffer)
+            self._early.put(stream_id, prepare, buffer)
         else:
             self._add(prepare(self.parts))
+            if self._scheduler.admits:
+                self._steps.withdraw()
         self._wake.set()
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name=f"d2f-steps-{self._model.name}")
@@ -141,11 +110,10 @@ class StepLoop:
     def cancel(self, stream_id: StreamId) -> None:
         """End a stream; its slot is closed before the next step."""
         stream = self._streams.get(stream_id)
-        request = self._requests.pop(stream_id, None)
         if stream is not None and stream.outcome is None:
             stream.outcome = "cancelled"
-        if request is not None:
-            request.buffer.put(cancelled_unstarted(stream_id))
+            self._steps.withdraw()
+        self._early.cancel(stream_id)
         self._wake.set()
 
     def pause(self, stream_id: StreamId) -> None:
@@ -162,8 +130,9 @@ class StepLoop:
     def close(self, then: Callable[[], None]) -> None:
         """End all streams after the call in flight; `then` is called when the task is gone."""
         self._closing = True
+        self._steps.withdraw()
         self._wake.set()
-        self._reject_requests(EngineClosed("the engine was closed"))
+        self._early.reject(EngineClosed("the engine was closed"))
         if self._task is None or self._task.done():
             then()
         else:
@@ -182,50 +151,76 @@ class StepLoop:
 
     async def _serve(self) -> None:
         parts = await self.load()
-        self._take_requests(parts)
+        self._early.start(parts, self._add)
         while self._streams:
             self._wake.clear()
             if self._closing:
-                for stream in self._streams.values():
-                    stream.outcome = stream.outcome or EngineClosed("the engine was closed")
-            if ended := [s for s in self._streams.values() if s.outcome is not None]:
-                await self._retire(ended)
-            if self._streams and not await self._step():
+                self._end_streams(EngineClosed("the engine was closed"))
+            ended = any(stream.outcome is not None for stream in self._streams.values())
+            if ended or (self._steps and self._scheduler.admits):
+                await self._settle()
+            elif not await self._advance():
                 await self._wake.wait()
 
-    async def _step(self) -> bool:
-        """Admit, and run one step; False if nothing can run before something changes."""
+    async def _advance(self) -> bool:
+        """Launch a step and announce the one before it; False if nothing can run for now."""
         batch = self._scheduler.next_batch()
         if batch.admit:
             await self._admit([self._streams[stream_id] for stream_id in batch.admit])
-        rows: list[StepRow] = []
-        shares: list[tuple[Stream, slice]] = []
-        for stream_id, max_active_blocks in batch.run:
-            stream = self._streams[stream_id]
-            if stream.slot is not None and stream.outcome is None:
-                first = len(rows)
-                try:
-                    rows += stream.rows(stream.slot, max_active_blocks)
-                except Exception as error:
-                    _end_alone(stream, error)
-                else:
-                    shares.append((stream, slice(first, len(rows))))
-        if not rows:
+        launched = self._launch(batch)
+        if len(self._steps) > launched:  # else there is none before it: plan one more
+            await self._announce_oldest()
+        elif not launched:
             # Where only other engines hold slots, their end wakes this one.
             return bool(batch.run) and self._scheduler.num_running > 0
-        began = time.perf_counter()
-        proposals = await self._model.device.call(self._model.do_step, rows)
-        for observe in self.observers:
-            observe(time.perf_counter() - began, len(rows))
-        if len(proposals) != len(rows):
-            raise RuntimeError(f"the backend answered {len(rows)} rows with {len(proposals)}")
-        for stream, share in shares:
-            if stream.outcome is None:
-                try:
-                    stream.apply(proposals[share])
-                except Exception as error:
-                    _end_alone(stream, error)
         return True
+
+    def _launch(self, batch: Batch[StreamId]) -> bool:
+        """Queue a step of the batch behind what is under way; False if it has no stream to run."""
+        asked = [(self._streams[stream_id], bound) for stream_id, bound in batch.run]
+        ready = [each for each in asked if each[0].slot is not None and each[0].outcome is None]
+        if ready:
+            after, show = self._steps.newest, on_loop(self._show)
+            self._steps.put(PlannedStep(batch, ready, after=after, show=show))
+        return bool(ready)
+
+    async def _announce_oldest(self) -> None:
+        """Wait for the oldest step under way, and announce what it brought."""
+        step, result = await self._steps.take()
+        if result is None:
+            self._scheduler.take_back(step.batch)
+            return
+        if result.num_rows:
+            for observe in self.observers:
+                observe(result.wall_s, result.num_rows)
+        for stream, progress in zip(step.streams, result.progress, strict=True):
+            self._tell(stream, stream.announce, progress)
+
+    async def _settle(self) -> None:
+        """Announce all that is under way, then end the streams that are to end."""
+        self._steps.withdraw()
+        while self._steps:
+            await self._announce_oldest()
+        if ended := [s for s in self._streams.values() if s.outcome is not None]:
+            await self._retire(ended)
+
+    def _show(self, joined: Joined) -> None:
+        for stream, blocks in joined:
+            self._tell(stream, stream.show, blocks)
+
+    def _tell(self, stream: Stream, tell: Callable[[T], None], news: T | Exception) -> None:
+        """Let a stream announce something; an error of its own ends that stream only."""
+        if stream.outcome is not None:
+            return
+        try:
+            if isinstance(news, Exception):
+                raise news
+            tell(news)
+        except Exception as error:
+            logger.error("stream %s failed", stream.id, exc_info=error)
+            stream.outcome = D2FError(f"the stream failed: {error!r}")
+        if stream.outcome is not None:
+            self._steps.withdraw()
 
     async def _admit(self, streams: Sequence[Stream]) -> None:
         """Open slots in order of arrival, as far as there is room."""
@@ -233,7 +228,7 @@ class StepLoop:
         for number, stream in enumerate(streams):
             try:
                 slot = await model.device.call(
-                    model.do_open_slot, self, stream.capacity, _waker(self._wake)
+                    model.do_open_slot, self, stream.capacity, on_loop(self._wake.set)
                 )
             except OutOfCapacity as error:  # and nothing to wait for
                 stream.outcome = stream.outcome or error
@@ -256,10 +251,10 @@ class StepLoop:
     async def _end_all(self, error: D2FError) -> None:
         """End everything after the call in flight, however often this task is cancelled."""
         interrupted = False
-        while self._streams or self._requests:
-            self._reject_requests(error)
-            for stream in self._streams.values():
-                stream.outcome = stream.outcome or error
+        self._steps.abandon()
+        while self._streams or self._early:
+            self._early.reject(error)
+            self._end_streams(error)
             closed = self._model.device.call(self._model.do_close_slots_of, self)
             while not closed.done():
                 try:
@@ -273,6 +268,10 @@ class StepLoop:
         if interrupted:
             raise asyncio.CancelledError
 
+    def _end_streams(self, error: D2FError) -> None:
+        for stream in self._streams.values():
+            stream.outcome = stream.outcome or error
+
     def _note_failure(self, error: Exception) -> None:
         MODELS.discard(self._model)
         name, loaded = self._model.name, self.parts is not None
@@ -282,22 +281,6 @@ class StepLoop:
         else:
             self.failure = EngineFailed(f"the backend failed: {error!r}")
             self.failure.__cause__ = error
-
-    def _take_requests(self, parts: ModelParts) -> None:
-        requests, self._requests = self._requests, {}
-        for request in requests.values():
-            try:
-                self._add(request.prepare(parts))
-            except D2FError as error:
-                request.buffer.reject(error)
-            except Exception as error:
-                logger.exception("a request failed")
-                request.buffer.reject(D2FError(f"the request failed: {error!r}"))
-
-    def _reject_requests(self, error: D2FError) -> None:
-        requests, self._requests = self._requests, {}
-        for request in requests.values():
-            request.buffer.reject(error)
 
     def _add(self, stream: Stream) -> None:
         params = stream.params
@@ -318,19 +301,3 @@ class StepLoop:
         self._scheduler.remove(stream.id)
         stream.end()
         logger.debug("stream %s: %s", stream.id, stream.outcome)
-
-
-def _end_alone(stream: Stream, error: Exception) -> None:
-    """Let an error of one stream's own code end that stream only."""
-    logger.error("stream %s failed", stream.id, exc_info=error)
-    stream.outcome = D2FError(f"the stream failed: {error!r}")
-
-
-def _waker(wake: asyncio.Event) -> Callable[[], None]:
-    loop = asyncio.get_running_loop()
-
-    def call() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(wake.set)
-
-    return call

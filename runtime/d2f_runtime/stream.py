@@ -1,20 +1,19 @@
 """Stream: one request inside the step loop, from its prompt's ids to its terminal event.
 
-Joins decoder, text and events; knows neither tasks nor threads, and of backends only the rows that
-they take. The step loop drives it: `start`, then `rows` and `apply` for each step, and `end`.
+Joins the answer's text and its events. Its other half, the denoiser, belongs to the device thread
+from the first step on; what that made of a step is announced here, while the next step may be under
+way. The step loop drives both: `start`, then `announce` after each step, and `end`.
 """
 
 import functools
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import NewType
 
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
-from d2f_runtime.decoder import BlockDecoder, BlockView, Committed
+from d2f_runtime.backends.base import ModelInfo, Slot
+from d2f_runtime.decoder import BlockView, Committed
+from d2f_runtime.denoiser import Denoiser, Progress
 from d2f_runtime.detokenizer import Detokenizer
-from d2f_runtime.noise import SamplingNoise
-from d2f_runtime.window import Proposals
 from d2f_stream.buffer import EventBuffer
 from d2f_stream.errors import D2FError
 from d2f_stream.events import (
@@ -41,6 +40,7 @@ class Stream:
 
     Attributes:
         id: also the request's id.
+        denoiser: for the device thread.
         slot: the backend's storage, while it has one; kept by the step loop.
         outcome: why the stream is to end, once that is decided; the terminal event follows.
 
@@ -65,25 +65,14 @@ class Stream:
         self.num_prompt_tokens = len(prompt_tokens)
         self._info = info
         self._buffer = buffer
-        self._decoder = BlockDecoder(
-            prompt_tokens=prompt_tokens,
-            params=params,
-            mask_id=info.mask_id,
-            eos_ids=info.eos_ids,
-            shift_logits=info.shift_logits,
-            prompt_attention=info.prompt_attention,
-            native_block_size=info.native_block_size,
-        )
+        self.denoiser = Denoiser(prompt_tokens=prompt_tokens, params=params, info=info)
         self._detokenizer = Detokenizer(decode=decode, stop=params.stop)
         self._piece = functools.lru_cache(maxsize=4096)(lambda token: decode((token,)))
         self._drafts: dict[int, tuple[int, ...]] = {}
-        self._noise: SamplingNoise | None = None
-        if params.temperature > 0:
-            seed = params.seed
-            self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
         self._seq = 0
         self._text_length = 0
         self._num_tokens = 0
+        self._num_steps = 0
         self._started_at = time.perf_counter()
         self._first_block_ms: float | None = None
 
@@ -126,30 +115,18 @@ class Stream:
             )
         )
 
-    def rows(self, slot: Slot, max_active_blocks: int | None) -> list[StepRow]:
-        """Begin a step: one row for each window, none once the answer is finished."""
-        params, noise = self.params, self._noise
-        step = self._decoder.num_steps
-        windows = self._decoder.next_windows(max_active_blocks=max_active_blocks)
-        if params.drafts:
-            self._draft_all()  # shows a block that just joined, all masks
-        return [
-            StepRow(
-                slot=slot,
-                window=window,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                rank=params.rank,
-                uniforms=None if noise is None else noise.uniforms(window, step),
-            )
-            for window in windows
-        ]
+    def show(self, blocks: Sequence[BlockView]) -> None:
+        """Put drafts of blocks, unless they would say the same again."""
+        for view in blocks:
+            self._draft(view)
 
-    def apply(self, proposals: Sequence[Proposals]) -> None:
-        """End the step: put the events of what it made final; the last block sets `outcome`."""
-        events = self._decoder.apply(proposals)
-        reason = self._decoder.finish_reason
-        committed = [event for event in events if isinstance(event, Committed)]
+    def announce(self, progress: Progress) -> None:
+        """Put the events of what a step made final; the last block sets `outcome`.
+
+        Steps that are not announced do not count: those of a stream that has its outcome already.
+        """
+        self._num_steps = progress.num_steps
+        committed, reason = progress.committed, progress.reason
         for block in committed:
             ends = block.tokens[-1] in self._info.eos_ids  # a draining decoder goes on after it
             self._commit(block, is_last=ends or (reason is not None and block is committed[-1]))
@@ -157,8 +134,7 @@ class Stream:
                 self.outcome = "stop"
                 return
         self.outcome = reason
-        if self.params.drafts:
-            self._draft_all()
+        self.show(progress.active)
 
     def end(self) -> None:
         """Announce the outcome as the terminal event; turn away a request that never began."""
@@ -184,7 +160,7 @@ class Stream:
                 usage=Usage(
                     prompt_tokens=self.num_prompt_tokens,
                     completion_tokens=self._num_tokens,
-                    steps=self._decoder.num_steps,
+                    steps=self._num_steps,
                 ),
                 timings=Timings(first_block_ms=self._first_block_ms, total_ms=self._elapsed_ms()),
             )
@@ -210,14 +186,10 @@ class Stream:
                 stop=block.stop,
                 text=text,
                 token_ids=tokens,
-                steps=self._decoder.num_steps,
+                steps=self._num_steps,
                 elapsed_ms=elapsed_ms,
             )
         )
-
-    def _draft_all(self) -> None:
-        for view in self._decoder.active_blocks:
-            self._draft(view)
 
     def _draft(self, view: BlockView) -> None:
         if self._drafts.get(view.index) == view.tokens:

@@ -23,7 +23,8 @@ def test_contenders_answer_the_same_prompts_and_are_recorded(tmp_path: Path) -> 
     output = tmp_path / "record.json"
     setting = '{"max_new_tokens": 32}'
     contenders = [f"--contender=quick={quick}={setting}", f"--contender=slow={slow}={setting}"]
-    main(["stream", *contenders, f"--prompts={prompts}", "--repeats=2", f"--output={output}"])
+    machine = ["--repeats=2", "--device=cpu", f"--output={output}"]
+    main(["stream", *contenders, f"--prompts={prompts}", *machine])
 
     record = json.loads(output.read_text())
     results = record["results"]

@@ -47,8 +47,8 @@ async def test_break_frees_the_slot_within_one_step() -> None:
     async with engine_over(backend) as engine:
         gate.let_through(2)  # a block of 8, 4 per step
         async for _ in engine.generate("hi"):
+            await asyncio.to_thread(gate.wait_entered, 3)
             break
-        await asyncio.to_thread(gate.wait_entered, 3)
         await slot_is_free_within_one_step(engine, backend, gate)
 
 

@@ -55,15 +55,21 @@ def _add_stream(stream: argparse.ArgumentParser) -> None:
     stream.add_argument(
         "--contender",
         action="append",
-        required=True,
         metavar="LABEL=FOLDER[=JSON]",
         help="a model folder (empty: embedded) and generation parameters; repeat",
     )
-    stream.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    stream.add_argument("--prompts", type=Path, help="JSON lines with `prompt`")
     stream.add_argument("--number", type=int, default=32, help="how many prompts")
     stream.add_argument("--repeats", type=int, default=3)
     stream.add_argument("--backend", default="auto")
-    stream.set_defaults(run=_stream)
+    stream.add_argument("--device", default="auto")
+    shapes = stream.add_argument_group("random weights of a shape, instead of contenders")
+    shapes.add_argument("--shape", action="append", help="llada-8b, dream-7b, llama-3-8b or tiny")
+    shapes.add_argument("--quantization", action="append", help="bf16, fp8, nf4, ...; repeat")
+    shapes.add_argument("--rate", type=float, action="append", help="emulated acceptances per step")
+    shapes.add_argument("--cached", type=int, default=640, help="tokens before the mean window")
+    shapes.add_argument("--steps", type=int, default=600, help="in whole answers, at least")
+    stream.set_defaults(run=_stream, refuse=stream.error)
 
 
 def _add_steps(steps: argparse.ArgumentParser) -> None:
@@ -90,6 +96,12 @@ def _add_step(step: argparse.ArgumentParser) -> None:
 
 
 def _stream(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.shape:
+        if arguments.contender or arguments.prompts:
+            arguments.refuse("--shape makes its own models and prompts; leave out --contender")
+        return _stream_shapes(arguments)
+    if not arguments.contender or not arguments.prompts:
+        arguments.refuse("give --contender and --prompts, or --shape")
     from d2f_runtime.bench.stream import Contender, compare, read_prompts
 
     contenders = []
@@ -99,8 +111,31 @@ def _stream(arguments: argparse.Namespace) -> dict[str, Any]:
         contenders.append(Contender(label, Path(folder) if folder else None, overrides))
     prompts = read_prompts(arguments.prompts, arguments.number)
     return asyncio.run(
-        compare(contenders, prompts, repeats=arguments.repeats, backend=arguments.backend)
+        compare(
+            contenders,
+            prompts,
+            repeats=arguments.repeats,
+            backend=arguments.backend,
+            device=arguments.device,
+        )
     )
+
+
+def _stream_shapes(arguments: argparse.Namespace) -> dict[str, Any]:
+    from d2f_runtime.bench.stream_shapes import ShapeSettings, compare_shapes
+
+    lists = {"shape": "shapes", "quantization": "quantizations", "rate": "rates"}
+    given = {new: getattr(arguments, old) for old, new in lists.items() if getattr(arguments, old)}
+    if arguments.device != "auto":
+        given["device"] = arguments.device
+    settings = ShapeSettings(**given, cached=arguments.cached, steps=arguments.steps)
+    return compare_shapes(settings, partial(_note, arguments))
+
+
+def _note(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Record what there is, in case that the rest never comes."""
+    if arguments.output:
+        write_record(arguments.output, arguments.command, results, arguments=sys.argv[1:])
 
 
 def _overhead(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -137,12 +172,7 @@ def _step(arguments: argparse.Namespace) -> dict[str, Any]:
         checks=not arguments.no_checks,
         runner=arguments.runner,
     )
-
-    def note(results: dict[str, Any]) -> None:
-        if arguments.output:
-            write_record(arguments.output, "step", results, arguments=sys.argv[1:])
-
-    return time_steps(settings, note)
+    return time_steps(settings, partial(_note, arguments))
 
 
 def _add_sweep(sweep: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """Whole answers through an engine, on a model whose proposals are never confident by themselves.
 
 After the real step the host replaces the confidences, so that a given number of masks passes the
-threshold: random weights then decode as a trained model would.
+threshold: random weights then decode as a trained model would. What that takes is part of the wall
+times, and is told apart.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2f_runtime.backends.base import Backend, ModelInfo, Slot, StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
@@ -43,34 +44,42 @@ def time_engine(backend: TorchBackend, rate: float, *, cached: int, steps: int) 
     params = GenerationParams(max_new_tokens=length, block_size=block, max_active_blocks=4)
     prompt = [10 + i % 100 for i in range(num_prompt)]
     answers: list[float] = []
+    first_blocks: list[float] = []
+    breaks: list[tuple[int, int]] = []
 
     async def run() -> None:
         async with LocalEngine.over(accepting, _Silent()) as engine:
             await engine.generate(prompt, params).result()  # captures what is still missing
-            accepting.entered.clear()
-            accepting.widths.clear()
-            while len(accepting.entered) < steps:
-                first = len(accepting.entered)
+            accepting.calls.clear()
+            while len(accepting.calls) < steps:
+                first = len(accepting.calls)
                 began = time.perf_counter()
-                await engine.generate(prompt, params).result()
+                result = await engine.generate(prompt, params).result()
                 answers.append(length / (time.perf_counter() - began))
-                breaks.append((first, len(accepting.entered)))
+                first_blocks.append(result.timings.first_block_ms or 0.0)
+                breaks.append((first, len(accepting.calls)))
 
-    breaks: list[tuple[int, int]] = []
     asyncio.run(run())
     by_width: dict[int, list[float]] = defaultdict(list)
     walls: list[float] = []
+    gaps: list[float] = []
+    emulation: list[float] = []
     for first, stop in breaks:
         for i in range(first + 1, stop - 1):  # the first is the prompt's, the last has no end
-            wall = (accepting.entered[i + 1] - accepting.entered[i]) * 1e3
-            walls.append(wall)
-            by_width[accepting.widths[i]].append(wall)
+            call, begins = accepting.calls[i], accepting.calls[i + 1].began
+            walls.append((begins - call.began) * 1e3)
+            gaps.append((begins - call.ended) * 1e3)
+            emulation.append((call.ended - call.stepped) * 1e3)
+            by_width[call.width].append(walls[-1])
     per_step = sum(length for _ in breaks) / sum(stop - first for first, stop in breaks)
     return {
         "tokens_per_second": spread(answers, 1),
         "decode_tokens_per_second": round(per_step * 1e3 * len(walls) / sum(walls), 1),
         "tokens_per_step": round(per_step, 2),
+        "first_block_ms": spread(first_blocks),
         "wall_ms": spread(walls),
+        "around_backend_ms": spread(gaps),
+        "emulation_ms": spread(emulation),
         "wall_ms_by_width": {
             width: spread(times) for width, times in sorted(by_width.items()) if len(times) > 9
         },
@@ -104,6 +113,15 @@ class _Silent:
         return "".join(str(message) for message in messages)
 
 
+class _Call(NamedTuple):
+    """A step's width, and when it began, was done, and had its confidences replaced; seconds."""
+
+    width: int
+    began: float
+    stepped: float
+    ended: float
+
+
 class _Accepting:
     """A backend whose proposals are confident at `rate` masks per step on average.
 
@@ -116,8 +134,7 @@ class _Accepting:
         self._credit = 0.0
         self._random = random.Random(0)
         self._mask_id = inner.info.mask_id
-        self.entered: list[float] = []
-        self.widths: list[int] = []
+        self.calls: list[_Call] = []
 
     @property
     def info(self) -> ModelInfo:
@@ -130,10 +147,13 @@ class _Accepting:
         return self._inner.open_slot(capacity, prefix=prefix)
 
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
-        self.entered.append(time.perf_counter())
-        self.widths.append(len(rows[0].window.tokens))
+        began = time.perf_counter()
         found = self._inner.step(rows)
-        return [self._accept(row, proposals) for row, proposals in zip(rows, found, strict=True)]
+        stepped = time.perf_counter()
+        changed = [self._accept(row, each) for row, each in zip(rows, found, strict=True)]
+        width = len(rows[0].window.tokens)
+        self.calls.append(_Call(width, began, stepped, time.perf_counter()))
+        return changed
 
     def close_slot(self, slot: Slot) -> None:
         self._inner.close_slot(slot)

@@ -50,12 +50,13 @@ async def compare(
     *,
     repeats: int = 3,
     backend: str = "auto",
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Answer all prompts `repeats` times with every contender, each time after one warm-up."""
     samples = {contender.label: _Samples() for contender in contenders}
     for _ in range(repeats):
         for contender in contenders:
-            async with d2f_stream.load(contender.model, backend=backend) as engine:
+            async with d2f_stream.load(contender.model, backend=backend, device=device) as engine:
                 await engine.generate(prompts[0]["prompt"], **contender.overrides).result()
                 for prompt in prompts:
                     await _answer(engine, contender, prompt, samples[contender.label])
