@@ -1,0 +1,1 @@
+"""Distillation of a bidirectional diffusion model into a block-causal D2F student."""

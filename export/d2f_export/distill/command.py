@@ -1,0 +1,73 @@
+"""The arguments of `d2f-stream distill`: a flag for each setting, over those of a TOML file."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_origin
+
+import msgspec
+
+from d2f_export.distill.settings import DistillSettings, read_settings, settings_of
+from d2f_stream.errors import MissingExtra
+
+__all__ = ["build_parser", "main", "values_of"]
+
+_REPEATED: Final = ("data",)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "d2f-stream distill") -> None:
+    """Distil as the arguments say.
+
+    Raises:
+        MissingExtra: a library of the export extra is not installed.
+        D2FError: see `distill`.
+    """
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    settings = settings_of(values_of(args))
+    try:
+        from rich.console import Console
+
+        from d2f_export.distill.run import distill
+    except ImportError as error:
+        raise MissingExtra("distillation", error.name or "torch", "export") from error
+    distill(settings, args.output, cpu=args.cpu, console=Console())
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser; settings that are not given are absent."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Distil a LLaDA- or Dream-family model into a block-causal D2F student.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder; resumes")
+    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
+    group = parser.add_argument_group("settings")
+    for field in msgspec.structs.fields(DistillSettings):
+        _add(group, field.name, field.type, field.default)
+    return parser
+
+
+def values_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the file and the flags give."""
+    values = {} if args.config is None else read_settings(args.config)
+    own = {"output", "config", "cpu"}
+    return values | {name: value for name, value in vars(args).items() if name not in own}
+
+
+def _add(group: "argparse._ArgumentGroup", name: str, kind: Any, default: Any) -> None:
+    plain, *metas = get_args(kind) if hasattr(kind, "__metadata__") else (kind,)
+    text = " ".join(meta.description for meta in metas if meta.description)
+    shown = f"{text} ({default})" if default is not msgspec.NODEFAULT and default != "" else text
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown.strip()}
+    if plain is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif name in _REPEATED:
+        options |= {"nargs": "+", "metavar": "FILE"}
+    elif get_origin(plain) is Literal:
+        options["choices"] = get_args(plain)
+    else:
+        options["type"] = plain if plain in (int, float) else str
+        options["metavar"] = {int: "N", float: "X"}.get(plain, "TEXT")
+    group.add_argument(f"--{name.replace('_', '-')}", **options)
