@@ -113,6 +113,7 @@ def _step(device: str) -> str:
     import torch
 
     from d2f_runtime.backends.capability import choose_runner
+    from d2f_runtime.backends.kernel_trust import kernel_fault
     from d2f_runtime.kernels.language import HAS_TRITON
 
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
@@ -121,6 +122,7 @@ def _step(device: str) -> str:
         compute_capability=capability,
         has_triton=HAS_TRITON,
         quantization="bf16",
+        fault=kernel_fault(torch.device(device), "bf16"),
     )
     return f"{choice.name} step: {choice.reason}"
 

@@ -1,4 +1,8 @@
-"""Import this before any kernel: without a CUDA device, Triton's interpreter runs them here."""
+"""Import this before any kernel: it says where kernels can run, and mends Triton's interpreter.
+
+On a machine without a CUDA device they run in the interpreter, which must be switched on by
+TRITON_INTERPRET=1 in the environment: a process that has imported kernels without it cannot.
+"""
 
 import os
 from typing import Any
@@ -6,10 +10,10 @@ from typing import Any
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CAN_RUN = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _interpret() -> None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+def _mend() -> None:
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -24,5 +28,5 @@ def _interpret() -> None:
     interpreter._patch_lang_tensor = patch
 
 
-if DEVICE == "cpu":
-    _interpret()
+if DEVICE == "cpu" and CAN_RUN:
+    _mend()

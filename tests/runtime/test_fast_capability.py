@@ -1,6 +1,6 @@
 import pytest
 
-from d2f_runtime.backends.capability import RunnerChoice, choose_runner
+from d2f_runtime.backends.capability import RunnerChoice, choose_runner, is_proven
 
 HOPPER, ADA, AMPERE, TURING = (9, 0), (8, 9), (8, 0), (7, 5)
 
@@ -11,6 +11,7 @@ def choose(
     triton: bool = True,
     quantization: str = "bf16",
     head_dim: int = 128,
+    fault: str = "",
     wanted: str = "auto",
 ) -> RunnerChoice:
     return choose_runner(
@@ -19,6 +20,7 @@ def choose(
         has_triton=triton,
         quantization=quantization,
         head_dim=head_dim,
+        fault=fault,
         wanted=wanted,
     )
 
@@ -58,7 +60,48 @@ def test_fp8_needs_the_fast_step_on_a_gpu_that_knows_it() -> None:
     assert "8.0, not 8.9" in choose(AMPERE, quantization="fp8").reason
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_low_bits_run_anywhere_but_dequantised_on_the_plain_step(quantization: str) -> None:
+    assert choose(AMPERE, quantization=quantization).name == "fast"
+    for choice in (
+        choose(None, quantization=quantization),
+        choose(TURING, quantization=quantization),
+        choose(triton=False, quantization=quantization),
+        choose(quantization=quantization, wanted="plain"),
+    ):
+        assert choice.name == "plain"
+        assert f"multiplies {quantization} weights dequantised" in choice.reason
+
+
 def test_the_fast_step_can_be_insisted_on() -> None:
     assert choose(None, wanted="fast", quantization="fp32").name == "fast"
     assert choose(HOPPER, wanted="fast", quantization="fp32").name == "fast"
     assert choose(TURING, wanted="fast").name is None
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "proven"),
+    [
+        ("3.6.0", HOPPER, True),
+        ("3.6.1+git1234", HOPPER, True),
+        ("3.6.0", AMPERE, False),
+        ("3.60.0", HOPPER, False),
+        ("3.9.0", HOPPER, False),
+        ("main", HOPPER, False),
+        ("", HOPPER, False),
+    ],
+)
+def test_kernels_are_proven_where_they_were_run(
+    version: str, capability: tuple[int, int], proven: bool
+) -> None:
+    assert is_proven(version, capability) is proven
+
+
+def test_kernels_at_fault_are_not_used() -> None:
+    fault = "a trial of the fast step with Triton 3.9.0 errs by 0.3"
+    assert choose(fault=fault) == RunnerChoice("plain", fault)
+    refused = choose(fault=fault, quantization="fp8")
+    assert refused.name is None
+    assert fault in refused.reason
+    assert fault in choose(fault=fault, wanted="fast").reason
+    assert "no CUDA device" in choose(None, fault=fault).reason

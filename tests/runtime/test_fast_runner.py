@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from triton_mode import DEVICE  # isort: skip  # before the kernels
+from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.buckets import Bucket
@@ -79,7 +79,9 @@ def test_sampled_answers_equal_those_of_the_plain_step() -> None:
     assert_equal(trace(backend("dream", "fast"), temperature=0.9), wanted)
 
 
-@pytest.mark.skipif(not HAS_TRITON or DEVICE == "cuda", reason="for Triton's interpreter")
+@pytest.mark.skipif(
+    not HAS_TRITON or not CAN_RUN or DEVICE == "cuda", reason="for Triton's interpreter"
+)
 def test_interpreted_kernels_decode_the_same() -> None:
     fast = backend("dream", "fast")
     assert isinstance(fast._runner, FastRunner)

@@ -5,7 +5,9 @@ where the device allows it, else the plain one.
 """
 
 import copy
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,24 +15,30 @@ import torch
 
 from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
 from d2f_runtime.backends.capability import RunnerChoice, choose_runner
-from d2f_runtime.backends.kv_pool import KVPool
+from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
+from d2f_runtime.backends.quantization_choice import QUANTIZATIONS, choose_quantization
 from d2f_runtime.backends.rows import check_row, to_proposals
 from d2f_runtime.backends.runner import Runner
 from d2f_runtime.kernels.language import HAS_TRITON
-from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.quantization.stored import LOW_BIT, dequantise_layers
 from d2f_runtime.window import Proposals
 from d2f_stream.errors import UnsupportedModel
 from d2f_stream.params import GenerationParams
 
-__all__ = ["DTYPES", "TorchBackend", "load"]
+__all__ = ["DTYPES", "QUANTIZED", "TorchBackend", "load"]
 
-DEFAULT_POOL_BYTES: Final = 1 << 30
+logger = logging.getLogger("d2f_stream.torch_backend")
+
 NUM_SCRATCH: Final = 256  # places for the windows of lookahead branches
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Quantized = Literal["fp8", "int8", "nf4"]
+QUANTIZED: Final[dict[str, Quantized]] = {"fp8": "fp8", "int8": "int8", "nf4": "nf4"}
 
 
 class TorchBackend:
@@ -41,8 +49,10 @@ class TorchBackend:
         name: for people.
         device: "cpu", "cuda" or "cuda:0".
         dtype: of weights and K/V; the head's softmax is fp32.
-        quantization: "fp8" for the layers' products (a GPU's fast step only); None for `dtype`.
-        max_tokens: K/V places over all slots; None takes what fits in 1 GiB, at least max_len.
+        quantization: of the layers' products: "fp8" (a GPU's fast step only), "nf4", "int8" (the
+            plain step multiplies what is left of them, dequantised); None for `dtype`.
+        max_tokens: K/V places over all slots, which bound `info.max_len`; None goes by the memory
+            that is free, see `pool_tokens`.
         runner: "auto" is the fast one where the device allows it.
         graphs: the fast step is captured: never ("off"), per shape when it first occurs ("lazy"),
             or for all shapes of one session here ("warm").
@@ -59,7 +69,7 @@ class TorchBackend:
         name: str,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        quantization: Literal["fp8"] | None = None,
+        quantization: Quantized | None = None,
         max_tokens: int | None = None,
         runner: Literal["auto", "fast", "plain"] = "auto",
         graphs: Literal["off", "lazy", "warm"] = "lazy",
@@ -72,11 +82,18 @@ class TorchBackend:
             model = copy.deepcopy(model).to(device=self._device, dtype=dtype)
             consume = True
         named = {value: key for key, value in DTYPES.items()}[dtype]
-        self.info = _model_info(config, name, str(self._device), dtype, quantization or named)
+        info = _model_info(config, name, str(self._device), dtype, quantization or named)
         self.choice = _choose(config, self._device, quantization or named, runner)
         if max_tokens is None:
-            fitting = DEFAULT_POOL_BYTES // self.info.kv_bytes_per_token
-            max_tokens = max(config.max_len, fitting)
+            free = free_bytes(self._device)
+            max_tokens = pool_tokens(config.max_len, info.kv_bytes_per_token, free)
+            if max_tokens < config.max_len:
+                logger.warning(
+                    "%s holds K/V of %s tokens, not of its %s positions: that is half of the %.1f "
+                    "GiB of memory that are free; kv_tokens= of load() chooses another number",
+                    *(name, max_tokens, config.max_len, (free or 0) / 2**30),
+                )
+        self.info = replace(info, max_len=min(config.max_len, max_tokens))
         num_scratch = NUM_SCRATCH if self.choice.name == "fast" else 0
         self._pool = KVPool(config, max_tokens, self._device, dtype, num_scratch=num_scratch)
         self._runner: Runner | None
@@ -95,6 +112,9 @@ class TorchBackend:
                     fast.warm_up()
             self._runner = fast
         else:
+            if quantization in LOW_BIT:
+                model = model if consume else copy.deepcopy(model)
+                dequantise_layers(model.layers, quantization, dtype)
             self._runner = PlainRunner(model, self._pool, self.info)
 
     def check(self, params: GenerationParams) -> None:
@@ -134,43 +154,77 @@ class TorchBackend:
 
 
 def load(
-    path: Path, *, device: str = "auto", quantization: str = "auto", adapter: Path | None = None
+    path: Path,
+    *,
+    device: str = "auto",
+    quantization: str = "auto",
+    adapter: Path | None = None,
+    kv_tokens: int | None = None,
 ) -> TorchBackend:
     """Load a model folder (config.json, model.safetensors), tensor by tensor onto the device.
 
     Args:
         path: the folder; its name names the model.
         device: "auto" picks CUDA when there is one.
-        quantization: "auto" (fp32 on a CPU, the checkpoint's dtype on a GPU), "none" and "fp32",
-            "bf16", "fp16", "fp8".
+        quantization: "none" and "fp32", "bf16", "fp16", "fp8", "int8", "nf4"; "auto" goes by the
+            device and its memory, see `choose_quantization`, and the log says why.
         adapter: folder of a LoRA adapter to merge into the weights.
+        kv_tokens: K/V places over all slots; None goes by the memory that is free.
 
     Raises:
         ModelNotFound, ModelDamaged, UnsupportedModel: see load_checkpoint.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = {"none": torch.float32, **DTYPES, "fp8": torch.bfloat16}
-    if quantization != "auto" and quantization not in known:
-        allowed = ", ".join(["auto", *known])
+    if quantization not in ("auto", "none", *QUANTIZATIONS):
+        allowed = ", ".join(["auto", "none", *QUANTIZATIONS])
         raise UnsupportedModel(f"quantization is {quantization!r} but torch offers {allowed}")
-    dtype = known.get(quantization)
-    if dtype is None and device == "cpu":
+    chosen = "fp32" if quantization == "none" else quantization
+    if quantization == "auto":
+        chosen = _choose_quantization(path, torch.device(device))
+    dtype = DTYPES.get(chosen, torch.bfloat16)
+    if chosen in LOW_BIT and device == "cpu":
         dtype = torch.float32
-    model = load_checkpoint(path, adapter=adapter, device=device, dtype=dtype)
+    model = load_checkpoint(
+        path,
+        adapter=adapter,
+        device=device,
+        dtype=dtype,
+        quantization=chosen if chosen in LOW_BIT else None,
+    )
     return TorchBackend(
         model,
         name=path.name,
         device=device,
         dtype=model.embed_tokens.weight.dtype,
-        quantization="fp8" if quantization == "fp8" else None,
+        quantization=QUANTIZED.get(chosen),
+        max_tokens=kv_tokens,
         consume=True,
     )
+
+
+def _choose_quantization(path: Path, device: torch.device) -> str:
+    from d2f_runtime.backends.kernel_trust import kernel_fault  # which imports all kernels
+
+    stored = stored_as(path)
+    is_cuda = device.type == "cuda"
+    choice = choose_quantization(
+        stored.config,
+        stored=stored.quantization,
+        device=device.type,
+        compute_capability=torch.cuda.get_device_capability(device) if is_cuda else None,
+        has_triton=HAS_TRITON and not kernel_fault(device, "bf16"),
+        free=free_bytes(device) if is_cuda else None,
+    )
+    logger.info("%s takes its weights as %s: %s", path.name, choice.name, choice.reason)
+    return choice.name
 
 
 def _choose(
     config: TransformerConfig, device: torch.device, quantization: str, runner: str
 ) -> RunnerChoice:
+    from d2f_runtime.backends.kernel_trust import kernel_fault
+
     is_cuda = device.type == "cuda"
     choice = choose_runner(
         device=device.type,
@@ -179,6 +233,7 @@ def _choose(
         quantization=quantization,
         head_dim=config.head_dim,
         wanted=runner,
+        fault=kernel_fault(device, quantization),
     )
     if choice.name is None:
         raise UnsupportedModel(choice.reason)

@@ -82,8 +82,8 @@ def _add_steps(steps: argparse.ArgumentParser) -> None:
 
 
 def _add_step(step: argparse.ArgumentParser) -> None:
-    step.add_argument("--shape", action="append", help="llada-8b, dream-7b, llama-3-8b or tiny")
-    step.add_argument("--quantization", action="append", help="bf16, fp8 or fp32")
+    step.add_argument("--shape", action="append", help="llada-8b, dream-7b, llama-3-8b, 70b, ...")
+    step.add_argument("--quantization", action="append", help="bf16, fp8, nf4, int8 or fp32")
     step.add_argument("--device", default="cuda")
     step.add_argument("--cached", type=int, default=640, help="tokens before the window")
     step.add_argument("--width", type=int, action="append", help="of a window")

@@ -13,11 +13,13 @@ import torch
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.buckets import bucket_for
 from d2f_runtime.backends.fast_runner import FastRunner
-from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.backends.quantization_choice import QUANTIZATIONS
+from d2f_runtime.backends.torch_backend import QUANTIZED, TorchBackend
 from d2f_runtime.bench.record import spread
 from d2f_runtime.bench.step_engine import time_engine
 from d2f_runtime.bench.step_models import SHAPES, floor_bytes, random_model
 from d2f_runtime.window import Window
+from d2f_stream.errors import InvalidParams
 
 __all__ = ["StepSettings", "time_steps"]
 
@@ -32,7 +34,7 @@ class StepSettings:
 
     Attributes:
         shapes: of `SHAPES`.
-        quantizations: "bf16", "fp8", "fp32".
+        quantizations: of `QUANTIZATIONS`.
         device: "cuda" or "cpu".
         cached: tokens before the window.
         widths: of windows.
@@ -53,6 +55,15 @@ class StepSettings:
     budget_s: float = 300.0
     checks: bool = True
     runner: Literal["auto", "fast", "plain"] = "auto"
+
+    def __post_init__(self) -> None:
+        for kind, given, known in (
+            ("shape", self.shapes, tuple(SHAPES)),
+            ("quantization", self.quantizations, QUANTIZATIONS),
+        ):
+            for name in given:
+                if name not in known:
+                    raise InvalidParams(kind, name, f"one of {', '.join(known)}")
 
 
 def time_steps(
@@ -95,27 +106,31 @@ def _time_model(
         from d2f_runtime.bench.step_checks import check_kernels
 
         found["kernel_errors"] = {
-            rows: check_kernels(config, num_rows=rows, cached=settings.cached) for rows in (128, 32)
+            rows: check_kernels(
+                config, num_rows=rows, cached=settings.cached, quantization=quantization
+            )
+            for rows in (128, 32)
         }
         note()
     began = time.perf_counter()
-    model = random_model(config, device=settings.device, dtype=dtype)
+    model = random_model(config, device=settings.device, dtype=dtype, quantization=quantization)
     backend = TorchBackend(
         model,
         name=shape,
         device=settings.device,
         dtype=dtype,
-        quantization="fp8" if quantization == "fp8" else None,
+        quantization=QUANTIZED.get(quantization),
         runner=settings.runner,
         consume=True,
     )
     del model
-    fp8 = quantization == "fp8"
     found["load_s"] = round(time.perf_counter() - began, 2)
     found["runner"] = f"{backend.choice.name}: {backend.choice.reason}"
     found["floor_ms"] = round(
-        floor_bytes(config, fp8=fp8, cached=settings.cached) / READ_RATE * 1e3, 3
+        floor_bytes(config, quantization=quantization, cached=settings.cached) / READ_RATE * 1e3, 3
     )
+    if isinstance(backend._runner, FastRunner):
+        found["weight_mb"] = round(backend._runner._model.weight_bytes / 1e6, 1)
     stages: list[tuple[str, Callable[[], Any]]] = []
     widths = [1] if config.native_block_size == 1 else settings.widths
     stages += [(f"window {width}", partial(_window, backend, width, settings)) for width in widths]

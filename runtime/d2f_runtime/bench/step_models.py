@@ -9,9 +9,14 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from torch import nn
 
+from d2f_runtime.backends.quantization_choice import weight_bytes
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.quantization.int8 import Int8Weight
+from d2f_runtime.quantization.nf4 import BLOCK, Nf4Weight
+from d2f_runtime.quantization.stored import LOW_BIT, QuantizedLinear, QuantizedWeight
 
 __all__ = ["SHAPES", "floor_bytes", "random_model"]
 
@@ -60,6 +65,44 @@ _LLAMA: Final = replace(
     native_block_size=1,
     max_block_size=1,
 )
+# Shapes of Qwen2.5 and of Llama 3 70B, decoded as block diffusion, so that a window may be of any
+# width.
+_QWEN_32B: Final = replace(
+    _LLADA,
+    vocab_size=152064,
+    num_tokens=151936,
+    hidden_size=5120,
+    num_layers=64,
+    num_heads=40,
+    num_kv_heads=8,
+    ffn_size=27648,
+    mask_id=151666,
+    eos_ids=(151936,),
+    rope_theta=1_000_000.0,
+    qkv_bias=True,
+)
+_QWEN_1_5B: Final = replace(
+    _QWEN_32B,
+    vocab_size=151936,
+    hidden_size=1536,
+    num_layers=28,
+    num_heads=12,
+    num_kv_heads=2,
+    ffn_size=8960,
+    tie_embeddings=True,
+)
+_LLAMA_70B: Final = replace(
+    _LLADA,
+    vocab_size=128256,
+    num_tokens=128256,
+    hidden_size=8192,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    ffn_size=28672,
+    mask_id=128255,
+    eos_ids=(128256,),
+)
 _TINY: Final = replace(
     _LLADA,
     vocab_size=512,
@@ -78,18 +121,45 @@ SHAPES: Final[Mapping[str, TransformerConfig]] = {
     "llada-8b": _LLADA,
     "dream-7b": _DREAM,
     "llama-3-8b": _LLAMA,
+    "qwen-1.5b": _QWEN_1_5B,
+    "32b": _QWEN_32B,
+    "70b": _LLAMA_70B,
     "tiny": _TINY,
 }
 
 
 def random_model(
-    config: TransformerConfig, *, device: str, dtype: torch.dtype, seed: int = 0
+    config: TransformerConfig,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    quantization: str | None = None,
 ) -> Transformer:
-    """Return a model with normal weights (0, 0.02), drawn on the device."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device=device)
+    """Return a model with normal weights (0, 0.02), drawn on the device.
+
+    Args:
+        config: sizes.
+        device: where the weights are.
+        dtype: of the weights.
+        seed: of the draw.
+        quantization: "nf4" or "int8" draws the codes of the layers' products themselves, so that a
+            model fits whose dense weights would not.
+    """
     generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    if quantization in LOW_BIT:
+        for name, module in list(model.layers.named_modules()):
+            if isinstance(module, nn.Linear):
+                shape = (module.out_features, module.in_features)
+                weight = _random_codes(shape, quantization, device, generator)
+                parent, _, child = name.rpartition(".")
+                replaced = QuantizedLinear(weight, module.bias)
+                setattr(model.layers.get_submodule(parent), child, replaced)
+    model = model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.02, generator=generator)
@@ -98,16 +168,33 @@ def random_model(
     return model
 
 
-def floor_bytes(config: TransformerConfig, *, fp8: bool, cached: int) -> int:
+def floor_bytes(config: TransformerConfig, *, quantization: str, cached: int) -> int:
     """Return the fewest bytes that a step reads: weights of layers and head once, K/V once.
 
     Args:
-        config: of the model; two bytes an element.
-        fp8: one byte an element of the layers' products.
+        config: of the model.
+        quantization: of the layers' products, and of the head for fp8; the rest has two bytes an
+            element.
         cached: tokens before the window.
     """
-    size, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
-    attention = size * config.head_dim * 2 * (heads + kv_heads)
-    layer = attention + 3 * size * config.ffn_size
-    weights = config.num_layers * layer * (1 if fp8 else 2) + 2 * config.vocab_size * size
-    return weights + cached * config.kv_bytes_per_token // 2
+    whole = weight_bytes(replace(config, tie_embeddings=True), quantization)
+    if quantization == "fp8" and config.vocab_size % 16 == 0:
+        whole -= 2 * config.vocab_size * config.hidden_size  # the head is a table of its own
+    return whole + cached * config.kv_bytes_per_token // 2
+
+
+def _random_codes(
+    shape: tuple[int, int], quantization: str, device: str, generator: torch.Generator
+) -> QuantizedWeight:
+    outputs, features = shape
+    if quantization == "int8":
+        codes = torch.randint(
+            -127, 128, shape, dtype=torch.int8, device=device, generator=generator
+        )
+        return Int8Weight(codes, torch.full((outputs,), 0.05, device=device))
+    number = outputs * features
+    pairs = torch.randint(
+        0, 256, (number // 2,), dtype=torch.uint8, device=device, generator=generator
+    )
+    absmax = torch.rand(number // BLOCK, device=device, generator=generator) * 0.02 + 0.04
+    return Nf4Weight(pairs, absmax, shape)

@@ -1,6 +1,7 @@
 """The best token of each row of logits, and how sure the model is: one pass over the vocabulary.
 
-The vocabulary is split over several programs, whose findings a second kernel joins; neither writes
+The vocabulary is split over several programs, each of whose lanes goes through ids of its own, so
+that nothing is joined on the way; a second kernel joins the programs' findings. Neither writes
 probabilities. Says what `models.sampling.propose` says of greedy rows.
 
 Shapes: N rows, V vocabulary, S splits.
@@ -21,7 +22,7 @@ from d2f_runtime.models.sampling import forbid, propose
 
 __all__ = ["best_tokens", "best_tokens_reference"]
 
-BLOCK = 2048
+BLOCK = 1024
 NUM_FINDINGS = 5  # of a split: highest, second highest, its id, sum of weights, of weights * logits
 PROGRAMS = 1056  # enough to keep eight on each of an H100's 132 multiprocessors
 
@@ -51,7 +52,7 @@ def best_tokens(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
     share = -(-size // (splits * BLOCK)) * BLOCK
     _find[(num_rows, splits)](
         logits, findings, size, share, mask_id, num_tokens,
-        BLOCK=BLOCK, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     _join[(num_rows,)](
         findings, answers, num_rows, splits,
@@ -68,33 +69,42 @@ def _find(
         gdc_launch_dependents()
         gdc_wait()
     row, split = tl.program_id(0), tl.program_id(1)
-    highest = -1e30
-    second = -1e30
-    token = tl.zeros((), dtype=tl.int32)
-    total = 0.0
-    energy = 0.0  # sum of weight * (logit - highest)
+    lane = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), -1e30, dtype=tl.float32)
+    second = tl.full((BLOCK,), -1e30, dtype=tl.float32)
+    token = tl.zeros((BLOCK,), dtype=tl.int32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    energy = tl.zeros((BLOCK,), dtype=tl.float32)  # sum of weight * (logit - highest)
     begin = split * share
     for first in range(begin, tl.minimum(begin + share, num_tokens), BLOCK):
-        ids = first + tl.arange(0, BLOCK)
+        ids = first + lane
         allowed = (ids < num_tokens) & (ids < begin + share) & (ids != mask_id)
         at = logits + row.to(tl.int64) * size + ids
         value = tl.load(at, mask=allowed, other=-1e30).to(tl.float32)
-        top, index = tl.max(value, axis=0, return_indices=True)
-        best = first + index
-        runner_up = tl.max(tl.where(ids == best, -1e30, value), axis=0)
-        new = tl.maximum(highest, top)
-        second = tl.maximum(tl.minimum(highest, top), tl.maximum(second, runner_up))
-        token = tl.where(top > highest, best, token)
-        below = tl.where(allowed, value - new, 0.0)
-        weight = tl.where(allowed, tl.exp(below), 0.0)
-        fade = tl.exp(highest - new)
-        energy = fade * (energy + (highest - new) * total) + tl.sum(weight * below, axis=0)
-        total = fade * total + tl.sum(weight, axis=0)
+        new = tl.maximum(highest, value)
+        second = tl.maximum(second, tl.minimum(highest, value))
+        token = tl.where(value > highest, ids, token)
+        # one of the two weights is 1
+        below = tl.minimum(highest, value) - new
+        fade = tl.exp(below)
+        rises = value > highest
+        energy = tl.where(
+            rises, fade * (energy + below * total), energy + tl.where(allowed, fade * below, 0.0)
+        )
+        total = tl.where(rises, fade * total + 1.0, total + tl.where(allowed, fade, 0.0))
         highest = new
+    top = tl.max(highest, axis=0)
+    best = tl.min(tl.where(highest == top, token, 2147483647), axis=0)
+    is_best = (highest == top) & (token == best)
+    runner_up = tl.max(tl.where(is_best, second, highest), axis=0)
+    below = highest - top
+    fade = tl.exp(below)
+    energy = tl.sum(tl.where(total > 0, fade * (energy + below * total), 0.0), axis=0)
+    total = tl.sum(fade * total, axis=0)
     at = findings + row * 5 * tl.num_programs(1) + split
-    tl.store(at, highest)
-    tl.store(at + tl.num_programs(1), second)
-    tl.store(at + 2 * tl.num_programs(1), token.to(tl.float32))
+    tl.store(at, top)
+    tl.store(at + tl.num_programs(1), runner_up)
+    tl.store(at + 2 * tl.num_programs(1), best.to(tl.float32))
     tl.store(at + 3 * tl.num_programs(1), total)
     tl.store(at + 4 * tl.num_programs(1), energy)
 

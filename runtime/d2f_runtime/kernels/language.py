@@ -19,8 +19,10 @@ try:
 
     jit = triton.jit
     HAS_TRITON = True
+    TRITON_VERSION: str = triton.__version__
 except ImportError:
     HAS_TRITON = False
+    TRITON_VERSION = ""
     tl = SimpleNamespace(constexpr=object)
     gdc_launch_dependents = gdc_wait = TensorDescriptor = None
 
@@ -37,6 +39,7 @@ except ImportError:
 
 __all__ = [
     "HAS_TRITON",
+    "TRITON_VERSION",
     "TensorDescriptor",
     "gdc_launch_dependents",
     "gdc_wait",

@@ -1,6 +1,8 @@
 """Rotary positions for queries and keys; keys and values go straight to their places in the pool.
 
-Biases of the merged projection and the norms of queries and keys are applied on the way.
+Biases of the merged projection and the norms of queries and keys are applied on the way. The
+projection's outputs lie so that what turns together is computed together, as `interleave` says: a
+product can then turn them before it stores anything.
 
 Shapes: M rows, H query heads, KV key/value heads, hd head size, T pool places.
 """
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2f_runtime.kernels.gate import GROUP
 from d2f_runtime.kernels.language import (
     gdc_launch_dependents,
     gdc_wait,
@@ -20,7 +23,13 @@ from d2f_runtime.kernels.language import (
     tl,
 )
 
-__all__ = ["HeadNorms", "rotate_and_store", "rotate_and_store_reference"]
+__all__ = [
+    "HeadNorms",
+    "Rotation",
+    "interleave",
+    "rotate_and_store",
+    "rotate_and_store_reference",
+]
 
 HEADS = 16  # of one program
 
@@ -33,32 +42,53 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def rotate_and_store_reference(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    positions: Tensor,
-    places: Tensor,
-    table: Tensor,
-    bias: Tensor | None = None,
-    norms: HeadNorms | None = None,
-) -> Tensor:
-    """Return the rotated queries [M, H, hd]; store keys and values.
+class Rotation(NamedTuple):
+    """What becomes of the outputs of a merged projection.
 
-    Args:
-        qkv: [M, (H + 2 KV) hd], queries before keys before values.
+    Attributes:
         keys: [T, KV, hd] of the pool, written at `places`.
         values: like keys.
         positions: [M] int32, canvas positions.
         places: [M] int32, pool places; a negative one stores nothing.
         table: [positions, hd] fp32, half of cosines and half of sines.
-        bias: [(H + 2 KV) hd] of the projection.
+        bias: [(H + 2 KV) hd] of the projection, laid as its outputs.
         norms: of queries and keys.
     """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    places: Tensor
+    table: Tensor
+    bias: Tensor | None = None
+    norms: HeadNorms | None = None
+
+    def num_heads(self, num_outputs: int) -> int:
+        """Return H, given the outputs of the projection."""
+        num_kv, size = self.keys.shape[1:]
+        return num_outputs // size - 2 * num_kv
+
+
+def interleave(projection: Tensor, head_dim: int) -> Tensor:
+    """Order the outputs [(H + 2 KV) hd, ...], GROUP of a head's first half and second in turn."""
+    rest = projection.shape[1:]
+    groups = projection.view(-1, 2, head_dim // 2 // GROUP, GROUP, *rest).transpose(1, 2)
+    return groups.reshape(projection.shape)
+
+
+def rotate_and_store_reference(qkv: Tensor, rotation: Rotation) -> Tensor:
+    """Return the rotated queries [M, H, hd]; store keys and values.
+
+    Args:
+        qkv: [M, (H + 2 KV) hd], queries before keys before values, as `interleave` lays them.
+        rotation: what they become.
+    """
+    keys, values, positions, places, table, bias, norms = rotation
     num_kv, size = keys.shape[1:]
     rows = qkv.float() if bias is None else qkv.float() + bias.float()
-    query, key, value = rows.view(qkv.shape[0], -1, size).tensor_split([-2 * num_kv, -num_kv], 1)
+    groups = rows.view(qkv.shape[0], -1, size // 2 // GROUP, 2, GROUP).transpose(2, 3)
+    heads = groups.reshape(qkv.shape[0], -1, size)
+    query, key, value = heads.tensor_split([-2 * num_kv, -num_kv], 1)
     if norms is not None:
         query = F.rms_norm(query, (size,), norms.query.float(), norms.eps)
         key = F.rms_norm(key, (size,), norms.key.float(), norms.eps)
@@ -69,20 +99,11 @@ def rotate_and_store_reference(
     return _rotate(query, cos, sin).to(qkv.dtype)
 
 
-def rotate_and_store(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    positions: Tensor,
-    places: Tensor,
-    table: Tensor,
-    bias: Tensor | None = None,
-    norms: HeadNorms | None = None,
-) -> Tensor:
+def rotate_and_store(qkv: Tensor, rotation: Rotation) -> Tensor:
     """Do what `rotate_and_store_reference` does; one program for a row and a few heads."""
+    keys, values, positions, places, table, bias, norms = rotation
     num_kv, size = keys.shape[1:]
-    num_heads = qkv.shape[1] // size - 2 * num_kv
+    num_heads = rotation.num_heads(qkv.shape[1])
     num_rows = qkv.shape[0]
     query = torch.empty((num_rows, num_heads, size), device=qkv.device, dtype=qkv.dtype)
     pdl = overlaps(qkv.device)
@@ -120,12 +141,13 @@ def _rotate_and_store(
     dim = tl.arange(0, HALF)
     at = head[:, None] * (2 * HALF) + dim[None, :]  # [HEADS, HALF], the first half of each head
     inside = (head < H + 2 * KV)[:, None]
-    source = qkv + row.to(tl.int64) * ((H + 2 * KV) * 2 * HALF) + at
+    turns = head[:, None] * (2 * HALF) + (dim // 8 * 16 + dim % 8)[None, :]
+    source = qkv + row.to(tl.int64) * ((H + 2 * KV) * 2 * HALF) + turns
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + 8, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        first += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-        second += tl.load(bias + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        first += tl.load(bias + turns, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(bias + turns + 8, mask=inside, other=0.0).to(tl.float32)
     is_value = (head >= H + KV)[:, None]
     if query_norm is not None:
         is_query = (head < H)[:, None]

@@ -25,11 +25,22 @@ from d2f_runtime.kernels.language import (
 __all__ = ["Tiling", "skinny_product", "skinny_product_reference", "tiling_for"]
 
 MAX_ROWS = 128
+MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a product is cut: rows, outputs and features of a tile, stages, warps, splits."""
+    """How a product is cut.
+
+    Attributes:
+        rows: of a tile.
+        outputs: of a tile.
+        features: of a tile.
+        stages: tiles under way at once.
+        warps: of a program.
+        splits: programs that share the features of an output.
+        persistent: a program goes on to further tiles (`streamed` only).
+    """
 
     rows: int
     outputs: int
@@ -37,6 +48,7 @@ class Tiling:
     stages: int
     warps: int
     splits: int
+    persistent: bool = False
 
 
 def tiling_for(
@@ -47,20 +59,24 @@ def tiling_for(
     The choices are measured ones (bench/fast-step.md), for an H100. Rings as deep as shared memory
     allows: the rows' tiles, too, take microseconds to come. Without `may_split` there is one part.
     """
-    features = 128 if fp8 else 64
+    features = 128 if fp8 else 64  # a line of shared memory
     if num_rows > MAX_ROWS or num_outputs % 128 or num_features % (features * 4):
         return None
-    is_narrow = num_outputs <= 8192  # its outputs alone do not occupy the device
-    splits = 2 if is_narrow and may_split else 1
+    splits = 2 if num_outputs <= 8192 and may_split else 1  # else too few programs
+    has_many_tiles = num_outputs // 64 > 2 * MULTIPROCESSORS
     if num_rows <= 32:
-        if splits > 1 and num_features > 8192 and not fp8:
-            splits = 4
-        return Tiling(16 if num_rows <= 16 else 32, 64, features, 9, 4, splits)
-    if num_rows <= 64:
-        return Tiling(64, 64, features, 7, 4, splits)
-    if is_narrow or not fp8:
-        return Tiling(128, 64, features, 8, 4, splits)
-    return Tiling(128, 128, features, 6, 8, 1)
+        rows = 16 if num_rows <= 16 else 32
+        if not fp8 or has_many_tiles:
+            return Tiling(rows, 64, features * 2, 8, 4, splits, persistent=fp8)
+        stages = 12 if num_features > 8192 else 9  # 9: two programs on a processor
+        return Tiling(rows, 64, features, stages, 4, splits)
+    rows, ring = (64, 12) if num_rows <= 64 else (128, 8)
+    if has_many_tiles:
+        return Tiling(rows, 64, features * 2, ring // 2, 4, 1, persistent=True)
+    if MULTIPROCESSORS // 2 < num_outputs // 128 <= MULTIPROCESSORS:  # all at once
+        stages, warps = (8, 4) if rows == 64 else (6, 8)
+        return Tiling(rows, 128, features, stages, warps, 1)
+    return Tiling(rows, 64, features, ring, 4, splits)
 
 
 def skinny_product_reference(

@@ -7,11 +7,12 @@ config.json has a model_type; see `families`.
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
@@ -20,15 +21,31 @@ from d2f_runtime.models.families import published_name
 from d2f_runtime.models.published import is_published, read_published
 from d2f_runtime.models.shards import Shards
 from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.quantization.stored import (
+    QuantizedLinear,
+    QuantizedWeight,
+    StoredWeight,
+    dense,
+    quantise,
+)
 from d2f_stream.errors import ModelNotFound, UnsupportedModel
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_checkpoint", "read_config", "save_checkpoint"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "StoredAs",
+    "load_checkpoint",
+    "read_config",
+    "save_checkpoint",
+    "stored_as",
+]
 
 logger = logging.getLogger("d2f_stream.checkpoints")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TIED_HEAD = "lm_head.weight"
+PROJECTION = "_proj.weight"  # what is quantised: the products of the layers
 ROTARY_BUFFER = ".rotary_emb.inv_freq"  # stored by older versions of transformers
 
 
@@ -72,6 +89,7 @@ def load_checkpoint(
     adapter: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    quantization: str | None = None,
 ) -> Transformer:
     """Build the folder's model, tensor by tensor, on the device.
 
@@ -83,6 +101,8 @@ def load_checkpoint(
         adapter: folder of a LoRA adapter to merge.
         device: where the weights go.
         dtype: of the weights; None keeps the stored one.
+        quantization: "nf4" or "int8" for the layers' products, quantised as they come where the
+            checkpoint does not hold them so; None makes what is quantised dense.
 
     Raises:
         ModelNotFound: a folder or one of its files is missing.
@@ -107,7 +127,11 @@ def load_checkpoint(
     buffers = {name for name in shards.headers if name.endswith(ROTARY_BUFFER)}
     shards.check(expected, ignored={tied, *buffers})
     merge = None if adapter is None else _open_adapter(adapter, file, config, names, expected)
-    weights = _read(shards, names, merge, torch.device(device), dtype)
+    weights = _read(shards, names, expected, merge, torch.device(device), dtype, quantization)
+    for name, weight in list(weights.items()):
+        if not isinstance(weight, Tensor):
+            del weights[name]
+            _set_quantized(model, name.removesuffix(".weight"), weight)
     if config.tie_embeddings:
         weights[TIED_HEAD] = weights["embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
@@ -152,22 +176,91 @@ def _published_as(config: ConfigFile) -> str | None:
     return name.rpartition("/")[2] or None
 
 
+@dataclass(frozen=True, slots=True)
+class StoredAs:
+    """What a checkpoint's headers say of its weights.
+
+    Attributes:
+        quantization: "nf4", "int8", "fp32", "bf16" or "fp16".
+        config: of the model.
+    """
+
+    quantization: str
+    config: TransformerConfig
+
+
+def stored_as(folder: Path) -> StoredAs:
+    """Read how a folder's weights are stored; the headers alone.
+
+    Raises:
+        ModelError: see `load_checkpoint`.
+    """
+    config = read_config(folder)
+    shards = Shards.open(folder, WEIGHTS_FILE)
+    kinds = {beside.kind for beside in shards.quantized.values()}
+    if len(kinds) > 1:
+        raise UnsupportedModel(f"{shards.path} holds weights of {' and '.join(sorted(kinds))}")
+    names = {"F16": "fp16", "BF16": "bf16"}
+    largest = max(shards.headers.values(), key=lambda header: header.shape)
+    return StoredAs(kinds.pop() if kinds else names.get(largest.dtype, "fp32"), config)
+
+
 @torch.no_grad()
 def _read(
     shards: Shards,
     names: dict[str, str],
+    expected: dict[str, tuple[int, ...]],
     adapter: Adapter | None,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
+    quantization: str | None,
+) -> dict[str, StoredWeight]:
     """Return the weights by our names, on the device."""
     ours = {theirs: name for name, theirs in names.items()}
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, StoredWeight] = {}
     for name, stored in shards.tensors(ours):
-        kept = dtype or stored.dtype
+        wanted = quantization if ours[name].endswith(PROJECTION) else None
         tensor = stored.to(device)  # converted there
-        if adapter is not None:
-            tensor = adapter.merged(name, tensor)
-        weights[ours[name]] = tensor.to(kept)
-        del stored, tensor  # or they would hold one shard while the next is read
+        weight: StoredWeight = tensor
+        kept = dtype or stored.dtype
+        beside = shards.quantized.get(name)
+        if beside is not None:
+            if wanted not in (None, beside.kind):
+                raise UnsupportedModel(
+                    f"{shards.path} holds {beside.kind} weights, which are not made {wanted}; "
+                    f"load it as {beside.kind}, or fetch the bf16 checkpoint"
+                )
+            outputs, features = expected[name]
+            weight = shards.quantized_weight(name, tensor, (outputs, features))
+            kept = dtype or _dense_dtype(shards)
+        weights[ours[name]] = _converted(weight, name, adapter, kept, wanted)
+        del stored, tensor, weight  # or they would hold one shard while the next is read
     return weights
+
+
+def _converted(
+    weight: StoredWeight,
+    name: str,
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    quantization: str | None,
+) -> StoredWeight:
+    """Merge the adapter's share and return the weight dense in `dtype`, or quantised."""
+    if adapter is not None and name in adapter.names:
+        weight = adapter.merged(name, dense(weight, torch.float32))
+    if quantization is None:
+        return dense(weight, dtype).to(dtype)
+    return quantise(weight, quantization) if isinstance(weight, Tensor) else weight
+
+
+def _dense_dtype(shards: Shards) -> torch.dtype:
+    """Return what a quantised checkpoint holds its other weights in."""
+    found = {header.dtype for name, header in shards.headers.items() if name.endswith("weight")}
+    return torch.float16 if "F16" in found else torch.bfloat16 if "BF16" in found else torch.float32
+
+
+def _set_quantized(model: Transformer, name: str, weight: QuantizedWeight) -> None:
+    parent, _, child = name.rpartition(".")
+    replaced = model.get_submodule(name)
+    assert isinstance(replaced, nn.Linear)
+    setattr(model.get_submodule(parent), child, QuantizedLinear(weight, replaced.bias))

@@ -21,7 +21,8 @@ from d2f_runtime.kernels import attention, gate, head, norm, rope
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer, rotary
-from d2f_runtime.quantization.linear import PackedLinear, pack
+from d2f_runtime.quantization.linear import PackedLinear, pack, rotated
+from d2f_runtime.quantization.stored import StoredWeight, join_outputs, stored_weight
 
 __all__ = ["KERNELS", "REFERENCES", "FastTransformer", "Ops", "StepTensors"]
 
@@ -90,11 +91,12 @@ class _FastLayer:
 
 
 class FastTransformer:
-    """Packed weights and the forward over them. Embedding and head stay in the model's dtype.
+    """Packed weights and the forward over them. The embedding stays in the model's dtype.
 
     Args:
         model: on its device and in its dtype.
-        quantization: of the layers' products: "fp8", or anything else for the model's dtype.
+        quantization: of the layers' products: "fp8" (the head's too), "nf4", "int8", or anything
+            else for the model's dtype.
         ops: kernels or references.
         consume: free each layer of `model` once it is packed; the model is unusable after that.
     """
@@ -110,7 +112,9 @@ class FastTransformer:
                 for index in range(model.config.num_layers)
             ]
             self._embedding = model.embed_tokens.weight.detach()
-            self._head = model.lm_head.weight.detach()
+            head = model.lm_head.weight.detach()
+            in_fp8 = quantization == "fp8" and head.shape[0] % 16 == 0  # the library's demand
+            self._head = pack(head, "fp8" if in_fp8 else "none", head.dtype)
             self._norm = model.norm.weight.detach()
             self._table = _rope_table(model.config, self._embedding.device)
 
@@ -118,7 +122,14 @@ class FastTransformer:
     def num_bytes(self) -> int:
         """What a step reads of the weights, embedding rows aside."""
         packed = (w for x in self._layers for w in (x.qkv, x.out, x.gate_up, x.down))
-        return sum(w.num_bytes for w in packed) + self._head.numel() * self._head.element_size()
+        return sum(w.num_bytes for w in packed) + self._head.num_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take, embedding included, norms and biases aside."""
+        embedding = self._embedding.numel() * self._embedding.element_size()
+        is_shared = self.config.tie_embeddings and not self._head.takes_fp8
+        return self.num_bytes + (0 if is_shared else embedding)
 
     def forward(self, step: StepTensors, store: Tensor) -> Tensor:
         """Return the final states [M, D]; write the K/V of all rows to their places.
@@ -137,16 +148,18 @@ class FastTransformer:
             x, rows = ops.residual_norm(
                 x, parts, layer.input_norm, eps, quantise=layer.qkv.takes_fp8
             )
-            qkv = layer.qkv(rows)
-            query = ops.rotate_and_store(
-                qkv,
-                keys,
-                values,
-                positions=step.positions,
-                places=step.places,
-                table=self._table,
-                bias=layer.qkv_bias,
-                norms=layer.head_norms,
+            query = self._rotated(
+                layer,
+                rows,
+                rope.Rotation(
+                    keys,
+                    values,
+                    positions=step.positions,
+                    places=step.places,
+                    table=self._table,
+                    bias=layer.qkv_bias,
+                    norms=layer.head_norms,
+                ),
             )
             attended = ops.attend(
                 query,
@@ -165,6 +178,11 @@ class FastTransformer:
         _, rows = ops.residual_norm(x, parts, self._norm, eps)
         return rows.values
 
+    def _rotated(self, layer: _FastLayer, rows: Activation, rotation: rope.Rotation) -> Tensor:
+        """Return the queries [M, H, hd]; store keys and values."""
+        query = rotated(layer.qkv, rows, rotation)
+        return self.ops.rotate_and_store(layer.qkv(rows), rotation) if query is None else query
+
     def _gated(self, layer: _FastLayer, rows: Activation) -> Activation:
         """Return what the down projection takes."""
         to_fp8 = layer.down.takes_fp8
@@ -175,7 +193,8 @@ class FastTransformer:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return [N, V] raw logits of final states."""
-        return F.linear(states, self._head)
+        takes_fp8 = self._head.takes_fp8
+        return self._head(self.ops.quantise(states) if takes_fp8 else Activation(states))
 
     def best_tokens(self, states: Tensor) -> Tensor:
         """Return [4, N] fp32 token, confidence, margin and negative entropy of final states."""
@@ -190,22 +209,33 @@ def _pack_layer(layers: nn.ModuleList, index: int, quantization: str, consume: b
     assert isinstance(layer, Layer)
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def cat(*projections: Tensor) -> Tensor:
+        return rope.interleave(torch.cat(projections), attention.head_dim)
+
     bias = None
     if attention.q_proj.bias is not None:
-        bias = torch.cat([projection.bias for projection in projections])
+        bias = cat(*(projection.bias for projection in projections))
     norms = None
     query_norm, key_norm = attention.q_norm, attention.k_norm
     if isinstance(query_norm, RMSNorm) and isinstance(key_norm, RMSNorm):
         norms = rope.HeadNorms(query_norm.weight.detach(), key_norm.weight.detach(), query_norm.eps)
+    dtype = layer.input_layernorm.weight.dtype
+
+    def packed_of(weight: StoredWeight) -> PackedLinear:
+        return pack(weight, quantization, dtype)
+
+    qkv = join_outputs([stored_weight(projection) for projection in projections], cat, dtype)
+    gate_and_up = [stored_weight(projection) for projection in (mlp.gate_proj, mlp.up_proj)]
     packed = _FastLayer(
         input_norm=layer.input_layernorm.weight.detach(),
-        qkv=pack(torch.cat([projection.weight for projection in projections]), quantization),
+        qkv=packed_of(qkv),
         qkv_bias=bias,
         head_norms=norms,
-        out=pack(attention.o_proj.weight.detach(), quantization),
+        out=packed_of(stored_weight(attention.o_proj)),
         ffn_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=pack(gate.interleave(mlp.gate_proj.weight, mlp.up_proj.weight), quantization),
-        down=pack(mlp.down_proj.weight.detach(), quantization),
+        gate_up=packed_of(join_outputs(gate_and_up, gate.interleave, dtype)),
+        down=packed_of(stored_weight(mlp.down_proj)),
     )
     if consume:
         layers[index] = nn.Identity()

@@ -16,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 
 from d2f_runtime.backends import refuse_pickles
 from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.quantization.bitsandbytes import Beside, find_quantized, read_quantized
+from d2f_runtime.quantization.stored import QuantizedWeight
 from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 
 __all__ = ["Shards", "TensorHeader"]
 
 INDEX_SUFFIX: Final = ".index.json"
 DTYPES: Final = ("F64", "F32", "F16", "BF16")
+QUANTIZED: Final = ("U8", "I8")  # of weights beside which bitsandbytes put what they mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class TensorHeader:
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str = "F32"
 
 
 class Shards:
@@ -38,11 +42,24 @@ class Shards:
     Attributes:
         path: what stands for all of them in errors: the one file, or the index.
         headers: by the tensor's name.
+        quantized: by the name of a weight that bitsandbytes quantised, what lies beside it.
+
+    Raises:
+        UnsupportedModel: weights are quantised in a way that is not read here.
     """
 
     def __init__(self, path: Path, headers: Mapping[str, TensorHeader]) -> None:
         self.path = path
         self.headers = headers
+        self.quantized: Mapping[str, Beside] = find_quantized(headers, path)
+        self._beside = {n for found in self.quantized.values() for n in found.names.values()}
+        for name, header in headers.items():
+            known = name in self.quantized or name in self._beside
+            if header.dtype not in DTYPES and not (known and header.dtype in QUANTIZED):
+                raise UnsupportedModel(
+                    f"{header.file}: {name} is stored as {header.dtype}; of quantized checkpoints "
+                    "those of bitsandbytes are read alone, fetch the bf16 one"
+                )
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "Shards":
@@ -82,13 +99,13 @@ class Shards:
         """
         if missing := sorted(set(expected) - set(self.headers)):
             raise ModelDamaged(f"{self.path} lacks the tensor {missing[0]} ({len(missing)} in all)")
-        if unknown := sorted(set(self.headers) - set(expected) - set(ignored)):
+        if unknown := sorted(set(self.headers) - set(expected) - set(ignored) - self._beside):
             raise ModelDamaged(
                 f"{self.path} has the unknown tensor {unknown[0]} ({len(unknown)} in all)"
             )
         for name, shape in expected.items():
             header = self.headers[name]
-            if header.shape != shape:
+            if name not in self.quantized and header.shape != shape:
                 raise ModelDamaged(
                     f"{header.file}: {name} has shape {header.shape} but the config asks for "
                     f"{shape}"
@@ -109,19 +126,34 @@ class Shards:
                     yield name, file.get_tensor(name)
             del file  # it holds the shard's memory
 
+    def quantized_weight(
+        self, name: str, codes: torch.Tensor, shape: tuple[int, int]
+    ) -> QuantizedWeight:
+        """Return a weight of `quantized` on its codes' device.
+
+        Args:
+            name: of the weight.
+            codes: its tensor.
+            shape: that the config asks for.
+
+        Raises:
+            ModelDamaged, UnsupportedModel: see `read_quantized`.
+        """
+        beside = self.quantized[name]
+        parts = {
+            part: dict(self.tensors([tensor]))[tensor].to(codes.device)
+            for part, tensor in beside.names.items()
+        }
+        where = f"{self.headers[name].file}: {name}"
+        return read_quantized(beside.kind, codes, parts, shape, where)
+
 
 def _headers(path: Path) -> dict[str, TensorHeader]:
     headers: dict[str, TensorHeader] = {}
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118  (it is no mapping)
             part = file.get_slice(name)
-            dtype = str(part.get_dtype())
-            if dtype not in DTYPES:
-                raise UnsupportedModel(
-                    f"{path}: {name} is stored as {dtype}; quantized checkpoints are not read, "
-                    "fetch the bf16 one"
-                )
-            headers[name] = TensorHeader(path, tuple(part.get_shape()))
+            headers[name] = TensorHeader(path, tuple(part.get_shape()), str(part.get_dtype()))
     return headers
 
 

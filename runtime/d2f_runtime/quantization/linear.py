@@ -1,7 +1,8 @@
 """PackedLinear: a weight as it lies on the device, and the product that suits it.
 
-The model asks only what kind of rows a product takes and then calls it. A further format (4 bits,
-say) is one more class here and one more name in `pack`.
+The model asks only what kind of rows a product takes and then calls it. A further format is one
+more class with these methods and one more name in `pack`; those of 4 and 8 bits are in
+`low_bit_linear`.
 
 Shapes: M rows, N outputs, K features, S parts.
 """
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from d2f_runtime.kernels.activation import FP8, Activation, quantise_rows
 from d2f_runtime.kernels.language import HAS_TRITON
+from d2f_runtime.kernels.rope import Rotation
 from d2f_runtime.kernels.skinny import Tiling, skinny_product, tiling_for
-from d2f_runtime.kernels.streamed import HAS_GLUON, streamed_product
+from d2f_runtime.kernels.streamed import HAS_GLUON, streamed_product, streamed_rotation
+from d2f_runtime.quantization.low_bit_linear import LowBitLinear, pack_low_bit
+from d2f_runtime.quantization.stored import LOW_BIT, StoredWeight, dense, quantise
 
-__all__ = ["DenseLinear", "Fp8Linear", "PackedLinear", "pack"]
+__all__ = ["DenseLinear", "Fp8Linear", "PackedLinear", "pack", "rotated"]
 
 
 class PackedLinear(Protocol):
@@ -136,9 +140,42 @@ class Fp8Linear:
         ).to(self.dtype)
 
 
-def pack(weight: Tensor, quantization: str) -> PackedLinear:
-    """Store a weight [N, K] for the named quantization: "fp8", or any dtype that it already has."""
-    return Fp8Linear(weight) if quantization == "fp8" else DenseLinear(weight)
+def pack(weight: StoredWeight, quantization: str, dtype: torch.dtype) -> PackedLinear:
+    """Store a weight [N, K] for the step.
+
+    Args:
+        weight: dense in `dtype`, or quantised.
+        quantization: "fp8", "nf4", "int8", or anything else for `dtype`.
+        dtype: the model's.
+    """
+    if quantization == "fp8":
+        return Fp8Linear(dense(weight, dtype))
+    if quantization not in LOW_BIT:
+        return DenseLinear(dense(weight, dtype))
+    stored = quantise(weight, quantization) if isinstance(weight, Tensor) else weight
+    packed = pack_low_bit(stored)
+    return DenseLinear(stored.dequantised(dtype)) if packed is None else LowBitLinear(packed)
+
+
+def rotated(layer: PackedLinear, x: Activation, rotation: Rotation) -> Tensor | None:
+    """Return what `rope.rotate_and_store` makes of a merged projection, [M, H, hd].
+
+    The outputs are laid as by `kernels.rope.interleave`. None where no kernel does both at once.
+    """
+    if not HAS_GLUON or rotation.norms is not None:
+        return None
+    match layer:
+        case DenseLinear():
+            scale, dtype = None, layer.weight.dtype
+        case Fp8Linear():
+            scale, dtype = layer.scale, layer.dtype
+        case _:
+            return None
+    tiling = _tiling(x, layer.weight, fp8=layer.takes_fp8, may_split=False)
+    num_kv, size = rotation.keys.shape[1:]
+    if tiling is None or num_kv * size % tiling.outputs:
+        return None
+    return streamed_rotation(x, layer.weight, scale, tiling=tiling, dtype=dtype, rotation=rotation)
 
 
 def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

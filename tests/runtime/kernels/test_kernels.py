@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_mode import DEVICE  # isort: skip  # before the kernels
+from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.kernels.attention import attend, attend_reference, rows_per_tile
@@ -15,13 +15,21 @@ from d2f_runtime.kernels.gate import silu_gate, silu_gate_reference
 from d2f_runtime.kernels.head import best_tokens, best_tokens_reference
 from d2f_runtime.kernels.language import HAS_TRITON
 from d2f_runtime.kernels.norm import residual_norm, residual_norm_reference
-from d2f_runtime.kernels.rope import HeadNorms, rotate_and_store, rotate_and_store_reference
+from d2f_runtime.kernels.rope import (
+    HeadNorms,
+    Rotation,
+    interleave,
+    rotate_and_store,
+    rotate_and_store_reference,
+)
 from d2f_runtime.kernels.skinny import Tiling, skinny_product, skinny_product_reference
-from d2f_runtime.kernels.streamed import streamed_product
+from d2f_runtime.kernels.streamed import streamed_product, streamed_rotation
 
 pytestmark = [
     pytest.mark.torch,
-    pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
+    pytest.mark.skipif(
+        not HAS_TRITON or not CAN_RUN, reason="needs triton, on a GPU or interpreted"
+    ),
 ]
 
 NEEDS_HOPPER = pytest.mark.skipif(
@@ -94,25 +102,43 @@ def test_quantisation() -> None:
     assert_close(quantise(x), quantise_rows(x))
 
 
+def rotation(pools: list[Tensor], num_outputs: int, *, bias: bool, norms: bool) -> Rotation:
+    """Of 5 rows, of which one is stored nowhere."""
+    keys, values = pools
+    size = keys.shape[2]
+    return Rotation(
+        keys,
+        values,
+        positions=integers(3, 4, 39, 0, 7),
+        places=integers(8, 2, -1, 0, 11),
+        table=random(40, size),
+        bias=random(num_outputs) if bias else None,
+        norms=HeadNorms(random(size), random(size), 1e-6) if norms else None,
+    )
+
+
 @pytest.mark.parametrize(("heads", "num_kv"), [(4, 4), (6, 2), (7, 1)])
 @pytest.mark.parametrize("extras", [False, True])
 def test_rotation_and_store(heads: int, num_kv: int, extras: bool) -> None:
     qkv = random(5, (heads + 2 * num_kv) * 16)
-    table = random(40, 16)
-    given = {
-        "positions": integers(3, 4, 39, 0, 7),
-        "places": integers(8, 2, -1, 0, 11),
-        "table": table,
-        "bias": random((heads + 2 * num_kv) * 16) if extras else None,
-        "norms": HeadNorms(random(16), random(16), 1e-6) if extras else None,
-    }
     pools = [random(12, num_kv, 16) for _ in range(2)]
     wanted_pools = [pool.clone() for pool in pools]
-    found = rotate_and_store(qkv, *pools, **given)  # type: ignore[arg-type]
-    wanted = rotate_and_store_reference(qkv, *wanted_pools, **given)  # type: ignore[arg-type]
+    given = rotation(pools, qkv.shape[1], bias=extras, norms=extras)
+    found = rotate_and_store(qkv, given)
+    keys, values = wanted_pools
+    wanted = rotate_and_store_reference(qkv, given._replace(keys=keys, values=values))
     assert error(found, wanted) < CLOSE
     for pool, wanted_pool in zip(pools, wanted_pools, strict=True):
         assert error(pool, wanted_pool) < CLOSE
+
+
+def test_the_halves_of_a_head_take_turns() -> None:
+    outputs = torch.arange(3 * 32)
+    laid = interleave(outputs, 32).view(3, 2, 2, 8)
+    assert torch.equal(laid[1, 0, 0], torch.arange(32, 40))
+    assert torch.equal(laid[1, 0, 1], torch.arange(48, 56))
+    assert torch.equal(laid[1, 1, 0], torch.arange(40, 48))
+    assert torch.equal(interleave(outputs[:, None], 32)[:, 0], laid.flatten())
 
 
 def tiles_of(sessions: list[tuple[int, int, int, int, int]], per_tile: int) -> Tensor:
@@ -174,20 +200,64 @@ def test_skinny_product(num_rows: int, splits: int, fp8: bool) -> None:
     assert error(found, wanted) < (2e-3 if fp8 and DEVICE == "cuda" else CLOSE)
 
 
+def operands(
+    num_rows: int, outputs: int, features: int, *, fp8: bool
+) -> tuple[Activation, Tensor, Tensor | None]:
+    x = Activation(random(num_rows, features).bfloat16())
+    weight = random(outputs, features).bfloat16()
+    if not fp8:
+        return x, weight, None
+    return quantise_rows(x.values), *quantise_rows(weight)
+
+
 @NEEDS_HOPPER
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("num_rows", [3, 40, 128])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_streamed_product(num_rows: int, splits: int, fp8: bool) -> None:
-    x, weight = Activation(random(num_rows, 1024).bfloat16()), random(256, 1024).bfloat16()
-    scale = None
-    if fp8:
-        x = quantise_rows(x.values)
-        weight, scale = quantise_rows(weight)
-    tiling = Tiling(16 if num_rows < 16 else 64, 64, 128 if fp8 else 64, 5, 4, splits)
+    x, weight, scale = operands(num_rows, 256, 1024, fp8=fp8)
+    rows = 16 if num_rows < 16 else 64 if num_rows <= 64 else 128
+    tiling = Tiling(rows, 64, 128 if fp8 else 64, 5, 4, splits)
     found = streamed_product(x, weight, scale, tiling=tiling, dtype=torch.bfloat16)
     wanted = skinny_product_reference(x, weight, scale, tiling=tiling, dtype=torch.float32)
     assert error(found, wanted) < 4e-3  # bf16 results
     if splits == 1:
         gated = streamed_product(x, weight, scale, tiling=tiling, dtype=torch.bfloat16, gated=True)
         assert error(gated[0], silu_gate_reference(wanted[0]).values) < 1e-2
+
+
+@NEEDS_HOPPER
+@pytest.mark.parametrize("num_tiles", [1, 132, 133, 300])
+@pytest.mark.parametrize("stages", [2, 4, 9])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_programs_go_on_to_further_tiles(num_tiles: int, stages: int, fp8: bool) -> None:
+    x, weight, scale = operands(30, num_tiles * 64, 1024, fp8=fp8)
+    tiling = Tiling(32, 64, 256 if fp8 else 128, stages, 4, 1, persistent=True)
+    for gated in (False, True):
+        found = streamed_product(
+            x, weight, scale, tiling=tiling, dtype=torch.bfloat16, gated=gated
+        )[0]
+        wanted = skinny_product_reference(x, weight, scale, tiling=tiling, dtype=torch.float32)[0]
+        if gated:
+            wanted = silu_gate_reference(wanted).values
+        assert error(found, wanted) < 1e-2
+
+
+@NEEDS_HOPPER
+@pytest.mark.parametrize(("heads", "num_kv", "size"), [(4, 4, 64), (3, 1, 128), (4, 2, 32)])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_streamed_rotation(heads: int, num_kv: int, size: int, extras: bool, fp8: bool) -> None:
+    outputs = (heads + 2 * num_kv) * size
+    x, weight, scale = operands(5, outputs, 1024, fp8=fp8)
+    pools = [random(12, num_kv, size).bfloat16() for _ in range(2)]
+    wanted_pools = [pool.float() for pool in pools]
+    given = rotation(pools, outputs, bias=extras, norms=False)
+    tiling = Tiling(16, 64, 128 if fp8 else 64, 5, 4, 1)
+    found = streamed_rotation(x, weight, scale, tiling=tiling, dtype=torch.bfloat16, rotation=given)
+    whole = skinny_product_reference(x, weight, scale, tiling=tiling, dtype=torch.float32)[0]
+    keys, values = wanted_pools
+    wanted = rotate_and_store_reference(whole, given._replace(keys=keys, values=values))
+    assert error(found, wanted) < 5e-3
+    for pool, wanted_pool in zip(pools, wanted_pools, strict=True):
+        assert error(pool, wanted_pool) < 5e-3

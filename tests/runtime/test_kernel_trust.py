@@ -1,0 +1,52 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from triton_mode import DEVICE  # isort: skip  # before the kernels
+
+from d2f_runtime.backends.kernel_trust import BOUND, BOUND_FP8, kernel_fault, trial
+from d2f_runtime.kernels.activation import Activation
+from d2f_runtime.models.fast_transformer import KERNELS, REFERENCES
+
+pytestmark = pytest.mark.torch
+
+CPU = torch.device("cpu")
+BOUNDS = {"bf16": BOUND, "fp8": BOUND_FP8}
+
+
+def off(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a stage's rows be off by their last one, as a wrong index makes them."""
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        found = stage(*args, **kwargs)
+        if isinstance(found, Activation):
+            return found._replace(values=found.values.roll(1, dims=0))
+        return found.roll(1, dims=0)
+
+    return wrong
+
+
+@pytest.mark.parametrize("quantization", list(BOUNDS))
+def test_what_is_right_passes(quantization: str) -> None:
+    assert trial(CPU, quantization, REFERENCES) < BOUNDS[quantization] / 2
+
+
+@pytest.mark.parametrize("quantization", list(BOUNDS))
+@pytest.mark.parametrize("stage", ["rotate_and_store", "attend", "silu_gate"])
+def test_a_wrong_stage_is_found(quantization: str, stage: str) -> None:
+    broken = replace(REFERENCES, **{stage: off(getattr(REFERENCES, stage))})
+    assert not trial(CPU, quantization, broken) < BOUNDS[quantization]
+
+
+def test_no_kernels_have_no_fault() -> None:
+    assert kernel_fault(CPU, "bf16") == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("quantization", list(BOUNDS))
+def test_this_gpu_passes(quantization: str) -> None:
+    assert trial(torch.device("cuda:0"), quantization, KERNELS) < BOUNDS[quantization] / 2
