@@ -5,18 +5,20 @@ that importing d2f_stream stays light.
 """
 
 import contextlib
-from collections.abc import AsyncIterator
+import operator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, SupportsIndex, Unpack
 
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.errors import InvalidParams, InvalidRequest
 from d2f_stream.params import GenerationParams, ParamOverrides
 from d2f_stream.session import Engine, Prompt, Session
 
 if TYPE_CHECKING:
     from d2f_stream.shared import SharedEngine
+    from d2f_stream.transformers_streamer import Streamer
 
 __all__ = ["connect", "generate", "load"]
 
@@ -26,6 +28,7 @@ def generate(
     *,
     model: str | Path | Engine | None = None,
     params: GenerationParams | None = None,
+    streamer: "Streamer | None" = None,
     **overrides: Unpack[ParamOverrides],
 ) -> Session:
     """Start an answer on the running event loop; the session streams it.
@@ -42,6 +45,10 @@ def generate(
             process and stays loaded, and all requests of an event loop share one engine for it, or
             one connection; `load` and `connect` give control over that.
         params: instead of the model's defaults.
+        streamer: one of transformers (TextStreamer, AsyncTextIteratorStreamer, ...), or any object
+            with `put` and `end`: gets the answer beside whoever reads the session, which nobody
+            need do; see d2f_stream.transformers_streamer. It gets the prompt only where that is
+            token ids, and drafts where it has `put_draft`, unless drafts=False.
         overrides: single fields of GenerationParams, on top of either.
 
     Raises:
@@ -50,7 +57,15 @@ def generate(
         ModelError: there is no such model, or it cannot be used; once loading began, raised by the
             session's first await.
         RemoteError: the server cannot be reached, or refuses; raised by the session's first await.
+        MissingExtra: a streamer was given and numpy is not installed.
     """
+    feed = None
+    if streamer is not None:
+        from d2f_stream.transformers_streamer import Feed
+
+        feed = Feed(streamer, prompt_ids=_ids(prompt))
+        if feed.wants_drafts:
+            overrides.setdefault("drafts", True)
     if isinstance(model, str) and "://" in model:
         from d2f_stream.shared import shared_remote_engine
 
@@ -59,7 +74,8 @@ def generate(
         from d2f_runtime.opening import shared_engine
 
         model = shared_engine(model)
-    return model.generate(prompt, params, **overrides)
+    session = model.generate(prompt, params, **overrides)
+    return session if feed is None else feed.follow(session)
 
 
 @contextlib.asynccontextmanager
@@ -70,6 +86,7 @@ async def load(
     backend: str = "auto",
     quantization: str = "auto",
     device: str = "auto",
+    kv_tokens: int | None = None,
 ) -> AsyncIterator[Engine]:
     """Load a model and open an engine over it; leaving the context ends its sessions.
 
@@ -84,25 +101,38 @@ async def load(
         backend: "auto", "onnx", "torch" or "scripted".
         quantization: what the backend offers; "auto" is its own choice.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        kv_tokens: how many tokens all sessions together may hold (prompts and answers), which is
+            taken from the device's memory (torch only). By default 1 GiB of them; where one request
+            of the model's full length needs more, that, but at most half of what is free once the
+            weights are loaded.
 
     Raises:
+        InvalidParams: kv_tokens is no positive number.
         ModelError: there is no such model, or it cannot be used.
         MissingExtra: the backend's library is not installed.
         RemoteError: the server cannot be reached, or refuses.
     """
     if isinstance(model, str) and "://" in model:
-        if (adapter, backend, quantization, device) != (None, "auto", "auto", "auto"):
+        chosen = (adapter, backend, quantization, device, kv_tokens)
+        if chosen != (None, "auto", "auto", "auto", None):
             raise InvalidRequest(
-                "adapter, backend, quantization and device are the server's own choice; leave them "
-                "out"
+                "adapter, backend, quantization, device and kv_tokens are the server's own choice; "
+                "leave them out"
             )
         async with connect(model) as remote:
             yield remote
         return
     from d2f_runtime.opening import open_engine
 
+    if kv_tokens is not None and (not isinstance(kv_tokens, int) or kv_tokens < 1):
+        raise InvalidParams("kv_tokens", kv_tokens, "an integer of at least 1")
     async with open_engine(
-        model, adapter=adapter, backend=backend, quantization=quantization, device=device
+        model,
+        adapter=adapter,
+        backend=backend,
+        quantization=quantization,
+        device=device,
+        kv_tokens=kv_tokens,
     ) as engine:
         yield engine
 
@@ -132,6 +162,14 @@ def connect(
         MissingExtra: the client's library is not installed.
     """
     return _remote_engine(url, token=token, reconnect_timeout_s=reconnect_timeout_s)
+
+
+def _ids(prompt: Prompt) -> list[int]:
+    """Return a prompt of token ids, nothing for any other."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return []
+    ids = [item for item in prompt if isinstance(item, SupportsIndex)]
+    return [operator.index(item) for item in ids] if len(ids) == len(prompt) else []
 
 
 def _remote_engine(

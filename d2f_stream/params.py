@@ -12,6 +12,7 @@ from d2f_stream.errors import InvalidParams
 
 __all__ = [
     "MAX_BLOCK_SIZE",
+    "Acceptance",
     "Attention",
     "GenerationParams",
     "ParamOverrides",
@@ -24,6 +25,7 @@ MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16
 MAX_LOOKAHEAD = 16
 
+Acceptance = Literal["token", "joint"]
 Attention = Literal["blocks", "full"]
 Rank = Literal["confidence", "margin", "neg_entropy"]
 StopAtEos = Literal["truncate", "drain"]
@@ -48,6 +50,8 @@ class ParamOverrides(TypedDict, total=False):
     tail: Tail
     lookahead: int
     num_per_step: int
+    sub_block_size: int
+    acceptance: Acceptance
     attention: Attention
     drafts: bool
 
@@ -78,6 +82,12 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             costs a row of the step.
         num_per_step: how many proposals a block accepts in each step, the best by `rank`, whatever
             their confidence; 0 goes by `confidence_threshold`.
+        sub_block_size: a block is filled part by part, each of this size, from left to right; 0
+            makes it one part. With parts, a model that predicts from the position before takes a
+            block's first token by itself and at once, whatever its confidence (Fast-dLLM v2).
+        acceptance: what `confidence_threshold` bounds. "token": the doubt of each token. "joint":
+            that of all tokens which a block accepts in one step together, so that it needs no
+            tuning to the block size. No effect with `num_per_step`.
         attention: "blocks" is full inside a block and causal across. "full" makes prompt and
             answer one attention block, as masked diffusion models are decoded without D2F: all
             `max_new_tokens` positions are on the canvas from the start and nothing is cached, so
@@ -103,6 +113,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     tail: Tail = "cut"
     lookahead: int = 0
     num_per_step: int = 0
+    sub_block_size: int = 0
+    acceptance: Acceptance = "token"
     attention: Attention = "blocks"
     drafts: bool = False
 
@@ -122,6 +134,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_choice("tail", self.tail, ("cut", "drop"))
         _check_count("lookahead", self.lookahead, 0, MAX_LOOKAHEAD)
         _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
+        _check_count("sub_block_size", self.sub_block_size, 0, MAX_BLOCK_SIZE)
+        _check_choice("acceptance", self.acceptance, ("token", "joint"))
         _check_choice("attention", self.attention, ("blocks", "full"))
         if self.tail == "drop" and self.max_new_tokens < self.block_size:
             allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"

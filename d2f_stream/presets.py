@@ -66,13 +66,18 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
         # The same repository's chat demo, which is eager to start blocks.
         "d2f-demo": GenerationParams(max_new_tokens=1024, activate_threshold=0.5),
         # Block diffusion, whose blocks are the model's own: the threshold of SDAR's
-        # "low_confidence_dynamic" (JetAstra/SDAR, generate.py) and of Fast-dLLM v2's examples
-        # (Efficient-Large-Model/Fast_dLLM_v2_7B, model card).
+        # "low_confidence_dynamic" (JetAstra/SDAR, generate.py).
         "sdar": GenerationParams(
             block_size=4, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.85
         ),
+        # Fast-dLLM v2 as its model card calls it: sub-blocks of 8, threshold 0.9
+        # (Efficient-Large-Model/Fast_dLLM_v2_7B; NVlabs/Fast-dLLM, v2/run_chatbot.py, b9cf368).
         "fast-dllm-v2": GenerationParams(
-            block_size=32, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.9
+            block_size=32,
+            add_threshold=1.0,
+            max_active_blocks=1,
+            confidence_threshold=0.9,
+            sub_block_size=8,
         ),
         # One token after the other, for models that know no mask.
         "autoregressive": GenerationParams(block_size=1, add_threshold=1.0, max_active_blocks=1),

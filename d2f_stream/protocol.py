@@ -22,7 +22,15 @@ from msgspec import UNSET, Struct, UnsetType
 
 from d2f_stream.errors import D2FError, InvalidRequest, LimitExceeded
 from d2f_stream.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.params import Attention, GenerationParams, ParamOverrides, Rank, StopAtEos, Tail
+from d2f_stream.params import (
+    Acceptance,
+    Attention,
+    GenerationParams,
+    ParamOverrides,
+    Rank,
+    StopAtEos,
+    Tail,
+)
 
 __all__ = [
     "VERSION",
@@ -70,6 +78,8 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tail: Tail | UnsetType = UNSET
     lookahead: int | UnsetType = UNSET
     num_per_step: int | UnsetType = UNSET
+    sub_block_size: int | UnsetType = UNSET
+    acceptance: Acceptance | UnsetType = UNSET
     attention: Attention | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET
 

@@ -6,16 +6,22 @@ against transformers 5.23 (generation/streamers.py).
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from d2f_stream.errors import MissingExtra
-from d2f_stream.events import Block, Draft
+from d2f_stream.buffer import EventBuffer
+from d2f_stream.errors import D2FError, EngineClosed, InvalidParams, MissingExtra
+from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished
 from d2f_stream.session import Result, Session
 
-__all__ = ["Streamer", "stream_to"]
+__all__ = ["Feed", "Streamer", "stream_to"]
+
+logger = logging.getLogger("d2f_stream.streamer")
 
 Ids = Callable[[Sequence[int]], object]
+
+_followers: Final[set[asyncio.Task[None]]] = set()  # an event loop holds its tasks weakly
 
 
 class Streamer(Protocol):
@@ -61,49 +67,119 @@ async def stream_to(
         D2FError: the request was turned away, or its stream failed.
         MissingExtra: `ids` is not given and numpy is not installed.
     """
-    feed = _Feed(streamer, ids or _array_maker())
+    feed = Feed(streamer, prompt_ids=prompt_ids, ids=ids)
     try:
-        await feed.call(streamer.put, feed.ids(list(prompt_ids)))
+        await feed.begin()
         async for event in session.events():
-            match event:
-                case Block():
-                    await feed.block(event)
-                case Draft():
-                    await feed.draft(event)
+            await feed.take(event)
     finally:
-        await feed.call(streamer.end)
+        await feed.end()
     return await session.result()
 
 
-class _Feed:
-    """One answer's way into a streamer: remembers the drafts that are still shown."""
+class Feed:
+    """One answer's way into a streamer: remembers the drafts that are still shown.
 
-    def __init__(self, streamer: Streamer, ids: Ids) -> None:
-        self.ids = ids
+    Args: see `stream_to`.
+
+    Raises:
+        InvalidParams: the streamer lacks `put` or `end`.
+        MissingExtra: `ids` is not given and numpy is not installed.
+    """
+
+    def __init__(
+        self, streamer: Streamer, *, prompt_ids: Sequence[int] = (), ids: Ids | None = None
+    ) -> None:
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise InvalidParams("streamer", streamer, "an object with the methods put and end")
+        self._ids = ids or _array_maker()
+        self._prompt_ids = list(prompt_ids)
         self._streamer = streamer
         self._put_draft = getattr(streamer, "put_draft", None)
         self._drafts: dict[int, str] = {}
 
-    async def block(self, block: Block) -> None:
-        self._drafts.pop(block.index, None)
-        await self.call(self._streamer.put, self.ids(list(block.token_ids)))
-        if self._drafts:  # put has wiped them
-            await self._show()
+    @property
+    def wants_drafts(self) -> bool:
+        """Whether the streamer shows them."""
+        return self._put_draft is not None
 
-    async def draft(self, draft: Draft) -> None:
-        if self._put_draft is not None:
-            self._drafts[draft.index] = draft.text
-            await self._show()
+    def follow(self, session: Session) -> Session:
+        """Feed the streamer beside the reader; return a session of the same answer for that one.
+
+        An event reaches the reader once the streamer has taken it, and the end once the streamer's
+        `end` has returned. Nobody need read: the streamer sets the pace, and until the session is
+        read for the first time, letting go of it does not end the answer. Where the streamer
+        raises, the answer is cancelled, and reading raises a D2FError with the streamer's as cause.
+        """
+        buffer = _FollowedBuffer(cancel=session.cancel, pause=_nothing, resume=_nothing)
+        buffer.lift_marks()
+        buffer.unread = followed = Session(buffer)
+        task = asyncio.create_task(self._follow(session, buffer), name="d2f-streamer")
+        _followers.add(task)
+        task.add_done_callback(_followers.discard)
+        return followed
+
+    async def begin(self) -> None:
+        """Give the prompt; the first `put` takes it, even if there is none."""
+        await self._call(self._streamer.put, self._ids(self._prompt_ids))
+
+    async def take(self, event: Event) -> None:
+        """Give what an event shows."""
+        match event:
+            case Block():
+                self._drafts.pop(event.index, None)
+                await self._call(self._streamer.put, self._ids(list(event.token_ids)))
+                if self._drafts:  # put has wiped them
+                    await self._show()
+            case Draft() if self.wants_drafts:
+                self._drafts[event.index] = event.text
+                await self._show()
+            case _:
+                pass
+
+    async def end(self) -> None:
+        """Tell that nothing follows."""
+        await self._call(self._streamer.end)
+
+    async def _follow(self, session: Session, buffer: "_FollowedBuffer") -> None:
+        """Pass every event on, the terminal one last; whatever happens, the buffer ends."""
+        last: Event | None = None
+        try:
+            try:
+                await self.begin()
+                async for event in session.events():
+                    await self.take(event)
+                    if isinstance(event, StreamFinished | StreamFailed):
+                        last = event
+                    else:
+                        buffer.put(event)
+            finally:
+                await self.end()
+            assert last is not None
+            buffer.put(last)
+        except asyncio.CancelledError:
+            buffer.reject(EngineClosed("the event loop was shut down"))
+            raise
+        except D2FError as error:
+            buffer.reject(error)
+        except Exception as error:
+            logger.error("a streamer failed", exc_info=error)  # perhaps nobody reads
+            failure = D2FError(f"the streamer failed: {error!r}")
+            failure.__cause__ = error
+            buffer.reject(failure)
+        finally:
+            session.cancel()
+            buffer.unread = None
 
     async def _show(self) -> None:
         text = "".join(self._drafts[index] for index in sorted(self._drafts))
         tokenizer = getattr(self._streamer, "tokenizer", None)
         if self._put_draft is None or tokenizer is None:
             return
-        value = self.ids(tokenizer.encode(text, add_special_tokens=False))
-        await self.call(lambda: self._put_draft(value=value))  # type: ignore[misc]
+        value = self._ids(tokenizer.encode(text, add_special_tokens=False))
+        await self._call(lambda: self._put_draft(value=value))  # type: ignore[misc]
 
-    async def call(self, method: Callable[..., object], *arguments: object) -> None:
+    async def _call(self, method: Callable[..., object], *arguments: object) -> None:
         """Run a method of the streamer on a thread; it ends before a cancellation goes on."""
         running = asyncio.ensure_future(asyncio.to_thread(method, *arguments))
         try:
@@ -111,6 +187,28 @@ class _Feed:
         except asyncio.CancelledError:
             await asyncio.wait([running])
             raise
+
+
+class _FollowedBuffer(EventBuffer):
+    """Holds its session until that is read for the first time: the streamer may be all who reads.
+
+    Attributes:
+        unread: the session, until then.
+    """
+
+    unread: Session | None = None
+
+    async def get(self) -> Event | None:
+        self.unread = None
+        return await super().get()
+
+    async def wait_ended(self) -> None:
+        self.unread = None
+        await super().wait_ended()
+
+
+def _nothing() -> None:
+    """Pause nobody: the streamer sets the pace."""
 
 
 def _array_maker() -> Ids:

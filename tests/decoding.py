@@ -48,6 +48,7 @@ class Case:
     model: HashModel
     eos_ids: tuple[int, ...]
     prompt_attention: Attention
+    shifted: bool = False
 
     @property
     def block_size(self) -> int:
@@ -69,6 +70,7 @@ class Case:
             params=self.params,
             mask_id=MASK,
             eos_ids=self.eos_ids,
+            shift_logits=self.shifted,
             prompt_attention=self.prompt_attention,
             native_block_size=self.block_size,
             num_cached=num_cached,
@@ -86,6 +88,8 @@ class Case:
             max_active_blocks=self.params.max_active_blocks,
             cut_tail=self.params.tail == "cut",
             grid=self.prompt_attention == "grid",
+            sub_block_size=self.params.sub_block_size,
+            shifted=self.shifted,
         )
 
 
@@ -114,7 +118,9 @@ def random_case(rnd: random.Random) -> Case:
         by_step=rnd.choice((False, True)),
     )
     prompt = tuple(rnd.choice((1, 10, 11)) for _ in range(num_prompt))
-    return Case(prompt, params, model, eos_ids, prompt_attention)
+    sub_block_size, shifted = rnd.choice((0, 0, 1, 2, 3, 8)), rnd.choice((False, True))
+    params = params.with_overrides({"sub_block_size": sub_block_size})
+    return Case(prompt, params, model, eos_ids, prompt_attention, shifted)
 
 
 def propose(case: Case, cache: Sequence[int], window: Window, step: int) -> Proposals:

@@ -1,8 +1,8 @@
 """The reference decoding loop, naively: the oracle of the decoder's tests.
 
 Written from the description of the public D2F code (state, one iteration, acceptance rule, end of
-sequence) and sharing nothing with d2f_runtime. Three options lie beyond that code: a bound on the
-unfilled blocks, a cut last block, and blocks on absolute multiples of the block size.
+sequence) and sharing nothing with d2f_runtime. Four options lie beyond that code: a bound on the
+unfilled blocks, a cut last block, blocks on absolute multiples of the block size, and sub-blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,6 +52,8 @@ class RefSettings:
     max_active_blocks: int | None = None
     cut_tail: bool = False
     grid: bool = False
+    sub_block_size: int = 0
+    shifted: bool = False
 
 
 def reference_loop(prompt: Sequence[int], propose: Propose, settings: RefSettings) -> RefResult:
@@ -127,13 +129,17 @@ def denoise(
     settings: RefSettings,
 ) -> list[tuple[int, int]]:
     visible = tuple(seen[: block.end])
-    proposals = [
-        (position, *propose(visible, position, step))
-        for position in range(block.start, block.end)
-        if seen[position] == MASK
-    ]
-    if not proposals:
+    asked = [position for position in range(block.start, block.end) if seen[position] == MASK]
+    if not asked:
         return []
+    if settings.sub_block_size:
+        if settings.shifted and asked == list(range(block.start, block.end)):
+            visible = tuple(seen[: block.start + 1])  # the row before sees nothing of the rest
+            asked = asked[:1]
+        else:
+            parts = [(position - block.start) // settings.sub_block_size for position in asked]
+            asked = [p for p, part in zip(asked, parts, strict=True) if part == parts[0]]
+    proposals = [(position, *propose(visible, position, step)) for position in asked]
     chosen = [p for p in proposals if p[2] > settings.skip_threshold]
     if not chosen and block.is_complete:
         best = max(p[3] for p in proposals)

@@ -17,7 +17,7 @@ SERVED = EVENTS | {"d2f_stream.protocol", "d2f_stream.session", "d2f_stream.serv
 CONNECTION = SERVED | {"d2f_stream.channels"}
 CONNECTION |= {"d2f_stream.server." + n for n in ("auth", "served_stream", "streams")}
 PURE = VALUES | {
-    "d2f_runtime." + n for n in ("window", "policy", "partition", "blocks", "lookahead")
+    "d2f_runtime." + n for n in ("window", "policy", "adaptive", "partition", "blocks", "lookahead")
 }
 
 # What a module of ours may import of ours. Others are bounded by is_forbidden only.
@@ -54,6 +54,7 @@ ALLOWED = {
     "d2f_stream.server.gateway": CONNECTION | {"d2f_stream.server.connection"},
     "d2f_runtime.window": set(),
     "d2f_runtime.decoder": PURE,
+    "d2f_runtime.adaptive": set(),
     "d2f_runtime.policy": PURE,
     "d2f_runtime.lookahead": PURE,
     "d2f_runtime.partition": PURE,

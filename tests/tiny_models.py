@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
-from unittest.mock import patch
 
 import torch
 
@@ -18,7 +17,7 @@ from d2f_runtime.models.sampling import forbid, propose, temper
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
 from d2f_runtime.window import NO_TOKEN, Proposals, Window
 
-Stored = Literal["torch", "fp32", "int8"]
+Stored = Literal["torch", "fp32", "fp16", "int8", "int4", "int4-fp16", "device"]
 
 MASK = 3
 NUM_TOKENS = 150
@@ -54,6 +53,15 @@ CONFIGS = {
         qk_norm=True,
         prompt_attention="grid",
         native_block_size=4,
+    ),
+    "fast_dllm_v2": replace(
+        _LLADA,
+        family="fast_dllm_v2",
+        num_kv_heads=2,
+        qkv_bias=True,
+        shift_logits=True,
+        tie_embeddings=True,
+        prompt_attention="grid",
     ),
     "llama": replace(
         _LLADA,
@@ -128,29 +136,24 @@ def tiny_folder(family: str, quantization: Stored) -> Path:
     if quantization == "torch":
         save_checkpoint(checkpoint, tiny_model(CONFIGS[family]))
         return checkpoint
-    from d2f_export.artefact import write_artefact
-    from d2f_export.onnx_graph import export_graph
-
-    # An export takes seconds, so that of int8 is the fp32 one, copied.
-    export = export_graph
-    if quantization == "int8":
-        graph = tiny_folder(family, "fp32") / "model.onnx"
-
-        def export(model: Transformer, path: Path) -> None:
-            shutil.copyfile(graph, path)
+    from d2f_export.artefact import Description, Target, write_artefact
 
     tokenizer = root / "tokenizer.json"
     tokenizer.write_text("{}")
     folder = root / f"{family}-{quantization}"
-    with patch("d2f_export.artefact.export_graph", export):
-        write_artefact(
-            tiny_folder(family, "torch"),
-            folder,
-            name=folder.name,
-            tokenizer_path=tokenizer,
-            quantization=quantization,
-            defaults={"cpu": {"max_new_tokens": 16}},
-        )
+    about = Description(
+        name=folder.name, tokenizer=tokenizer, defaults={"cpu": {"max_new_tokens": 16}}
+    )
+    target: Target = "device" if quantization == "device" else "cpu"
+    write_artefact(
+        tiny_folder(family, "torch"),
+        folder,
+        about,
+        target=target,
+        quantization="fp32" if quantization == "device" else quantization,
+        window=24,
+        capacity=96,
+    )
     return folder
 
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from d2f_runtime.models.config import TransformerConfig
 
-CLASSES = {"llada": "Llama", "llama": "Llama", "dream": "Qwen2", "sdar": "Qwen3"}
+CLASSES = {
+    "llada": "Llama",
+    "llama": "Llama",
+    "dream": "Qwen2",
+    "fast_dllm_v2": "Qwen2",
+    "sdar": "Qwen3",
+}
 
 
 def oracle_model(config: TransformerConfig, weights: dict[str, Tensor]) -> Any:

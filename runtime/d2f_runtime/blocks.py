@@ -3,11 +3,12 @@
 Positions of `Block` are canvas positions; those of the values count from the answer's first.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Accepted", "Block", "BlockView", "Committed"]
+__all__ = ["Accepted", "Block", "BlockView", "Committed", "SubBlocks"]
 
 
 class Accepted(NamedTuple):  # several are made in each step: a third of a frozen dataclass's cost
@@ -66,6 +67,11 @@ class Block:
         size = self.stop - self.start
         return (size - len(self.masked)) / size
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether all of it is masks."""
+        return len(self.masked) == self.stop - self.start
+
     def unmask(self, offsets: Sequence[int]) -> None:
         """Take the offsets off `masked`; all must be on it."""
         accepted = set(offsets)
@@ -73,3 +79,27 @@ class Block:
         if len(left) != len(self.masked) - len(offsets):
             raise RuntimeError(f"offsets {list(offsets)} of block {self.index} are not all masked")
         self.masked = left
+
+
+@dataclass(frozen=True, slots=True)
+class SubBlocks:
+    """The parts of every block, filled from left to right: Fast-dLLM v2's small blocks.
+
+    As `generate` of its checkpoints does it (Efficient-Large-Model/Fast_dLLM_v2_7B, modeling.py).
+
+    Attributes:
+        size: positions of a part, counted from the block's start; 0 makes the block one part.
+        first_alone: the first position is a part by itself; the position before it predicts it, so
+            that the rest of the block need not be there yet.
+    """
+
+    size: int
+    first_alone: bool
+
+    def open(self, masked: Sequence[int]) -> Sequence[int]:
+        """Return those of the offsets, ascending and at least one, that are of the first part."""
+        if not self.size:
+            return masked
+        first = masked[0]
+        stop = 1 if self.first_alone and first == 0 else first - first % self.size + self.size
+        return masked[: bisect_left(masked, stop)]

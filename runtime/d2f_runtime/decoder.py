@@ -11,7 +11,7 @@ with `attention="full"` each window is the whole canvas to come, as one attentio
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from d2f_runtime.blocks import Accepted, Block, BlockView, Committed
+from d2f_runtime.blocks import Accepted, Block, BlockView, Committed, SubBlocks
 from d2f_runtime.lookahead import BranchPolicy, Candidate, Lookahead
 from d2f_runtime.partition import Partition
 from d2f_runtime.policy import AcceptancePolicy, policy_of
@@ -33,7 +33,7 @@ class BlockDecoder:
         mask_id: id of the mask token.
         eos_ids: every id that ends the answer.
         shift_logits: whether row i-1 predicts position i; such a model cannot fill position 0. The
-            schedule is the same either way.
+            schedule is the same either way, save for sub-blocks.
         prompt_attention: how the prompt is cut into attention blocks: "full" is one block, "causal"
             one per position; answer blocks of `params.block_size` follow from P on. With "grid"
             all blocks, of attention and of decoding, lie on multiples of `native_block_size`
@@ -71,6 +71,8 @@ class BlockDecoder:
         if branch_policy is None and params.lookahead:
             branch_policy = Lookahead(params.lookahead)
         self._branch_policy = branch_policy
+        first_alone = shift_logits and params.sub_block_size > 0
+        self._sub_blocks = SubBlocks(params.sub_block_size, first_alone)
         self._truncates = params.stop_at_eos == "truncate"
         self._sees_all = params.attention == "full"
         # With full attention what comes before an EOS sees what comes after: all goes on as it was.
@@ -231,10 +233,15 @@ class BlockDecoder:
             end = self._partition.end
             masks = [self._mask_id] * (end - len(self._canvas))
             return Window(0, (*self._canvas, *masks), 0, (end,))
-        start = self._num_cached
+        start, last = self._num_cached, self._blocks[-1]
+        stop = last.start + 1 if self._awaits_first(last) else last.stop
         num_to_cache = self._blocks[0].start - start
-        block_stops = self._partition.stops(start, len(self._canvas))
-        return Window(start, tuple(self._canvas[start:]), num_to_cache, block_stops)
+        block_stops = self._partition.stops(start, stop)
+        return Window(start, tuple(self._canvas[start:stop]), num_to_cache, block_stops)
+
+    def _awaits_first(self, block: Block) -> bool:
+        """Whether only the first position may accept, which sees nothing of the rest."""
+        return self._sub_blocks.first_alone and block.is_untouched
 
     def _windows(self) -> tuple[Window, ...]:
         anchor = self._window()
@@ -257,12 +264,18 @@ class BlockDecoder:
     def _next_branches(self, row: Proposals, base: int) -> tuple[Candidate, ...]:
         """Choose what to try beside the canvas in the next step, from this step's proposals."""
         assert self._branch_policy is not None
-        masked = [block.start + offset for block in self._blocks for offset in block.masked]
-        if len(masked) < 2:
+        if sum(len(block.masked) for block in self._blocks) < 2:
             return ()  # every branch needs a mask
+        positions = [
+            block.start + offset
+            for block in self._blocks
+            if block.masked and not self._awaits_first(block)
+            for offset in self._sub_blocks.open(block.masked)
+        ]
+        proposed = [p for p in positions if p - base < len(row.tokens)]
         return tuple(
             self._branch_policy.branches(
-                [Candidate(p, row.tokens[p - base], row.confidence[p - base]) for p in masked]
+                [Candidate(p, row.tokens[p - base], row.confidence[p - base]) for p in proposed]
             )
         )
 
@@ -283,9 +296,8 @@ class BlockDecoder:
         first, stop = block.start - base, block.stop - base
         confidence = row.confidence[first:stop]
         rank = confidence if row.rank is None else row.rank[first:stop]
-        offsets = self._policy.accept(
-            block.masked, confidence, rank, fully_activated=fully_activated
-        )
+        masked = self._sub_blocks.open(block.masked)
+        offsets = self._policy.accept(masked, confidence, rank, fully_activated=fully_activated)
         if not offsets:
             if fully_activated:
                 raise RuntimeError("the policy accepted nothing in a fully activated block")

@@ -37,6 +37,7 @@ class ModelKey:
     device: str
     quantization: str
     adapter: Path | HubModel | None = None
+    kv_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ def open_engine(
     backend: str = "auto",
     quantization: str = "auto",
     device: str = "auto",
+    kv_tokens: int | None = None,
     limits: Limits | None = None,
 ) -> LocalEngine:
     """Return a new engine; entering it waits for the model.
@@ -46,6 +47,7 @@ def open_engine(
         backend: see `d2f_stream.load`, as for the next two.
         quantization: what the backend offers.
         device: "auto", "cpu", "cuda", ...
+        kv_tokens: that all sessions together may hold; None goes by the device's memory.
         limits: how much the engine takes on at once.
 
     Raises:
@@ -53,7 +55,14 @@ def open_engine(
             entering.
         UnsupportedModel: the model or the backend is of a kind that this build does not know.
     """
-    key = _key(model, backend=backend, quantization=quantization, device=device, adapter=adapter)
+    key = _key(
+        model,
+        backend=backend,
+        quantization=quantization,
+        device=device,
+        adapter=adapter,
+        kv_tokens=kv_tokens,
+    )
     return _engine(key, limits)
 
 
@@ -104,6 +113,7 @@ def _key(
     quantization: str,
     device: str,
     adapter: str | Path | None = None,
+    kv_tokens: int | None = None,
 ) -> ModelKey:
     if isinstance(model, str) and "://" in model:
         raise UnsupportedModel(f"{model} is a remote model, which this build does not support yet")
@@ -119,6 +129,7 @@ def _key(
         device=device,
         quantization=quantization,
         adapter=None if adapter is None else locate(adapter),
+        kv_tokens=kv_tokens,
     )
 
 
@@ -138,7 +149,12 @@ def _load(key: ModelKey) -> ModelParts:
     defaults = None if published is None else published.defaults(adapted=adapter is not None)
     codec: TextCodec = ByteCodec() if name == "scripted" else Tokenizer.from_folder(path)
     backend = open_backend(  # last, so that memory is taken for nothing that is wrong
-        name, path, device=key.device, quantization=key.quantization, adapter=adapter
+        name,
+        path,
+        device=key.device,
+        quantization=key.quantization,
+        adapter=adapter,
+        kv_tokens=key.kv_tokens,
     )
     description = ""
     if manifest is not None:

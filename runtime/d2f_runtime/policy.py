@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Protocol
 
+from d2f_runtime.adaptive import JointThresholdPolicy
 from d2f_stream.params import GenerationParams
 
 __all__ = ["AcceptancePolicy", "FixedCountPolicy", "ThresholdPolicy", "policy_of"]
@@ -91,4 +92,6 @@ def policy_of(params: GenerationParams) -> AcceptancePolicy:
     """Return the rule that a request asks for."""
     if params.num_per_step:
         return FixedCountPolicy(params.num_per_step)
+    if params.acceptance == "joint":
+        return JointThresholdPolicy(params.confidence_threshold)
     return ThresholdPolicy(params.confidence_threshold)

@@ -17,6 +17,8 @@ NO_TOKEN = -1
 class Window:
     """The slice of the canvas from the first uncached position to its end: the input of one step.
 
+    Of a last block that takes its first token by itself only that position is in it.
+
     Attributes:
         start: canvas position of the first row; everything before it is cached.
         tokens: [W] token ids, masks included.

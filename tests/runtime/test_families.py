@@ -9,7 +9,6 @@ import pytest
 from d2f_runtime.models.config import Llama3Rope
 from d2f_runtime.models.families import PUBLISHED, published_name
 from d2f_runtime.models.published import Published, read_published
-from d2f_runtime.models.published_config import MAX_LEN
 from d2f_stream.errors import ModelDamaged, UnsupportedModel
 from tiny_checkpoints import FAMILIES, added_tokens, config_of, write_tokenizer
 
@@ -57,7 +56,7 @@ def test_dream_as_published(tmp_path: Path) -> None:
     assert (config.mask_id, config.eos_ids) == (151666, (151643, 151645))
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (28, 4, 128)
     assert (config.prompt_attention, config.shift_logits, config.qkv_bias) == ("full", True, True)
-    assert config.max_len == MAX_LEN
+    assert config.max_len == 131_072
     assert config.kv_bytes_per_token // 2 == 56 * 1024
 
 

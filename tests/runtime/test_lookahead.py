@@ -48,6 +48,7 @@ def test_branches_that_never_win_change_nothing(seed: int) -> None:
         params=case.params.with_overrides({"lookahead": 16}),
         mask_id=MASK,
         eos_ids=case.eos_ids,
+        shift_logits=case.shifted,
         prompt_attention=case.prompt_attention,
         native_block_size=case.block_size,
         branch_policy=KeepAnchor(),

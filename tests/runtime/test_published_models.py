@@ -14,6 +14,7 @@ import d2f_stream
 import reference_loop
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
+from d2f_stream.presets import PRESETS
 from tiny_checkpoints import (
     FAMILIES,
     Tiny,
@@ -223,11 +224,47 @@ async def test_block_answers_equal_the_reference_loop(
             activate_threshold=0.8,
             confidence_threshold=0.3,
             max_active_blocks=settings.max_active_blocks,
+            sub_block_size=0,
             temperature=0.0,
             stop_at_eos="drain",
         ).result()
     assert list(result.token_ids) == until_eos(wanted.canvas[len(PROMPT) :], settings.eos_ids)
     assert result.usage.steps == len(wanted.steps)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "preset", "block_size"),
+    [("llada", "llada-vanilla", 8), ("Dream", "dream-vanilla", 24)],
+)
+async def test_vanilla_answers_equal_the_published_loop(
+    tmp_path: Path, model_type: str, preset: str, block_size: int
+) -> None:
+    theirs, tiny = write_model(tmp_path, model_type, seed=3), FAMILIES[model_type]
+    ids = added_tokens(tiny)
+    assert tiny.mask is not None
+    mask, length = ids[tiny.mask], len(PROMPT) + 24
+    canvas = torch.tensor([[*PROMPT, *[mask] * 24]])
+    for first in range(len(PROMPT), length, block_size):
+        for _ in range(block_size):
+            with torch.no_grad():
+                everything = additive(torch.ones(length, length, dtype=torch.bool))
+                logits = theirs(canvas, attention_mask=everything, use_cache=False).logits[0]
+            logits = logits.roll(1, dims=0) if tiny.shifted else logits
+            logits[:, mask] = logits[:, max(ids.values()) + 1 :] = -torch.inf
+            p = logits.softmax(-1)
+            best = p.max(-1)
+            score = best.values if model_type == "llada" else (p * (p + 1e-10).log()).sum(-1)
+            inside = torch.zeros(length, dtype=torch.bool)
+            inside[first : first + block_size] = True
+            score[~inside | (canvas[0] != mask)] = -torch.inf
+            at = int(score.argmax())
+            canvas[0, at] = best.indices[at]
+    async with d2f_stream.load(tmp_path, device="cpu") as engine:
+        params = PRESETS[preset].with_overrides({"max_new_tokens": 24, "block_size": block_size})
+        result = await engine.generate(PROMPT, params).result()
+    ends = [ids[text] for text in tiny.ends]
+    assert list(result.token_ids) == until_eos(canvas[0, len(PROMPT) :].tolist(), ends)
+    assert result.usage.steps == 24
 
 
 def until_eos(tokens: Sequence[int], eos_ids: Sequence[int]) -> list[int]:

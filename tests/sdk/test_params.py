@@ -38,6 +38,9 @@ def test_overrides_are_exactly_the_fields() -> None:
         ("stop", tuple("abcdefghijklmnopq")),
         ("stop_at_eos", "later"),
         ("tail", "keep"),
+        ("sub_block_size", -1),
+        ("acceptance", "each"),
+        ("sub_block_size", 1025),
     ],
 )
 def test_value_out_of_range_is_named(field: str, value: Any) -> None:

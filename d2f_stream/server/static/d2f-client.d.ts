@@ -86,6 +86,8 @@ export interface Params {
   tail?: "cut" | "drop";
   lookahead?: number;
   num_per_step?: number;
+  sub_block_size?: number;
+  acceptance?: "token" | "joint";
   attention?: "blocks" | "full";
   drafts?: boolean;
 }

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from d2f_runtime.backends.base import Backend
 from d2f_stream.errors import MissingExtra, ModelNotFound, UnsupportedModel
@@ -29,9 +29,15 @@ class Load(Protocol):
     """The `load` function of a backend's module."""
 
     def __call__(
-        self, path: Path, *, device: str, quantization: str, adapter: Path | None = None
+        self,
+        path: Path,
+        *,
+        device: str,
+        quantization: str,
+        adapter: Path | None = None,
+        kv_tokens: int | None = None,
     ) -> Backend:
-        """Load the model of a folder. Blocks. Only some backends merge an adapter."""
+        """Load the model of a folder. Blocks. Only some backends take the last two."""
         ...
 
 
@@ -45,6 +51,7 @@ class BackendEntry:
         extra: of this distribution that installs the library.
         suffix: of the files that the backend runs.
         merges: whether it can merge a LoRA adapter into the weights.
+        sets_aside: whether it sets memory for K/V aside, so that one can say how much.
     """
 
     module: str
@@ -52,6 +59,7 @@ class BackendEntry:
     extra: str
     suffix: str
     merges: bool = False
+    sets_aside: bool = False
 
     @property
     def installed(self) -> bool:
@@ -62,7 +70,12 @@ class BackendEntry:
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "onnx": BackendEntry("d2f_runtime.backends.onnx_backend", "onnxruntime", "edge", ".onnx"),
     "torch": BackendEntry(
-        "d2f_runtime.backends.torch_backend", "torch", "torch", ".safetensors", merges=True
+        "d2f_runtime.backends.torch_backend",
+        "torch",
+        "torch",
+        ".safetensors",
+        merges=True,
+        sets_aside=True,
     ),
     "scripted": BackendEntry("d2f_runtime.backends.scripted", None, "", "script.json"),
 }
@@ -128,22 +141,33 @@ def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -
 
 
 def open_backend(
-    name: str, path: Path, *, device: str, quantization: str, adapter: Path | None = None
+    name: str,
+    path: Path,
+    *,
+    device: str,
+    quantization: str,
+    adapter: Path | None = None,
+    kv_tokens: int | None = None,
 ) -> Backend:
     """Load a model folder with the backend of that name. Blocks.
 
     Raises:
         MissingExtra: the backend's library is not installed.
-        ModelError: the model cannot be loaded, or the backend takes no adapter.
+        ModelError: the model cannot be loaded, or the backend takes no adapter or no kv_tokens.
     """
     entry = BACKENDS[name]
     if adapter is not None and not entry.merges:
         raise UnsupportedModel(
             f"the {name} backend cannot merge the adapter {adapter}; use the torch backend"
         )
+    if kv_tokens is not None and not entry.sets_aside:
+        raise UnsupportedModel(
+            f"the {name} backend takes memory for K/V as requests come, so kv_tokens "
+            f"({kv_tokens}) means nothing to it; leave it out or use the torch backend"
+        )
     if entry.library is not None and not entry.installed:
         raise MissingExtra(f"backend {name!r}", entry.library, entry.extra)
     load = cast(Load, importlib.import_module(entry.module).load)
-    if adapter is None:
-        return load(path, device=device, quantization=quantization)
-    return load(path, device=device, quantization=quantization, adapter=adapter)
+    given = {"adapter": adapter, "kv_tokens": kv_tokens}
+    options: Any = {key: value for key, value in given.items() if value is not None}
+    return load(path, device=device, quantization=quantization, **options)

@@ -6,9 +6,12 @@ Shapes: L layers, T pool places (tokens), B rows of a step, P longest cache, KV 
 head size, D hidden size.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,9 +24,11 @@ from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import KeyValue
 from d2f_stream.errors import OutOfCapacity
 
-__all__ = ["MAX_SLOTS", "KVPool", "PooledPast", "Span", "ranges"]
+__all__ = ["MAX_SLOTS", "KVPool", "PooledPast", "Span", "free_bytes", "pool_tokens", "ranges"]
 
 MAX_SLOTS = 1024
+DEFAULT_BYTES: Final = 1 << 30
+MAX_SHARE: Final = 0.5  # of the memory that is free once the weights are loaded
 
 
 @dataclass(slots=True)
@@ -124,6 +129,33 @@ class KVPool:
         places = offsets[:, None] + torch.arange(longest, device=offsets.device)
         # beyond a short row's cache lie other slots' places: masked, but they must exist
         return places.clamp(max=self.store.shape[1] - 1)
+
+
+def pool_tokens(max_positions: int, bytes_per_token: int, free: int | None) -> int:
+    """Return how many tokens a pool has room for.
+
+    Those of 1 GiB; where one request of the model's full length needs more than that, so many, but
+    of the free memory no more than half.
+
+    Args:
+        max_positions: of the model.
+        bytes_per_token: of K/V.
+        free: bytes of memory, see `free_bytes`; None is unknown, and bounds nothing.
+    """
+    at_least = DEFAULT_BYTES // bytes_per_token
+    affordable = max_positions if free is None else int(free * MAX_SHARE) // bytes_per_token
+    return max(at_least, min(max_positions, affordable))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return what is free of a device's memory; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError):  # Linux has it
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

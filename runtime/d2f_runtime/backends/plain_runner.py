@@ -19,9 +19,11 @@ from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
 from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
 from d2f_runtime.backends.rows import Floats, Ints, num_forwarded
 from d2f_runtime.backends.runner import Masks
-from d2f_runtime.models.transformer import Transformer, block_causal_mask
+from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask
 
 __all__ = ["PlainRunner"]
+
+MAX_MASK_ELEMENTS = 1 << 26  # attention needs a few bytes for each; a longer prompt goes in pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class PlainRunner:
         last_hidden = self._pool.last_hidden[slot_index]
         if batch.tokens.shape[1]:
             past, num_cached = self._past(batch, offset)
-            mask = block_causal_mask(start, visible, num_cached)
+            mask = self._mask(start, visible, num_cached)
             positions = start[:, None] + torch.arange(tokens.shape[1], device=self._device)
             hidden, new = self._model(tokens, positions, mask, past)
             hidden = hidden.flatten(0, 1)  # [B W, D]
@@ -94,6 +96,13 @@ class PlainRunner:
         )
         out: Floats = answers.cpu().numpy()
         return out
+
+    def _mask(self, start: Tensor, visible: Tensor, num_cached: int) -> Tensor | MaskRows:
+        num_rows, window = visible.shape
+        per_query = num_rows * (num_cached + window)
+        if window * per_query <= MAX_MASK_ELEMENTS:
+            return block_causal_mask(start, visible, num_cached)
+        return MaskRows(start, visible, num_cached, max(1, MAX_MASK_ELEMENTS // per_query))
 
     def _past(self, batch: _Batch, offset: Tensor) -> tuple[PooledPast, int]:
         longest = int(batch.start.max())

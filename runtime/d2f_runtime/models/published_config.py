@@ -15,10 +15,7 @@ from d2f_runtime.tokenizer_files import Vocabulary
 from d2f_stream.errors import ModelDamaged, UnsupportedModel
 from d2f_stream.params import MAX_BLOCK_SIZE
 
-__all__ = ["MAX_LEN", "transformer_config"]
-
-MAX_LEN: Final = 32_768
-"""Longer contexts are cut to this: K/V of a whole one is set aside when a model is loaded."""
+__all__ = ["transformer_config"]
 
 
 def transformer_config(
@@ -70,7 +67,7 @@ def transformer_config(
         prompt_attention=family.prompt_attention,
         native_block_size=block_size,
         max_block_size=MAX_BLOCK_SIZE if is_free else block_size,
-        max_len=min(sizes.max_len, MAX_LEN),
+        max_len=sizes.max_len,
         rope_scaling=sizes.rope_scaling,
     )
 
@@ -178,6 +175,8 @@ def _refuse_variants(config: ConfigFile) -> None:
         # Qwen2's and Dream's biases on q, k and v go without saying
         if key == "attention_bias" and values["model_type"] in ("Dream", "Fast_dLLM_Qwen", "qwen2"):
             continue
+        if key == "quantization_config" and _is_bitsandbytes(value):
+            continue  # the tensors say the rest
         if value not in allowed:
             shown = "a quantization" if key == "quantization_config" else f"{key} {value!r}"
             raise UnsupportedModel(f"{config.path} asks for {shown}, which this build does not run")
@@ -189,6 +188,10 @@ def _refuse_variants(config: ConfigFile) -> None:
             f"{config.path} is a Dream with a block_size of its own, a block diffusion model that "
             "this build does not run"
         )
+
+
+def _is_bitsandbytes(quantization: object) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitsandbytes"
 
 
 def _mask_id(

@@ -9,6 +9,8 @@ D hidden size, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +21,7 @@ from d2f_runtime.models.config import TransformerConfig
 
 __all__ = [
     "KeyValue",
+    "MaskRows",
     "Past",
     "Transformer",
     "block_causal_mask",
@@ -35,7 +38,9 @@ class Past(Protocol):
     def __getitem__(self, layer: int, /) -> KeyValue: ...
 
 
-def block_causal_mask(start: Tensor, visible_until: Tensor, num_cached: int) -> Tensor:
+def block_causal_mask(
+    start: Tensor, visible_until: Tensor, num_cached: int, rows: slice = slice(None)
+) -> Tensor:
     """Return who sees whom as [B, 1, W, num_cached + W] bool.
 
     Args:
@@ -43,14 +48,35 @@ def block_causal_mask(start: Tensor, visible_until: Tensor, num_cached: int) -> 
             hold K/V, any column between `start` and `num_cached` is padding.
         visible_until: [B, W] int64, one past the last canvas position that each query sees.
         num_cached: columns of the cache, the same for all rows.
+        rows: the queries to return, of the W.
     """
     window = visible_until.shape[1]
+    visible_until = visible_until[:, rows]
     cached = torch.arange(num_cached, device=start.device)
     ahead = torch.arange(window, device=start.device)
     in_cache = cached[None, :] < start[:, None]  # [B, P]
     cached_mask = in_cache[:, None, :] & (cached[None, None, :] < visible_until[:, :, None])
     window_mask = (start[:, None] + ahead[None, :])[:, None, :] < visible_until[:, :, None]
     return torch.cat([cached_mask, window_mask], dim=2)[:, None]  # [B, 1, W, P + W]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRows:
+    """A `block_causal_mask` made a few queries at a time; a whole one grows with a prompt's square.
+
+    Attributes: those of `block_causal_mask`, and how many queries at a time.
+    """
+
+    start: Tensor
+    visible_until: Tensor
+    num_cached: int
+    num_rows: int
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield queries and their part of the mask."""
+        for first in range(0, self.visible_until.shape[1], self.num_rows):
+            rows = slice(first, first + self.num_rows)
+            yield rows, block_causal_mask(self.start, self.visible_until, self.num_cached, rows)
 
 
 def head_states(hidden: Tensor, last_hidden: Tensor, rows: Tensor, *, shift: bool) -> Tensor:
@@ -128,7 +154,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: KeyValue,
-        mask: Tensor | None,
+        mask: Tensor | MaskRows | None,
         past: KeyValue | None,
         *,
         causal: bool = False,
@@ -146,15 +172,27 @@ class Attention(nn.Module):
         if self.grouped and x.requires_grad:  # the fused kernel with a mask has no grouped backward
             key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
             value = value.repeat_interleave(query.shape[2] // value.shape[2], dim=2)
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if isinstance(mask, MaskRows):
+            parts = [_attend(query[:, :, rows], key, value, part) for rows, part in mask.pieces()]
+            out = torch.cat(parts, dim=2)
+        else:
+            out = _attend(query, key, value, mask, causal=causal)
         return self.o_proj(out.transpose(1, 2).reshape(batch, window, -1)), new
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool = False
+) -> Tensor:
+    """Return [B, H, W, hd] of query [B, H, W, hd] over keys and values [B, KV, P + W, hd]."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 class FeedForward(nn.Module):
@@ -186,7 +224,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rope: KeyValue,
-        mask: Tensor | None,
+        mask: Tensor | MaskRows | None,
         past: KeyValue | None,
         *,
         causal: bool = False,
@@ -214,7 +252,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | MaskRows | None,
         past: Past | None = None,
         *,
         causal: bool = False,
@@ -224,7 +262,8 @@ class Transformer(nn.Module):
         Args:
             tokens: [B, W] int64.
             positions: [B, W] int64 canvas positions.
-            mask: [B or 1, 1, W, P + W] bool, True where the row sees the column; None is full.
+            mask: [B or 1, 1, W, P + W] bool, True where the row sees the column, or its rows;
+                None is full.
             causal: with no mask and no past, each position sees itself and those before it.
             past: per layer the cached keys and values, [B, P, KV, hd] each; rotated.
         """

@@ -1,0 +1,48 @@
+"""Windows whose mask is made in pieces: the same answers, in memory that does not grow with it."""
+
+import pytest
+import torch
+
+from d2f_runtime.backends import plain_runner
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.models.transformer import MaskRows, block_causal_mask
+from d2f_runtime.window import Window
+from tiny_models import CONFIGS, MASK, recompute, tiny_model
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize("max_elements", [1, 200, 1000])
+def test_answers_do_not_depend_on_the_pieces(
+    family: str, max_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_runner, "MAX_MASK_ELEMENTS", max_elements)
+    model = tiny_model(CONFIGS[family])
+    backend = TorchBackend(model, name="tiny")
+    slots = [backend.open_slot(40) for _ in range(2)]
+    filled = [tuple(4 + (7 * i + n) % 140 for i in range(n)) for n in (24, 8)]
+    first = [
+        Window(0, (*tokens, *[MASK] * 8), 8, (8, len(tokens), len(tokens) + 8))
+        if len(tokens) > 8
+        else Window(0, (*tokens, *[MASK] * 8), 8, (8, 16))
+        for tokens in filled
+    ]
+    found = backend.step([StepRow(s, w) for s, w in zip(slots, first, strict=True)])
+    for window, proposals in zip(first, found, strict=True):
+        assert list(proposals.tokens) == list(recompute(model, window, (), ()).tokens)
+    later = [Window(8, (*tokens[8:], *[MASK] * 8), 0, (len(tokens) + 8,)) for tokens in filled]
+    found = backend.step([StepRow(s, w) for s, w in zip(slots, later, strict=True)])
+    for tokens, window, proposals in zip(filled, later, found, strict=True):
+        wanted = recompute(model, window, tokens[:8], (8,))
+        assert list(proposals.tokens) == list(wanted.tokens)
+        assert list(proposals.confidence) == pytest.approx(list(wanted.confidence), abs=1e-5)
+
+
+def test_pieces_are_the_mask() -> None:
+    start, visible = torch.tensor([3, 0]), torch.tensor([[4, 4, 8, 8, 8], [1, 2, 5, 5, 5]])
+    whole = block_causal_mask(start, visible, 3)
+    pieces = list(MaskRows(start, visible, 3, 2).pieces())
+    assert [piece.shape[2] for _, piece in pieces] == [2, 2, 1]
+    assert torch.equal(torch.cat([piece for _, piece in pieces], dim=2), whole)
