@@ -1,13 +1,14 @@
 """Command line of the offline work: python -m d2f_export COMMAND.
 
-The embedded model is made by these, in order: tokenizer, twin, teacher, student, export.
+The embedded model is made by these, in order: tokenizer, twin, teacher, student; then by d2f-stream
+export.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from d2f_export import commands
+from d2f_export import ablations_command, commands, thresholds
 
 FIXED_SEED = 1
 
@@ -33,14 +34,19 @@ def main(argv: list[str] | None = None) -> None:
         command.set_defaults(run=commands.run_train, stage=name)
 
     _add_evaluate(subparsers.add_parser("evaluate", help="score a folder on held-out problems"))
-    _add_export(subparsers)
+    seal = subparsers.add_parser("manifest", help="write the manifest of a checkpoint folder")
+    _add_manifest(seal)
+    ablate = subparsers.add_parser("ablate", help="compare noise and losses, over many students")
+    ablations_command.add_arguments(ablate)
+    trade = subparsers.add_parser("thresholds", help="compare settings of the decoder on a model")
+    thresholds.add_arguments(trade)
 
-    plot = subparsers.add_parser("plot", help="draw accuracy against tokens per step")
+    plot = subparsers.add_parser("plot", help="draw the figures of records")
     plot.add_argument(
         "records",
         type=Path,
         nargs="+",
-        help="files written by evaluate --output, or tables (.csv) of the sweep benchmark",
+        help="of evaluate, ablate or thresholds, or tables (.csv) of the sweep benchmark",
     )
     plot.add_argument("--output", type=Path, required=True)
     plot.set_defaults(run=commands.run_plot)
@@ -67,35 +73,18 @@ def _add_evaluate(score: argparse.ArgumentParser) -> None:
     score.set_defaults(run=commands.run_evaluate)
 
 
-def _add_export(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    export = subparsers.add_parser("export", help="write an ONNX model folder from a checkpoint")
-    export.add_argument("checkpoint", type=Path)
-    export.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
-    export.add_argument("--name", required=True, help="the model's, for people")
-    export.add_argument("--tokenizer", type=Path, help="where the checkpoint folder has none")
-    export.add_argument("--quantization", choices=["int8", "fp32"], default="int8")
-    export.set_defaults(run=commands.run_export)
-
-    seal = subparsers.add_parser("manifest", help="write the manifest of a checkpoint folder")
+def _add_manifest(seal: argparse.ArgumentParser) -> None:
     seal.add_argument("checkpoint", type=Path)
-    seal.add_argument("--name", required=True)
-    for command in (export, seal):
-        command.add_argument(
-            "--defaults", type=json.loads, default={}, metavar="JSON", help="by kind of device"
-        )
-        command.add_argument("--description", default="", help="what the model can do, for users")
-        command.add_argument("--training", default="", help="what made the checkpoint")
-        command.add_argument(
-            "--figures", type=json.loads, default={}, metavar="JSON", help="what was measured"
-        )
+    seal.add_argument("--name", required=True, help="the model's, for people")
+    seal.add_argument(
+        "--defaults", type=json.loads, default={}, metavar="JSON", help="by kind of device"
+    )
+    seal.add_argument("--description", default="", help="what the model can do, for users")
+    seal.add_argument("--training", default="", help="what made the checkpoint")
+    seal.add_argument(
+        "--figures", type=json.loads, default={}, metavar="JSON", help="what was measured"
+    )
     seal.set_defaults(run=commands.run_manifest)
-
-    verify = subparsers.add_parser("verify", help="compare an artefact with its checkpoint")
-    verify.add_argument("artefact", type=Path)
-    verify.add_argument("--checkpoint", type=Path, required=True)
-    verify.add_argument("--problems", type=int, default=50)
-    verify.add_argument("--output", type=Path, help="write the comparison to this JSON file")
-    verify.set_defaults(run=commands.run_verify)
 
 
 def _add_training_arguments(command: argparse.ArgumentParser, start: str | None) -> None:
@@ -114,7 +103,9 @@ def _add_training_arguments(command: argparse.ArgumentParser, start: str | None)
     )
     if start == "teacher":
         command.add_argument("--teacher", type=Path, help="the frozen teacher, default --start")
-        command.add_argument("--data-weight", type=float, help="instead of the recipe's")
+        command.add_argument(
+            "--setting", metavar="NAME", help="noise and loss of an ablation, not the recipe's"
+        )
 
 
 if __name__ == "__main__":

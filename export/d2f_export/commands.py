@@ -5,7 +5,7 @@ Each imports what it needs itself, so that a command starts without the others' 
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "run_evaluate",
-    "run_export",
     "run_manifest",
     "run_plot",
     "run_problems",
     "run_tokenizer",
     "run_train",
-    "run_verify",
 ]
-
-LAST_MESSAGE = "{{ messages[-1]['content'] | trim }}"  # a problem is answered by itself
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:
@@ -55,6 +51,7 @@ def run_problems(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Run one of the three trainings."""
+    from d2f_export.ablations import setting_of
     from d2f_export.corpus import Corpus
     from d2f_export.embedded import RECIPES, STAGES, prepare
     from d2f_export.training import train
@@ -73,7 +70,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         recipe,
         start=arguments.start,
         teacher=getattr(arguments, "teacher", None),
-        data_weight=getattr(arguments, "data_weight", None),
+        distillation=setting_of(getattr(arguments, "setting", None)),
         seed=arguments.seed,
         device=device,
     )
@@ -132,71 +129,41 @@ def _record(result: "Report", output: Path | None) -> None:
             file.write(json.dumps(result.to_dict()) + "\n")
 
 
-def run_export(arguments: argparse.Namespace) -> None:
-    """Write an ONNX model folder."""
-    from d2f_export.artefact import write_artefact
-    from d2f_runtime.manifest import TrainingInfo
-
-    write_artefact(
-        arguments.checkpoint,
-        arguments.output,
-        name=arguments.name,
-        tokenizer_path=arguments.tokenizer or arguments.checkpoint / "tokenizer.json",
-        quantization=arguments.quantization,
-        chat_template=LAST_MESSAGE,
-        defaults=arguments.defaults,
-        training=TrainingInfo(command=arguments.training, figures=arguments.figures),
-        description=arguments.description,
-    )
-    print(f"wrote {arguments.output}")
-
-
-def run_verify(arguments: argparse.Namespace) -> None:
-    """Compare an artefact with its checkpoint."""
-    from d2f_export.evaluate import held_out
-    from d2f_export.verify import compare_backends
-    from d2f_runtime.backends import open_backend
-    from d2f_runtime.manifest import read_manifest, verify_files
-    from d2f_runtime.tokenizer import Tokenizer
-
-    manifest = read_manifest(arguments.artefact)
-    verify_files(arguments.artefact, manifest)
-    codec = Tokenizer.from_folder(arguments.artefact)
-    comparison = compare_backends(
-        open_backend("torch", arguments.checkpoint, device="cpu", quantization="fp32"),
-        open_backend("onnx", arguments.artefact, device="cpu", quantization="auto"),
-        [codec.encode(problem.question) for problem in held_out(arguments.problems)],
-        manifest.params_for("cpu"),
-    )
-    text = json.dumps(asdict(comparison), indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
-
-
 def run_manifest(arguments: argparse.Namespace) -> None:
     """Write the manifest of a checkpoint folder."""
-    from d2f_export.artefact import write_checkpoint_manifest
+    from d2f_export.artefact import Description, write_checkpoint_manifest
     from d2f_runtime.manifest import TrainingInfo
 
-    write_checkpoint_manifest(
-        arguments.checkpoint,
+    description = Description(
         name=arguments.name,
         defaults=arguments.defaults,
         training=TrainingInfo(command=arguments.training, figures=arguments.figures),
-        description=arguments.description,
+        text=arguments.description,
     )
+    write_checkpoint_manifest(arguments.checkpoint, description)
     print(f"wrote {arguments.checkpoint / 'manifest.json'}")
 
 
 def run_plot(arguments: argparse.Namespace) -> None:
-    """Draw the trade-off figure."""
+    """Draw the figures of the records, of whichever kind they are."""
+    from d2f_export.ablations_plot import is_ablation, plot_ablations, tables
     from d2f_export.plot import plot_trade_off
     from d2f_export.sweep_plot import plot_sweep
+    from d2f_export.thresholds_plot import is_thresholds, plot_thresholds
 
-    tables = {path.suffix for path in arguments.records} == {".csv"}
-    (plot_sweep if tables else plot_trade_off)(arguments.records, arguments.output)
-    print(f"wrote {arguments.output}")
+    records: list[Path] = arguments.records
+    written = [arguments.output]
+    if all(path.suffix == ".csv" for path in records):
+        plot_sweep(records, arguments.output)
+    elif all(map(is_ablation, records)):
+        written = plot_ablations(records, arguments.output)
+        print(tables(records))
+    elif all(map(is_thresholds, records)):
+        plot_thresholds(records, arguments.output)
+    else:
+        plot_trade_off(records, arguments.output)
+    for path in written:
+        print(f"wrote {path}")
 
 
 def _device(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from d2f_export.corpus import EOS_ID, MASK_ID
 from d2f_export.stages import (
+    Distillation,
     NoiseSettings,
     Objective,
     StudentObjective,
@@ -36,16 +37,16 @@ class Recipe:
         twin: settings of the first training.
         teacher: settings of the second.
         student: settings of the third.
-        noise: of student and (half of the batches) teacher.
-        data_weight: share of cross entropy to the data in the student's loss.
+        study: of a student in the ablation studies, of which there are many.
+        distillation: the student's noise and loss; the teacher meets the noise too.
     """
 
     config: TransformerConfig
     twin: TrainSettings
     teacher: TrainSettings
     student: TrainSettings
-    noise: NoiseSettings
-    data_weight: float
+    study: TrainSettings
+    distillation: Distillation
 
     @property
     def twin_config(self) -> TransformerConfig:
@@ -80,12 +81,16 @@ _EMBEDDED = TransformerConfig(
 _TINY = replace(
     _EMBEDDED, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128
 )
-_NOISE = NoiseSettings(
-    schedules=("ramp", "ramp", "monotone"),
-    block_sizes=(16, 16, 32),
-    low=0.1,
-    high=1.0,
-    stepped=0.5,
+_DISTILLATION = Distillation(
+    NoiseSettings(
+        schedules=("ramp", "ramp", "monotone"),
+        block_sizes=(16, 16, 32),
+        low=0.1,
+        high=1.0,
+        stepped=0.5,
+    ),
+    forward_kl=0.7,
+    data=0.3,
 )
 _TINY_STEPS = TrainSettings(steps=4, tokens_per_batch=2048, warmup=2, log_every=1)
 
@@ -95,16 +100,16 @@ RECIPES = {
         twin=TrainSettings(steps=1_950, lr=2e-3),
         teacher=TrainSettings(steps=7_700, lr=1.5e-3),
         student=TrainSettings(steps=6_150, lr=1e-3),
-        noise=_NOISE,
-        data_weight=0.3,
+        study=TrainSettings(steps=1_000, tokens_per_batch=49_152, lr=1e-3, warmup=50, log_every=20),
+        distillation=_DISTILLATION,
     ),
     "tiny": Recipe(
         config=_TINY,
         twin=_TINY_STEPS,
         teacher=_TINY_STEPS,
         student=_TINY_STEPS,
-        noise=_NOISE,
-        data_weight=0.3,
+        study=_TINY_STEPS,
+        distillation=_DISTILLATION,
     ),
 }
 
@@ -115,7 +120,8 @@ def prepare(
     *,
     start: Path | None = None,
     teacher: Path | None = None,
-    data_weight: float | None = None,
+    distillation: Distillation | None = None,
+    block_share: float = 0.5,
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[Transformer, Objective]:
@@ -126,7 +132,8 @@ def prepare(
         recipe: sizes and settings.
         start: checkpoint to start from; None draws fresh weights by `seed`.
         teacher: checkpoint of the student's frozen teacher; None is `start`.
-        data_weight: instead of the recipe's.
+        distillation: the student's, instead of the recipe's.
+        block_share: of the teacher's batches, see TeacherObjective.
         seed: of fresh weights.
         device: where the teacher runs.
 
@@ -142,11 +149,10 @@ def prepare(
         case "twin":
             return model, TwinObjective()
         case "teacher":
-            return model, TeacherObjective(recipe.noise)
+            return model, TeacherObjective(recipe.distillation.noise, block_share)
         case "student":
             folder = teacher or start
             if folder is None:
                 raise ValueError("the student needs a teacher; give --start or --teacher")
             frozen = load_checkpoint(folder).to(device).eval().requires_grad_(False)
-            weight = recipe.data_weight if data_weight is None else data_weight
-            return model, StudentObjective(frozen, recipe.noise, weight)
+            return model, StudentObjective(frozen, distillation or recipe.distillation)

@@ -15,6 +15,7 @@ import msgspec
 from d2f_export.problems import Problem, is_correct, problems
 from d2f_runtime.backends.base import Backend, ModelInfo, StepRow
 from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.policy import AcceptancePolicy
 from d2f_runtime.tokenizer import TextCodec
 from d2f_stream.params import GenerationParams
 
@@ -85,11 +86,12 @@ def decode_all(
     params: GenerationParams,
     *,
     rows: int = 256,
+    policy: AcceptancePolicy | None = None,
     on_answer: Callable[[], object] | None = None,
 ) -> list[Answer]:
     """Decode every prompt greedily, at most `rows` at a time; answers in order of the prompts.
 
-    `on_answer` is called after each; for progress bars.
+    `policy` replaces that of the parameters; `on_answer` is called after each, for progress bars.
     """
     waiting = list(enumerate(prompts))[::-1]
     running: dict[int, tuple[Any, BlockDecoder]] = {}
@@ -97,7 +99,7 @@ def decode_all(
     while waiting or running:
         while waiting and len(running) < rows:
             number, prompt = waiting.pop()
-            decoder = _decoder(backend.info, prompt, params)
+            decoder = _decoder(backend.info, prompt, params, policy)
             slot = backend.open_slot(len(prompt) + params.max_new_tokens + params.block_size)
             running[number] = (slot, decoder)
         windows = {n: decoder.next_windows() for n, (_, decoder) in running.items()}
@@ -168,7 +170,12 @@ def report(
     )
 
 
-def _decoder(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) -> BlockDecoder:
+def _decoder(
+    info: ModelInfo,
+    prompt: Sequence[int],
+    params: GenerationParams,
+    policy: AcceptancePolicy | None,
+) -> BlockDecoder:
     return BlockDecoder(
         prompt_tokens=prompt,
         params=params,
@@ -177,6 +184,7 @@ def _decoder(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) -
         shift_logits=info.shift_logits,
         prompt_attention=info.prompt_attention,
         native_block_size=info.native_block_size,
+        policy=policy,
     )
 
 

@@ -2,22 +2,32 @@
 
 Twin: next-token prediction. Teacher: masked diffusion with full attention, started from the twin,
 whose shifted logits it keeps (as Dream does). Student: block-causal attention, distilled from the
-frozen teacher on the same noisy sequence (asymmetric distillation, arXiv 2508.09192, section 3).
+frozen teacher (asymmetric distillation, arXiv 2508.09192, section 3).
 
 Shapes: B sequences, T positions, D hidden size, N positions with a loss, V vocabulary.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from d2f_export.losses import cross_entropy, forward_kl
+from d2f_export.losses import cross_entropy, forward_kl, reverse_kl
 from d2f_export.noise import Noisy, Schedule, block_indices, block_ratios, corrupt, uniform_ratios
 from d2f_runtime.models.transformer import Transformer
 
-__all__ = ["NoiseSettings", "Objective", "StudentObjective", "TeacherObjective", "TwinObjective"]
+__all__ = [
+    "Distillation",
+    "NoiseSettings",
+    "Objective",
+    "StudentObjective",
+    "TeacherInput",
+    "TeacherObjective",
+    "TwinObjective",
+]
+
+TeacherInput = Literal["same", "fresh"]
 
 MIN_RATIO = 0.05  # bounds the 1/p weight
 
@@ -58,6 +68,35 @@ class NoiseSettings:
     stepped: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """What the student learns from; the defaults are those of the published D2F code.
+
+    Attributes:
+        noise: how answers are corrupted.
+        forward_kl: share of KL(teacher || student) in the loss.
+        reverse_kl: share of KL(student || teacher).
+        data: share of cross entropy to the data.
+        teacher_input: "same" shows the teacher the student's noisy sequence. "fresh" shows it
+            another draw of masks at the same ratios; the divergences are then over the positions
+            that are masked in both, since at a visible one the teacher only copies.
+
+    Raises:
+        ValueError: a share is negative, or they do not add up to 1.
+    """
+
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    forward_kl: float = 1.0
+    reverse_kl: float = 0.0
+    data: float = 0.0
+    teacher_input: TeacherInput = "same"
+
+    def __post_init__(self) -> None:
+        shares = (self.forward_kl, self.reverse_kl, self.data)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"the loss's shares are {shares}; they must add up to 1, none below 0")
+
+
 class TwinObjective:
     """Cross entropy of every answer token given all before it."""
 
@@ -77,11 +116,16 @@ class TwinObjective:
 class TeacherObjective:
     """Cross entropy at masks over their ratio, full attention.
 
-    Half of the batches mask uniformly, t ~ U(0.02, 1) per sequence (LLaDA's objective); the others
-    use the student's block schedules, so that the teacher is at home on what it will be asked.
+    Batches mask uniformly, t ~ U(0.02, 1) per sequence (LLaDA's objective), or by the student's
+    block schedules, so that the teacher is at home on what it will be asked.
+
+    Attributes:
+        noise: the block schedules.
+        block_share: share of the batches that use them.
     """
 
     noise: NoiseSettings = field(default_factory=NoiseSettings)
+    block_share: float = 0.5
 
     @property
     def frozen(self) -> tuple[Transformer, ...]:
@@ -92,7 +136,7 @@ class TeacherObjective:
         self, model: Transformer, tokens: Tensor, prompt_lens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the 1/t-weighted loss per answer token."""
-        if _draw(2) == 0:
+        if _uniform() >= self.block_share:
             ratio = uniform_ratios(len(tokens), 0.02, generator)
             noisy = corrupt(
                 tokens, prompt_lens, ratio, mask_id=model.config.mask_id, generator=generator
@@ -106,17 +150,15 @@ class TeacherObjective:
 
 @dataclass(frozen=True, slots=True)
 class StudentObjective:
-    """Forward KL from the teacher over the mask ratio, block-causal attention.
+    """Divergence from the teacher over the mask ratio, block-causal attention.
 
     Attributes:
-        teacher: frozen; sees the same noisy sequence with full attention.
-        noise: the block schedules.
-        data_weight: share of cross entropy to the data in the loss; 0 is pure distillation.
+        teacher: frozen; sees a noisy sequence with full attention.
+        distillation: noise and loss.
     """
 
     teacher: Transformer
-    noise: NoiseSettings = field(default_factory=NoiseSettings)
-    data_weight: float = 0.0
+    distillation: Distillation = field(default_factory=Distillation)
 
     @property
     def frozen(self) -> tuple[Transformer, ...]:
@@ -127,22 +169,46 @@ class StudentObjective:
         self, model: Transformer, tokens: Tensor, prompt_lens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the 1/p-weighted loss per noised token."""
-        noisy, blocks = _block_noise(self.noise, model, tokens, prompt_lens, generator)
+        chosen = self.distillation
+        noisy, blocks = _block_noise(chosen.noise, model, tokens, prompt_lens, generator)
         mask = (blocks[:, None, :] <= blocks[:, :, None])[:, None]  # [B, 1, T, T]
-        if _uniform() < self.noise.stepped:
+        if _uniform() < chosen.noise.stepped:
             noisy = _stepped(model, noisy, tokens, mask)
         hidden, _ = model(noisy.tokens, _positions(tokens), mask)
         logits, targets = _predictions(model, hidden, noisy.masked, tokens)
-        weight = _weight(noisy)
         loss = logits.new_zeros((), dtype=torch.float32)
-        if self.data_weight < 1.0:
-            with torch.no_grad():
-                states, _ = self.teacher(noisy.tokens, _positions(tokens), None)
-                soft, _ = _predictions(self.teacher, states, noisy.masked, tokens)
-            loss = loss + (1 - self.data_weight) * forward_kl(logits, soft, weight)
-        if self.data_weight > 0.0:
-            loss = loss + self.data_weight * cross_entropy(logits, targets, weight)
+        if chosen.data > 0:
+            loss = loss + chosen.data * cross_entropy(logits, targets, _weight(noisy))
+        if chosen.data < 1:
+            loss = loss + self._divergence(logits, noisy, tokens, prompt_lens, generator)
         return loss / _num_noised(noisy, prompt_lens)
+
+    def _divergence(
+        self,
+        logits: Tensor,
+        noisy: Noisy,
+        tokens: Tensor,
+        prompt_lens: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Return the weighted divergences of the student's [N, V] logits from the teacher's."""
+        weight, seen, masked = _weight(noisy), noisy, noisy.masked
+        if self.distillation.teacher_input == "fresh":
+            mask_id = self.teacher.config.mask_id
+            seen = corrupt(tokens, prompt_lens, noisy.ratio, mask_id=mask_id, generator=generator)
+            masked = noisy.masked & seen.masked
+            both = masked[noisy.masked]
+            # a position is masked in both with p * p, so this keeps the estimate unbiased
+            logits, weight = logits[both], weight[both].square()
+        with torch.no_grad():
+            states, _ = self.teacher(seen.tokens, _positions(tokens), None)
+            soft, _ = _predictions(self.teacher, states, masked, tokens)
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if self.distillation.forward_kl:
+            loss = loss + self.distillation.forward_kl * forward_kl(logits, soft, weight)
+        if self.distillation.reverse_kl:
+            loss = loss + self.distillation.reverse_kl * reverse_kl(logits, soft, weight)
+        return loss
 
 
 def _positions(tokens: Tensor) -> Tensor:

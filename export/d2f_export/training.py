@@ -80,6 +80,8 @@ def train(
     model.to(device).train()
     optimizer = _optimizer(model, settings, device)
     run = _restore(folder, model, optimizer, device)
+    if run.step == 0:
+        (folder / "log.csv").unlink(missing_ok=True)  # of a run that left no state
     if compile_layers:
         for network in (model, *objective.frozen):
             for layer in network.layers:

@@ -12,7 +12,14 @@ from d2f_export.__main__ import main
 from d2f_export.corpus import EOS_ID, Corpus
 from d2f_export.embedded import RECIPES
 from d2f_export.evaluate import decode_all, evaluate, held_out, report
-from d2f_export.stages import Objective, StudentObjective, TeacherObjective, TwinObjective
+from d2f_export.stages import (
+    Distillation,
+    NoiseSettings,
+    Objective,
+    StudentObjective,
+    TeacherObjective,
+    TwinObjective,
+)
 from d2f_export.tokenizer_training import train_tokenizer
 from d2f_export.training import TrainSettings, train
 from d2f_runtime.backends.torch_backend import TorchBackend
@@ -25,6 +32,7 @@ from d2f_stream.presets import PRESETS
 pytestmark = pytest.mark.torch
 
 RECIPE = RECIPES["tiny"]
+BY_DATA = replace(RECIPE.distillation, forward_kl=0.0, data=1.0)
 QUICK = TrainSettings(steps=2, tokens_per_batch=1024, warmup=1, log_every=1)
 
 
@@ -68,6 +76,13 @@ def test_workers_draw_the_same_batches_as_one_process(tokenizer_path: Path) -> N
     stream.close()  # type: ignore[attr-defined]
 
 
+def test_a_run_that_starts_anew_starts_its_log_anew(tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,seconds,tokens,loss,lr\n7,1,1,1,1\n")
+    train(fresh(twin=True), TwinObjective(), Corpus(tokenizer_path, seed=3), tmp_path, QUICK)
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [1, 2]
+
+
 def test_a_stopped_run_resumes_where_it_was_saved(tokenizer_path: Path, tmp_path: Path) -> None:
     class Killed(Exception):
         pass
@@ -100,8 +115,8 @@ def test_each_objective_learns_a_batch_by_heart(stage: str, tokenizer_path: Path
     model = fresh(twin=stage == "twin")
     objectives: dict[str, Objective] = {
         "twin": TwinObjective(),
-        "teacher": TeacherObjective(RECIPE.noise),
-        "student": StudentObjective(fresh(seed=7).eval(), RECIPE.noise, data_weight=1.0),
+        "teacher": TeacherObjective(RECIPE.distillation.noise),
+        "student": StudentObjective(fresh(seed=7).eval(), BY_DATA),
     }
     objective = objectives[stage]
     batch = next(Corpus(tokenizer_path, seed=3).batches(1024))
@@ -126,8 +141,7 @@ def test_a_student_equal_to_its_teacher_pays_only_for_what_it_cannot_see(
     unshifted = replace(RECIPE.config, shift_logits=False)
     model, teacher = Transformer(unshifted), Transformer(unshifted)
     teacher.load_state_dict(model.state_dict())
-    noise = replace(RECIPE.noise, block_sizes=(512,), stepped=0.0, schedules=("monotone",))
-    objective = StudentObjective(teacher, noise, data_weight=0.0)
+    objective = StudentObjective(teacher, Distillation(NoiseSettings(block_sizes=(512,))))
     batch = next(Corpus(tokenizer_path, seed=3).batches(2048))
     tokens = torch.from_numpy(batch.tokens)
     lens = torch.zeros(len(tokens), dtype=torch.int64)  # no prompt, so full attention for all
