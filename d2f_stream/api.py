@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex, Unpack
 
-from d2f_stream.errors import InvalidParams, InvalidRequest
+from d2f_stream.errors import InvalidRequest
 from d2f_stream.params import GenerationParams, ParamOverrides
 from d2f_stream.session import Engine, Prompt, Session
 
@@ -124,8 +124,6 @@ async def load(
         return
     from d2f_runtime.opening import open_engine
 
-    if kv_tokens is not None and (not isinstance(kv_tokens, int) or kv_tokens < 1):
-        raise InvalidParams("kv_tokens", kv_tokens, "an integer of at least 1")
     async with open_engine(
         model,
         adapter=adapter,

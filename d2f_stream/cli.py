@@ -1,4 +1,4 @@
-"""The command line: `d2f-stream generate`, `serve`, `doctor`, `bench` and `eval`.
+"""The command line: `d2f-stream generate`, `serve`, `doctor` and the offline commands.
 
 Owns arguments, output and exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody
 reads the output. Generation is left to the SDK, output to views.py and canvas.py, serving to
@@ -8,6 +8,7 @@ server/command.py, diagnosis to doctor.py.
 import argparse
 import asyncio
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -34,6 +35,14 @@ BAD_INPUT: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 
+ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
+    "bench": "d2f_runtime.bench.__main__:main",
+    "eval": "d2f_runtime.evaluation.__main__:main",
+    "distill": "d2f_export.distill.command:main",
+    "export": "d2f_export.export_command:run_export",
+    "verify": "d2f_export.export_command:run_verify",
+}
+
 
 class Loader(Protocol):
     """Opens a model, as `d2f_stream.load` does."""
@@ -46,6 +55,7 @@ class Loader(Protocol):
         backend: str,
         quantization: str,
         device: str,
+        kv_tokens: int | None = None,
     ) -> AbstractAsyncContextManager[Engine]:
         """Return the engine as an async context manager."""
         ...
@@ -59,7 +69,7 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         load: opens the model; None is `d2f_stream.load`.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] in (["bench"], ["eval"]):  # their arguments are their own
+    if given and given[0] in ELSEWHERE:  # their arguments are their own
         return _run_elsewhere(given[0], given[1:])
     args = build_parser().parse_args(given)
     # What the SDK logs comes back as an error, which is one line here.
@@ -84,18 +94,20 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
 
 
 def _run_elsewhere(command: str, arguments: list[str]) -> int:
-    if command == "bench":
-        from d2f_runtime.bench.__main__ import main as run
-    else:
-        from d2f_runtime.evaluation.__main__ import main as run
+    module, _, function = ELSEWHERE[command].partition(":")
     try:
-        run(arguments)
+        return getattr(importlib.import_module(module), function)(arguments) or 0
     except D2FError as exc:
         _complain(str(exc))
         return BAD_INPUT if isinstance(exc, InvalidRequest) else FAILED
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except OSError as exc:  # such as a full disk
+        _complain(str(exc))
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
 
 
 async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
@@ -112,6 +124,7 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
             backend=args.backend,
             quantization=args.quantization,
             device=args.device,
+            kv_tokens=args.kv_tokens,
         )
         async with opening as engine, engine.generate(prompt, **overrides) as session:
             events = session.events()
@@ -167,6 +180,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
     commands.add_parser("bench", help="measure speed, memory and scores", add_help=False)
     commands.add_parser("eval", help="run tasks of lm-evaluation-harness", add_help=False)
+    commands.add_parser("distill", help="train a D2F student of a diffusion model", add_help=False)
+    commands.add_parser("export", help="write a model as a folder for onnxruntime", add_help=False)
+    commands.add_parser("verify", help="compare such a folder with its checkpoint", add_help=False)
     return parser
 
 
@@ -179,6 +195,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", "onnx", "torch"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")
+    parser.add_argument(
+        "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON event per line")
     output.add_argument("--no-canvas", action="store_true", help="plain text in a terminal too")

@@ -22,7 +22,7 @@ BRINGS: Final = {
     "edge": "the ONNX backend for CPUs, the embedded model's tokenizer, the live canvas",
     "edge-gpu": "the same with ONNX Runtime for NVIDIA GPUs, in place of edge",
     "torch": "the PyTorch backend, for checkpoints and GPUs",
-    "export": "training, distillation and ONNX export (python -m d2f_export)",
+    "export": "training, distillation and ONNX export (d2f-stream export, verify)",
     "serve": "d2f-stream serve: websocket, OpenAI's API, metrics, the chat page",
     "client": "connect() to a server's websocket",
     "mqtt": "servers and clients behind an MQTT broker",
@@ -30,6 +30,7 @@ BRINGS: Final = {
 }
 RELATED: Final = ("transformers", "bitsandbytes")  # told where installed
 RIVALS: Final = ("onnxruntime", "onnxruntime-gpu")  # two distributions of one import package
+OLDEST_ONNXRUNTIME: Final = (1, 23)  # the first that runs what is exported
 
 _REQUIREMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _EXTRA: Final = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
@@ -178,8 +179,20 @@ def _problems(version_of: Callable[[str], str | None]) -> Iterable[str]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
             f"run: pip uninstall -y {' '.join(RIVALS)}, then install one of them"
         )
+    for name in RIVALS:
+        version = version_of(name)
+        if version and _numbers(version) < OLDEST_ONNXRUNTIME:
+            oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+            yield (
+                f"{name} {version} is too old for exported models, which need {oldest} or newer; "
+                f"run: pip install -U {name}"
+            )
     if not version_of("d2f-stream"):
         yield "d2f-stream runs from a checkout that is not installed; run: pip install -e '.[edge]'"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

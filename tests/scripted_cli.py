@@ -26,7 +26,7 @@ class ScriptedLoad:
 
     def __init__(self, backend: ScriptedBackend | None = None) -> None:
         self.backend = backend or ScriptedBackend(ANSWER, tokens_per_step=4)
-        self.asked: list[tuple[str | None, str | None, str, str, str]] = []
+        self.asked: list[tuple[str | int | None, ...]] = []
 
     def __call__(
         self,
@@ -36,8 +36,9 @@ class ScriptedLoad:
         backend: str,
         quantization: str,
         device: str,
+        kv_tokens: int | None = None,
     ) -> LocalEngine:
-        self.asked.append((model, adapter, backend, quantization, device))
+        self.asked.append((model, adapter, backend, quantization, device, kv_tokens))
         return LocalEngine.over(self.backend, ByteCodec())
 
 

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")
+    parser.add_argument(
+        "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
+    )
 
     reach = parser.add_argument_group("who can connect")
     reach.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             backend=args.backend,
             device=args.device,
             quantization=args.quantization,
+            kv_tokens=args.kv_tokens,
             limits=Limits(max_prompt_tokens=settings.limits.max_prompt_tokens),
         )
         async with engine:

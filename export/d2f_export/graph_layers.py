@@ -1,4 +1,4 @@
-"""The transformer's layers as they are exported: the same functions with fewer and cheaper nodes.
+"""The transformer's layers as nodes: the same functions as `models.transformer`, in few of them.
 
 One product for queries, keys and values, heads kept flat, one Attention node. The last layer goes
 on with the rows that somebody reads: its keys and values are stored for the whole window, but its
@@ -9,120 +9,191 @@ head size, D hidden size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import numpy as np
+from torch import Tensor
 
+from d2f_export.graph_builder import MICROSOFT, Array, GraphBuilder, Stored, Value, Weights
+from d2f_export.quantize import Linear
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.transformer import KeyValue, Layer
 
-__all__ = ["GraphLayer", "LastGraphLayer", "select_rows"]
+__all__ = ["Lowering", "Sight", "add_layer", "norm", "select_rows"]
 
-
-class GraphLayer(nn.Module):
-    """One layer; the same function as `Layer`."""
-
-    def __init__(self, layer: Layer, config: TransformerConfig) -> None:
-        super().__init__()
-        attention = layer.self_attn
-        self.config = config
-        self.query_size = config.num_heads * config.head_dim
-        self.key_size = config.num_kv_heads * config.head_dim
-        self.qkv_proj = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o_proj = attention.o_proj
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.mlp = layer.mlp
-
-    def forward(
-        self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the residual stream and the window's keys and values [B, W, KV hd].
-
-        Args:
-            x: [B, W, D].
-            rope: cos and sin, [B, W, hd / 2] each.
-            mask: [B, W, P + W] fp32, added to the scores.
-            past: keys and values, [B, P, KV hd] each.
-        """
-        qkv = self.qkv_proj(self.input_layernorm(x))
-        query, key, value = qkv.split([self.query_size, self.key_size, self.key_size], dim=-1)
-        key = self._rotate_key(key, rope)
-        return self._attend(x, query, key, value, rope, mask, past), key, value
-
-    def _attend(
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rope: KeyValue,
-        mask: Tensor,
-        past: KeyValue,
-    ) -> Tensor:
-        """Return the residual stream after attention and feed-forward, as long as the query."""
-        config = self.config
-        query = _rotate(query, self.q_norm, rope, config.num_heads)
-        out, *_ = torch.onnx.ops.attention(
-            query,
-            torch.cat([past[0], key], dim=1),
-            torch.cat([past[1], value], dim=1),
-            mask[:, None],
-            q_num_heads=config.num_heads,
-            kv_num_heads=config.num_kv_heads,
-        )
-        x = x + self.o_proj(out)
-        added: Tensor = self.mlp(self.post_attention_layernorm(x))
-        return x + added
-
-    def _rotate_key(self, key: Tensor, rope: KeyValue) -> Tensor:
-        return _rotate(key, self.k_norm, rope, self.config.num_kv_heads)
+Lowering = Literal["portable", "gqa"]
+"""Attention of ONNX itself, or onnxruntime's GroupQueryAttention over a buffer for past and new."""
 
 
-class LastGraphLayer(GraphLayer):
-    """The last layer, for the states that are read."""
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What all layers share: where the rows stand and what they see.
 
-    def __init__(self, layer: Layer, config: TransformerConfig) -> None:
-        super().__init__(layer, config)
-        attention = layer.self_attn
-        self.qkv_proj = _joined([attention.k_proj, attention.v_proj])
-        self.q_proj = attention.q_proj
+    Attributes:
+        cos, sin: [B, W, hd / 2].
+        mask: [B, 1, W, P + W], added to the scores; for GQA the columns that are in use.
+        lengths: for GQA one less than the columns in use, [B] int32, and their number, [] int32.
+    """
 
-    def select(
-        self, x: Tensor, rope: KeyValue, mask: Tensor, past: KeyValue, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states of `rows` [B, S] and the whole window's keys and values."""
-        normed = self.input_layernorm(x)
-        key, value = self.qkv_proj(normed).split([self.key_size, self.key_size], dim=-1)
-        key = self._rotate_key(key, rope)
-        query = self.q_proj(select_rows(normed, rows))
-        rope = select_rows(rope[0], rows), select_rows(rope[1], rows)
-        x, mask = select_rows(x, rows), select_rows(mask, rows)
-        return self._attend(x, query, key, value, rope, mask, past), key, value
+    cos: Value
+    sin: Value
+    mask: Value
+    lengths: tuple[Value, Value] | None = None
 
 
-def select_rows(states: Tensor, rows: Tensor) -> Tensor:
-    """Select [B, S] rows of [B, W, ...]; a plain Gather, which is the cheapest node for it."""
-    batch, length, size = states.shape
-    index = rows + torch.arange(batch)[:, None] * length
-    return F.embedding(index, states.reshape(-1, size))
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    graph: GraphBuilder
+    linear: Linear
+    config: TransformerConfig
+    index: int
+
+    def path(self, name: str) -> str:
+        return f"layers.{self.index}.{name}"
+
+    def norm(self, x: Value, name: str) -> Value:
+        return norm(self.graph, x, self.path(name), self.config, self.linear.dtype)
+
+    def project(self, x: Value, joined: str, parts: str, num_out: int) -> Value:
+        """Multiply with the joined matrices of q, k and v, or some of them; add their biases."""
+        names = [self.path(f"self_attn.{part}_proj") for part in parts]
+        shape = (num_out, self.config.hidden_size)
+        out = self.linear(x, self.path(joined), [f"{name}.weight" for name in names], shape)
+        if not self.config.qkv_bias:
+            return out
+        dtype = self.linear.dtype
+        stored = Stored(self.path(f"{joined}.bias"), dtype, (num_out,))
+        sources = tuple(f"{name}.bias" for name in names)
+        weights = Weights(sources, (stored,), lambda *biases: [_joined(biases, dtype)])
+        return self.graph.op("Add", out, *self.graph.store(weights))
+
+    def rotate(self, x: Value, part: str, num_heads: int, sight: Sight) -> Value:
+        """Normalise each head where the family does, then rotate [B, W, heads hd]."""
+        graph, size = self.graph, self.config.head_dim
+        if self.config.qk_norm:
+            x = graph.op("Reshape", x, graph.constant([0, 0, num_heads, size]))
+            x = self.norm(x, f"self_attn.{part}_norm")
+            x = graph.op("Reshape", x, graph.constant([0, 0, num_heads * size]))
+        return graph.op("RotaryEmbedding", x, sight.cos, sight.sin, num_heads=num_heads)
+
+    def feed_forward(self, x: Value) -> Value:
+        config, graph = self.config, self.graph
+        normed = self.norm(x, "post_attention_layernorm")
+        wide, back = (config.ffn_size, config.hidden_size), (config.hidden_size, config.ffn_size)
+
+        def product(x: Value, part: str, shape: tuple[int, int]) -> Value:
+            name = self.path(f"mlp.{part}_proj")
+            return self.linear(x, name, [f"{name}.weight"], shape)
+
+        gate, up = product(normed, "gate", wide), product(normed, "up", wide)
+        gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
+        return graph.op("Add", x, product(graph.op("Mul", gate, up), "down", back))
 
 
-def _rotate(x: Tensor, norm: nn.Module, rope: KeyValue, num_heads: int) -> Tensor:
-    """Normalise each head where the family does, then rotate [B, W, heads hd]."""
-    if not isinstance(norm, nn.Identity):
-        x = norm(x.view(*x.shape[:2], num_heads, -1)).flatten(-2)
-    out: Tensor = torch.onnx.ops.rotary_embedding(x, *rope, num_heads=num_heads)
-    return out
+def add_layer(
+    linear: Linear,
+    config: TransformerConfig,
+    index: int,
+    x: Value,
+    sight: Sight,
+    past: tuple[Value, Value],
+    *,
+    rows: Value | None = None,
+) -> tuple[Value, Value, Value]:
+    """Return the residual stream and the window's keys and values.
+
+    Args:
+        linear: of the graph.
+        config: of the model.
+        index: of the layer.
+        x: [B, W, D].
+        sight: of the rows.
+        past: keys and values, [B, P, KV hd] each; for GQA the buffers, [B, KV, capacity, hd].
+        rows: [B, S] window positions to go on with; None is all.
+
+    Returns:
+        [B, W or S, D], and keys and values [B, W, KV hd] each; for GQA the buffers.
+    """
+    graph, layer = linear.graph, _Layer(linear.graph, linear, config, index)
+    query_size = config.num_heads * config.head_dim
+    key_size = config.num_kv_heads * config.head_dim
+    normed = layer.norm(x, "input_layernorm")
+    if rows is None:
+        size = query_size + 2 * key_size
+        joined = layer.project(normed, "self_attn.qkv_proj", "qkv", size)
+        sizes = graph.constant([query_size, key_size, key_size])
+        query, key, value = graph.ops("Split", 3, joined, sizes, axis=2)
+    else:
+        joined = layer.project(normed, "self_attn.kv_proj", "kv", 2 * key_size)
+        sizes = graph.constant([key_size, key_size])
+        key, value = graph.ops("Split", 2, joined, sizes, axis=2)
+    key = layer.rotate(key, "k", config.num_kv_heads, sight)
+    seen = sight
+    if rows is not None:
+        x = select_rows(graph, x, rows)
+        if sight.lengths is None:  # the other lowering wants a query for each key
+            normed, seen = select_rows(graph, normed, rows), _selected(graph, sight, rows)
+        query = layer.project(normed, "self_attn.q_proj", "q", query_size)
+    query = layer.rotate(query, "q", config.num_heads, seen)
+    out, key, value = _attend(graph, config, query, key, value, seen, past)
+    if rows is not None and sight.lengths is not None:
+        out = select_rows(graph, out, rows)
+    name = layer.path("self_attn.o_proj")
+    out = linear(out, name, [f"{name}.weight"], (config.hidden_size, query_size))
+    return layer.feed_forward(graph.op("Add", x, out)), key, value
 
 
-def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """Return one layer whose outputs are those of all."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None)
-    joined.weight = nn.Parameter(weight)
-    if linears[0].bias is not None:
-        joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
-    return joined
+def _selected(graph: GraphBuilder, sight: Sight, rows: Value) -> Sight:
+    mask = graph.op("Squeeze", sight.mask, graph.constant([1]))
+    mask = graph.op("Unsqueeze", select_rows(graph, mask, rows), graph.constant([1]))
+    cos, sin = (select_rows(graph, table, rows) for table in (sight.cos, sight.sin))
+    return Sight(cos, sin, mask)
+
+
+def _attend(
+    graph: GraphBuilder,
+    config: TransformerConfig,
+    query: Value,
+    key: Value,
+    value: Value,
+    sight: Sight,
+    past: tuple[Value, Value],
+) -> tuple[Value, Value, Value]:
+    """Return the attention's output, and keys and values as they leave the graph."""
+    if sight.lengths is not None:
+        out = graph.ops(
+            "GroupQueryAttention", 3, query, key, value, *past, *sight.lengths, "", "", "",
+            sight.mask, domain=MICROSOFT, num_heads=config.num_heads,
+            kv_num_heads=config.num_kv_heads, causal=0,
+        )  # fmt: skip
+        return out[0], out[1], out[2]
+    out = graph.ops(
+        "Attention",
+        1,
+        query,
+        graph.op("Concat", past[0], key, axis=1),
+        graph.op("Concat", past[1], value, axis=1),
+        sight.mask,
+        q_num_heads=config.num_heads,
+        kv_num_heads=config.num_kv_heads,
+    )
+    return out[0], key, value
+
+
+def norm(graph: GraphBuilder, x: Value, name: str, config: TransformerConfig, dtype: str) -> Value:
+    """Normalise the last dimension by its root mean square, in fp32."""
+    size = config.head_dim if name.endswith(("q_norm", "k_norm")) else config.hidden_size
+    stored = Stored(f"{name}.weight", dtype, (size,))
+    weights = Weights((stored.name,), (stored,), lambda *w: [_joined(w, dtype)])
+    scale = graph.store(weights)
+    return graph.op("RMSNormalization", x, *scale, axis=-1, epsilon=config.norm_eps, stash_type=1)
+
+
+def select_rows(graph: GraphBuilder, states: Value, rows: Value) -> Value:
+    """Select [B, S] rows of [B, W, ...]."""
+    index = graph.op("Unsqueeze", rows, graph.constant([2]))
+    return graph.op("GatherND", states, index, batch_dims=1)
+
+
+def _joined(vectors: Sequence[Tensor], dtype: str) -> Array:
+    return np.concatenate([vector.float().numpy() for vector in vectors]).astype(dtype)

@@ -17,7 +17,7 @@ from d2f_stream.errors import D2FError, MissingExtra, ModelNotFound
 __all__ = ["HubModel", "fetch_description", "fetch_weights", "locate"]
 
 DESCRIPTION: Final = ("*.json", "*.jinja", "merges.txt")
-WEIGHTS: Final = ("model.safetensors", "adapter_model.safetensors", "model.onnx*")
+WEIGHTS: Final = ("model.safetensors", "adapter_model.safetensors", "model*.onnx*")
 INDEX: Final = "model.safetensors.index.json"
 
 _ID: Final = re.compile(

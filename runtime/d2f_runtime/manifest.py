@@ -19,10 +19,12 @@ __all__ = [
     "FILE_NAME",
     "FORMAT_VERSION",
     "FileInfo",
+    "FixedWindow",
     "Manifest",
     "OnnxInfo",
     "TrainingInfo",
     "TransformerShape",
+    "VerificationInfo",
     "read_manifest",
     "verify_files",
 ]
@@ -51,12 +53,32 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
 
 
+class FixedWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph with static shapes: its file, the window's width and the cache's columns."""
+
+    file: str
+    width: int
+    capacity: int
+
+
 class OnnxInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """How the ONNX graph was made, and the oldest onnxruntime that runs it."""
+    """How the ONNX graph was made, and what runs it.
+
+    Attributes:
+        opset: of ONNX's own operators.
+        min_onnxruntime: the oldest that runs it.
+        interface: version of the graph's inputs and outputs.
+        target: what it was exported for: cpu, cuda or device.
+        quantization: of the weights.
+        windows: graphs with static shapes; none where model.onnx has symbolic ones.
+    """
 
     opset: int
     min_onnxruntime: str
+    interface: int = 1
+    target: str = "cpu"
     quantization: str = "fp32"
+    windows: tuple[FixedWindow, ...] = ()
 
 
 class TrainingInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +86,18 @@ class TrainingInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     command: str = ""
     figures: dict[str, JsonValue] = msgspec.field(default_factory=dict)
+
+
+class VerificationInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How the graph compared with the checkpoint: the command, whether it passed, the figures."""
+
+    command: str
+    passed: bool
+    figures: dict[str, JsonValue] = msgspec.field(default_factory=dict)
+
+
+class _Version(msgspec.Struct):
+    format_version: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +119,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         defaults: GenerationParams fields for a kind of device, "cpu" or "cuda".
         files: name, relative to the folder, to hash and size.
         onnx: present where the folder holds an ONNX graph.
+        verification: of the graph against the checkpoint that it was made of.
         training: where the weights come from.
         description: what the model can do, in a sentence or two for its users.
     """
@@ -104,6 +139,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     defaults: dict[str, dict[str, JsonValue | list[str]]] = msgspec.field(default_factory=dict)
     files: dict[str, FileInfo] = msgspec.field(default_factory=dict)
     onnx: OnnxInfo | None = None
+    verification: VerificationInfo | None = None
     training: TrainingInfo | None = None
     description: str = ""
 
@@ -135,7 +171,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / FILE_NAME
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        content = path.read_bytes()
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version != FORMAT_VERSION:  # before the rest, which may mean something else there
+            raise ModelDamaged(
+                f"{path} has format version {version}, but this build reads {FORMAT_VERSION}; "
+                "export the model again or update d2f-stream"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelNotFound(
             f"no {FILE_NAME} in {folder}; a model folder holds {FILE_NAME}, tokenizer.json and "
@@ -143,11 +186,6 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     except msgspec.MsgspecError as error:
         raise ModelDamaged(f"{path} cannot be read: {error}") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise ModelDamaged(
-            f"{path} has format version {manifest.format_version}, but this build reads "
-            f"{FORMAT_VERSION}; export the model again or update d2f-stream"
-        )
     if manifest.family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnsupportedModel(
@@ -188,10 +226,11 @@ def verify_files(folder: Path, manifest: Manifest, *, max_hash_bytes: int | None
 
 
 def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    """Return a file's path; links may lead out of the folder, as the hub's cache has them."""
+    path = Path(name)
+    if path.anchor or ".." in path.parts:
         raise ModelDamaged(f"{folder / FILE_NAME} names a file outside of its folder: {name}")
-    return path
+    return folder / path
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.published import Published, is_published, read_published
 from d2f_runtime.tokenizer import TextCodec, Tokenizer
-from d2f_stream.errors import ModelNotFound, UnsupportedModel
+from d2f_stream.errors import InvalidParams, ModelNotFound, UnsupportedModel
 from d2f_stream.params import GenerationParams
 
 __all__ = ["embedded_folder", "open_engine", "shared_engine"]
@@ -54,7 +54,10 @@ def open_engine(
         ModelNotFound: there is no such folder. Whether there is such a repository shows on
             entering.
         UnsupportedModel: the model or the backend is of a kind that this build does not know.
+        InvalidParams: kv_tokens is no positive number.
     """
+    if kv_tokens is not None and (not isinstance(kv_tokens, int) or kv_tokens < 1):
+        raise InvalidParams("kv_tokens", kv_tokens, "an integer of at least 1")
     key = _key(
         model,
         backend=backend,

@@ -71,6 +71,13 @@ def test_both_onnxruntime_wheels_are_a_problem() -> None:
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in describe(report)
 
 
+def test_an_onnxruntime_that_is_too_old_is_a_problem() -> None:
+    (problem,) = examined({**EDGE, "onnxruntime": "1.9.2"}).problems
+    assert problem.startswith("onnxruntime 1.9.2 is too old for exported models, which need 1.23")
+    assert problem.endswith("run: pip install -U onnxruntime")
+    assert examined({**EDGE, "onnxruntime": "1.23.0"}).problems == ()
+
+
 def test_gpu_wheel_alone_is_tried_and_is_no_problem() -> None:
     versions = {name: version for name, version in EDGE.items() if name != "onnxruntime"}
     report = examined({**versions, "onnxruntime-gpu": "1.31.1"})

@@ -83,14 +83,14 @@ def test_dash_reads_the_prompt_from_standard_input(
 def test_options_of_the_model_reach_the_loader() -> None:
     load = ScriptedLoad()
     options = ["--model", "folder", "--backend", "onnx", "--quantization", "int8"]
-    generate("?", *options, "--device", "cuda:1", load=load)
-    assert load.asked == [("folder", None, "onnx", "int8", "cuda:1")]
+    generate("?", *options, "--device", "cuda:1", "--kv-tokens", "9000", load=load)
+    assert load.asked == [("folder", None, "onnx", "int8", "cuda:1", 9000)]
 
 
 def test_options_of_the_model_default_to_auto() -> None:
     load = ScriptedLoad()
     generate("?", load=load)
-    assert load.asked == [(None, None, "auto", "auto", "auto")]
+    assert load.asked == [(None, None, "auto", "auto", "auto", None)]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_bad_parameter_is_found_before_the_model_loads() -> None:
 def test_model_that_cannot_be_opened_is_one_line_and_exit_code_1(
     error: Exception, capsys: Capture
 ) -> None:
-    def load(model: str | None = None, **options: str | None) -> Any:
+    def load(model: str | None = None, **options: object) -> Any:
         raise error
 
     assert generate("?", load=load) == 1
@@ -228,7 +228,9 @@ def test_help_lists_only_commands_that_exist(capsys: Capture) -> None:
     assert "serve" in output
     assert "bench" in output
     assert "eval" in output
-    assert "distill" not in output
+    assert "distill" in output
+    assert "export" in output
+    assert "verify" in output
 
 
 def test_benchmarks_take_their_own_arguments(capsys: Capture) -> None:

@@ -79,6 +79,12 @@ def test_other_format_version_is_refused(tmp_path: Path) -> None:
         read_manifest(write(tmp_path, manifest(format_version=2)))
 
 
+def test_a_newer_format_is_told_so_whatever_it_holds(tmp_path: Path) -> None:
+    write(tmp_path, b'{"format_version": 2, "name": ["another", "kind"]}')
+    with pytest.raises(ModelDamaged, match=r"has format version 2.* reads 1; export .* or update"):
+        read_manifest(tmp_path)
+
+
 def test_unknown_family_is_named_with_those_that_run(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="'mamba', but this build runs dream, fast_dllm_v2"):
         read_manifest(write(tmp_path, manifest(family="mamba")))
@@ -115,9 +121,17 @@ def test_file_too_large_to_hash_is_checked_by_its_size(tmp_path: Path) -> None:
 
 
 def test_file_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
-    outside = manifest(files={"../model.onnx": FileInfo(sha256="", bytes=0)})
-    with pytest.raises(ModelDamaged, match="outside of its folder"):
-        verify_files(tmp_path, outside)
+    for name in ("../model.onnx", "/model.onnx", "a/../../model.onnx"):
+        outside = manifest(files={name: FileInfo(sha256="", bytes=0)})
+        with pytest.raises(ModelDamaged, match="outside of its folder"):
+            verify_files(tmp_path, outside)
+
+
+def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(CONTENT)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.onnx").symlink_to("../blob")
+    verify_files(tmp_path / "snapshot", manifest())
 
 
 def test_defaults_follow_the_device() -> None:

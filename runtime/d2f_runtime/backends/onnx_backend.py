@@ -1,96 +1,70 @@
 """Runs an exported step graph with onnxruntime: numpy and onnxruntime only, no torch.
 
-One graph run for each row. Keys and values lie in one numpy buffer per slot; the graph reads the
-cached part where it lies and returns the window's, of which the final rows are appended. A run of
-a small model takes a few milliseconds, so inputs are bound, not passed: a binding per slot, whose
-cache is bound anew only after it has grown by a few blocks.
+One graph run for each row; K/V stay where they are, see OnnxSlot. A graph with static shapes gets
+its window padded: rows that nobody sees, whose K/V are overwritten by the next step.
 
-Shapes: W window, P cached positions, R masks of the window, L layers, KV key/value heads, hd head
-size, D hidden size.
+Shapes: W window, R predicted positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
-from d2f_runtime.backends.onnx_session import open_session
-from d2f_runtime.backends.rows import Bools, Floats, Ints, check_row, num_forwarded, to_proposals
+from d2f_runtime.backends.onnx_session import StepSession, open_sessions
+from d2f_runtime.backends.onnx_slot import OnnxSlot
+from d2f_runtime.backends.rows import Floats, check_row, num_forwarded, to_proposals
 from d2f_runtime.manifest import Manifest, read_manifest
 from d2f_runtime.window import Proposals
 from d2f_stream.errors import InvalidParams, OutOfCapacity, UnsupportedModel
 from d2f_stream.params import GenerationParams
 
-__all__ = ["GRAPH_FILE", "OnnxBackend", "load"]
+__all__ = ["OnnxBackend", "load"]
 
-GRAPH_FILE: Final = "model.onnx"
-DEFAULT_CACHE_BYTES: Final = 1 << 30
-PAST_STEP: Final = 32  # tokens; the cache is bound in multiples of it
-
-
-@dataclass(slots=True)
-class _Cache:
-    """A slot: its K/V, and the graph inputs that outlive a step."""
-
-    buffer: Floats  # [2 L, capacity, KV hd]
-    last_hidden: Floats  # [1, D]
-    binding: Any
-    num_cached: int = 0
-    num_bound: int = -1  # cached positions that are bound as inputs
-    bound_shape: tuple[int, int] = (-1, -1)  # W and R for which the outputs are bound
-    start: Ints = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    in_full: Bools = field(default_factory=lambda: np.zeros((), dtype=np.bool_))
-    temperature: Floats = field(default_factory=lambda: np.zeros(1, dtype=np.float32))
-
-    @property
-    def capacity(self) -> int:
-        return int(self.buffer.shape[1])
+DEFAULT_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class _Stepped:
-    """What a run leaves behind for the slot; applied when all rows of the step have run."""
+class _Inputs:
+    """What one run takes beside K/V and state, which graph, and where the masks are."""
 
-    cache: _Cache
-    num_cached: int
-    last_hidden: Floats | None
+    session: StepSession
+    masks: list[int]
+    host: dict[str, Any]
 
 
 class OnnxBackend:
     """Implements Backend with onnxruntime.
 
     Args:
-        session: of a graph that d2f_export.onnx_graph wrote.
-        manifest: of its folder.
-        device: "cpu" or "cuda:0".
+        sessions: of `open_sessions`.
+        manifest: of their folder.
         max_tokens: K/V places over all slots; None takes what fits in 1 GiB, at least max_len.
     """
 
     def __init__(
         self,
-        session: ort.InferenceSession,
+        sessions: Sequence[StepSession],
         manifest: Manifest,
         *,
-        device: str = "cpu",
         max_tokens: int | None = None,
     ) -> None:
-        self.info = _model_info(manifest, device)
-        shape = manifest.transformer
-        self._session: ort.InferenceSession | None = session
-        self._width = shape.num_kv_heads * shape.head_dim
-        self._hidden_size = shape.hidden_size
-        self._past_names = [f"past.{i}.{x}" for i in range(shape.num_layers) for x in "kv"]
-        states = ["states"] if manifest.shift_logits else []
-        self._output_names = ["proposals", *states, "new"]
+        self._sessions = list(sessions)
+        self._manifest = manifest
+        self.info = _model_info(manifest, self._sessions[-1])
         fitting = DEFAULT_CACHE_BYTES // self.info.kv_bytes_per_token
         self._max_tokens = max(manifest.max_len, fitting) if max_tokens is None else max_tokens
         self._num_reserved = 0
-        self._slots: dict[Slot, _Cache] = {}
+        self._slots: dict[Slot, OnnxSlot] = {}
         self._next_slot = 0
+
+    @property
+    def sessions(self) -> Sequence[StepSession]:
+        """The graphs, narrowest first; for comparisons and benchmarks."""
+        return self._sessions
 
     def check(self, params: GenerationParams) -> None:
         """Refuse nucleus sampling, which the graph does not hold.
@@ -115,91 +89,97 @@ class OnnxBackend:
             raise OutOfCapacity(
                 f"no room for the K/V of {capacity} tokens: {free} of {self._max_tokens} are free"
             )
-        cache = self._new_cache(capacity)
-        if source:
-            num = cache.num_cached = source.num_cached
-            cache.buffer[:, :num] = source.buffer[:, :num]
-            cache.last_hidden[:] = source.last_hidden
+        opened = OnnxSlot(capacity, self._widest, self._manifest, source)
         self._num_reserved += capacity
         slot = Slot(self._next_slot)
         self._next_slot += 1
-        self._slots[slot] = cache
+        self._slots[slot] = opened
         return slot
 
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
         """Run the graph for each row, in order; cache the first `num_to_cache` of each."""
-        caches = [self._slots[row.slot] for row in rows]
-        for row, cache in zip(rows, caches, strict=True):
-            check_row(row, num_cached=cache.num_cached, capacity=cache.capacity)
+        opened = [self._slots[row.slot] for row in rows]
+        for row, storage in zip(rows, opened, strict=True):
+            check_row(row, num_cached=storage.num_cached, capacity=storage.capacity)
             if row.top_p < 1.0 and row.temperature > 0:
                 raise ValueError("the onnx backend cannot sample with top_p below 1; see check()")
         # Lookahead branches share a slot and must all see it as it was.
-        proposals: list[Proposals] = []
-        stepped: list[_Stepped] = []
-        for row, cache in zip(rows, caches, strict=True):
-            proposed, after = self._run(row, cache)
-            proposals.append(proposed)
-            stepped.append(after)
-        for after in stepped:
-            after.cache.num_cached = after.num_cached
-            if after.last_hidden is not None:
-                after.cache.last_hidden[:] = after.last_hidden
+        proposals = [self._run(row, slot) for row, slot in zip(rows, opened, strict=True)]
+        for slot, window in {row.slot: row.window for row in rows}.items():
+            self._slots[slot].keep(window.start, window.num_to_cache)
         return proposals
 
     def close_slot(self, slot: Slot) -> None:
         """Free the slot's storage. Idempotent."""
-        if cache := self._slots.pop(slot, None):
-            self._num_reserved -= cache.capacity
+        if closed := self._slots.pop(slot, None):
+            self._num_reserved -= closed.capacity
 
     def close(self) -> None:
-        """Free the session. Idempotent."""
+        """Free the sessions. Idempotent."""
         self._slots.clear()
-        self._session = None
+        self._sessions.clear()
 
-    def _new_cache(self, capacity: int) -> _Cache:
-        assert self._session is not None, "the backend is closed"
-        shape = (len(self._past_names), capacity, self._width)
-        cache = _Cache(
-            buffer=np.zeros(shape, dtype=np.float32),
-            last_hidden=np.zeros((1, self._hidden_size), dtype=np.float32),
-            binding=self._session.io_binding(),
-        )
-        fixed = {"start": cache.start, "temperature": cache.temperature, "in_full": cache.in_full}
-        if self.info.shift_logits:
-            fixed["last_hidden"] = cache.last_hidden
-        for name, array in fixed.items():
-            cache.binding.bind_cpu_input(name, array)
-        for name in self._output_names:  # get_outputs() keeps this order
-            cache.binding.bind_output(name, "cpu")
-        return cache
+    @property
+    def _widest(self) -> StepSession:
+        assert self._sessions, "the backend is closed"
+        return self._sessions[-1]
 
-    def _run(self, row: StepRow, cache: _Cache) -> tuple[Proposals, _Stepped]:
-        assert self._session is not None, "the backend is closed"
+    def logits(self, row: StepRow) -> Floats:
+        """Return [masks, V] logits before temperature, padded ids included; caches nothing.
+
+        For comparisons: K/V and logits pass through the host.
+        """
+        slot, inputs = self._slots[row.slot], self._inputs(row)
+        states = slot.read(inputs.session, row.window.start)
+        (found,) = inputs.session.session.run(["logits"], inputs.host | states)
+        logits: Floats = found[0, : len(inputs.masks)]
+        return logits
+
+    def _run(self, row: StepRow, slot: OnnxSlot) -> Proposals:
+        inputs = self._inputs(row)
+        answers: Floats = np.empty((4, 1, inputs.host["head_rows"].shape[1]), np.float32)
+        start, width = row.window.start, inputs.host["tokens"].shape[1]
+        io = slot.bind(inputs.session, start, width, inputs.host, answers)
+        inputs.session.session.run_with_iobinding(io)
+        masks = inputs.masks
+        return to_proposals([row], [masks], answers[:, 0, : len(masks)])[0]
+
+    def _inputs(self, row: StepRow) -> "_Inputs":
         window = row.window
-        # A lone placeholder is forwarded after all: a graph needs a row, and nobody sees this one.
-        length = max(1, num_forwarded(window, self.info))
+        num_rows = num_forwarded(window, self.info)
+        length = max(1, num_rows)  # a graph needs a row; instead of a lone placeholder, any token
         masks = [i for i, token in enumerate(window.tokens) if token == self.info.mask_id]
         head_rows = self._head_rows(masks, window.num_to_cache)
-        cache.start[0], cache.temperature[0] = window.start, row.temperature
-        cache.in_full[()] = row.temperature > 0 or row.rank != "confidence"
-        uniforms = row.uniforms or [0.0] * len(window.tokens)
-        unused = [0.0] * (len(head_rows) - len(masks))
-        inputs = {
-            "tokens": np.array([window.tokens[:length]], dtype=np.int64),
-            "visible_until": np.array([window.visible_until()[:length]], dtype=np.int64),
-            "head_rows": np.array([head_rows], dtype=np.int64),
-            "uniforms": np.array([[uniforms[i] for i in masks] + unused], dtype=np.float32),
+        session = self._session_for(length)
+        width, num_heads = length, len(head_rows)
+        if session.fixed is not None:
+            width = num_heads = session.fixed.width
+        host: dict[str, Any] = {
+            "tokens": np.zeros((1, width), np.int64),
+            # padded rows see the whole window, so that no softmax is empty
+            "visible_until": np.full((1, width), window.start + width, np.int64),
+            "head_rows": np.zeros((1, num_heads), np.int64),
+            "uniforms": np.zeros((1, num_heads), np.float32),
+            "start": np.array([window.start], np.int64),
+            "temperature": np.array([row.temperature], np.float32),
+            "in_full": np.array(row.temperature > 0 or row.rank != "confidence"),
         }
-        for name, array in inputs.items():
-            cache.binding.bind_cpu_input(name, array)
-        self._bind_past(cache, window.start)
-        self._bind_outputs(cache, (length, len(head_rows)))
-        self._session.run_with_iobinding(cache.binding)
-        values = zip(self._output_names, cache.binding.get_outputs(), strict=True)
-        outputs = {name: value.numpy() for name, value in values}
-        answers = outputs["proposals"][:, 0, : len(masks)]
-        stepped = self._store(row, cache, outputs, head_rows)
-        return to_proposals([row], [masks], answers)[0], stepped
+        host["tokens"][0, :num_rows] = window.tokens[:num_rows]
+        host["visible_until"][0, :length] = window.visible_until()[:length]
+        host["head_rows"][0, : len(head_rows)] = head_rows
+        if row.uniforms:
+            host["uniforms"][0, : len(masks)] = [row.uniforms[i] for i in masks]
+        if self.info.shift_logits:
+            keep = head_rows.index(window.num_to_cache) if window.num_to_cache else 0
+            host["keep"] = np.array([keep], np.int64)
+        return _Inputs(session, masks, host)
+
+    def _session_for(self, length: int) -> StepSession:
+        """Return the narrowest graph that holds a window."""
+        for session in self._sessions:
+            if session.fixed is None or length <= session.fixed.width:
+                return session
+        raise ValueError(f"a window of {length} positions is wider than the graph's")
 
     def _head_rows(self, masks: list[int], num_to_cache: int) -> list[int]:
         """Return the masks, and where they lack it the position that the last cached one predicts.
@@ -209,42 +189,6 @@ class OnnxBackend:
         if self.info.shift_logits and num_to_cache and num_to_cache not in masks:
             return [*masks, num_to_cache]
         return masks or [0]
-
-    def _bind_outputs(self, cache: _Cache, shape: tuple[int, int]) -> None:
-        """Bind the outputs anew where their shape changes; a bound output keeps its first."""
-        if cache.bound_shape == shape:
-            return
-        for name in self._output_names:
-            cache.binding.bind_output(name, "cpu")
-        cache.bound_shape = shape
-
-    def _bind_past(self, cache: _Cache, start: int) -> None:
-        """Bind the cached positions of every layer, where they lie.
-
-        A few more than `start`, so that this is rarely done: `start` masks them.
-        """
-        stop = min(-(-start // PAST_STEP) * PAST_STEP, cache.capacity)
-        if cache.num_bound == stop:
-            return
-        address, stride = cache.buffer.ctypes.data, cache.buffer.strides[0]
-        shape = (1, stop, self._width)
-        for index, name in enumerate(self._past_names):
-            place = address + index * stride
-            cache.binding.bind_input(name, "cpu", 0, np.float32, shape, place)
-        cache.num_bound = stop
-
-    def _store(
-        self, row: StepRow, cache: _Cache, outputs: dict[str, Floats], head_rows: list[int]
-    ) -> _Stepped:
-        """Append what became final. A branch of the same slot stores the same again."""
-        start, num = row.window.start, row.window.num_to_cache
-        if not num:
-            return _Stepped(cache, start, None)
-        cache.buffer[:, start : start + num] = outputs["new"][:, :num]
-        if not self.info.shift_logits:
-            return _Stepped(cache, start + num, None)
-        state = outputs["states"][:, head_rows.index(num)]
-        return _Stepped(cache, start + num, state.copy())  # the next run writes the same memory
 
 
 def load(path: Path, *, device: str = "auto", quantization: str = "auto") -> OnnxBackend:
@@ -268,12 +212,16 @@ def load(path: Path, *, device: str = "auto", quantization: str = "auto") -> Onn
             f"quantization is {quantization!r} but {path.name} holds {stored!r}; "
             "an ONNX graph is quantized when it is exported"
         )
-    session, device = open_session(path / GRAPH_FILE, manifest, device)
-    return OnnxBackend(session, manifest, device=device)
+    return OnnxBackend(open_sessions(path, manifest, device), manifest)
 
 
-def _model_info(manifest: Manifest, device: str) -> ModelInfo:
+def _model_info(manifest: Manifest, session: StepSession) -> ModelInfo:
     shape = manifest.transformer
+    kind, index = session.device
+    elements = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    max_len = manifest.max_len
+    if session.fixed is not None:
+        max_len = min(max_len, session.fixed.capacity, session.fixed.width)
     return ModelInfo(
         name=manifest.name,
         family=manifest.family,
@@ -283,9 +231,9 @@ def _model_info(manifest: Manifest, device: str) -> ModelInfo:
         prompt_attention=manifest.prompt_attention,
         native_block_size=manifest.native_block_size,
         max_block_size=manifest.max_block_size,
-        max_len=manifest.max_len,
+        max_len=max_len,
         vocab_size=manifest.vocab_size,
-        kv_bytes_per_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4,
-        device=device,
+        kv_bytes_per_token=elements * session.dtype.itemsize,
+        device=kind if kind == "cpu" else f"{kind}:{index}",
         quantization="fp32" if manifest.onnx is None else manifest.onnx.quantization,
     )

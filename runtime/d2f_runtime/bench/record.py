@@ -22,7 +22,7 @@ PACKAGES = (
 def environment(arguments: Sequence[str]) -> dict[str, Any]:
     """Return command, commit, date, processor and the versions of what may be involved.
 
-    Where the sources are a copy without their repository, D2F_COMMIT names their commit.
+    Where the sources are a copy outside their repository, D2F_COMMIT names their commit.
     """
     return {
         "command": shlex.join(["python", "-m", "d2f_runtime.bench", *arguments]),
@@ -57,6 +57,8 @@ def write_record(
 
 
 def _commit() -> str:
+    if named := os.environ.get("D2F_COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -69,7 +71,7 @@ def _commit() -> str:
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("D2F_COMMIT", "unknown")
+        return "unknown"
     return head + ("+changes" if dirty else "")
 
 

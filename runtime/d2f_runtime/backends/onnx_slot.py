@@ -1,0 +1,190 @@
+"""OnnxSlot: one session's K/V on onnxruntime's device, and the bindings of graphs to them.
+
+A graph reads the cached columns where they lie and writes the window's new K/V right behind them,
+so that caching is counting and nothing is copied. A run of a small model takes a few milliseconds,
+so what stays the same from step to step stays bound: the cache is bound in multiples of some
+tokens, new K/V while the window is at the same place.
+
+Shapes: W window, P columns of the cache that are bound, L layers, KV key/value heads, hd head size,
+D hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from d2f_runtime.backends.onnx_session import StepSession
+from d2f_runtime.backends.rows import Floats
+from d2f_runtime.manifest import Manifest
+
+__all__ = ["OnnxSlot"]
+
+PAST_STEP: Final = 32  # tokens
+
+Array = npt.NDArray[Any]
+
+
+class _Memory:
+    """An array on the device, by its address."""
+
+    def __init__(self, array: Array, kind: str, index: int) -> None:
+        self._host: Array | None = array if kind == "cpu" else None
+        self._device: Any = None
+        self.address = array.ctypes.data
+        if self._host is None:
+            self._device = ort.OrtValue.ortvalue_from_numpy(array, kind, index)
+            self.address = self._device.data_ptr()
+
+    def read(self) -> Array:
+        """Return the content, on the host."""
+        copy: Array = self._device.numpy() if self._host is None else self._host
+        return copy
+
+
+@dataclass(slots=True)
+class _Binding:
+    """What one graph has bound."""
+
+    io: Any
+    past: int = -1  # columns
+    place: tuple[int, int] = (-1, -1)  # start and width of the new K/V
+    kept: int = -1  # which of the two states is the output
+
+
+@dataclass(slots=True, init=False)
+class OnnxSlot:
+    """Storage for `capacity` tokens, optionally beginning as a copy of another slot.
+
+    Attributes:
+        capacity: tokens that may be cached.
+        num_cached: tokens.
+    """
+
+    capacity: int
+    num_cached: int
+    _manifest: Manifest
+    _device: tuple[str, int]
+    _dtype: Any
+    _rows: int
+    _memory: _Memory
+    _states: tuple[_Memory, _Memory]
+    _current: int
+    _bindings: dict[int, _Binding]
+
+    def __init__(
+        self, capacity: int, session: StepSession, manifest: Manifest, source: "OnnxSlot | None"
+    ) -> None:
+        self.capacity, self.num_cached = capacity, 0
+        self._manifest, self._device = manifest, session.device
+        self._dtype = session.dtype
+        self._bindings = {}
+        self._current = 0
+        state = np.zeros((1, manifest.transformer.hidden_size), self._dtype)
+        last = state
+        cached = None
+        if source is not None:
+            self.num_cached = source.num_cached
+            cached = source._memory.read()[:, : source.num_cached]
+            last = source._states[source._current].read().copy()
+        self._states = (_Memory(last, *self._device), _Memory(state.copy(), *self._device))
+        if session.fixed is not None:  # it reads all its columns and writes all its rows
+            capacity = session.fixed.capacity + session.fixed.width
+        self._reserve(capacity, cached)
+
+    def bind(
+        self, session: StepSession, start: int, width: int, host: dict[str, Array], answers: Floats
+    ) -> Any:
+        """Return the binding for a run; inputs and outputs must outlive it.
+
+        Args:
+            session: of the graph.
+            start: of the window.
+            width: of the window as the graph sees it.
+            host: the inputs that are no K/V, by name.
+            answers: [4, 1, R], gets the proposals.
+        """
+        if start + width > self._rows:  # rarely: what is beyond the capacity is never cached
+            self._reserve(start + width, self._memory.read()[:, : self.num_cached])
+        binding = self._bindings.get(id(session))
+        if binding is None:
+            binding = self._bindings[id(session)] = _Binding(session.session.io_binding())
+        for name, array in host.items():
+            binding.io.bind_cpu_input(name, array)
+        self._bind_past(binding, session, start)
+        self._bind_new(binding, start, width)
+        if self._manifest.shift_logits:
+            self._bind_state(binding)
+        address = answers.ctypes.data
+        binding.io.bind_output("proposals", "cpu", 0, np.float32, answers.shape, address)
+        return binding.io
+
+    def read(self, session: StepSession, start: int) -> dict[str, Array]:
+        """Return the inputs that `bind` leaves on the device, on the host."""
+        stop = start if session.fixed is None else session.fixed.capacity
+        layers = zip(self._places(0), self._memory.read(), strict=True)
+        found = {f"past.{name}": array[None, :stop] for (name, _), array in layers}
+        if self._manifest.shift_logits:
+            found["last_hidden"] = self._states[self._current].read()
+        return found
+
+    def keep(self, start: int, num_to_cache: int) -> None:
+        """Count the first rows of the window that the last run wrote as cached."""
+        if num_to_cache:
+            self._current = 1 - self._current
+        self.num_cached = start + num_to_cache
+
+    def _reserve(self, rows: int, cached: Array | None) -> None:
+        """Make room for rows of K/V. Zeros: rows that are bound but unused must be finite."""
+        names, width = 2 * self._manifest.transformer.num_layers, self._width
+        array = np.zeros((names, rows, width), self._dtype)
+        if cached is not None:
+            array[:, : cached.shape[1]] = cached
+        self._memory, self._rows = _Memory(array, *self._device), rows
+        for binding in self._bindings.values():
+            binding.past, binding.place = -1, (-1, -1)
+
+    @property
+    def _width(self) -> int:
+        shape = self._manifest.transformer
+        return shape.num_kv_heads * shape.head_dim
+
+    def _places(self, row: int) -> list[tuple[str, int]]:
+        """Return the name of each layer's keys and values, and the address of their row."""
+        size = self._width * np.dtype(self._dtype).itemsize
+        names = (f"{i}.{x}" for i in range(self._manifest.transformer.num_layers) for x in "kv")
+        first = self._memory.address + row * size
+        return [(name, first + index * self._rows * size) for index, name in enumerate(names)]
+
+    def _bind_past(self, binding: _Binding, session: StepSession, start: int) -> None:
+        """Bind the cached rows, and some more: `start` masks them."""
+        stop = min(-(-start // PAST_STEP) * PAST_STEP, self._rows)
+        if session.fixed is not None:
+            stop = session.fixed.capacity
+        if binding.past == stop:
+            return
+        shape = (1, stop, self._width)
+        for name, address in self._places(0):
+            binding.io.bind_input(f"past.{name}", *self._device, self._dtype, shape, address)
+        binding.past = stop
+
+    def _bind_new(self, binding: _Binding, start: int, width: int) -> None:
+        if binding.place == (start, width):
+            return
+        shape = (1, width, self._width)
+        for name, address in self._places(start):
+            binding.io.bind_output(f"new.{name}", *self._device, self._dtype, shape, address)
+        binding.place = (start, width)
+
+    def _bind_state(self, binding: _Binding) -> None:
+        """Let the run read the current state and write the other one."""
+        other = 1 - self._current
+        if binding.kept == other:
+            return
+        shape = (1, self._manifest.transformer.hidden_size)
+        last, kept = self._states[self._current].address, self._states[other].address
+        binding.io.bind_input("last_hidden", *self._device, self._dtype, shape, last)
+        binding.io.bind_output("kept", *self._device, self._dtype, shape, kept)
+        binding.kept = other

@@ -1,0 +1,84 @@
+"""The benchmarks of exported models run, agree with each other and are recorded."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2f_export.graph_builder import Array, Stored
+from d2f_export.onnx_bench.__main__ import main
+from d2f_export.onnx_bench.lowering import compare_lowerings
+from d2f_runtime.bench.step_models import SHAPES
+
+pytestmark = pytest.mark.torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def fill(stored: Sequence[Stored]) -> list[Array]:
+    """Weights of some size, so that what is seen decides the logits."""
+    rng = np.random.default_rng(sum(len(tensor.name) for tensor in stored))
+    return [(0.3 * rng.standard_normal(t.shape)).astype(t.dtype) for t in stored]
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_both_lowerings_of_attention_compute_the_same(num_kv_heads: int) -> None:
+    config = replace(SHAPES["tiny"], num_kv_heads=num_kv_heads)
+    found = compare_lowerings(config, "fp32", "cpu", cached=37, widths=(48,), steps=1, fill=fill)[
+        "window 48"
+    ]
+    assert found["largest_logit"] > 1.0
+    assert found["largest_difference_of_logits"] <= 1e-4
+    assert found["speedup"] > 0
+
+
+def test_a_large_run_times_every_part_and_records_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "large.json"
+    given = "large --shape tiny --device cpu --quantize fp32 --quantize int4-fp16 --torch fp32"
+    more = f"--steps 2 --width 32 --cached 40 --layers 1 2 --output {output}"
+    main([*given.split(), *more.split()])
+    record = json.loads(output.read_text())
+    results = record["results"]
+    assert json.loads(capsys.readouterr().out) == results
+    assert record["command"].startswith("python -m d2f_export.onnx_bench large --shape tiny")
+    assert list(results) == ["lowerings", "onnx fp32", "onnx int4-fp16", "torch fp32"]
+    assert list(results["lowerings"]) == ["1 layers", "2 layers"]
+    for name in ("onnx fp32", "onnx int4-fp16"):
+        assert results[name]["window 32"]["backend_ms"]["median"] > 0
+        assert results[name]["bytes"] > 100_000
+    assert results["torch fp32"]["tiny fp32"]["window 32"]["backend_ms"]["median"] > 0
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    output = tmp_path / "large.json"
+    given = "large --shape tiny --device cpu --quantize int3 --torch fp32 --steps 1 --width 32"
+    main([*given.split(), "--layers", "1", "1", "--output", str(output)])
+    results = json.loads(output.read_text())["results"]
+    assert "failure" in results["onnx int3"]
+    assert "window 32" in results["torch fp32"]["tiny fp32"]
+
+
+def test_a_run_out_of_time_says_what_it_left_out(tmp_path: Path) -> None:
+    output = tmp_path / "large.json"
+    given = ["large", "--shape", "tiny", "--device", "cpu", "--seconds", "0"]
+    main([*given, "--output", str(output)])
+    results = json.loads(output.read_text())["results"]
+    assert set(results.values()) == {"left out: the time was up"}
+
+
+def test_a_small_run_compares_quantizations_and_torch(tmp_path: Path) -> None:
+    output = tmp_path / "small.json"
+    checkpoint, prompts = ROOT / "export/checkpoints/word-problems", ROOT / "bench/prompts.jsonl"
+    given = ["small", "--checkpoint", str(checkpoint), "--prompts", str(prompts), "--number", "1"]
+    more = ["--repeats", "1", "--turns", "1", "--step-repeats", "2", "--starts", "0"]
+    main([*given, *more, "--output", str(output)])
+    results = json.loads(output.read_text())["results"]
+    sizes = results["bytes"]
+    assert sizes["onnx int4"] < sizes["onnx int8"] < sizes["onnx fp32"]
+    assert len(results["steps"]) == 4
+    assert set(results["stream"]) >= {"onnx fp32", "onnx int8", "onnx int4", "torch"}
