@@ -10,17 +10,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from d2f_export.corpus import Batch, Corpus
+from d2f_export.corpus import Batch
 from d2f_export.stages import Objective
 from d2f_export.training_log import TrainingLog
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 
-__all__ = ["TrainSettings", "train"]
+__all__ = ["BatchSource", "TrainSettings", "train"]
+
+
+class BatchSource(Protocol):
+    """Where sequences come from."""
+
+    def batches(self, tokens_per_batch: int, *, first_shard: int = 0) -> Iterator[Batch]:
+        """Yield batches of about `tokens_per_batch` tokens for ever, from a shard on."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,7 @@ class _Run:
 def train(
     model: Transformer,
     objective: Objective,
-    corpus: Corpus,
+    corpus: BatchSource,
     folder: Path,
     settings: TrainSettings,
     *,

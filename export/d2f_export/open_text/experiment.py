@@ -16,7 +16,6 @@ from typing import Final, cast
 import torch
 from tokenizers import Tokenizer
 
-from d2f_export.corpus import Corpus
 from d2f_export.embedded import STAGES, Stage, prepare
 from d2f_export.open_text.documents import Gathered, gather
 from d2f_export.open_text.figure import plot_open_text
@@ -153,7 +152,7 @@ class Experiment:
         train(
             model,
             objective,
-            cast(Corpus, corpus),  # train asks no more of it than `batches`
+            corpus,
             folder,
             replace(settings, max_seconds=max(1.0, end - time.monotonic()), seed=self.seed),
             device=self.device,

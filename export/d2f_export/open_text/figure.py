@@ -18,6 +18,12 @@ LINES: Final[dict[str, dict[str, Any]]] = {
     "D2F, blocks of 16, temperature 0.7": {"color": "#8c564b", "marker": "v"},
     "D2F, blocks of 16, temperature 1": {"color": "#9467bd", "marker": "^"},
 }
+ENDS: Final = {  # where a line's first and last threshold are written, in points; not crossing
+    "D2F, blocks of 16": (2, -12),
+    "D2F, blocks of 32": (2, 6),
+    "D2F, blocks of 16, temperature 0.7": (-6, 7),
+    "D2F, blocks of 16, temperature 1": (4, 5),
+}
 POINTS: Final = {
     "one-token": ("P", "student, 1 token a step"),
     "vanilla": ("D", "teacher, vanilla"),
@@ -41,7 +47,7 @@ def plot_open_text(records: Path, output: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     for axes, (measure, title) in zip(panels, PANELS.items(), strict=True):
         _draw(axes, rows, measure)
-        axes.set_xlabel("useful tokens per step")
+        axes.set_xlabel("tokens per step (at the ends of lines: confidence above)")
         axes.set_ylabel(title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -81,10 +87,13 @@ def _draw_line(
     x = [row["tokens_per_step"] for row in line]
     y = [scale * row[measure] for row in line]
     axes.plot(x, y, markersize=4.5, linewidth=1.3, **style)
+    if style["label"] not in ENDS:
+        return
     for index in {0, len(line) - 1}:
         axes.annotate(
             f"{line[index]['setting']['confidence_threshold']:g}", (x[index], y[index]),
-            xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=style["color"],
+            xytext=ENDS[style["label"]], textcoords="offset points", fontsize=7.5,
+            color=style["color"],
         )  # fmt: skip
 
 
