@@ -1,8 +1,12 @@
-"""Figures and tables of ablation studies: a dot for each seed, a bar for their mean."""
+"""The figure and the tables of ablation studies: every setting against the published one.
+
+Teachers differ more than most settings do, so that runs are compared in pairs of one seed, which
+share teacher, problems and noise; the figure shows nothing but these differences.
+"""
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,13 +15,15 @@ from d2f_export.ablations import AS_PUBLISHED, PUBLISHED, STUDIES
 __all__ = ["is_ablation", "plot_ablations", "tables"]
 
 Record = dict[str, Any]
+Runs = Mapping[tuple[str, int], Record]  # by setting and seed
 
-# Colours that people with any colour vision tell apart (Okabe and Ito), and shapes besides.
-SERIES: Final = {16: ("#0072b2", "o"), 32: ("#d55e00", "s")}
-ACTIVE: Final = 4  # of the points, those with so many active blocks are shown
-MEASURES: Final = {"accuracy": ("right answers, %", 100), "tokens_per_step": ("tokens per step", 1)}
-APART: Final = 0.36  # of the series of one setting; settings are 1 apart
-SPREAD: Final = 0.05  # of the seeds of one series
+# Colours that people with any colour vision tell apart (Okabe and Ito).
+SERIES: Final = {16: "#0072b2", 32: "#d55e00"}
+MARKERS: Final = "osD^v"  # of the seeds
+ACTIVE: Final = 4  # of the points, the figure shows those with so many active blocks
+POINTS: Final = {(16, 4): "16, four", (16, 1): "16, one", (32, 4): "32, four", (32, 1): "32, one"}
+WIDEST: Final = 16.0  # points of accuracy; a difference beyond is written, not drawn
+APART: Final = 0.34  # of the two series of a row; rows are 1 apart
 
 
 def is_ablation(path: Path) -> bool:
@@ -26,103 +32,174 @@ def is_ablation(path: Path) -> bool:
         return '"points"' in file.readline()
 
 
-def plot_ablations(records: Sequence[Path], output: Path) -> list[Path]:
-    """Draw a figure for each study that was run; return their paths.
+def plot_ablations(records: Sequence[Path], output: Path) -> None:
+    """Draw how accuracy and tokens per step of each setting differ from the published one.
 
     Args:
         records: JSON-lines files of `ablate`.
-        output: the name of a study goes before its suffix, which chooses the format.
+        output: the picture; its suffix chooses the format.
+
+    Raises:
+        SystemExit: there is nothing to compare.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    paths = []
-    for study, settings, runs in _studies(records):
-        width = 1.6 + 1.15 * len(settings)
-        figure, panels = pyplot.subplots(1, 2, figsize=(2 * width, 3.6), layout="constrained")
-        for axes, measure in zip(panels, MEASURES, strict=True):
-            _draw(axes, settings, runs, measure)
-            labels = [_label(study, setting).replace(" + ", "\n+ ") for setting in settings]
-            axes.set_xticks(range(len(labels)), labels, fontsize=8)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        path = output.with_stem(f"{output.stem}-{study}")
-        figure.savefig(path, dpi=144)
-        pyplot.close(figure)
-        paths.append(path)
-    return paths
+    runs = _read(records)
+    rows = [(study, name) for study, names in _studies(runs) for name in names]
+    rows = [row for row in rows if row[1] != PUBLISHED]
+    if not rows:
+        raise SystemExit("no setting shares a seed with the published one; run more of a study")
+    height = 1.3 + 0.42 * len(rows)
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, height), layout="constrained", sharey=True, width_ratios=(3, 2)
+    )
+    for place, (_, setting) in enumerate(rows):
+        _draw_row(left, runs, setting, place, "accuracy", 100.0, widest=WIDEST)
+        _draw_row(right, runs, setting, place, "tokens_per_step", 1.0)
+    left.set_yticks(range(len(rows)), [f"{study}: {setting}" for study, setting in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_xlim(-WIDEST, WIDEST)
+    left.set_xlabel("right answers, points above the published setting")
+    right.set_xlabel("tokens per step above it")
+    for axes in (left, right):
+        axes.axvline(0.0, color="black", linewidth=0.8, zorder=0)
+        for place in range(1, len(rows)):
+            if rows[place][0] != rows[place - 1][0]:
+                axes.axhline(place - 0.5, color="#bbbbbb", linewidth=0.8)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    _add_legend(figure, sorted({seed for _, seed in runs}))
+    figure.savefig(output, dpi=144)
+    pyplot.close(figure)
 
 
 def tables(records: Sequence[Path]) -> str:
-    """Return a Markdown table for each study: means over seeds, lowest and highest in brackets."""
-    text = ""
-    for study, settings, runs in _studies(records):
-        names = [f"{measure}, blocks of {size}" for size in SERIES for measure in ("right", "TPF")]
-        text += f"{study}\n\n| setting | seeds | {' | '.join(names)} |\n|{'---|' * 6}\n"
-        for setting in settings:
-            chosen = [run for run in runs if run["setting"] == setting]
-            cells = []
-            for size in SERIES:
-                right = [100 * value for value in _values(chosen, size, "accuracy")]
-                cells.append(_cell(right, " %"))
-                cells.append(_cell(_values(chosen, size, "tokens_per_step"), ""))
-            text += f"| {_label(study, setting)} | {len(chosen)} | {' | '.join(cells)} |\n"
+    """Return a Markdown table for each study over the seeds that all its settings have.
+
+    A cell is the mean and, in brackets, each seed in order; the last column is the difference from
+    the published setting, of the mean of the four points.
+    """
+    runs, text = _read(records), ""
+    for study, names in _studies(runs):
+        seeds = _shared(runs, names)
+        head = " | ".join(POINTS.values())
+        text += f"{study}, seeds {', '.join(map(str, seeds))}\n\n"
+        text += f"| setting | {head} | tokens per step | against published |\n|{'---|' * 7}\n"
+        for name in names:
+            cells = [
+                _cell([100 * _value(runs[name, seed], point, "accuracy") for seed in seeds])
+                for point in POINTS
+            ]
+            steps = [
+                statistics.mean(_value(runs[name, seed], p, "tokens_per_step") for seed in seeds)
+                for p in POINTS
+            ]
+            gains = [_gain(runs, name, seed) for seed in seeds]
+            cells.append(" / ".join(f"{value:.1f}" for value in steps))
+            cells.append("" if name == PUBLISHED else _cell(gains, sign="+"))
+            text += f"| {_label(study, name)} | {' | '.join(cells)} |\n"
         text += "\n"
     return text
 
 
-def _studies(records: Sequence[Path]) -> Iterator[tuple[str, list[str], list[Record]]]:
-    """Yield each study of which two settings were run at least, with these and their runs."""
+def _read(records: Sequence[Path]) -> Runs:
     lines = [line for path in records for line in path.read_text(encoding="utf-8").splitlines()]
-    every: list[Record] = [json.loads(line) for line in lines]
+    return {(run["setting"], int(run["seed"])): run for run in map(json.loads, lines)}
+
+
+def _studies(runs: Runs) -> Iterator[tuple[str, list[str]]]:
+    """Yield each study with those of its settings that share a seed with the published one."""
     for study, names in STUDIES.items():
-        runs = [run for run in every if run["setting"] in names]
-        settings = [name for name in names if any(run["setting"] == name for run in runs)]
-        if len(settings) > 1:
-            yield study, settings, runs
+        kept = [name for name in names if _shared(runs, [name, PUBLISHED])]
+        if len(kept) > 1 and _shared(runs, kept):
+            yield study, kept
 
 
-def _draw(axes: Any, settings: Sequence[str], runs: Sequence[Record], measure: str) -> None:
-    name, factor = MEASURES[measure]
-    for number, (size, (colour, marker)) in enumerate(SERIES.items()):
-        middle = APART * (number - (len(SERIES) - 1) / 2)
-        for place, setting in enumerate(settings):
-            values = _values([r for r in runs if r["setting"] == setting], size, measure)
-            values = [factor * value for value in values]
-            first = place + middle - SPREAD * (len(values) - 1) / 2
-            axes.plot(
-                [first + SPREAD * seed for seed in range(len(values))],
-                values,
-                linestyle="",
-                marker=marker,
-                markersize=5.5,
-                markerfacecolor="none",
-                color=colour,
-                label=f"blocks of {size}, dots are seeds" if place == 0 else None,
+def _shared(runs: Runs, names: Sequence[str]) -> list[int]:
+    """Return the seeds that all of these settings were run with."""
+    seeds = sorted({seed for _, seed in runs})
+    return [seed for seed in seeds if all((name, seed) in runs for name in names)]
+
+
+def _draw_row(
+    axes: Any,
+    runs: Runs,
+    setting: str,
+    place: int,
+    measure: str,
+    factor: float,
+    *,
+    widest: float = float("inf"),
+) -> None:
+    """Draw a marker for each seed and a bar for their mean, or write what is too far off."""
+    far = []
+    for number, (size, colour) in enumerate(SERIES.items()):
+        at = place + APART * (number - 0.5)
+        seeds = _shared(runs, [setting, PUBLISHED])
+        values = [
+            factor
+            * (
+                _value(runs[setting, seed], (size, ACTIVE), measure)
+                - _value(runs[PUBLISHED, seed], (size, ACTIVE), measure)
             )
-            at = place + middle
-            axes.hlines(statistics.mean(values), at - 0.15, at + 0.15, color=colour, linewidth=2)
-    axes.set_xlim(-0.5, len(settings) - 0.5)
-    axes.set_ylabel(name)
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+            for seed in seeds
+        ]
+        if max(map(abs, values)) > widest:
+            far.append(f"{', '.join(f'{value:+.0f}' for value in values)} (blocks of {size})")
+            continue
+        for seed, value in zip(seeds, values, strict=True):
+            marker = MARKERS[seed % len(MARKERS)]
+            axes.plot(value, at, marker=marker, color=colour, markerfacecolor="none", markersize=6)
+        axes.vlines(statistics.mean(values), at - 0.15, at + 0.15, color=colour, linewidth=3)
+    if far:
+        text = "too far to draw: " + "; ".join(far).replace("-", "\N{MINUS SIGN}")
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(0.4 - widest, place, text, va="center", fontsize=8, bbox=white)
+
+
+def _add_legend(figure: Any, seeds: Sequence[int]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, linewidth=3, label=f"blocks of {size}, mean")
+        for size, colour in SERIES.items()
+    ]
+    handles += [
+        Line2D([], [], linestyle="", color="black", markerfacecolor="none",
+               marker=MARKERS[seed % len(MARKERS)], label=f"seed {seed}")
+        for seed in seeds
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def _label(study: str, setting: str) -> str:
     return AS_PUBLISHED[study] if setting == PUBLISHED else setting
 
 
-def _values(runs: Sequence[Record], block_size: int, measure: str) -> list[float]:
-    """Return the measure of each run at this block size, by seed."""
-    return [
-        point[measure]
-        for run in sorted(runs, key=lambda run: int(run["seed"]))
-        for point in run["points"]
-        if (point["block_size"], point["max_active_blocks"]) == (block_size, ACTIVE)
+def _value(run: Record, point: tuple[int, int], measure: str) -> float:
+    """Return the measure of a run at a block size with so many active blocks."""
+    [value] = [
+        float(p[measure])
+        for p in run["points"]
+        if (p["block_size"], p["max_active_blocks"]) == point
     ]
+    return value
 
 
-def _cell(values: Sequence[float], unit: str) -> str:
-    mean = f"{statistics.mean(values):.1f}{unit}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+def _gain(runs: Runs, setting: str, seed: int) -> float:
+    """Return by how many points a run is above the published one of its seed, over all points."""
+    return 100 * statistics.mean(
+        _value(runs[setting, seed], point, "accuracy")
+        - _value(runs[PUBLISHED, seed], point, "accuracy")
+        for point in POINTS
+    )
+
+
+def _cell(values: Sequence[float], sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    each = " / ".join(f"{value:{sign}.1f}" for value in values)
+    return (mean if len(values) == 1 else f"{mean} ({each})").replace("-", "\N{MINUS SIGN}")

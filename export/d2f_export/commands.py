@@ -145,25 +145,23 @@ def run_manifest(arguments: argparse.Namespace) -> None:
 
 
 def run_plot(arguments: argparse.Namespace) -> None:
-    """Draw the figures of the records, of whichever kind they are."""
+    """Draw the figure of the records, of whichever kind they are."""
     from d2f_export.ablations_plot import is_ablation, plot_ablations, tables
     from d2f_export.plot import plot_trade_off
     from d2f_export.sweep_plot import plot_sweep
     from d2f_export.thresholds_plot import is_thresholds, plot_thresholds
 
     records: list[Path] = arguments.records
-    written = [arguments.output]
     if all(path.suffix == ".csv" for path in records):
         plot_sweep(records, arguments.output)
     elif all(map(is_ablation, records)):
-        written = plot_ablations(records, arguments.output)
+        plot_ablations(records, arguments.output)
         print(tables(records))
     elif all(map(is_thresholds, records)):
         plot_thresholds(records, arguments.output)
     else:
         plot_trade_off(records, arguments.output)
-    for path in written:
-        print(f"wrote {path}")
+    print(f"wrote {arguments.output}")
 
 
 def _device(name: str) -> str:

@@ -188,18 +188,34 @@ def test_an_unknown_study_and_a_missing_file_end_with_one_sentence(tmp_path: Pat
         main(command)
 
 
-def test_each_study_gets_a_figure_and_a_table(
+def test_settings_are_compared_with_the_published_one_of_their_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    point = {"max_active_blocks": 4, "accuracy": 0.5, "tokens_per_step": 7.0}
-    points = [{**point, "block_size": size} for size in (16, 32)]
     records = Records(tmp_path / "records.jsonl")
-    for seed, setting in ((0, PUBLISHED), (0, "ramp"), (1, "ramp"), (0, "fresh noise")):
+    scores = {(PUBLISHED, 0): 0.9, (PUBLISHED, 1): 0.7, ("ramp", 0): 0.88, ("ramp", 1): 0.8}
+    scores |= {("random", 0): 0.5, ("random", 1): 0.5, ("fresh noise", 7): 0.6}
+    for (setting, seed), accuracy in scores.items():
+        point = {"accuracy": accuracy, "tokens_per_step": 7.0}
+        points = [
+            {**point, "block_size": size, "max_active_blocks": active}
+            for size in (16, 32)
+            for active in (4, 1)
+        ]
         records.add({**RECORD, "setting": setting, "seed": seed, "points": points})
     main(["plot", str(records.path), "--output", str(tmp_path / "figure.png")])
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {"figure-schedule.png", "figure-conditioning.png"}
+    assert (tmp_path / "figure.png").stat().st_size > 0
     shown = capsys.readouterr().out
-    assert "| monotone | 1 | 50.0 % | 7.0 |" in shown
-    assert "| ramp | 2 | 50.0 % (50.0 to 50.0) |" in shown
+    assert "schedule, seeds 0, 1" in shown
+    assert "| monotone | 80.0 (90.0 / 70.0) |" in shown
+    ramp = next(line for line in shown.splitlines() if line.startswith("| ramp |"))
+    assert ramp.endswith("| 7.0 / 7.0 / 7.0 / 7.0 | +4.0 (\N{MINUS SIGN}2.0 / +10.0) |")
+    assert "fresh noise" not in shown  # its seed has no published run
+
+
+def test_nothing_to_compare_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = Records(tmp_path / "records.jsonl")
+    records.add({**RECORD, "points": []})
+    with pytest.raises(SystemExit, match="no setting shares a seed"):
+        main(["plot", str(records.path), "--output", str(tmp_path / "figure.png")])

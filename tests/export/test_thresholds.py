@@ -59,7 +59,7 @@ def test_command_runs_what_the_file_lacks(tmp_path: Path) -> None:
     assert json.loads(line)["num_problems"] == 1
 
 
-def test_rules_and_front_are_drawn(tmp_path: Path) -> None:
+def test_rules_are_drawn_for_each_block_size(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     source, picture = records(tmp_path / "records.jsonl"), tmp_path / "thresholds.png"
     main(["plot", str(source), "--output", str(picture)])
