@@ -210,7 +210,7 @@ async def test_two_engines_of_a_model_take_turns() -> None:
 
 
 async def test_answer_of_a_call_comes_while_the_next_one_runs() -> None:
-    device, begin, go_on = DeviceThread("test-device"), threading.Event(), threading.Event()
+    device, begin, go_on = DeviceThread("answering"), threading.Event(), threading.Event()
     first, second = device.call(begin.wait), device.call(go_on.wait)
     begin.set()
     assert await first
@@ -219,4 +219,4 @@ async def test_answer_of_a_call_comes_while_the_next_one_runs() -> None:
     assert await second
     device.stop()
     await asyncio.to_thread(device.join, 10)
-    assert not [t for t in threading.enumerate() if t.name.startswith("test-device")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("answering")]

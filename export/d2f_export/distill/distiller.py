@@ -69,6 +69,15 @@ class Distiller(nn.Module):
         self.checkpointing = checkpointing
         self._logit_rows = logit_rows
 
+    def tie_weights(self) -> None:
+        """Share the embedding with the head again; accelerate calls it where FSDP has moved both.
+
+        Without it a tied head would stay as it is while the embedding is trained.
+        """
+        for model in (self.student, self.teacher):
+            if model is not None and model.config.tie_embeddings:
+                model.lm_head.weight = model.embed_tokens.weight
+
     def forward(self, batch: Corrupted) -> Tensor:
         """Return the loss of a batch, a scalar."""
         soft = None

@@ -20,7 +20,15 @@ from d2f_export.distill.student import add_lora, trainable
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.errors import InvalidRequest, MissingExtra
 
-__all__ = ["Compute", "Trainer", "available_bytes", "is_sharded", "open_accelerator", "resolve"]
+__all__ = [
+    "Compute",
+    "Trainer",
+    "available_bytes",
+    "is_sharded",
+    "open_accelerator",
+    "resolve",
+    "sharded_precision",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,7 @@ def open_accelerator(settings: DistillSettings, *, cpu: bool) -> Any:
 
     Raises:
         MissingExtra: accelerate is not installed.
+        InvalidRequest: the launcher chose FSDP 1.
     """
     try:
         from accelerate import Accelerator
@@ -72,10 +81,35 @@ def open_accelerator(settings: DistillSettings, *, cpu: bool) -> Any:
         raise MissingExtra("distillation", "accelerate", "export") from error
     device_type = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
     is_bf16 = resolve(settings, device_type).is_bf16
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if is_bf16 else "no",
         gradient_accumulation_steps=settings.accumulation,
+    )
+    if is_sharded(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise InvalidRequest(
+                f"FSDP {plugin.fsdp_version} cannot hold weights of two precisions; choose version "
+                "2 (--fsdp_version 2)"
+            )
+        plugin.mixed_precision_policy = sharded_precision(is_bf16=is_bf16)
+    return accelerator
+
+
+def sharded_precision(*, is_bf16: bool) -> Any:
+    """Return FSDP's MixedPrecisionPolicy with which a share computes as a whole model does.
+
+    Only weights are cast. accelerate's own policy also casts what a layer is given, the fp32 angles
+    of the positions among it (torch 2.11 does not cast them again when it recomputes a layer, which
+    then fails), and the mask ratios, the loss and the sums of the gradients.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if not is_bf16:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
 
 

@@ -1,21 +1,27 @@
 """The loss and its gradient against the published definition in fp64, on transformers' classes."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from d2f_export.distill.attention import use_flex
 from d2f_export.distill.corruption import Corrupted, Corruption, noise_generator
 from d2f_export.distill.distiller import Distiller, LossWeights
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.student import add_lora, trainable
+from d2f_export.distill.trainer import sharded_precision
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from tiny_checkpoints import FAMILIES, added_tokens, additive, oracle, write_model
+from tiny_models import CONFIGS, tiny_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -36,9 +42,9 @@ def folder(tmp_path: Path, family: str) -> Path:
     return tmp_path
 
 
-def lora_student(folder: Path) -> Transformer:
+def lora_student(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """A student whose adapters do something: PEFT's fresh ones are zero."""
-    student = load_checkpoint(folder)
+    student = load_checkpoint(folder, dtype=dtype)
     add_lora(student, rank=4, alpha=4 * SCALE, dropout=0.0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -222,3 +228,57 @@ def test_flex_attention_equals_the_dense_mask(family: str, folder: Path) -> None
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for dense, flex in zip(*gradients, strict=True):
         assert (dense - flex).abs().max() <= 1e-4 * dense.abs().max()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone, which FSDP shards over as over many."""
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # keys and values are views
+def test_shards_in_bf16_compute_what_a_whole_model_does(family: str, folder: Path) -> None:
+    batch = corrupted(family)
+    whole = distiller(lora_student(folder, torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = whole(batch)
+    expected.backward()
+    sharded = distiller(lora_student(folder, torch.bfloat16))
+    angles: list[torch.dtype] = []
+    for layer in sharded.student.layers:
+        fully_shard(layer, mp_policy=sharded_precision(is_bf16=True))
+        layer.self_attn.register_forward_pre_hook(  # type: ignore[union-attr]
+            lambda _, given: angles.append(given[1][0].dtype)
+        )
+    fully_shard(sharded, mp_policy=sharded_precision(is_bf16=True))
+    for checkpointing in (True, False):
+        sharded.checkpointing = checkpointing
+        angles.clear()
+        sharded.zero_grad(set_to_none=True)
+        loss = sharded(batch)
+        loss.backward()
+        num_forwards = 3 if checkpointing else 2  # teacher, student, student again
+        assert angles == [torch.float32] * num_forwards * len(sharded.student.layers)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        wanted = trainable(whole)
+        for name, factor in trainable(sharded).items():
+            gradient, other = factor.grad, wanted[name].grad
+            assert isinstance(gradient, DTensor)
+            assert other is not None
+            assert (gradient.full_tensor() - other).abs().max() <= 1e-3 * other.abs().max()
+
+
+def test_a_tied_head_is_tied_again_after_a_move() -> None:
+    """accelerate moves a model to the meta device before FSDP shards it."""
+    config = next(config for config in CONFIGS.values() if config.tie_embeddings)
+    student, teacher = tiny_model(config), tiny_model(config)
+    moved = distiller(student, teacher).to("meta")
+    assert student.lm_head.weight is not student.embed_tokens.weight
+    moved.tie_weights()
+    for model in (student, teacher):
+        assert model.lm_head.weight is model.embed_tokens.weight
