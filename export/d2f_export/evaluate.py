@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from d2f_export.problems import Problem, is_correct, problems
-from d2f_runtime.backends.base import Backend, ModelInfo, StepRow
+from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.denoiser import decoder_of
 from d2f_runtime.policy import AcceptancePolicy
 from d2f_runtime.tokenizer import TextCodec
 from d2f_stream.params import GenerationParams
@@ -99,7 +100,7 @@ def decode_all(
     while waiting or running:
         while waiting and len(running) < rows:
             number, prompt = waiting.pop()
-            decoder = _decoder(backend.info, prompt, params, policy)
+            decoder = decoder_of(backend.info, prompt, params, policy)
             slot = backend.open_slot(len(prompt) + params.max_new_tokens + params.block_size)
             running[number] = (slot, decoder)
         windows = {n: decoder.next_windows() for n, (_, decoder) in running.items()}
@@ -167,24 +168,6 @@ def report(
         mean_tokens=useful / max(1, len(answers)),
         by_operations=by_operations,
         with_distractor=share(distracted),
-    )
-
-
-def _decoder(
-    info: ModelInfo,
-    prompt: Sequence[int],
-    params: GenerationParams,
-    policy: AcceptancePolicy | None,
-) -> BlockDecoder:
-    return BlockDecoder(
-        prompt_tokens=prompt,
-        params=params,
-        mask_id=info.mask_id,
-        eos_ids=info.eos_ids,
-        shift_logits=info.shift_logits,
-        prompt_attention=info.prompt_attention,
-        native_block_size=info.native_block_size,
-        policy=policy,
     )
 
 

@@ -15,6 +15,7 @@ from d2f_runtime.backends.base import Backend, ModelInfo, StepRow
 from d2f_runtime.backends.onnx_backend import OnnxBackend
 from d2f_runtime.backends.rows import num_forwarded
 from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.denoiser import decoder_of
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
 from d2f_runtime.window import NO_TOKEN, Proposals, Window
 from d2f_stream.params import GenerationParams
@@ -136,7 +137,7 @@ def compare_logits(
     errors: list[Tensor] = []
     agree: list[Tensor] = []
     for prompt in prompts:
-        decoder = _decoder(candidate.info, prompt, params)
+        decoder = decoder_of(candidate.info, prompt, params)
         slot = candidate.open_slot(_capacity(candidate.info, prompt, params))
         stops: list[int] = []  # of the attention blocks that are cached
         while windows := decoder.next_windows():
@@ -186,7 +187,7 @@ def _decode(
     shadow: Backend | None = None,
 ) -> tuple[BlockDecoder, list[tuple[Proposals, Proposals]]]:
     """Decode by the leader's proposals; the shadow runs the same windows."""
-    decoder = _decoder(leader.info, prompt, params)
+    decoder = decoder_of(leader.info, prompt, params)
     capacity = _capacity(leader.info, prompt, params)
     backends = [leader] if shadow is None else [leader, shadow]
     slots = [backend.open_slot(capacity) for backend in backends]
@@ -211,15 +212,3 @@ def _capacity(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) 
 
 def _useful(decoder: BlockDecoder) -> tuple[int, ...]:
     return decoder.answer_tokens[: decoder.num_useful_tokens]
-
-
-def _decoder(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) -> BlockDecoder:
-    return BlockDecoder(
-        prompt_tokens=prompt,
-        params=params,
-        mask_id=info.mask_id,
-        eos_ids=info.eos_ids,
-        shift_logits=info.shift_logits,
-        prompt_attention=info.prompt_attention,
-        native_block_size=info.native_block_size,
-    )

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
 from d2f_runtime.decoder import BlockDecoder, BlockView, Committed
 from d2f_runtime.noise import SamplingNoise
+from d2f_runtime.policy import AcceptancePolicy
 from d2f_runtime.window import Proposals
 from d2f_stream.events import FinishReason
 from d2f_stream.params import GenerationParams
 
-__all__ = ["Denoiser", "Progress"]
+__all__ = ["Denoiser", "Progress", "decoder_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,7 @@ class Denoiser:
         self, *, prompt_tokens: Sequence[int], params: GenerationParams, info: ModelInfo
     ) -> None:
         self._params = params
-        self._decoder = BlockDecoder(
-            prompt_tokens=prompt_tokens,
-            params=params,
-            mask_id=info.mask_id,
-            eos_ids=info.eos_ids,
-            shift_logits=info.shift_logits,
-            prompt_attention=info.prompt_attention,
-            native_block_size=info.native_block_size,
-        )
+        self._decoder = decoder_of(info, prompt_tokens, params)
         self._noise: SamplingNoise | None = None
         if params.temperature > 0:
             seed = params.seed
@@ -97,3 +90,32 @@ class Denoiser:
             decoder.finish_reason,
             decoder.active_blocks if self._params.drafts else (),
         )
+
+
+def decoder_of(
+    info: ModelInfo,
+    prompt_tokens: Sequence[int],
+    params: GenerationParams,
+    policy: AcceptancePolicy | None = None,
+) -> BlockDecoder:
+    """Return the decoder of one answer of a model.
+
+    Args:
+        info: of the model.
+        prompt_tokens: ids.
+        params: of the request.
+        policy: instead of the one that the parameters name.
+
+    Raises:
+        InvalidRequest: the decoder refuses prompt or parameters.
+    """
+    return BlockDecoder(
+        prompt_tokens=prompt_tokens,
+        params=params,
+        mask_id=info.mask_id,
+        eos_ids=info.eos_ids,
+        shift_logits=info.shift_logits,
+        prompt_attention=info.prompt_attention,
+        native_block_size=info.native_block_size,
+        policy=policy,
+    )
