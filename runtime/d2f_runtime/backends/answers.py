@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.backends.base import StepRow
-from d2f_runtime.backends.rows import Floats, Ints
+from d2f_runtime.backends.rows import Floats, Masks
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.sampling import forbid, keep_nucleus, propose, temper
 
@@ -19,9 +19,7 @@ __all__ = ["answer_states", "sampling_of"]
 MAX_HEAD_ELEMENTS = 1 << 27  # logits of one head call; bounds its memory at large vocabularies
 
 
-def sampling_of(
-    rows: Sequence[StepRow], masks: Sequence[Sequence[int] | Ints]
-) -> tuple[Floats | None, bool]:
+def sampling_of(rows: Sequence[StepRow], masks: Masks) -> tuple[Floats | None, bool]:
     """Return [3, N] temperature, top_p and uniforms (None where all is greedy); any nucleus?"""
     if not any(row.temperature > 0 for row in rows):
         return None, False

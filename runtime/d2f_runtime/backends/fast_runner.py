@@ -22,9 +22,8 @@ from d2f_runtime.backends.answers import MAX_HEAD_ELEMENTS, answer_states, sampl
 from d2f_runtime.backends.base import ModelInfo, StepRow
 from d2f_runtime.backends.buckets import BUCKETS, Bucket, bucket_for
 from d2f_runtime.backends.kv_pool import KVPool, Span
-from d2f_runtime.backends.rows import Floats, Ints
-from d2f_runtime.backends.runner import Masks
-from d2f_runtime.backends.step_plan import Int32s, Layout, StepPlan, plan_step
+from d2f_runtime.backends.rows import Floats, Masks
+from d2f_runtime.backends.step_plan import Layout, StepPlan, plan_step
 from d2f_runtime.kernels.attention import TILE_FIELDS, rows_per_tile
 from d2f_runtime.models.fast_transformer import FastTransformer, StepTensors
 
@@ -53,7 +52,7 @@ class _Shape:
         self.layout = Layout(bucket.rows, bucket.num_tiles(self.per_tile), bucket.sessions)
         pinned = device.type == "cuda"
         self._pinned = torch.zeros(self.layout.size, dtype=torch.int32, pin_memory=pinned)
-        self.host: Int32s = self._pinned.numpy()
+        self.host = self._pinned.numpy().data
         self._device_ints = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
         parts = torch.split(self._device_ints, list(self.layout.sizes))
         tokens, positions, places, visible, self.head, tiles, self.last_from, self.last_to = parts
@@ -82,10 +81,10 @@ class _Shape:
         self._pinned_answers.copy_(answers, non_blocking=True)
 
     def answers(self, number: int) -> Floats:
-        """Wait for what was received and return its first `number` columns."""
+        """Wait for what was received; return a view of its first `number` columns."""
         if self._device_ints.is_cuda:
             torch.cuda.current_stream(self._device_ints.device).synchronize()
-        return self._answers[:, :number].copy()
+        return self._answers[:, :number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +140,13 @@ class FastRunner:
 
     def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
         """Run the rows and write their K/V; see Runner."""
-        masks: list[Ints] = []
-        answers: list[Floats] = []
         with self._current():
-            for piece in self._pieces(rows, spans):
-                masks += piece.plan.masks
-                answers.append(self._run(piece))
-        return masks, answers[0] if len(answers) == 1 else np.concatenate(answers, axis=1)
+            pieces = self._pieces(rows, spans)
+            if len(pieces) == 1:
+                return pieces[0].plan.masks, self._run(pieces[0])
+            answers = [self._run(piece).copy() for piece in pieces]
+        masks = [positions for piece in pieces for positions in piece.plan.masks]
+        return masks, np.concatenate(answers, axis=1)
 
     def _current(self) -> AbstractContextManager[object]:
         """Make the device the one that kernels are launched on."""

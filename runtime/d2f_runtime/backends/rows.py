@@ -1,4 +1,4 @@
-"""What backends do with their rows before and after the device. Plain Python and numpy.
+"""What backends do with their rows before and after the device. Mostly plain Python.
 
 Which positions run through the model, which are predicted, how the answers become proposals.
 
@@ -6,7 +6,6 @@ Shapes: B rows, W the longest window, N masks over all rows.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ from d2f_runtime.backends.base import ModelInfo, StepRow
 from d2f_runtime.window import NO_TOKEN, Proposals, Window
 from d2f_stream.params import Rank
 
-__all__ = ["Bools", "Floats", "Ints", "check_row", "num_forwarded", "to_proposals"]
+__all__ = ["Bools", "Floats", "Ints", "Masks", "check_row", "num_forwarded", "to_proposals"]
 
 _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order of the answers
 
@@ -23,7 +22,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
-Number = TypeVar("Number", bound=np.number[Any])
+Masks = Sequence[Sequence[int]]
+"""For each row of a step the window positions that hold a mask."""
 
 
 def num_forwarded(window: Window, info: ModelInfo) -> int:
@@ -58,7 +58,7 @@ def check_row(row: StepRow, *, num_cached: int, capacity: int) -> None:
 
 def to_proposals(
     rows: Sequence[StepRow],
-    masks: Sequence[Sequence[int] | Ints],
+    masks: Masks,
     answers: npt.NDArray[np.floating],
 ) -> list[Proposals]:
     """Spread the answers at masks over the windows.
@@ -68,26 +68,20 @@ def to_proposals(
         masks: for each row the window positions that hold a mask; N in all.
         answers: [4, N] token, confidence, margin, neg_entropy.
     """
+    tokens, confidence = answers[0].astype(np.int64).tolist(), answers[1].tolist()
     proposals: list[Proposals] = []
     first = 0
     for row, positions in zip(rows, masks, strict=True):
-        at = np.asarray(positions, dtype=np.int64)
-        part = answers[:, first : first + len(at)]
-        first += len(at)
+        part = slice(first, first + len(positions))
+        first = part.stop
         width = len(row.window.tokens)
-        rank = _RANKS.index(row.rank)
-        proposals.append(
-            Proposals(
-                tokens=_spread(part[0].astype(np.int64), at, width, NO_TOKEN),
-                confidence=_spread(part[1], at, width, 0.0),
-                rank=_spread(part[1 + rank], at, width, 0.0) if rank else None,
-            )
-        )
+        spread_tokens, spread_confidence = [NO_TOKEN] * width, [0.0] * width
+        for at, token, sure in zip(positions, tokens[part], confidence[part], strict=True):
+            spread_tokens[at], spread_confidence[at] = token, sure
+        rank = None
+        if which := _RANKS.index(row.rank):
+            rank = [0.0] * width
+            for at, score in zip(positions, answers[1 + which, part].tolist(), strict=True):
+                rank[at] = score
+        proposals.append(Proposals(spread_tokens, spread_confidence, rank))
     return proposals
-
-
-def _spread(values: npt.NDArray[Number], at: Ints, width: int, elsewhere: float) -> list[Any]:
-    spread = np.full(width, elsewhere, dtype=values.dtype)
-    spread[at] = values
-    out: list[Any] = spread.tolist()
-    return out

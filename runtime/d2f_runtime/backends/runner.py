@@ -5,11 +5,9 @@ from typing import Protocol
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import Span
-from d2f_runtime.backends.rows import Floats, Ints
+from d2f_runtime.backends.rows import Floats, Masks
 
-__all__ = ["Masks", "Runner"]
-
-Masks = Sequence[Sequence[int] | Ints]
+__all__ = ["Runner"]
 
 
 class Runner(Protocol):
@@ -24,6 +22,6 @@ class Runner(Protocol):
 
         Returns:
             For each row the window positions that hold a mask, N in all; and [4, N] token,
-            confidence, margin and neg_entropy there.
+            confidence, margin and neg_entropy there, good until the next run.
         """
         ...

@@ -1,4 +1,7 @@
-"""StepPlan: a step's rows as the integers that the fast step reads. Plain numpy.
+"""StepPlan: a step's rows as the integers that the fast step reads. Plain Python.
+
+All of this runs between two steps, while the device waits, on caches that the wait has left cold:
+arrays and memory views take a half to a third of what numpy's calls take there.
 
 The rows of all sessions stand one after the other. A slot's K/V lie in one span, so a window is
 written where its K/V would be cached, whether or not they will be: caching is then only counting.
@@ -11,22 +14,19 @@ Shapes: R rows, N masks, T tiles, S sessions.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import pack_into
 from typing import Final, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
 from d2f_runtime.backends.kv_pool import MAX_SLOTS, Span
-from d2f_runtime.backends.rows import Ints, num_forwarded
+from d2f_runtime.backends.rows import num_forwarded
 from d2f_runtime.kernels.attention import TILE_FIELDS
 from d2f_runtime.window import Window
 
-__all__ = ["Int32s", "Layout", "Placement", "StepPlan", "plan_step"]
-
-Int32s = npt.NDArray[np.int32]
+__all__ = ["Layout", "Placement", "StepPlan", "plan_step"]
 
 NO_BORDER: Final = 2**31 - 1
+NOBODY: Final = MAX_SLOTS  # the index of no slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,6 @@ class Placement(NamedTuple):
 
     Attributes:
         row: with the window.
-        tokens: of the window.
         masks: window positions with a mask.
         first: of its rows among all rows of the step.
         num_rows: of the window that run.
@@ -71,8 +70,7 @@ class Placement(NamedTuple):
     """
 
     row: StepRow
-    tokens: Int32s
-    masks: Ints
+    masks: list[int]
     first: int
     num_rows: int
     slot_index: int
@@ -82,8 +80,7 @@ class Placement(NamedTuple):
     is_first: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """What a step does.
 
     Attributes:
@@ -101,7 +98,7 @@ class StepPlan:
     shift: bool
 
     @property
-    def masks(self) -> list[Ints]:
+    def masks(self) -> list[list[int]]:
         """For each window the positions with a mask."""
         return [placement.masks for placement in self.placements]
 
@@ -109,48 +106,53 @@ class StepPlan:
     def geometry(self) -> tuple[object, ...]:
         """All that a step's integers depend on besides tokens and masks."""
         return tuple(
-            (placement[3:], _shape_of(placement.row.window)) for placement in self.placements
+            (placement[2:], _shape_of(placement.row.window)) for placement in self.placements
         )
 
     def fill(
-        self, flat: Int32s, layout: Layout, per_tile: int, *, same_geometry: bool = False
+        self, flat: memoryview, layout: Layout, per_tile: int, *, same_geometry: bool = False
     ) -> None:
         """Write the fields into the flat array, padded, with attention tiles of `per_tile` rows.
 
         Args:
-            flat: the array.
+            flat: the array, of C's int, 4 bytes each.
             layout: of the array.
             per_tile: rows of an attention tile.
             same_geometry: what the array holds is of a step of this geometry.
         """
-        # slices of an array, one after the other: each numpy call costs a microsecond of every step
+        heads: list[int] = []
+        for row, masks, first, num_rows, slot_index, *_ in self.placements:
+            pack_into(f"{num_rows}i", flat, 4 * first, *row.window.tokens[:num_rows])
+            if shift := first - self.shift:
+                heads += [shift + position for position in masks]
+            else:
+                heads += masks
+            if self.shift and masks and masks[0] == 0:
+                # predicted by the slot's last cached state
+                heads[-len(masks)] = -1 - slot_index
         size = layout.rows
-        tokens, positions, places, visible, head = (
-            flat[i * size : (i + 1) * size] for i in range(5)
-        )
-        num_heads = 0
-        for placement in self.placements:
-            masks, first = placement.masks, placement.first
-            tokens[first : first + placement.num_rows] = placement.tokens[: placement.num_rows]
-            heads = head[num_heads : num_heads + len(masks)]
-            num_heads += len(masks)
-            np.add(masks, first - self.shift, out=heads, casting="same_kind")
-            if self.shift and len(masks) and masks[0] == 0:
-                heads[0] = -1 - placement.slot_index  # predicted by the slot's last cached state
-        head[num_heads:] = 0
-        if same_geometry:
-            return
+        heads += [0] * (size - len(heads))
+        pack_into(f"{size}i", flat, 16 * size, *heads)
+        if not same_geometry:
+            self._fill_geometry(flat, layout, per_tile)
+
+    def _fill_geometry(self, flat: memoryview, layout: Layout, per_tile: int) -> None:
+        """Write what depends on the geometry alone, and all padding."""
+        size = layout.rows
+        fields = (flat[i * size : (i + 1) * size] for i in range(5))
+        tokens, positions, places, visible, _ = fields
         tiles: list[int] = []
         last: dict[int, int] = {}
         for placement in self.placements:
             window, first = placement.row.window, placement.first
             start, stop = window.start, window.start + placement.num_rows
-            rows = slice(first, first + placement.num_rows)
-            positions[rows] = _counting(start, stop)
-            _fill_places(places[rows], placement)
+            end = first + placement.num_rows
+            positions[first:end] = _counting(start, stop)
+            _fill_places(places[first:end], placement)
             before = start
             for edge in window.block_stops:
-                visible[first + before - start : min(rows.stop, first + edge - start)] = edge
+                at, until = first + before - start, min(end, first + edge - start)
+                visible[at:until] = array("i", (edge,)) * (until - at)
                 before = edge
             for at in range(0, placement.num_rows, per_tile):
                 count = min(per_tile, placement.num_rows - at)
@@ -158,15 +160,13 @@ class StepPlan:
                 tiles.append(placement.elsewhere)
             if window.num_to_cache:
                 last[placement.slot_index] = first + window.num_to_cache - 1
+        rest = size - self.num_rows
         for values, padding in ((tokens, 0), (positions, 0), (places, -1), (visible, 0)):
-            values[self.num_rows :] = padding
-        rest = flat[5 * size :]
-        rest[: len(tiles)] = tiles
-        rest[len(tiles) :] = 0
-        rest = rest[layout.tiles * TILE_FIELDS :]
-        rest[: len(last)] = list(last.values())
-        rest[layout.sessions :] = MAX_SLOTS  # nobody's
-        rest[layout.sessions : layout.sessions + len(last)] = list(last.keys())
+            values[self.num_rows :] = array("i", (padding,)) * rest
+        tiles += [0] * (layout.tiles * TILE_FIELDS - len(tiles))
+        unused = layout.sessions - len(last)
+        last_from, last_to = [*last.values()] + [0] * unused, [*last] + [NOBODY] * unused
+        flat[5 * size :] = array("i", tiles + last_from + last_to)
 
 
 def _shape_of(window: Window) -> tuple[object, ...]:
@@ -198,38 +198,35 @@ def plan_step(
             border = window.start + window.num_to_cache
             elsewhere = scratch + num_scratch - border
             num_scratch += num_rows - window.num_to_cache
-        # several times as fast as np.array of a tuple
-        tokens = np.frombuffer(array("i", window.tokens), dtype=np.int32)
-        masks = np.flatnonzero(tokens == mask_id)
+        masks = [at for at, token in enumerate(window.tokens) if token == mask_id]
         placements.append(
             Placement(
-                row, tokens, masks, first, num_rows, span.index, span.offset, border, elsewhere,
-                is_first,
+                row, masks, first, num_rows, span.index, span.offset, border, elsewhere, is_first
             )
-        )  # fmt: skip
+        )
         first += num_rows
         num_masks += len(masks)
     return StepPlan(placements, first, num_masks, num_scratch, info.shift_logits)
 
 
-def _fill_places(places: Int32s, placement: Placement) -> None:
+def _fill_places(places: memoryview, placement: Placement) -> None:
     """Write where the K/V of a window go."""
     window = placement.row.window
     start, stop = window.start, window.start + placement.num_rows
     own = min(stop, placement.border) - start
     if placement.is_first:
-        places[:own] = _counting(start, start + own) + placement.offset
+        places[:own] = _counting(start + placement.offset, start + own + placement.offset)
     else:  # the slot's first window writes what they share
-        places[:own] = -1
+        places[:own] = array("i", (-1,)) * own
     if own < placement.num_rows:
-        places[own:] = _counting(start + own, stop) + placement.elsewhere
+        places[own:] = _counting(start + own + placement.elsewhere, stop + placement.elsewhere)
 
 
-_COUNTING = np.arange(1 << 12, dtype=np.int32)
+_COUNTING = memoryview(array("i", range(1 << 14)))
 
 
-def _counting(start: int, stop: int) -> Int32s:
-    """Return the integers start..stop; usually a view."""
+def _counting(start: int, stop: int) -> memoryview:
+    """Return the integers start..stop; a view where they are small."""
     if stop > len(_COUNTING):
-        return np.arange(start, stop, dtype=np.int32)
+        return memoryview(array("i", range(start, stop)))
     return _COUNTING[start:stop]
