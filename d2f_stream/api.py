@@ -87,6 +87,7 @@ async def load(
     quantization: str = "auto",
     device: str = "auto",
     kv_tokens: int | None = None,
+    warm_up: bool = False,
 ) -> AsyncIterator[Engine]:
     """Load a model and open an engine over it; leaving the context ends its sessions.
 
@@ -105,6 +106,8 @@ async def load(
             taken from the device's memory (torch only). By default 1 GiB of them; where one request
             of the model's full length needs more, that, but at most half of what is free once the
             weights are loaded.
+        warm_up: prepare every step that may occur (on a GPU: compile kernels, capture graphs, half
+            a minute where nothing is compiled yet), so that no request waits for it.
 
     Raises:
         InvalidParams: kv_tokens is no positive number.
@@ -113,11 +116,11 @@ async def load(
         RemoteError: the server cannot be reached, or refuses.
     """
     if isinstance(model, str) and "://" in model:
-        chosen = (adapter, backend, quantization, device, kv_tokens)
-        if chosen != (None, "auto", "auto", "auto", None):
+        chosen = (adapter, backend, quantization, device, kv_tokens, warm_up)
+        if chosen != (None, "auto", "auto", "auto", None, False):
             raise InvalidRequest(
-                "adapter, backend, quantization, device and kv_tokens are the server's own choice; "
-                "leave them out"
+                "adapter, backend, quantization, device, warm_up and kv_tokens are the server's "
+                "own choice; leave them out"
             )
         async with connect(model) as remote:
             yield remote
@@ -131,6 +134,7 @@ async def load(
         quantization=quantization,
         device=device,
         kv_tokens=kv_tokens,
+        warm_up=warm_up,
     ) as engine:
         yield engine
 

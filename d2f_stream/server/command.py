@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
     )
+    parser.add_argument(
+        "--warm-up",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile and capture before the first request (GPU)",
+    )
 
     reach = parser.add_argument_group("who can connect")
     reach.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             quantization=args.quantization,
             kv_tokens=args.kv_tokens,
+            warm_up=args.warm_up,
             limits=Limits(max_prompt_tokens=settings.limits.max_prompt_tokens),
         )
         async with engine:

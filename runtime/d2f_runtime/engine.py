@@ -46,10 +46,14 @@ class LocalEngine:
     Args:
         model: leased from a ModelCache; the engine gives the lease back.
         limits: how much it takes on at once.
+        warm_up: let the backend prepare its steps when the engine is entered.
     """
 
-    def __init__(self, model: LoadedModel, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, *, limits: Limits | None = None, warm_up: bool = False
+    ) -> None:
         self._model = model
+        self._warm_up = warm_up
         self._steps = StepLoop(model, limits or Limits())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
@@ -63,12 +67,14 @@ class LocalEngine:
         *,
         defaults: GenerationParams | None = None,
         limits: Limits | None = None,
+        warm_up: bool = False,
     ) -> Self:
         """Return an engine over a backend that nobody else uses, such as a ScriptedBackend."""
         if defaults is None:
             defaults = GenerationParams(block_size=backend.info.native_block_size)
         parts = ModelParts(backend, codec, defaults)
-        return cls(MODELS.lease(None, backend.info.name, lambda: parts), limits=limits)
+        model = MODELS.lease(None, backend.info.name, lambda: parts)
+        return cls(model, limits=limits, warm_up=warm_up)
 
     @property
     def info(self) -> ModelInfo:
@@ -150,14 +156,16 @@ class LocalEngine:
         await self._closed.wait()
 
     async def __aenter__(self) -> Self:
-        """Wait until the model is loaded. Safe to cancel; loading goes on.
+        """Wait until the model is loaded, and warm where asked. Safe to cancel; loading goes on.
 
         Raises:
-            D2FError: the model cannot be loaded, or the engine was closed.
+            D2FError: the model cannot be loaded or warmed up, or the engine was closed.
         """
         self._check_open()
         try:
             await self._steps.load()
+            if self._warm_up:
+                await self._prepare_steps()
         except BaseException:
             await self.close()
             raise
@@ -171,6 +179,13 @@ class LocalEngine:
     ) -> None:
         """Close the engine. Safe to cancel; the engine goes on closing."""
         await self.close()
+
+    async def _prepare_steps(self) -> None:
+        try:
+            await self._model.device.call(self._model.do_warm_up)
+        except Exception as error:
+            MODELS.discard(self._model)
+            raise EngineFailed(f"the model cannot be warmed up: {error!r}") from error
 
     def _release(self) -> None:
         freed = MODELS.release(self._model)

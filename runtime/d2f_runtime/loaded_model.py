@@ -89,6 +89,19 @@ class LoadedModel:
             logger.info("loaded %s on %s as %s", self.name, info.device, info.quantization)
         return self._parts
 
+    def do_warm_up(self) -> None:
+        """Let the backend prepare its steps. What it raises leaves the model unusable, as a step's.
+
+        Raises:
+            EngineFailed: an earlier step failed.
+        """
+        backend = self._backend
+        try:
+            backend.warm_up()
+        except BaseException as error:
+            self._failure = error
+            raise
+
     def do_open_slot(
         self, owner: object, capacity: int, on_free: Callable[[], object]
     ) -> Slot | None:

@@ -37,6 +37,7 @@ def open_engine(
     quantization: str = "auto",
     device: str = "auto",
     kv_tokens: int | None = None,
+    warm_up: bool = False,
     limits: Limits | None = None,
 ) -> LocalEngine:
     """Return a new engine; entering it waits for the model.
@@ -48,6 +49,7 @@ def open_engine(
         quantization: what the backend offers.
         device: "auto", "cpu", "cuda", ...
         kv_tokens: that all sessions together may hold; None goes by the device's memory.
+        warm_up: prepare the model's steps on entering, too.
         limits: how much the engine takes on at once.
 
     Raises:
@@ -66,7 +68,7 @@ def open_engine(
         adapter=adapter,
         kv_tokens=kv_tokens,
     )
-    return _engine(key, limits)
+    return _engine(key, limits, warm_up=warm_up)
 
 
 def shared_engine(model: str | Path | None) -> LocalEngine:
@@ -119,7 +121,7 @@ def _key(
     kv_tokens: int | None = None,
 ) -> ModelKey:
     if isinstance(model, str) and "://" in model:
-        raise UnsupportedModel(f"{model} is a remote model, which this build does not support yet")
+        raise UnsupportedModel(f"{model} is a server; what runs here is a folder or a hub id")
     path = embedded_folder() if model is None else locate(model)
     if isinstance(path, HubModel):
         check_backend(backend)
@@ -136,8 +138,9 @@ def _key(
     )
 
 
-def _engine(key: ModelKey, limits: Limits | None = None) -> LocalEngine:
-    return LocalEngine(MODELS.lease(key, key.path.name, lambda: _load(key)), limits=limits)
+def _engine(key: ModelKey, limits: Limits | None = None, *, warm_up: bool = False) -> LocalEngine:
+    model = MODELS.lease(key, key.path.name, lambda: _load(key))
+    return LocalEngine(model, limits=limits, warm_up=warm_up)
 
 
 def _load(key: ModelKey) -> ModelParts:

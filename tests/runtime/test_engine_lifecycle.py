@@ -9,7 +9,7 @@ import pytest
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
 from d2f_runtime.engine import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
-from d2f_stream.errors import EngineClosed, InvalidPrompt
+from d2f_stream.errors import EngineClosed, EngineFailed, InvalidPrompt
 from fakes import check_clean, engine_over, params, texts, turn
 
 LONG = "a" * 4000
@@ -293,4 +293,26 @@ async def test_model_is_freed_when_its_last_engine_closes() -> None:
             assert (await second.generate("hi").result()).text == "hello"
         assert not backend.closed
         assert (await first.generate("hi").result()).text == "hello"
+    assert backend.closed
+
+
+async def test_an_engine_is_entered_warm_where_that_is_asked_for() -> None:
+    warm, cold = ScriptedBackend("hi"), ScriptedBackend("hi")
+    async with LocalEngine.over(warm, ByteCodec(), warm_up=True):
+        assert (warm.num_warm_ups, warm.num_steps) == (1, 0)
+    async with LocalEngine.over(cold, ByteCodec()):
+        pass
+    assert cold.num_warm_ups == 0
+    assert threading.current_thread().name not in warm.threads
+
+
+async def test_a_model_that_cannot_be_warmed_up_is_closed() -> None:
+    class Cold(ScriptedBackend):
+        def warm_up(self) -> None:
+            raise MemoryError("no room for graphs")
+
+    backend = Cold("hi")
+    with pytest.raises(EngineFailed, match="cannot be warmed up: MemoryError"):
+        async with LocalEngine.over(backend, ByteCodec(), warm_up=True):
+            pass
     assert backend.closed

@@ -37,6 +37,9 @@ class _Sampling:
     def check(self, params: GenerationParams) -> None:
         self._backend.check(params)
 
+    def warm_up(self) -> None:
+        self._backend.warm_up()
+
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
         slot = self._backend.open_slot(capacity, prefix=prefix)
         self._noise[slot] = SamplingNoise(len(self._noise))

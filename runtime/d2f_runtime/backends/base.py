@@ -91,6 +91,10 @@ class Backend(Protocol):
         """
         ...
 
+    def warm_up(self) -> None:
+        """Do now what the first steps would have to do: compile, capture. Blocks; idempotent."""
+        ...
+
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
         """Reserve K/V storage for `capacity` tokens, optionally starting as a copy of `prefix`.
 

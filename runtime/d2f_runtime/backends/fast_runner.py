@@ -9,6 +9,7 @@ Shapes: M rows, N masks, D hidden size.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from d2f_runtime.backends.answers import MAX_HEAD_ELEMENTS, answer_states, sampling_of
 from d2f_runtime.backends.base import ModelInfo, StepRow
-from d2f_runtime.backends.buckets import BUCKETS, Bucket, bucket_for
+from d2f_runtime.backends.buckets import BUCKETS, MAX_ROWS, Bucket, bucket_for
 from d2f_runtime.backends.kv_pool import KVPool, Span
 from d2f_runtime.backends.rows import Floats, Masks
 from d2f_runtime.backends.step_plan import Layout, StepPlan, plan_step
@@ -32,6 +33,7 @@ __all__ = ["FastRunner"]
 logger = logging.getLogger("d2f_stream.fast_runner")
 
 MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
+OF_ONE_SESSION: Final = tuple(bucket for bucket in BUCKETS if bucket.sessions == 1)
 EAGER_MULTIPLE: Final = 64  # an uncaptured step's rows are padded to this, so few shapes occur
 
 
@@ -124,11 +126,23 @@ class FastRunner:
         self.graph_bytes: dict[Bucket, int] = {}
 
     @torch.inference_mode()
-    def warm_up(self, buckets: Sequence[Bucket] | None = None) -> None:
-        """Capture shapes beforehand; by default those of one session."""
+    def warm_up(self, buckets: Sequence[Bucket] = OF_ONE_SESSION) -> None:
+        """Capture shapes beforehand, and run one step that is too long to be captured."""
+        if not self._use_graphs:
+            return
+        began = time.perf_counter()
         with self._current():
-            for bucket in buckets or [bucket for bucket in BUCKETS if bucket.sessions == 1]:
+            for bucket in buckets:
                 self._shape(bucket)
+            long = _Shape(Bucket(1, MAX_ROWS + EAGER_MULTIPLE), self._group, self._device)
+            self._run_empty(long, 0)
+            torch.cuda.synchronize(self._device)
+        logger.info(
+            "captured %s shapes in %.1f s; graphs take %.0f MB of the device",
+            len(buckets),
+            time.perf_counter() - began,
+            sum(self.graph_bytes.values()) / 1e6,
+        )
 
     @torch.inference_mode()
     def replay(self, bucket: Bucket) -> None:
@@ -248,15 +262,18 @@ class FastRunner:
         return self._shapes[bucket]
 
     def _capture(self, bucket: Bucket, shape: _Shape) -> None:
-        """Capture a step without rows, which writes nothing that anybody reads."""
-        shape.fill(plan_step([], [], self._info, scratch=0))
-        self._greedy(shape, bucket.rows)  # compiles the kernels
+        self._run_empty(shape, bucket.rows)  # compiles the kernels
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # as a capture does, so that the difference is the graph's
         before = torch.cuda.memory_reserved(self._device)
         shape.greedy_graph = self._captured(lambda: self._greedy(shape, bucket.rows))
         self.graph_bytes[bucket] = torch.cuda.memory_reserved(self._device) - before
         logger.debug("captured %s, %s bytes", bucket, self.graph_bytes[bucket])
+
+    def _run_empty(self, shape: _Shape, num_masks: int) -> None:
+        """Run a step without rows, which writes nothing that anybody reads."""
+        shape.fill(plan_step([], [], self._info, scratch=0))
+        self._greedy(shape, num_masks)
 
     def _captured(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if self._graph_pool is None:

@@ -75,6 +75,9 @@ class OnnxBackend:
         if params.top_p < 1.0:
             raise InvalidParams("top_p", params.top_p, "1 with the onnx backend; torch has top_p")
 
+    def warm_up(self) -> None:
+        """Do nothing: a graph is ready once it is loaded."""
+
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
         """Reserve K/V storage for `capacity` tokens, optionally starting as a copy of `prefix`.
 

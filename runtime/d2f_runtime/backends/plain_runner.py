@@ -64,6 +64,9 @@ class PlainRunner:
         self._config = model.config
         self._device = pool.store.device
 
+    def warm_up(self) -> None:
+        """Do nothing: torch compiles and captures nothing."""
+
     def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
         """Run the rows and store their K/V; see Runner."""
         batch = _pack(rows, spans, self._info)

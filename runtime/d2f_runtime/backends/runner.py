@@ -13,6 +13,10 @@ __all__ = ["Runner"]
 class Runner(Protocol):
     """Runs steps over one model and one pool."""
 
+    def warm_up(self) -> None:
+        """Do now what the first steps would have to do. Blocks; idempotent."""
+        ...
+
     def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
         """Run one forward for all rows; store the K/V and last state of what each caches.
 

@@ -126,7 +126,7 @@ class ScriptedBackend:
         gate: holds each step until it is let through.
         errors: raised instead of running the step of that number, from 0.
         open_slots: those not closed yet: empty after a test that leaks nothing.
-        num_opened, num_closed, num_steps: counters since the beginning.
+        num_opened, num_closed, num_steps, num_warm_ups: counters since the beginning.
         batches: the rows of the latest steps, oldest first.
         threads: names of the threads that called; one, or the engine is wrong.
     """
@@ -142,6 +142,7 @@ class ScriptedBackend:
     num_opened: int = field(default=0, init=False)
     num_closed: int = field(default=0, init=False)
     num_steps: int = field(default=0, init=False)
+    num_warm_ups: int = field(default=0, init=False)
     closed: bool = field(default=False, init=False)
     batches: deque[tuple[StepRow, ...]] = field(
         default_factory=lambda: deque(maxlen=256), init=False
@@ -168,6 +169,11 @@ class ScriptedBackend:
 
     def check(self, params: GenerationParams) -> None:
         """Accept all settings: the script does not depend on them."""
+
+    def warm_up(self) -> None:
+        """Do nothing but note the call."""
+        self._note_call()
+        self.num_warm_ups += 1
 
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
         """Open a slot; the script needs no storage, only the count."""

@@ -54,8 +54,7 @@ class TorchBackend:
         max_tokens: K/V places over all slots, which bound `info.max_len`; None goes by the memory
             that is free, see `pool_tokens`.
         runner: "auto" is the fast one where the device allows it.
-        graphs: the fast step is captured: never ("off"), per shape when it first occurs ("lazy"),
-            or for all shapes of one session here ("warm").
+        graphs: the fast step is captured never ("off"), or per shape when it first occurs ("lazy").
         consume: take `model` apart while packing it, which bounds the memory; it is unusable then.
 
     Raises:
@@ -72,7 +71,7 @@ class TorchBackend:
         quantization: Quantized | None = None,
         max_tokens: int | None = None,
         runner: Literal["auto", "fast", "plain"] = "auto",
-        graphs: Literal["off", "lazy", "warm"] = "lazy",
+        graphs: Literal["off", "lazy"] = "lazy",
         consume: bool = False,
     ) -> None:
         config = model.config
@@ -107,10 +106,7 @@ class TorchBackend:
                     model, quantization=quantization or named, ops=ops, consume=consume
                 )
                 del model
-                fast = FastRunner(packed, self._pool, self.info, use_graphs=graphs != "off")
-                if graphs == "warm":
-                    fast.warm_up()
-            self._runner = fast
+                self._runner = FastRunner(packed, self._pool, self.info, use_graphs=graphs != "off")
         else:
             if quantization in LOW_BIT:
                 model = model if consume else copy.deepcopy(model)
@@ -119,6 +115,11 @@ class TorchBackend:
 
     def check(self, params: GenerationParams) -> None:
         """Accept every setting: sampling is complete here."""
+
+    def warm_up(self) -> None:
+        """Compile the kernels and capture the shapes of one session; the log says what it took."""
+        assert self._runner is not None, "the backend is closed"
+        self._runner.warm_up()
 
     @torch.inference_mode()
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:

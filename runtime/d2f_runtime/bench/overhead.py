@@ -44,6 +44,9 @@ class _TimedBackend:
     def check(self, params: GenerationParams) -> None:
         self._inner.check(params)
 
+    def warm_up(self) -> None:
+        self._inner.warm_up()
+
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
         return self._inner.open_slot(capacity, prefix=prefix)
 

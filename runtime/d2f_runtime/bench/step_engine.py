@@ -92,6 +92,7 @@ class _Borrowed:
     def __init__(self, inner: TorchBackend) -> None:
         self.info = inner.info
         self.check = inner.check
+        self.warm_up = inner.warm_up
         self.open_slot = inner.open_slot
         self.step = inner.step
         self.close_slot = inner.close_slot
@@ -142,6 +143,9 @@ class _Accepting:
 
     def check(self, params: GenerationParams) -> None:
         self._inner.check(params)
+
+    def warm_up(self) -> None:
+        self._inner.warm_up()
 
     def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
         return self._inner.open_slot(capacity, prefix=prefix)
