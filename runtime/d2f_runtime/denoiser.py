@@ -7,7 +7,7 @@ is under way.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
 from d2f_runtime.decoder import BlockDecoder, BlockView, Committed
@@ -20,8 +20,7 @@ from d2f_stream.params import GenerationParams
 __all__ = ["Denoiser", "Progress", "decoder_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two steps
     """What one step made of one stream.
 
     Attributes:

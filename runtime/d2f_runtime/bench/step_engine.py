@@ -166,18 +166,22 @@ class _Accepting:
         self._inner.close()
 
     def _accept(self, row: StepRow, proposals: Proposals) -> Proposals:
-        mask_id = self._mask_id
-        masks = [i for i, token in enumerate(row.window.tokens) if token == mask_id]
+        tokens, mask_id = row.window.tokens, self._mask_id
+        num_masks = tokens.count(mask_id)
         self._credit += self._rate
-        number = min(int(self._credit), len(masks))
+        number = min(int(self._credit), num_masks)
         self._credit -= int(self._credit)
+        confidence = [0.1] * len(tokens)
+        position = -1
         left = -(-number // 2)
-        confidence = [0.1] * len(row.window.tokens)
-        for position in masks[:left]:
+        for _ in range(left):
+            position = tokens.index(mask_id, position + 1)
             confidence[position] = 0.99
-        rest = len(masks) - left
-        for _ in range(number - left):  # some fall together: the next steps make up for them
-            position = masks[left + int(self._random.random() * rest)]
-            self._credit += confidence[position] > 0.5
-            confidence[position] = 0.99
+        for _ in range(number - left if num_masks > left else 0):
+            at = position
+            while tokens[at] != mask_id or at <= position:
+                at = int(self._random.random() * len(tokens))
+            # some fall together: the next steps make up for them
+            self._credit += confidence[at] > 0.5
+            confidence[at] = 0.99
         return Proposals(proposals.tokens, confidence, proposals.rank)
