@@ -76,11 +76,14 @@ def _answer(
     backend = _backend(shape, quantization, settings.device)
     load_s = round(time.perf_counter() - began, 2)
     try:
+        began = time.perf_counter()
+        backend.warm_up()
+        warm_up_s = round(time.perf_counter() - began, 2)
         rates = [AR_RATE] if config.native_block_size == 1 else settings.rates
         for rate in rates:
             found = time_engine(backend, rate, cached=settings.cached, steps=settings.steps)
             mode = "autoregressive" if config.native_block_size == 1 else f"{rate:g} tokens a step"
-            origin = {"runner": backend.choice.name, "load_s": load_s}
+            origin = {"runner": backend.choice.name, "load_s": load_s, "warm_up_s": warm_up_s}
             results[f"{shape} {quantization}, {mode}"] = {**found, **origin}
     finally:
         backend.close()
