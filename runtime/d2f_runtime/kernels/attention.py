@@ -3,7 +3,7 @@
 Queries of several sessions, of any lengths, run in one launch. A tile is a few consecutive rows of
 one session with all query heads that share a key/value head. Who sees whom is one integer per row;
 no mask exists. The keys of a tile are split over several programs (flash-decoding, Dao et al. 2023)
-and a second kernel joins their parts.
+and a second kernel joins their parts. On Hopper the first kernel is that of `streamed_attention`.
 
 Shapes: M rows, H query heads, KV key/value heads, hd head size, T pool places, N tiles, S splits.
 """
@@ -20,6 +20,11 @@ from d2f_runtime.kernels.language import (
     power_of_2,
     tl,
 )
+from d2f_runtime.kernels.streamed_attention import (
+    MULTIPROCESSORS,
+    can_stream,
+    streamed_attention,
+)
 
 __all__ = ["TILE_FIELDS", "attend", "attend_reference", "rows_per_tile", "tile_size"]
 
@@ -31,6 +36,7 @@ BLOCK = 64  # keys that a program reads at once
 TILE = 64  # queries of a program, at most
 WARPS = 4
 STAGES = 3
+MAX_SPLITS = 8
 LOG2_E = 1.4426950408889634
 
 
@@ -57,6 +63,7 @@ def attend_reference(
     tiles: Tensor,
     num_splits: int = 1,
     quantise: bool = False,
+    positions: Tensor | None = None,
 ) -> Activation:
     """Return the attention's output [M, H hd]; zeros at rows that see nothing.
 
@@ -66,8 +73,10 @@ def attend_reference(
         values: like keys.
         visible: [M] int32, one past the last canvas position that each row sees; 0 for padding.
         tiles: [N, TILE_FIELDS] int32; every row that sees something is in one.
-        num_splits: programs that share the keys of a tile; no part of the result.
+        num_splits: programs that share the keys of a tile; no part of the result, nor needed.
         quantise: whether the rows become fp8.
+        positions: [M] int32, canvas positions of the rows; no part of the result. K/V before a
+            session's first one must not come from the kernel in front.
     """
     num_rows, num_heads, size = query.shape
     group = num_heads // keys.shape[1]
@@ -91,32 +100,62 @@ def attend(
     *,
     visible: Tensor,
     tiles: Tensor,
-    num_splits: int = 1,
+    num_splits: int | None = None,
     quantise: bool = False,
+    positions: Tensor | None = None,
 ) -> Activation:
     """Do what `attend_reference` does. `tiles` must have been cut by `rows_per_tile`."""
     num_rows, num_heads, size = query.shape
-    num_kv = keys.shape[1]
-    group = num_heads // num_kv
-    queries = tile_size(num_rows, group)
+    num_splits = num_splits or _num_splits(query, tiles.shape[0] * keys.shape[1])
+    if can_stream(query):
+        parts, weights = streamed_attention(
+            query, keys, values,
+            visible=visible, tiles=tiles, num_splits=num_splits, positions=positions,
+        )  # fmt: skip
+    else:
+        parts, weights = _parts(query, keys, values, visible, tiles, num_splits)
     dtype = FP8 if quantise else query.dtype
     rows = torch.empty((num_rows, num_heads * size), device=query.device, dtype=dtype)
+    scale = torch.empty(num_rows, device=query.device, dtype=torch.float32) if quantise else None
+    pdl = overlaps(query.device)
+    _join[(num_rows,)](
+        parts, weights, visible, rows, scale, num_rows,
+        H=num_heads, HD=size, S=num_splits, HEADS=power_of_2(num_heads), PDL=pdl,
+        num_warps=16 if num_heads * size >= 2048 else 4, launch_pdl=pdl,
+    )  # fmt: skip
+    return Activation(rows, scale)
+
+
+def _num_splits(query: Tensor, num_tiles: int) -> int:
+    """Return how many programs share the keys of a tile.
+
+    Two programs fill a multiprocessor's registers, so that the join cannot be there before they
+    end: one is better where that is still two for each tile, but for few rows, soon joined.
+    """
+    num_tiles = max(1, num_tiles)
+    programs = 2 * MULTIPROCESSORS
+    if can_stream(query) and query.shape[0] > 16 and 2 * num_tiles <= MULTIPROCESSORS:
+        programs = MULTIPROCESSORS
+    return max(1, min(MAX_SPLITS, programs // num_tiles))
+
+
+def _parts(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, tiles: Tensor, num_splits: int
+) -> tuple[Tensor, Tensor]:
+    """Return parts [S, M, H, hd] and the log2 of the sums of their weights, [S, M, H]."""
+    num_rows, num_heads, size = query.shape
+    num_kv = keys.shape[1]
+    group = num_heads // num_kv
     shape = (num_splits, num_rows, num_heads)
     parts = torch.empty((*shape, size), device=query.device, dtype=query.dtype)
     weights = torch.empty(shape, device=query.device, dtype=torch.float32)
     pdl = overlaps(query.device)
     _attend[(tiles.shape[0], num_kv, num_splits)](
         query, keys, values, visible, tiles, parts, weights, num_rows, size**-0.5 * LOG2_E,
-        H=num_heads, KV=num_kv, G=group, HD=size, QUERIES=queries, KEYS=BLOCK, PDL=pdl,
-        num_warps=WARPS, num_stages=_num_stages(query), launch_pdl=pdl,
+        H=num_heads, KV=num_kv, G=group, HD=size, QUERIES=tile_size(num_rows, group), KEYS=BLOCK,
+        PDL=pdl, num_warps=WARPS, num_stages=_num_stages(query), launch_pdl=pdl,
     )  # fmt: skip
-    scale = torch.empty(num_rows, device=query.device, dtype=torch.float32) if quantise else None
-    _join[(num_rows,)](
-        parts, weights, visible, rows, scale, num_rows,
-        H=num_heads, HD=size, S=num_splits, BLOCK=power_of_2(num_heads * size), PDL=pdl,
-        num_warps=8 if num_heads * size >= 2048 else 4, launch_pdl=pdl,
-    )  # fmt: skip
-    return Activation(rows, scale)
+    return parts, weights
 
 
 def _num_stages(query: Tensor) -> int:
@@ -190,33 +229,32 @@ def _attend(
 @jit
 def _join(
     parts, weights, visible, rows, scale, num_rows,
-    H: tl.constexpr, HD: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, HD: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)
+    dim = tl.arange(0, HD)
     # padding is in no tile, so that its parts were never written
-    inside = (column < H * HD) & (tl.load(visible + row) > 0)
+    inside = (head < H) & (tl.load(visible + row) > 0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    head = column // HD
-    highest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    highest = tl.full((HEADS,), float("-inf"), dtype=tl.float32)
     for split in tl.static_range(S):
         at = (split * num_rows + row).to(tl.int64) * H + head
         highest = tl.maximum(highest, tl.load(weights + at, mask=inside, other=0.0))
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    out = tl.zeros((BLOCK,), dtype=tl.float32)
+    total = tl.zeros((HEADS,), dtype=tl.float32)
+    out = tl.zeros((HEADS, HD), dtype=tl.float32)
     for split in tl.static_range(S):
-        at = (split * num_rows + row).to(tl.int64) * H
-        log = tl.load(weights + at + head, mask=inside, other=0.0)
-        weight = tl.exp2(log - highest)
+        at = (split * num_rows + row).to(tl.int64) * H + head
+        weight = tl.exp2(tl.load(weights + at, mask=inside, other=0.0) - highest)
         total += weight
-        part = tl.load(parts + at * HD + column, mask=inside, other=0.0)
-        out += weight * part.to(tl.float32)
-    out = tl.where(inside, out / total, 0.0)
+        part = tl.load(parts + at[:, None] * HD + dim[None, :], mask=inside[:, None], other=0.0)
+        out += weight[:, None] * part.to(tl.float32)
+    out = tl.where(inside[:, None], out / total[:, None], 0.0)
     if scale is not None:
-        factor = row_scale(tl.max(tl.abs(out), axis=0))
+        factor = row_scale(tl.max(tl.max(tl.abs(out), axis=1), axis=0))
         tl.store(scale + row, factor)
         out = out / factor
-    at = row.to(tl.int64) * (H * HD) + column
-    tl.store(rows + at, out.to(rows.dtype.element_ty), mask=column < H * HD)
+    at = row.to(tl.int64) * (H * HD) + head[:, None] * HD + dim[None, :]
+    tl.store(rows + at, out.to(rows.dtype.element_ty), mask=(head < H)[:, None])

@@ -43,11 +43,18 @@ __all__ = [
     "TensorDescriptor",
     "gdc_launch_dependents",
     "gdc_wait",
+    "is_hopper",
     "jit",
     "overlaps",
     "power_of_2",
     "tl",
 ]
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is of the architecture that the Gluon kernels are written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

@@ -19,7 +19,7 @@ class LowBitTiling:
     """How a product is cut: rows and outputs of a tile, stages of rows, warps, splits, look-ahead.
 
     `ahead`, 1 or 2, counts the loads of codes under way, 256 (4 bits) or 128 (8 bits) features
-    each.
+    each. `more` further rows of a tile have sums of their own.
     """
 
     rows: int
@@ -28,6 +28,7 @@ class LowBitTiling:
     warps: int
     splits: int
     ahead: int = 2
+    more: int = 0
 
 
 def low_bit_tiling(
@@ -40,6 +41,7 @@ def low_bit_tiling(
     """
     if num_rows > MAX_ROWS:
         return None
+    more = 0
     if num_rows <= 16:
         rows, stages, ahead, programs = 16, 8, 2, 512
     elif num_rows <= 32:
@@ -49,6 +51,9 @@ def low_bit_tiling(
     elif num_rows <= 128:
         rows, programs = 128, 256
         stages, ahead = (6, 1) if bits == 4 else (4, 2)
+    elif num_rows <= 192:
+        rows, stages, ahead, programs = 128, 4, 1, 256
+        more = 32 if num_rows <= 160 else 64
     else:
         rows, stages, ahead, programs = 256, 6, 2, 128
     splits = 1
@@ -56,4 +61,4 @@ def low_bit_tiling(
         steps = num_features // STRIDES[bits]
         wanted = max(1, min(MAX_SPLITS, programs * OUTPUTS // num_outputs))
         splits = -(-steps // -(-steps // wanted))  # so that none is left without work
-    return LowBitTiling(rows, OUTPUTS, stages, 4, splits, ahead)
+    return LowBitTiling(rows, OUTPUTS, stages, 4, splits, ahead, more)

@@ -80,9 +80,18 @@ def _residual_norm(
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / size + eps) * gain
-    if scale is not None:
-        factor = row_scale(tl.max(tl.abs(normed), axis=0))
+    if scale is None:
+        normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / size + eps) * gain
+    else:  # the largest before the norm is the largest after it: one pass finds both
+        normed = value * gain
+        square, largest = tl.reduce((value * value, tl.abs(normed)), 0, _sum_and_largest)
+        shrink = tl.rsqrt(square / size + eps)
+        factor = row_scale(largest * shrink)
         tl.store(scale + row, factor)
-        normed = normed / factor
+        normed *= shrink / factor
     tl.store(rows + at, normed.to(rows.dtype.element_ty), mask=inside)
+
+
+@jit
+def _sum_and_largest(sum_a, largest_a, sum_b, largest_b):
+    return sum_a + sum_b, tl.maximum(largest_a, largest_b)

@@ -24,7 +24,7 @@ from d2f_runtime.kernels.language import (
 
 __all__ = ["Tiling", "skinny_product", "skinny_product_reference", "tiling_for"]
 
-MAX_ROWS = 128
+MAX_ROWS = 256
 MULTIPROCESSORS = 132  # of an H100
 
 
@@ -40,6 +40,7 @@ class Tiling:
         warps: of a program.
         splits: programs that share the features of an output.
         persistent: a program goes on to further tiles (`streamed` only).
+        more: further rows of a tile, which have sums of their own (`streamed` only).
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Tiling:
     warps: int
     splits: int
     persistent: bool = False
+    more: int = 0
 
 
 def tiling_for(
@@ -64,16 +66,29 @@ def tiling_for(
         return None
     splits = 2 if num_outputs <= 8192 and may_split else 1  # else too few programs
     has_many_tiles = num_outputs // 64 > 2 * MULTIPROCESSORS
+    is_one_wave = MULTIPROCESSORS // 2 < num_outputs // 128 <= MULTIPROCESSORS
     if num_rows <= 32:
         rows = 16 if num_rows <= 16 else 32
+        if is_one_wave and not fp8:
+            return Tiling(rows, 128, features * 2, 4, 8, 1)
         if not fp8 or has_many_tiles:
             return Tiling(rows, 64, features * 2, 8, 4, splits, persistent=fp8)
         stages = 12 if num_features > 8192 else 9  # 9: two programs on a processor
         return Tiling(rows, 64, features, stages, 4, splits)
+    if num_rows > 128:
+        is_head = num_outputs // 64 > 8 * MULTIPROCESSORS
+        if num_rows > (256 if fp8 and not is_head else 192) or (is_head and not fp8):
+            return None
+        more, ring = next(x for x in ((32, 7), (64, 6), (128, 5)) if num_rows <= 128 + x[0])
+        if is_one_wave:
+            return Tiling(128, 128, features, ring - 1, 8, 1, more=more)
+        return Tiling(128, 64, features, ring, 4, splits, has_many_tiles, more)
     rows, ring = (64, 12) if num_rows <= 64 else (128, 8)
     if has_many_tiles:
         return Tiling(rows, 64, features * 2, ring // 2, 4, 1, persistent=True)
-    if MULTIPROCESSORS // 2 < num_outputs // 128 <= MULTIPROCESSORS:  # all at once
+    if is_one_wave:
+        if rows == 64 and not fp8:
+            return Tiling(64, 128, features * 2, 4, 8, 1)
         stages, warps = (8, 4) if rows == 64 else (6, 8)
         return Tiling(rows, 128, features, stages, warps, 1)
     return Tiling(rows, 64, features, ring, 4, splits)

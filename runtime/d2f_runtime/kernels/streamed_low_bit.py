@@ -16,7 +16,6 @@ from torch import Tensor
 from d2f_runtime.kernels.fragments import TILE, PackedCodes
 from d2f_runtime.kernels.language import gdc_launch_dependents, gdc_wait
 from d2f_runtime.kernels.low_bit_tiling import STRIDES, LowBitTiling
-from d2f_runtime.kernels.unpacking import unpack_eight_bits, unpack_four_bits
 
 try:
     from triton.experimental import gluon
@@ -53,24 +52,26 @@ def streamed_low_bit_product(
     num_outputs, num_features = weight.shape
     shape = (tiling.splits, num_rows, num_outputs // 2 if gated else num_outputs)
     parts = torch.empty(shape, device=x.device, dtype=dtype)
-    block = [tiling.rows, TILE]
-    rows = TensorDescriptor.from_tensor(
-        x, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    )
-    grid = (num_outputs // tiling.outputs, tiling.splits, -(-num_rows // tiling.rows))
+    assert num_rows <= tiling.rows + tiling.more
     scales = weight.scales.view(torch.int32) if weight.bits == 4 else weight.scales
     steps = num_features // STRIDES[weight.bits]
-    _streamed[grid](
-        rows, weight.words, scales, parts, num_rows, num_outputs, steps, -(-steps // tiling.splits),
-        ROWS=tiling.rows, OUTPUTS=tiling.outputs, STAGES=tiling.stages, AHEAD=tiling.ahead,
-        BITS=weight.bits, GATED=gated, num_warps=tiling.warps, launch_pdl=True,
+    _streamed[(num_outputs // tiling.outputs, tiling.splits)](
+        _described(x, tiling.rows), _described(x, tiling.more) if tiling.more else None,
+        weight.words, scales, parts, num_rows, num_outputs, steps, -(-steps // tiling.splits),
+        ROWS=tiling.rows, MORE=tiling.more, OUTPUTS=tiling.outputs, STAGES=tiling.stages,
+        AHEAD=tiling.ahead, BITS=weight.bits, GATED=gated, num_warps=tiling.warps, launch_pdl=True,
     )  # fmt: skip
     return parts
 
 
+def _described(x: Tensor, rows: int) -> "TensorDescriptor":
+    block = [rows, TILE]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor.from_tensor(x, block, layout)
+
+
 if HAS_GLUON:
-    _FOUR_BITS = gl.constexpr(unpack_four_bits())
-    _EIGHT_BITS = gl.constexpr(unpack_eight_bits())
+    from d2f_runtime.kernels.operands import operand_of_4, operand_of_8, quarters_of
 
     @gluon.constexpr_function
     def _word_layout(groups, warps):
@@ -94,21 +95,24 @@ if HAS_GLUON:
 
     @gluon.jit
     def _streamed(
-        rows, words, scales, parts, num_rows, num_outputs, all_steps, share,
-        ROWS: gl.constexpr, OUTPUTS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-        BITS: gl.constexpr, GATED: gl.constexpr, num_warps: gl.constexpr,
+        rows, more_rows, words, scales, parts, num_rows, num_outputs, all_steps, share,
+        ROWS: gl.constexpr, MORE: gl.constexpr, OUTPUTS: gl.constexpr, STAGES: gl.constexpr,
+        AHEAD: gl.constexpr, BITS: gl.constexpr, GATED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         FEATURES: gl.constexpr = 64
         TILES: gl.constexpr = 4 if BITS == 4 else 2
         GROUPS: gl.constexpr = OUTPUTS // 64
         first_group = gl.program_id(0) * GROUPS
         split = gl.program_id(1)
-        first_row = gl.program_id(2) * ROWS
         begin = split * share
         steps = gl.minimum(share, all_steps - begin)
         num_tiles = steps * TILES
-        num_bytes: gl.constexpr = rows.block_type.nbytes
         ring = gl.allocate_shared_memory(rows.dtype, [STAGES, ROWS, FEATURES], rows.layout)
+        more_ring = ring
+        if MORE:
+            more_ring = gl.allocate_shared_memory(
+                rows.dtype, [STAGES, MORE, FEATURES], more_rows.layout
+            )
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(ready.index(i), count=1)
@@ -128,41 +132,61 @@ if HAS_GLUON:
         gdc_launch_dependents()
         gdc_wait()
         for i in gl.static_range(STAGES):
-            mbarrier.expect(ready.index(i), num_bytes, pred=i < num_tiles)
-            tma.async_copy_global_to_shared(
-                rows, [first_row, (begin * TILES + i) * FEATURES], ready.index(i), ring.index(i),
-                pred=i < num_tiles,
-            )  # fmt: skip
+            _ask(rows, more_rows, ring, more_ring, ready, begin * TILES + i, i, i < num_tiles, MORE)
         layout: gl.constexpr = gl.NVMMADistributedLayout(
             version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, ROWS, 16]
         )
+        more_layout: gl.constexpr = gl.NVMMADistributedLayout(
+            version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, MORE or 16, 16]
+        )
+        more_operand: gl.constexpr = gl.DotOperandLayout(0, more_layout, 2)
         total = gl.zeros((OUTPUTS, ROWS), gl.float32, layout)
+        others = gl.zeros((OUTPUTS, MORE or 16), gl.float32, more_layout)
         for step in range(steps):
             later = _ahead(word_from + at, step + AHEAD, steps, 2048)
-            quarters = _quarters(now, GROUPS, 512)
+            quarters = quarters_of(now, GROUPS, 512)
             if BITS == 4:
                 scale_later = _ahead(scale_from + scale_at, step + AHEAD, steps, 128)
-                factors = _quarters(gl.reshape(scale_now, (GROUPS * 32, 4)), GROUPS, 32)
+                factors = quarters_of(gl.reshape(scale_now, (GROUPS * 32, 4)), GROUPS, 32)
             for i in gl.static_range(TILES):
                 if BITS == 4:
-                    left = _unpack_4(quarters[i], factors[i], GROUPS, layout)
+                    left = operand_of_4(quarters[i], factors[i], GROUPS, layout)
                 else:
-                    left = _unpack_8(quarters[2 * i], quarters[2 * i + 1], GROUPS, layout)
+                    left = operand_of_8(quarters[2 * i], quarters[2 * i + 1], GROUPS, layout)
                 number = step * TILES + i
                 stage = number % STAGES
                 mbarrier.wait(ready.index(stage), (number // STAGES) & 1)
                 total = warpgroup_mma(left, ring.index(stage).permute((1, 0)), total, is_async=True)
+                if MORE:
+                    same = gl.convert_layout(left, more_operand, assert_trivial=True)
+                    others = warpgroup_mma(
+                        same, more_ring.index(stage).permute((1, 0)), others, is_async=True
+                    )
                 if i == 0:
                     before = left
                 else:
                     # the next tile's codes are unpacked while this one's product runs
-                    total, _ = warpgroup_mma_wait(num_outstanding=1, deps=(total, before))
-                    _refill(rows, ring, ready, first_row, begin * TILES, number - 1, num_tiles)
+                    if MORE:
+                        total, others, _ = warpgroup_mma_wait(
+                            num_outstanding=2, deps=(total, others, before)
+                        )
+                    else:
+                        total, _ = warpgroup_mma_wait(num_outstanding=1, deps=(total, before))
+                    _refill(
+                        rows, more_rows, ring, more_ring, ready, begin * TILES, number - 1,
+                        num_tiles, MORE,
+                    )  # fmt: skip
                 before = left
-            total, _ = warpgroup_mma_wait(num_outstanding=0, deps=(total, before))
+            if MORE:
+                total, others, _ = warpgroup_mma_wait(
+                    num_outstanding=0, deps=(total, others, before)
+                )
+            else:
+                total, _ = warpgroup_mma_wait(num_outstanding=0, deps=(total, before))
             _refill(
-                rows, ring, ready, first_row, begin * TILES, step * TILES + TILES - 1, num_tiles
-            )
+                rows, more_rows, ring, more_ring, ready, begin * TILES, step * TILES + TILES - 1,
+                num_tiles, MORE,
+            )  # fmt: skip
             if AHEAD == 2:
                 now = soon
                 soon = later
@@ -178,9 +202,14 @@ if HAS_GLUON:
         if BITS == 8:
             output = first_output + gl.arange(0, OUTPUTS, gl.SliceLayout(1, layout))
             total = total * gl.load(scales + output)[:, None]
-        _finish(
-            total, parts, first_row, first_output, split, num_rows, num_outputs, GATED, num_warps
-        )
+            if MORE:
+                output = first_output + gl.arange(0, OUTPUTS, gl.SliceLayout(1, more_layout))
+                others = others * gl.load(scales + output)[:, None]
+        if MORE:
+            _finish(
+                others, parts, ROWS, first_output, split, num_rows, num_outputs, GATED, num_warps
+            )
+        _finish(total, parts, 0, first_output, split, num_rows, num_outputs, GATED, num_warps)
 
     @gluon.jit
     def _ahead(places, step, steps, SIZE: gl.constexpr):
@@ -189,65 +218,33 @@ if HAS_GLUON:
         return gl.load(places + step * SIZE, mask=wanted, other=0, eviction_policy="evict_first")
 
     @gluon.jit
-    def _refill(rows, ring, ready, first_row, first_tile, number, num_tiles):
+    def _refill(
+        rows, more_rows, ring, more_ring, ready, first_tile, number, num_tiles, MORE: gl.constexpr
+    ):
         """Ask for the rows that take the place of a tile that every warp has done with."""
         STAGES: gl.constexpr = ring.shape[0]
         gl.thread_barrier()
-        stage = number % STAGES
-        wanted = number + STAGES < num_tiles
-        mbarrier.expect(ready.index(stage), rows.block_type.nbytes, pred=wanted)
+        later = number + STAGES
+        _ask(
+            rows, more_rows, ring, more_ring, ready, first_tile + later, number % STAGES,
+            later < num_tiles, MORE,
+        )  # fmt: skip
+
+    @gluon.jit
+    def _ask(
+        rows, more_rows, ring, more_ring, ready, tile, stage, wanted, MORE: gl.constexpr
+    ):  # fmt: skip
+        """Let the rows of a tile of 64 features fill a stage."""
+        num_bytes: gl.constexpr = (ring.shape[1] + MORE) * 128
+        mbarrier.expect(ready.index(stage), num_bytes, pred=wanted)
         tma.async_copy_global_to_shared(
-            rows, [first_row, (first_tile + number + STAGES) * 64], ready.index(stage),
-            ring.index(stage), pred=wanted,
-        )  # fmt: skip
-
-    @gluon.jit
-    def _quarters(values, GROUPS: gl.constexpr, SIZE: gl.constexpr):
-        """Return four tensors [GROUPS, SIZE]."""
-        if SIZE == 512:  # words: one quarter after the other
-            parted = gl.permute(gl.reshape(values, (GROUPS, 2, 2, SIZE)), (0, 3, 1, 2))
-        else:
-            parted = gl.reshape(values, (GROUPS, SIZE, 2, 2))
-        even, odd = gl.split(parted)
-        first, third = gl.split(even)
-        second, fourth = gl.split(odd)
-        return first, second, third, fourth
-
-    @gluon.jit
-    def _unpack_4(words, scales, GROUPS: gl.constexpr, layout: gl.constexpr):
-        """Return [GROUPS 64, 64] bf16 as the left operand of a product, from a tile's words."""
-        words = gl.reshape(words, (GROUPS, 32, 16))
-        beside: gl.constexpr = gl.SliceLayout(2, words.type.layout)
-        scales = gl.convert_layout(scales, beside, assert_trivial=True)
-        _, scales = gl.broadcast(words, gl.expand_dims(scales, 2))
-        a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-            _FOUR_BITS, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [words, scales],
-            dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2,
-        )  # fmt: skip
-        low = gl.join(gl.join(a, b), gl.join(c, d))
-        high = gl.join(gl.join(e, f), gl.join(g, h))
-        parted = gl.join(low, high)  # ..., n3, k3, k4
-        # group, n5, n4, n2-n0, k2, k1, k5, k0, n3, k3, k4
-        parted = gl.reshape(parted, (GROUPS, 2, 2, 8, 2, 2, 2, 2, 2, 2, 2))
-        ordered = gl.permute(parted, (0, 1, 2, 8, 3, 6, 10, 9, 4, 5, 7))
-        operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-        left = gl.reshape(ordered, (GROUPS * 64, 64))
-        return gl.convert_layout(left, operand, assert_trivial=True)
-
-    @gluon.jit
-    def _unpack_8(low, high, GROUPS: gl.constexpr, layout: gl.constexpr):
-        """Return [GROUPS 64, 64] bf16 as the left operand of a product, from a tile's words."""
-        words = gl.permute(gl.join(low, high), (0, 2, 1))  # group, k5, 512
-        a, b, c, d = gl.inline_asm_elementwise(
-            _EIGHT_BITS, "=r,=r,=r,=r,r,r", [words], dtype=(gl.bfloat16,) * 4, is_pure=True, pack=2
+            rows, [0, tile * 64], ready.index(stage), ring.index(stage), pred=wanted
         )
-        parted = gl.join(gl.join(a, b), gl.join(c, d))  # ..., n3, k3
-        # group, k5, n5, n4, n2-n0, k2, k1, k4, k0, n3, k3
-        parted = gl.reshape(parted, (GROUPS, 2, 2, 2, 8, 2, 2, 2, 2, 2, 2))
-        ordered = gl.permute(parted, (0, 2, 3, 9, 4, 1, 7, 10, 5, 6, 8))
-        operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-        left = gl.reshape(ordered, (GROUPS * 64, 64))
-        return gl.convert_layout(left, operand, assert_trivial=True)
+        if MORE:
+            tma.async_copy_global_to_shared(
+                more_rows, [ring.shape[1], tile * 64], ready.index(stage), more_ring.index(stage),
+                pred=wanted,
+            )  # fmt: skip
 
     @gluon.jit
     def _finish(

@@ -26,9 +26,6 @@ from d2f_runtime.quantization.stored import StoredWeight, join_outputs, stored_w
 
 __all__ = ["KERNELS", "REFERENCES", "FastTransformer", "Ops", "StepTensors"]
 
-ATTENTION_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
-MAX_SPLITS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Ops:
@@ -139,8 +136,6 @@ class FastTransformer:
             store: [2 L, T, KV, hd] keys and values of the layers in turn.
         """
         ops, eps = self.ops, self.config.norm_eps
-        num_tiles = step.tiles.shape[0] * self.config.num_kv_heads
-        num_splits = max(1, min(MAX_SPLITS, ATTENTION_PROGRAMS // max(1, num_tiles)))
         x = F.embedding(step.tokens, self._embedding)
         parts: Tensor | None = None
         for index, layer in enumerate(self._layers):
@@ -167,8 +162,8 @@ class FastTransformer:
                 values,
                 visible=step.visible,
                 tiles=step.tiles,
-                num_splits=num_splits,
                 quantise=layer.out.takes_fp8,
+                positions=step.positions,
             )
             parts = layer.out.parts(attended)
             x, rows = ops.residual_norm(

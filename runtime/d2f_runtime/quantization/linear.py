@@ -7,7 +7,6 @@ more class with these methods and one more name in `pack`; those of 4 and 8 bits
 Shapes: M rows, N outputs, K features, S parts.
 """
 
-import functools
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2f_runtime.kernels.activation import FP8, Activation, quantise_rows
-from d2f_runtime.kernels.language import HAS_TRITON
+from d2f_runtime.kernels.language import HAS_TRITON, is_hopper
 from d2f_runtime.kernels.rope import Rotation
 from d2f_runtime.kernels.skinny import Tiling, skinny_product, tiling_for
 from d2f_runtime.kernels.streamed import HAS_GLUON, streamed_product, streamed_rotation
@@ -216,11 +215,6 @@ def _tiling(x: Activation, weight: Tensor, *, fp8: bool, may_split: bool = True)
 
     On Hopper only: the rings of the tilings do not fit into smaller shared memories.
     """
-    if not HAS_TRITON or weight.dtype == torch.float32 or not _is_hopper(weight.device):
+    if not HAS_TRITON or weight.dtype == torch.float32 or not is_hopper(weight.device):
         return None
     return tiling_for(x.values.shape[0], *weight.shape, fp8=fp8, may_split=may_split)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

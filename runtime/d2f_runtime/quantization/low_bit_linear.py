@@ -3,14 +3,13 @@
 Shapes: M rows, N outputs, K features, S parts.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2f_runtime.kernels.activation import Activation
 from d2f_runtime.kernels.fragments import TILE, PackedCodes, pack_codes, pack_scales
+from d2f_runtime.kernels.language import is_hopper
 from d2f_runtime.kernels.low_bit import low_bit_product
 from d2f_runtime.kernels.low_bit_tiling import STRIDES, LowBitTiling, low_bit_tiling
 from d2f_runtime.kernels.streamed_low_bit import HAS_GLUON, streamed_low_bit_product
@@ -69,7 +68,7 @@ class LowBitLinear:
         )
 
     def _tiling(self, x: Activation, *, may_split: bool = True) -> LowBitTiling | None:
-        if x.values.dtype != torch.bfloat16 or not _is_supported(x.values.device):
+        if x.values.dtype != torch.bfloat16 or not (HAS_GLUON and is_hopper(x.values.device)):
             return None
         bits = self.packed.bits
         return low_bit_tiling(x.values.shape[0], *self.packed.shape, bits=bits, may_split=may_split)
@@ -96,9 +95,3 @@ def pack_low_bit(weight: QuantizedWeight) -> PackedCodes | None:
         scales = weight.scales
     codes = F.pad(codes, (0, more), value=ZERO_CODE[bits])
     return PackedCodes(pack_codes(codes, bits=bits), scales, bits, (outputs, features + more))
-
-
-@functools.cache
-def _is_supported(device: torch.device) -> bool:
-    """Whether the streamed product runs: its matrix instructions are Hopper's."""
-    return HAS_GLUON and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

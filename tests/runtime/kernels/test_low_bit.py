@@ -137,7 +137,7 @@ def test_every_split_has_work(num_rows: int, outputs: int, steps: int, bits: int
         assert tiling is None
         return
     assert tiling is not None
-    assert tiling.rows >= num_rows
+    assert tiling.rows + tiling.more >= num_rows
     assert (tiling.splits - 1) * -(-steps // tiling.splits) < steps
     whole = low_bit_tiling(num_rows, outputs * 64, features, bits=bits, may_split=False)
     assert whole is not None
