@@ -2,8 +2,8 @@
 
 Steps are padded to a few static shapes (`buckets`), each captured once as a CUDA graph; what varies
 (positions, places, lengths) is read from one integer buffer on the device. A greedy step is one
-launch: a host-to-device copy, the model, and a device-to-host copy. Without CUDA the same code runs
-uncaptured over the kernels' references, for tests.
+launch, whose first kernel reads page-locked memory of the host and whose last one writes it.
+Without CUDA the same code runs uncaptured over the kernels' references, for tests.
 
 Shapes: M rows, N masks, D hidden size.
 """
@@ -43,7 +43,10 @@ class _Shape:
     Attributes:
         layout: of the integers.
         per_tile: rows of an attention tile.
-        host: the integers, page-locked; they must stay as they are until a step has ended.
+        sent: the integers, page-locked; they must stay as they are until a step has ended.
+        host: the same, to be written.
+        fetched: the same on the device, during a step.
+        found: [4, M] answers, page-locked.
         states: [M, D] final states that predict masks; set by a forward.
         greedy_graph: a whole greedy step, the copies to and from the device included.
         body_graph: the same without the head, for steps in which something is sampled.
@@ -53,15 +56,15 @@ class _Shape:
         self.per_tile = rows_per_tile(bucket.rows, group)
         self.layout = Layout(bucket.rows, bucket.num_tiles(self.per_tile), bucket.sessions)
         pinned = device.type == "cuda"
-        self._pinned = torch.zeros(self.layout.size, dtype=torch.int32, pin_memory=pinned)
-        self.host = self._pinned.numpy().data
-        self._device_ints = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
-        parts = torch.split(self._device_ints, list(self.layout.sizes))
+        self.sent = torch.zeros(self.layout.size, dtype=torch.int32, pin_memory=pinned)
+        self.host = self.sent.numpy().data
+        self.fetched = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
+        parts = torch.split(self.fetched, list(self.layout.sizes))
         tokens, positions, places, visible, self.head, tiles, self.last_from, self.last_to = parts
         tiles = tiles.view(-1, TILE_FIELDS)
         self.tensors = StepTensors(tokens, positions, places, visible, tiles)
-        self._pinned_answers = torch.zeros((4, bucket.rows), pin_memory=pinned)
-        self._answers: Floats = self._pinned_answers.numpy()
+        self.found = torch.zeros((4, bucket.rows), pin_memory=pinned)
+        self._answers: Floats = self.found.numpy()
         self._geometry: tuple[object, ...] | None = None
         self.states: Tensor | None = None
         self.greedy_graph: torch.cuda.CUDAGraph | None = None
@@ -74,18 +77,10 @@ class _Shape:
         plan.fill(self.host, self.layout, self.per_tile, same_geometry=same)
         self._geometry = geometry
 
-    def send(self) -> None:
-        """Copy the integers to the device."""
-        self._device_ints.copy_(self._pinned, non_blocking=True)
-
-    def receive(self, answers: Tensor) -> None:
-        """Copy [4, M] answers from the device, without waiting."""
-        self._pinned_answers.copy_(answers, non_blocking=True)
-
     def answers(self, number: int) -> Floats:
-        """Wait for what was received; return a view of its first `number` columns."""
-        if self._device_ints.is_cuda:
-            torch.cuda.current_stream(self._device_ints.device).synchronize()
+        """Wait for the device; return a view of the first `number` columns that it found."""
+        if self.fetched.is_cuda:
+            torch.cuda.current_stream(self.fetched.device).synchronize()
         return self._answers[:, :number]
 
 
@@ -221,11 +216,11 @@ class FastRunner:
         """Run a whole step, of whose answers the first `num_masks` matter."""
         self._body(shape)
         assert shape.states is not None
-        shape.receive(self._head(shape.states, num_masks))
+        self._head(shape.states, num_masks, shape.found)
 
     def _body(self, shape: _Shape) -> None:
         """Run the layers; set the states that predict masks, and keep the slots' last ones."""
-        shape.send()
+        self._model.ops.fetch(shape.sent, shape.fetched)
         hidden = self._model.forward(shape.tensors, self._pool.store)
         if not self._info.shift_logits:
             shape.states = hidden.index_select(0, shape.head)
@@ -236,16 +231,15 @@ class FastRunner:
         shape.states = torch.where((head >= 0)[:, None], inside, before)
         last_hidden.index_copy_(0, shape.last_to.long(), hidden.index_select(0, shape.last_from))
 
-    def _head(self, states: Tensor, number: int) -> Tensor:
-        """Return [4, M] answers of which the first `number` matter."""
+    def _head(self, states: Tensor, number: int, found: Tensor) -> None:
+        """Write [4, M] answers, of which the first `number` matter, to the host's memory."""
         length = max(1, MAX_HEAD_ELEMENTS // self._model.config.vocab_size)
         if 0 < number <= states.shape[0] <= length:
-            return self._model.best_tokens(states)
-        answers = torch.zeros((4, states.shape[0]), device=states.device)
+            self._model.best_tokens(states, out=found)
+            return
         for begin in range(0, number, length):
             piece = slice(begin, min(begin + length, states.shape[0]))
-            answers[:, piece] = self._model.best_tokens(states[piece])
-        return answers
+            found[:, piece].copy_(self._model.best_tokens(states[piece]), non_blocking=True)
 
     def _eager_shape(self, plan: StepPlan) -> _Shape:
         """Return buffers of about the plan's size, for a step that no bucket holds."""

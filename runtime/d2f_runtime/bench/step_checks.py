@@ -70,6 +70,7 @@ def check_kernels(
             found = attend(
                 query, keys, values,
                 visible=visible, tiles=cut_tiles, num_splits=4, quantise=quantise,
+                positions=_integers(range(cached, stop)),
             )  # fmt: skip
             wanted = attend_reference(
                 query.float(), keys.float(), values.float(), visible=visible, tiles=cut_tiles
@@ -94,7 +95,7 @@ def check_kernels(
 
     def head() -> float:
         logits = _random(num_rows, config.vocab_size) * 4
-        given = {"mask_id": config.mask_id, "num_tokens": config.num_tokens}
+        given: dict[str, Any] = {"mask_id": config.mask_id, "num_tokens": config.num_tokens}
         found, wanted = best_tokens(logits, **given), best_tokens_reference(logits, **given)
         same = float((found[0] != wanted[0]).float().mean())  # equal bf16 logits tie
         return max(_error(Activation(found[1:]), Activation(wanted[1:])), same / 10)

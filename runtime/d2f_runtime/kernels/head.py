@@ -27,27 +27,34 @@ NUM_FINDINGS = 5  # of a split: highest, second highest, its id, sum of weights,
 PROGRAMS = 1056  # enough to keep eight on each of an H100's 132 multiprocessors
 
 
-def best_tokens_reference(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
+def best_tokens_reference(
+    logits: Tensor, *, mask_id: int, num_tokens: int, out: Tensor | None = None
+) -> Tensor:
     """Return [4, N] fp32: best token, confidence, margin, negative entropy (see `Scores`).
 
     Args:
         logits: [N, V] of any float type.
         mask_id: never chosen.
         num_tokens: ids from here on are never chosen.
+        out: [4, N] fp32, written and returned; it may lie in page-locked memory of the host.
     """
     allowed = forbid(logits, mask_id=mask_id, num_tokens=num_tokens)
     # fp32 holds ids below 2**24 exactly
-    return torch.stack([values.float() for values in propose(allowed)])
+    answers = torch.stack([values.float() for values in propose(allowed)])
+    return answers if out is None else out.copy_(answers, non_blocking=True)
 
 
-def best_tokens(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
+def best_tokens(
+    logits: Tensor, *, mask_id: int, num_tokens: int, out: Tensor | None = None
+) -> Tensor:
     """Do what `best_tokens_reference` does; of equal logits the lowest id wins."""
     num_rows, size = logits.shape
     splits = min(power_of_2(-(-PROGRAMS // num_rows)), 64, -(-size // BLOCK))
     device = logits.device
     shape = (num_rows, NUM_FINDINGS, splits)
     findings = torch.empty(shape, device=device, dtype=torch.float32)
-    answers = torch.empty((4, num_rows), device=device, dtype=torch.float32)
+    if out is None:
+        out = torch.empty((4, num_rows), device=device, dtype=torch.float32)
     pdl = overlaps(device)
     share = -(-size // (splits * BLOCK)) * BLOCK
     _find[(num_rows, splits)](
@@ -55,10 +62,10 @@ def best_tokens(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
         BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     _join[(num_rows,)](
-        findings, answers, num_rows, splits,
+        findings, out, num_rows, splits,
         BLOCK=power_of_2(splits), PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
-    return answers
+    return out
 
 
 @jit

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2f_runtime.kernels import attention, gate, head, norm, rope
+from d2f_runtime.kernels import attention, fetch, gate, head, norm, rope
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer, rotary
@@ -37,6 +37,7 @@ class Ops:
     silu_gate: Callable[..., Activation]
     quantise: Callable[[Tensor], Activation]
     best_tokens: Callable[..., Tensor]
+    fetch: Callable[[Tensor, Tensor], None]
 
 
 KERNELS = Ops(
@@ -46,6 +47,7 @@ KERNELS = Ops(
     gate.silu_gate,
     quantise,
     head.best_tokens,
+    fetch.fetch,
 )
 REFERENCES = Ops(
     norm.residual_norm_reference,
@@ -54,6 +56,7 @@ REFERENCES = Ops(
     gate.silu_gate_reference,
     quantise_rows,
     head.best_tokens_reference,
+    fetch.fetch_reference,
 )
 
 
@@ -191,11 +194,11 @@ class FastTransformer:
         takes_fp8 = self._head.takes_fp8
         return self._head(self.ops.quantise(states) if takes_fp8 else Activation(states))
 
-    def best_tokens(self, states: Tensor) -> Tensor:
+    def best_tokens(self, states: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return [4, N] fp32 token, confidence, margin and negative entropy of final states."""
         config = self.config
         return self.ops.best_tokens(
-            self.logits(states), mask_id=config.mask_id, num_tokens=config.num_tokens
+            self.logits(states), mask_id=config.mask_id, num_tokens=config.num_tokens, out=out
         )
 
 

@@ -11,6 +11,7 @@ from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.kernels.attention import attend, attend_reference, rows_per_tile
+from d2f_runtime.kernels.fetch import fetch
 from d2f_runtime.kernels.gate import silu_gate, silu_gate_reference
 from d2f_runtime.kernels.head import best_tokens, best_tokens_reference
 from d2f_runtime.kernels.language import HAS_TRITON
@@ -181,6 +182,20 @@ def test_best_tokens() -> None:
     wanted[0, 3] = 0.0
     assert found[0].tolist() == wanted[0].tolist()
     assert torch.allclose(found[1:], wanted[1:], rtol=1e-4, atol=1e-6)
+
+
+def test_what_crosses_to_the_host_and_back_lies_in_its_memory() -> None:
+    pinned = DEVICE == "cuda"
+    sent = torch.arange(1500, dtype=torch.int32, pin_memory=pinned)
+    fetched = torch.zeros(1500, dtype=torch.int32, device=DEVICE)
+    fetch(sent, fetched)
+    assert torch.equal(fetched.cpu(), sent)
+    logits = random(7, 3000)
+    out = torch.full((4, 7), float("nan"), pin_memory=pinned)
+    best_tokens(logits, mask_id=3, num_tokens=2990, out=out)
+    if pinned:
+        torch.cuda.synchronize()
+    assert torch.equal(out, best_tokens(logits, mask_id=3, num_tokens=2990).cpu())
 
 
 @pytest.mark.parametrize("splits", [1, 2])
