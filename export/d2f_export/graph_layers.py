@@ -10,19 +10,15 @@ head size, D hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from d2f_export.graph_builder import MICROSOFT, Array, GraphBuilder, Stored, Value, Weights
+from d2f_export.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.quantize import Linear
 from d2f_runtime.models.config import TransformerConfig
 
-__all__ = ["Lowering", "Sight", "add_layer", "norm", "select_rows"]
-
-Lowering = Literal["portable", "gqa"]
-"""Attention of ONNX itself, or onnxruntime's GroupQueryAttention over a buffer for past and new."""
+__all__ = ["Sight", "add_layer", "norm", "select_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +27,12 @@ class Sight:
 
     Attributes:
         cos, sin: [B, W, hd / 2].
-        mask: [B, 1, W, P + W], added to the scores; for GQA the columns that are in use.
-        lengths: for GQA one less than the columns in use, [B] int32, and their number, [] int32.
+        mask: [B, 1, W, P + W], added to the scores.
     """
 
     cos: Value
     sin: Value
     mask: Value
-    lengths: tuple[Value, Value] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +102,11 @@ def add_layer(
         index: of the layer.
         x: [B, W, D].
         sight: of the rows.
-        past: keys and values, [B, P, KV hd] each; for GQA the buffers, [B, KV, capacity, hd].
+        past: keys and values, [B, P, KV hd] each.
         rows: [B, S] window positions to go on with; None is all.
 
     Returns:
-        [B, W or S, D], and keys and values [B, W, KV hd] each; for GQA the buffers.
+        [B, W or S, D], and keys and values [B, W, KV hd] each.
     """
     graph, layer = linear.graph, _Layer(linear.graph, linear, config, index)
     query_size = config.num_heads * config.head_dim
@@ -130,14 +124,15 @@ def add_layer(
     key = layer.rotate(key, "k", config.num_kv_heads, sight)
     seen = sight
     if rows is not None:
-        x = select_rows(graph, x, rows)
-        if sight.lengths is None:  # the other lowering wants a query for each key
-            normed, seen = select_rows(graph, normed, rows), _selected(graph, sight, rows)
+        x, normed = (select_rows(graph, states, rows) for states in (x, normed))
+        seen = _selected(graph, sight, rows)
         query = layer.project(normed, "self_attn.q_proj", "q", query_size)
     query = layer.rotate(query, "q", config.num_heads, seen)
-    out, key, value = _attend(graph, config, query, key, value, seen, past)
-    if rows is not None and sight.lengths is not None:
-        out = select_rows(graph, out, rows)
+    keys = graph.op("Concat", past[0], key, axis=1)
+    values = graph.op("Concat", past[1], value, axis=1)
+    heads, key_heads = config.num_heads, config.num_kv_heads
+    inputs = query, keys, values, seen.mask
+    out = graph.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=key_heads)
     name = layer.path("self_attn.o_proj")
     out = linear(out, name, [f"{name}.weight"], (config.hidden_size, query_size))
     return layer.feed_forward(graph.op("Add", x, out)), key, value
@@ -148,36 +143,6 @@ def _selected(graph: GraphBuilder, sight: Sight, rows: Value) -> Sight:
     mask = graph.op("Unsqueeze", select_rows(graph, mask, rows), graph.constant([1]))
     cos, sin = (select_rows(graph, table, rows) for table in (sight.cos, sight.sin))
     return Sight(cos, sin, mask)
-
-
-def _attend(
-    graph: GraphBuilder,
-    config: TransformerConfig,
-    query: Value,
-    key: Value,
-    value: Value,
-    sight: Sight,
-    past: tuple[Value, Value],
-) -> tuple[Value, Value, Value]:
-    """Return the attention's output, and keys and values as they leave the graph."""
-    if sight.lengths is not None:
-        out = graph.ops(
-            "GroupQueryAttention", 3, query, key, value, *past, *sight.lengths, "", "", "",
-            sight.mask, domain=MICROSOFT, num_heads=config.num_heads,
-            kv_num_heads=config.num_kv_heads, causal=0,
-        )  # fmt: skip
-        return out[0], out[1], out[2]
-    out = graph.ops(
-        "Attention",
-        1,
-        query,
-        graph.op("Concat", past[0], key, axis=1),
-        graph.op("Concat", past[1], value, axis=1),
-        sight.mask,
-        q_num_heads=config.num_heads,
-        kv_num_heads=config.num_kv_heads,
-    )
-    return out[0], key, value
 
 
 def norm(graph: GraphBuilder, x: Value, name: str, config: TransformerConfig, dtype: str) -> Value:

@@ -37,7 +37,7 @@ import torch
 from onnx import helper
 
 from d2f_export.graph_builder import OPSET, GraphBuilder, Stored, Value, Weights
-from d2f_export.graph_layers import Lowering, Sight, add_layer, norm
+from d2f_export.graph_layers import Sight, add_layer, norm
 from d2f_export.graph_sampler import add_sampler
 from d2f_export.quantize import QUANTIZATIONS, Linear, Quantization
 from d2f_runtime.models.config import TransformerConfig
@@ -77,7 +77,6 @@ def step_graph(
     quantization: Quantization,
     *,
     fixed: FixedShape | None = None,
-    lowering: Lowering = "portable",
 ) -> StepGraph:
     """Return the graph of a model's step.
 
@@ -85,12 +84,10 @@ def step_graph(
         config: of the model.
         quantization: of its matrices.
         fixed: static shapes; None is symbolic batch, window, past and rows.
-        lowering: of attention. For GQA past and new K/V are one buffer [B, KV, capacity, hd], and
-            there is one more input, total: [] int32, start + W.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}, not one of {QUANTIZATIONS}")
-    step = _Step(config, quantization, fixed, lowering)
+    step = _Step(config, quantization, fixed)
     step.build()
     return StepGraph(step.graph.model(step.inputs, step.outputs), step.graph.weights)
 
@@ -101,9 +98,8 @@ class _Step:
         config: TransformerConfig,
         quantization: Quantization,
         fixed: FixedShape | None,
-        lowering: Lowering,
     ) -> None:
-        self.config, self.fixed, self.lowering = config, fixed, lowering
+        self.config, self.fixed = config, fixed
         self.graph = GraphBuilder()
         self.linear = Linear(self.graph, quantization)
         self.inputs: list[Any] = []
@@ -137,8 +133,6 @@ class _Step:
         config, dtype = self.config, self.linear.dtype
         batch, window, rows = self.batch, self.window, self.rows
         cache = [batch, self.past, config.num_kv_heads * config.head_dim]
-        if self.lowering == "gqa":
-            cache = [batch, config.num_kv_heads, "capacity", config.head_dim]
         declared: list[tuple[str, str, list[object]]] = [
             ("tokens", "int64", [batch, window]),
             ("start", "int64", [batch]),
@@ -153,8 +147,6 @@ class _Step:
         if self.config.shift_logits:
             declared.append(("last_hidden", dtype, [batch, config.hidden_size]))
             declared.append(("keep", "int64", [batch]))
-        if self.lowering == "gqa":
-            declared.append(("total", "int32", []))
         return declared
 
     def _embedding(self) -> Value:
@@ -173,26 +165,16 @@ class _Step:
         angle = graph.op("Unsqueeze", positions, graph.constant([2]))
         angle = graph.op("Mul", graph.op("Cast", angle, to=1), frequency)
         cos, sin = (self._float(graph.op(kind, angle)) for kind in ("Cos", "Sin"))
-        if self.lowering == "gqa":
-            columns = graph.op("Cast", "total", to=7)
-            columns = graph.op("Range", graph.constant(0), columns, graph.constant(1))
-            columns = graph.op("Unsqueeze", columns, graph.constant([0]))
-        else:
-            cached = self._counting("past.0.k", self.past)
-            holds = graph.op("Less", cached, start)  # [B, P]
-            cached = graph.op("Where", holds, cached, graph.constant(NOWHERE))
-            columns = graph.op("Concat", cached, positions, axis=1)
+        cached = self._counting("past.0.k", self.past)
+        holds = graph.op("Less", cached, start)  # [B, P]
+        cached = graph.op("Where", holds, cached, graph.constant(NOWHERE))
+        columns = graph.op("Concat", cached, positions, axis=1)
         until = graph.op("Unsqueeze", "visible_until", graph.constant([2]))
         sees = graph.op("Less", graph.op("Unsqueeze", columns, graph.constant([1])), until)
         zero, lowest = graph.constant(0.0, dtype), graph.constant(LOWEST[dtype], dtype)
         mask = graph.op("Where", sees, zero, lowest)
         mask = graph.op("Unsqueeze", mask, graph.constant([1]))
-        lengths = None
-        if self.lowering == "gqa":
-            last = graph.op("Sub", "total", graph.constant(1, "int32"))
-            shape = graph.op("Shape", "start")
-            lengths = graph.op("Expand", last, shape), "total"
-        return Sight(cos, sin, mask, lengths)
+        return Sight(cos, sin, mask)
 
     def _predict(self, x: Value) -> None:
         """Add final norm, shift, head and sampler; name what leaves the graph."""
@@ -223,8 +205,6 @@ class _Step:
     def _name_new(self, new: list[tuple[Value, Value]]) -> None:
         config, graph, dtype = self.config, self.graph, self.linear.dtype
         shape = [self.batch, self.window, config.num_kv_heads * config.head_dim]
-        if self.lowering == "gqa":
-            shape = [self.batch, config.num_kv_heads, "capacity", config.head_dim]
         for index, pair in enumerate(new):
             for part, value in zip("kv", pair, strict=True):
                 name = f"new.{index}.{part}"

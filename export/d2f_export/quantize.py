@@ -4,7 +4,8 @@
 per matrix at run time. On CPUs it was the fastest of what onnxruntime offers at every window size
 but one row (bench/onnx), because D2F windows are bound by arithmetic and the integer kernels do
 more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's MatMulNBits reads;
-symmetric, the form for which its CUDA kernels are built.
+symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix whose
+inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
 
 int8 weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
 8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run.
@@ -30,6 +31,7 @@ FLOATS: Final = {"fp16": "float16", "int4-fp16": "float16"}  # of activations; e
 
 INT8_MAX: Final = 64
 INT4_BLOCK: Final = 32
+FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
 ROWS_AT_ONCE: Final = 4096  # bounds the memory of a conversion
 
 
@@ -71,7 +73,8 @@ class Linear:
         """
         if self.quantization == "int8":
             return self._int8(x, name, parameters, shape)
-        if self.quantization.startswith("int4") and not exact:
+        fits = self.dtype == "float32" or shape[1] % FUSED_INPUTS == 0
+        if self.quantization.startswith("int4") and fits and not exact:
             return self._int4(x, name, parameters, shape)
         num_out, num_in = shape
         stored = Stored(name, self.dtype, (num_in, num_out))

@@ -1,38 +1,15 @@
 """The benchmarks of exported models run, agree with each other and are recorded."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from d2f_export.graph_builder import Array, Stored
 from d2f_export.onnx_bench.__main__ import main
-from d2f_export.onnx_bench.lowering import compare_lowerings
-from d2f_runtime.bench.step_models import SHAPES
 
 pytestmark = pytest.mark.torch
 
 ROOT = Path(__file__).parents[2]
-
-
-def fill(stored: Sequence[Stored]) -> list[Array]:
-    """Weights of some size, so that what is seen decides the logits."""
-    rng = np.random.default_rng(sum(len(tensor.name) for tensor in stored))
-    return [(0.3 * rng.standard_normal(t.shape)).astype(t.dtype) for t in stored]
-
-
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_both_lowerings_of_attention_compute_the_same(num_kv_heads: int) -> None:
-    config = replace(SHAPES["tiny"], num_kv_heads=num_kv_heads)
-    found = compare_lowerings(config, "fp32", "cpu", cached=37, widths=(48,), steps=1, fill=fill)[
-        "window 48"
-    ]
-    assert found["largest_logit"] > 1.0
-    assert found["largest_difference_of_logits"] <= 1e-4
-    assert found["speedup"] > 0
 
 
 def test_a_large_run_times_every_part_and_records_it(
@@ -40,14 +17,13 @@ def test_a_large_run_times_every_part_and_records_it(
 ) -> None:
     output = tmp_path / "large.json"
     given = "large --shape tiny --device cpu --quantize fp32 --quantize int4-fp16 --torch fp32"
-    more = f"--steps 2 --width 32 --cached 40 --layers 1 2 --output {output}"
+    more = f"--steps 2 --width 32 --cached 40 --output {output}"
     main([*given.split(), *more.split()])
     record = json.loads(output.read_text())
     results = record["results"]
     assert json.loads(capsys.readouterr().out) == results
     assert record["command"].startswith("python -m d2f_export.onnx_bench large --shape tiny")
-    assert list(results) == ["lowerings", "onnx fp32", "onnx int4-fp16", "torch fp32"]
-    assert list(results["lowerings"]) == ["1 layers", "2 layers"]
+    assert list(results) == ["onnx fp32", "onnx int4-fp16", "torch fp32"]
     for name in ("onnx fp32", "onnx int4-fp16"):
         assert results[name]["window 32"]["backend_ms"]["median"] > 0
         assert results[name]["bytes"] > 100_000
@@ -57,7 +33,7 @@ def test_a_large_run_times_every_part_and_records_it(
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     output = tmp_path / "large.json"
     given = "large --shape tiny --device cpu --quantize int3 --torch fp32 --steps 1 --width 32"
-    main([*given.split(), "--layers", "1", "1", "--output", str(output)])
+    main([*given.split(), "--output", str(output)])
     results = json.loads(output.read_text())["results"]
     assert "failure" in results["onnx int3"]
     assert "window 32" in results["torch fp32"]["tiny fp32"]

@@ -96,6 +96,15 @@ def test_cuda_without_its_provider_names_the_extra(folder: Path) -> None:
         load(folder, device="cuda", quantization="auto")
 
 
+def test_cuda_of_an_older_onnxruntime_is_told_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.2")
+    with pytest.raises(UnsupportedModel, match=r"onnxruntime-gpu 1\.31 or newer, but 1\.30\.2 is"):
+        load(folder, device="cuda", quantization="auto")
+
+
 def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"no manifest\.json in .*nowhere"):
         load(tmp_path / "nowhere", **CPU)
@@ -192,6 +201,19 @@ def test_the_last_state_of_a_restarted_slot_is_the_new_one(folder: Path) -> None
     backend.close()
 
 
+def test_a_copy_of_a_slot_that_goes_on_leaves_the_slot_as_it_was(folder: Path) -> None:
+    backend = load(folder, **CPU)
+    prefix = backend.open_slot(8)
+    backend.step([StepRow(prefix, Window(0, (5, 6, 7, 8), 4, (4,)))])
+    masks = Window(4, (backend.info.mask_id,) * 3, 0, (7,))
+    before = backend.step([StepRow(prefix, masks)])
+    copied = backend.open_slot(8, prefix=prefix)
+    for start in (4, 6):
+        backend.step([StepRow(copied, Window(start, (60, 61), 2, (start + 2,)))])
+    assert backend.step([StepRow(prefix, masks)]) == before
+    backend.close()
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_graph_with_static_shapes_answers_like_the_one_without(family: str) -> None:
     device = load(tiny_folder(family, "device"), **CPU)
@@ -219,6 +241,13 @@ def test_an_fp16_artefact_keeps_half_the_bytes_and_the_answers(family: str) -> N
     found = compare_backends(full, half, [[5, 6, 7, 8], [9] * 11], params)
     assert found.token_agreement >= 0.98
     assert found.mean_confidence_error <= 5e-3
+
+
+def test_int4_for_cuda_leaves_out_what_its_kernels_cannot_multiply() -> None:
+    layers = read_manifest(tiny_folder("llada", "int4-fp16")).transformer.num_layers
+    for stored, in_full in (("int4", 1), ("int4-fp16", 1 + layers)):  # the head; 96 inputs
+        kinds = [n.op_type for n in onnx_of(tiny_folder("llada", stored) / "model.onnx").node]
+        assert kinds.count("MatMul") == in_full
 
 
 @pytest.mark.gpu

@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     large.add_argument("--cached", type=int, default=640, help="tokens before the window")
     large.add_argument("--width", type=int, action="append", help="of a window; repeat")
     large.add_argument("--steps", type=int, default=60)
-    large.add_argument("--layers", type=int, nargs=2, default=[2, 6], help="to compare lowerings")
     large.add_argument("--seconds", type=float, default=500, help="begin nothing new after that")
     large.add_argument("--folder", type=Path, help="for the artefacts; default: a temporary one")
     large.set_defaults(run=_large)
@@ -77,7 +76,6 @@ def _large(arguments: argparse.Namespace, note: Any) -> dict[str, Any]:
         device=arguments.device,
         cached=arguments.cached,
         steps=arguments.steps,
-        layers=tuple(arguments.layers),
         budget_s=arguments.seconds,
         folder=arguments.folder,
     )

@@ -1,16 +1,15 @@
-"""A large shape with random weights: onnxruntime next to torch, and two lowerings of attention.
+"""A large shape with random weights: onnxruntime next to torch.
 
 The time of a step depends on shapes, not on what the weights are, so the stored tensors are filled
 with a repeated piece of noise, quantized ones with noise as well.
 """
 
 import gc
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,6 @@ import numpy as np
 
 from d2f_export.artefact import Description, describe, file_info
 from d2f_export.graph_builder import OPSET, Array, Stored, Weights
-from d2f_export.onnx_bench.lowering import compare_lowerings
 from d2f_export.onnx_graph import StepGraph, step_graph
 from d2f_export.quantize import Quantization
 from d2f_export.weights import write_graphs
@@ -38,7 +36,6 @@ __all__ = ["LargeSettings", "time_large", "write_random"]
 BLOCK: Final = 32
 NOISE: Final = 1 << 24  # elements
 WARM_UP: Final = 5
-FUSED: Final = "ORT_FPA_INTB_GEMM"  # lets MatMulNBits multiply more than 16 rows in 4 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,6 @@ class LargeSettings:
         cached: tokens before the window.
         widths: of windows.
         steps: of each measurement.
-        layers: two depths at which the lowerings are compared, so that a layer is their difference.
         budget_s: seconds after which no further measurement begins.
         folder: for the artefacts; None is a temporary one.
     """
@@ -65,7 +61,6 @@ class LargeSettings:
     cached: int = 640
     widths: Sequence[int] = (32, 128)
     steps: int = 60
-    layers: tuple[int, int] = (2, 6)
     budget_s: float = 500.0
     folder: Path | None = None
 
@@ -75,7 +70,7 @@ def time_large(
 ) -> dict[str, Any]:
     """Run everything that fits into the budget; `note` gets the results so far, again and again."""
     ends = time.perf_counter() + settings.budget_s
-    stages: dict[str, Callable[[], Any]] = {"lowerings": partial(_lowerings, settings)}
+    stages: dict[str, Callable[[], Any]] = {}
     for quantization in settings.quantizations:
         stages[f"onnx {quantization}"] = partial(_time_onnx, settings, quantization)
     for name in settings.torch:
@@ -110,20 +105,24 @@ def write_random(config: TransformerConfig, quantization: Quantization, folder: 
 
 
 def _noise(stored: Sequence[Stored]) -> list[Array]:
+    return [np.resize(_piece(_kind(t), t.dtype), t.shape) for t in stored]
+
+
+def _kind(tensor: Stored) -> str:
+    if tensor.name.endswith(".scale"):
+        return "scale"
+    return "norm" if "norm" in tensor.name else "matrix"
+
+
+@cache
+def _piece(kind: str, dtype: str) -> Array:
     rng = np.random.default_rng(0)
-    arrays: list[Array] = []
-    for tensor in stored:
-        size = int(np.prod(tensor.shape))
-        if tensor.dtype in ("uint8", "int8"):
-            piece = rng.integers(0, 256, min(size, NOISE), dtype=np.uint8).view(tensor.dtype)
-        elif tensor.name.endswith(".scale"):
-            piece = np.full(min(size, NOISE), 0.005, tensor.dtype)
-        else:
-            is_norm = "norm" in tensor.name
-            noise = rng.standard_normal(min(size, NOISE), dtype=np.float32)
-            piece = (noise * 0.02 + is_norm).astype(tensor.dtype)
-        arrays.append(np.resize(piece, size).reshape(tensor.shape))
-    return arrays
+    if dtype in ("uint8", "int8"):
+        return rng.integers(0, 256, NOISE, dtype=np.uint8).view(dtype)
+    if kind == "scale":
+        return np.full(NOISE, 0.005, dtype)
+    noise = rng.standard_normal(NOISE, dtype=np.float32) * 0.02
+    return (noise + (kind == "norm")).astype(dtype)
 
 
 def _time_onnx(settings: LargeSettings, quantization: Quantization) -> dict[str, Any]:
@@ -135,14 +134,6 @@ def _time_onnx(settings: LargeSettings, quantization: Quantization) -> dict[str,
         found["write_s"] = round(time.perf_counter() - began, 2)
         found["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         found |= _time_loaded(settings, folder)
-        if quantization == "int4-fp16" and settings.device != "cpu":
-            os.environ[FUSED] = "1"  # read when a session is made
-            try:
-                found[FUSED] = _time_loaded(settings, folder)
-            except Exception as failure:
-                found[FUSED] = {"failure": repr(failure)[:1000]}
-            finally:
-                del os.environ[FUSED]
     return found
 
 
@@ -196,20 +187,3 @@ def _time_torch(settings: LargeSettings, quantization: str, ends: float) -> dict
         checks=False,
     )
     return time_steps(steps)
-
-
-def _lowerings(settings: LargeSettings) -> dict[str, Any]:
-    config = SHAPES[settings.shape]
-    dtype: Quantization = "fp32" if settings.device == "cpu" else "fp16"
-    return {
-        f"{depth} layers": compare_lowerings(
-            replace(config, num_layers=depth),
-            dtype,
-            settings.device,
-            cached=min(settings.cached, config.max_len // 2),
-            widths=settings.widths,
-            steps=settings.steps,
-            fill=_noise,
-        )
-        for depth in settings.layers
-    }

@@ -32,6 +32,7 @@ BYTES_PER_THREAD: Final = 4 << 20  # fewer weights than this are read faster by 
 
 CUDA: Final = "CUDAExecutionProvider"
 CPU: Final = "CPUExecutionProvider"
+MIN_CUDA: Final = (1, 31)  # the oldest whose CUDA attention was run
 WHEELS: Final = ("onnxruntime", "onnxruntime-gpu")
 TYPES: Final = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -104,6 +105,8 @@ def _open(graph: Path, manifest: Manifest, providers: list[Any]) -> ort.Inferenc
     options.log_severity_level = 3
     if providers != [CPU]:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        # else it makes 16 bits of int4 first, in every step of more than 16 rows
+        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     # NOTE: spinning stays on; stopping it after each run costs 1 ms to wake the threads.
     try:
         session = ort.InferenceSession(str(graph), options, providers=providers)
@@ -175,7 +178,13 @@ def choose_device(device: str, stored: str) -> tuple[tuple[str, int], list[Any]]
         raise UnsupportedModel(
             f"device is {device!r} but this onnxruntime has no CUDA; install d2f-stream[edge-gpu]"
         )
+    if _version(ort.__version__) < MIN_CUDA:
+        raise UnsupportedModel(
+            f"CUDA needs onnxruntime-gpu {'.'.join(map(str, MIN_CUDA))} or newer, but "
+            f"{ort.__version__} is installed; update it, or use device='cpu'"
+        )
     ort.preload_dlls()  # CUDA's libraries, where they are Python packages
+    ort.set_default_logger_severity(3)  # it warns of a plugin that it does not need
     number = int(index or 0)
     options = {
         "device_id": number,

@@ -23,25 +23,9 @@ from d2f_runtime.manifest import Manifest
 __all__ = ["OnnxSlot"]
 
 PAST_STEP: Final = 32  # tokens
+ALIGNED: Final = 4  # columns of past and window; of others CUDA's fused attention takes no mask
 
 Array = npt.NDArray[Any]
-
-
-class _Memory:
-    """An array on the device, by its address."""
-
-    def __init__(self, array: Array, kind: str, index: int) -> None:
-        self._host: Array | None = array if kind == "cpu" else None
-        self._device: Any = None
-        self.address = array.ctypes.data
-        if self._host is None:
-            self._device = ort.OrtValue.ortvalue_from_numpy(array, kind, index)
-            self.address = self._device.data_ptr()
-
-    def read(self) -> Array:
-        """Return the content, on the host."""
-        copy: Array = self._device.numpy() if self._host is None else self._host
-        return copy
 
 
 @dataclass(slots=True)
@@ -69,8 +53,8 @@ class OnnxSlot:
     _device: tuple[str, int]
     _dtype: Any
     _rows: int
-    _memory: _Memory
-    _states: tuple[_Memory, _Memory]
+    _cache: list[ort.OrtValue]
+    _states: tuple[ort.OrtValue, ort.OrtValue]
     _current: int
     _bindings: dict[int, _Binding]
 
@@ -87,9 +71,9 @@ class OnnxSlot:
         cached = None
         if source is not None:
             self.num_cached = source.num_cached
-            cached = source._memory.read()[:, : source.num_cached]
-            last = source._states[source._current].read().copy()
-        self._states = (_Memory(last, *self._device), _Memory(state.copy(), *self._device))
+            cached = source._cached()
+            last = source._states[source._current].numpy().copy()
+        self._states = (self._placed(last), self._placed(state.copy()))
         if session.fixed is not None:  # it reads all its columns and writes all its rows
             capacity = session.fixed.capacity + session.fixed.width
         self._reserve(capacity, cached)
@@ -107,13 +91,13 @@ class OnnxSlot:
             answers: [4, 1, R], gets the proposals.
         """
         if start + width > self._rows:  # rarely: what is beyond the capacity is never cached
-            self._reserve(start + width, self._memory.read()[:, : self.num_cached])
+            self._reserve(start + width, self._cached())
         binding = self._bindings.get(id(session))
         if binding is None:
             binding = self._bindings[id(session)] = _Binding(session.session.io_binding())
         for name, array in host.items():
             binding.io.bind_cpu_input(name, array)
-        self._bind_past(binding, session, start)
+        self._bind_past(binding, session, start, width)
         self._bind_new(binding, start, width)
         if self._manifest.shift_logits:
             self._bind_state(binding)
@@ -124,10 +108,10 @@ class OnnxSlot:
     def read(self, session: StepSession, start: int) -> dict[str, Array]:
         """Return the inputs that `bind` leaves on the device, on the host."""
         stop = start if session.fixed is None else session.fixed.capacity
-        layers = zip(self._places(0), self._memory.read(), strict=True)
-        found = {f"past.{name}": array[None, :stop] for (name, _), array in layers}
+        parts = zip(self._places(0), self._cache, strict=True)
+        found = {f"past.{name}": value.numpy()[None, :stop] for (name, _), value in parts}
         if self._manifest.shift_logits:
-            found["last_hidden"] = self._states[self._current].read()
+            found["last_hidden"] = self._states[self._current].numpy()
         return found
 
     def keep(self, start: int, num_to_cache: int) -> None:
@@ -136,15 +120,34 @@ class OnnxSlot:
             self._current = 1 - self._current
         self.num_cached = start + num_to_cache
 
-    def _reserve(self, rows: int, cached: Array | None) -> None:
+    def _reserve(self, rows: int, cached: list[Array] | None) -> None:
         """Make room for rows of K/V. Zeros: rows that are bound but unused must be finite."""
-        names, width = 2 * self._manifest.transformer.num_layers, self._width
-        array = np.zeros((names, rows, width), self._dtype)
-        if cached is not None:
-            array[:, : cached.shape[1]] = cached
-        self._memory, self._rows = _Memory(array, *self._device), rows
+        number, shape = 2 * self._manifest.transformer.num_layers, (rows, self._width)
+        values: list[ort.OrtValue] = []
+        for index in range(number):
+            if cached is None and index and self._device[0] != "cpu":
+                values.append(self._copied(values[0]))  # cheaper than sending zeros
+                continue
+            array = np.zeros(shape, self._dtype)
+            if cached is not None:
+                array[: len(cached[index])] = cached[index]
+            values.append(self._placed(array))
+        self._cache, self._rows = values, rows  # not before: what is cached may lie in the old ones
         for binding in self._bindings.values():
             binding.past, binding.place = -1, (-1, -1)
+
+    def _cached(self) -> list[Array]:
+        return [value.numpy()[: self.num_cached] for value in self._cache]
+
+    def _placed(self, array: Array) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(array, *self._device)
+
+    def _copied(self, value: ort.OrtValue) -> ort.OrtValue:
+        """Copy from device to device."""
+        shape = value.shape()
+        other = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, *self._device)
+        other.update_inplace(value)
+        return other
 
     @property
     def _width(self) -> int:
@@ -153,14 +156,20 @@ class OnnxSlot:
 
     def _places(self, row: int) -> list[tuple[str, int]]:
         """Return the name of each layer's keys and values, and the address of their row."""
-        size = self._width * np.dtype(self._dtype).itemsize
+        offset = row * self._width * np.dtype(self._dtype).itemsize
         names = (f"{i}.{x}" for i in range(self._manifest.transformer.num_layers) for x in "kv")
-        first = self._memory.address + row * size
-        return [(name, first + index * self._rows * size) for index, name in enumerate(names)]
+        parts = zip(names, self._cache, strict=True)
+        return [(name, value.data_ptr() + offset) for name, value in parts]
 
-    def _bind_past(self, binding: _Binding, session: StepSession, start: int) -> None:
-        """Bind the cached rows, and some more: `start` masks them."""
-        stop = min(-(-start // PAST_STEP) * PAST_STEP, self._rows)
+    def _num_columns(self, start: int, width: int) -> int:
+        """Return how many columns to bind: the cached ones and some more, which `start` masks."""
+        rounded = -(-start // PAST_STEP) * PAST_STEP + -width % ALIGNED
+        if rounded > self._rows:
+            rounded = start + -(start + width) % ALIGNED
+        return min(rounded, self._rows)
+
+    def _bind_past(self, binding: _Binding, session: StepSession, start: int, width: int) -> None:
+        stop = self._num_columns(start, width)
         if session.fixed is not None:
             stop = session.fixed.capacity
         if binding.past == stop:
@@ -184,7 +193,7 @@ class OnnxSlot:
         if binding.kept == other:
             return
         shape = (1, self._manifest.transformer.hidden_size)
-        last, kept = self._states[self._current].address, self._states[other].address
+        last, kept = self._states[self._current].data_ptr(), self._states[other].data_ptr()
         binding.io.bind_input("last_hidden", *self._device, self._dtype, shape, last)
         binding.io.bind_output("kept", *self._device, self._dtype, shape, kept)
         binding.kept = other
