@@ -22,8 +22,10 @@ __all__ = [
     "UNTRAINED",
     "Records",
     "Run",
+    "named",
     "runs_of",
     "setting_of",
+    "settings_of",
 ]
 
 UNTRAINED: Final = "no training"  # the teacher's weights, decoded block-causally
@@ -102,7 +104,19 @@ def setting_of(name: str | None) -> Distillation | None:
     raise SystemExit(f"there is no setting {name!r}; there are: {', '.join(map(repr, SETTINGS))}")
 
 
-def _settings_of(studies: Iterable[str]) -> list[str]:
+def named(settings: Sequence[str]) -> list[str]:
+    """Return the settings, each once.
+
+    Raises:
+        SystemExit: one is unknown.
+    """
+    for name in settings:
+        if name != UNTRAINED:
+            setting_of(name)
+    return list(dict.fromkeys(settings))
+
+
+def settings_of(studies: Iterable[str]) -> list[str]:
     """Return the settings of the studies, each once, in order.
 
     Raises:
@@ -116,10 +130,9 @@ def _settings_of(studies: Iterable[str]) -> list[str]:
 
 
 def runs_of(
-    studies: Iterable[str], seeds: Sequence[int], *, steps: int, problems: int, recipe: str
+    settings: Sequence[str], seeds: Sequence[int], *, steps: int, problems: int, recipe: str
 ) -> list[Run]:
     """Return all runs, those of the first seed first: a queue that is cut short compares all."""
-    settings = _settings_of(studies)
     return [
         Run(setting, seed, 0 if setting == UNTRAINED else steps, problems, recipe)
         for seed in seeds

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from d2f_export.ablations_lab import Lab
     from d2f_export.ablations_queue import Teachers
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "note_origin", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
         "--study", nargs="+", metavar="NAME", help="default: all, most telling first"
+    )
+    parser.add_argument(
+        "--setting", nargs="+", metavar="NAME", help="these, in this order, instead of studies"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--recipe", choices=["embedded", "tiny"], default="embedded")
@@ -45,13 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from d2f_export.ablations import STUDIES, Records, runs_of
+    from d2f_export.ablations import STUDIES, Records, named, runs_of, settings_of
     from d2f_export.ablations_queue import Queue, run_queue
     from d2f_export.embedded import RECIPES
     from d2f_export.processes import Places
 
     every = runs_of(
-        arguments.study or STUDIES,
+        named(arguments.setting) if arguments.setting else settings_of(arguments.study or STUDIES),
         arguments.seeds,
         steps=arguments.steps or RECIPES[arguments.recipe].study.steps,
         problems=arguments.problems,
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     records = Records(arguments.output / "records.jsonl")
     left = [run for run in every if run not in records]
     if left:
-        _note_origin(arguments.output / "records.runs.jsonl")
+        note_origin(arguments.output / "records.runs.jsonl")
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.completed} of {task.total} runs"),
@@ -121,8 +124,8 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _note_origin(path: Path) -> None:
-    """Append where the next records come from."""
+def note_origin(path: Path) -> None:
+    """Append to a file of JSON lines where the next records come from."""
     from d2f_runtime.bench.record import environment
 
     command = shlex.join(["python", "-m", "d2f_export", *sys.argv[1:]])

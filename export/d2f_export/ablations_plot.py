@@ -5,6 +5,7 @@ share teacher, problems and noise; the figure shows nothing but these difference
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ Runs = Mapping[tuple[str, int], Record]  # by setting and seed
 
 # Colours that people with any colour vision tell apart (Okabe and Ito).
 SERIES: Final = {16: "#0072b2", 32: "#d55e00"}
-MARKERS: Final = "osD^v"  # of the seeds
+MARKERS: Final = "osD^vP"  # of the teachers
 ACTIVE: Final = 4  # of the points, the figure shows those with so many active blocks
 POINTS: Final = {(16, 4): "16, four", (16, 1): "16, one", (32, 4): "32, four", (32, 1): "32, one"}
 WIDEST: Final = 16.0  # points of accuracy; a difference beyond is written, not drawn
+STUDENT_T: Final = (4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # 97.5 % of it, from two degrees of freedom
 APART: Final = 0.34  # of the two series of a row; rows are 1 apart
 
 
@@ -72,36 +74,32 @@ def plot_ablations(records: Sequence[Path], output: Path) -> None:
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-    _add_legend(figure, sorted({seed for _, seed in runs}))
+    _add_legend(figure, _teachers(runs))
     figure.savefig(output, dpi=144)
     pyplot.close(figure)
 
 
 def tables(records: Sequence[Path]) -> str:
-    """Return a Markdown table for each study over the seeds that all its settings have.
+    """Return a Markdown table for each study: figures, and differences from the published setting.
 
-    A cell is the mean and, in brackets, each seed in order; the last column is the difference from
-    the published setting, of the mean of the four points.
+    A figure is the mean of a run's four points, and of the runs of one teacher; there is one for
+    each teacher. Differences have their mean before them, with half of its 95 % interval, for
+    teachers that are a sample of all.
     """
     runs, text = _read(records), ""
+    teachers = _teachers(runs)
     for study, names in _studies(runs):
-        seeds = _shared(runs, names)
-        head = " | ".join(POINTS.values())
-        text += f"{study}, seeds {', '.join(map(str, seeds))}\n\n"
-        text += f"| setting | {head} | tokens per step | against published |\n|{'---|' * 7}\n"
+        text += f"{study}: {', '.join(teachers)}\n\n| setting |"
+        text += " right, % | against published | tokens per step | against published |\n"
+        text += f"|{'---|' * 5}\n"
         for name in names:
-            cells = [
-                _cell([100 * _value(runs[name, seed], point, "accuracy") for seed in seeds])
-                for point in POINTS
-            ]
-            steps = [
-                statistics.mean(_value(runs[name, seed], p, "tokens_per_step") for seed in seeds)
-                for p in POINTS
-            ]
-            gains = [_gain(runs, name, seed) for seed in seeds]
-            cells.append(" / ".join(f"{value:.1f}" for value in steps))
-            cells.append("" if name == PUBLISHED else _cell(gains, sign="+"))
-            text += f"| {_label(study, name)} | {' | '.join(cells)} |\n"
+            text += f"| {_label(study, name)} |"
+            for measure, factor in (("accuracy", 100.0), ("tokens_per_step", 1.0)):
+                values = _by_teacher(runs, name, measure, factor, against=False)
+                gains = _by_teacher(runs, name, measure, factor, against=True)
+                gain = "" if name == PUBLISHED else _gain(gains, teachers)
+                text += f" {_each(values, teachers)} | {gain} |"
+            text += "\n"
         text += "\n"
     return text
 
@@ -115,7 +113,7 @@ def _studies(runs: Runs) -> Iterator[tuple[str, list[str]]]:
     """Yield each study with those of its settings that share a seed with the published one."""
     for study, names in STUDIES.items():
         kept = [name for name in names if _shared(runs, [name, PUBLISHED])]
-        if len(kept) > 1 and _shared(runs, kept):
+        if len(kept) > 1:
             yield study, kept
 
 
@@ -135,8 +133,8 @@ def _draw_row(
     *,
     widest: float = float("inf"),
 ) -> None:
-    """Draw a marker for each seed and a bar for their mean, or write what is too far off."""
-    far = []
+    """Draw a marker for each seed and a bar for the teachers' mean, or write what is too far."""
+    far, teachers = [], _teachers(runs)
     for number, (size, colour) in enumerate(SERIES.items()):
         at = place + APART * (number - 0.5)
         seeds = _shared(runs, [setting, PUBLISHED])
@@ -152,16 +150,24 @@ def _draw_row(
             far.append(f"{', '.join(f'{value:+.0f}' for value in values)} (blocks of {size})")
             continue
         for seed, value in zip(seeds, values, strict=True):
-            marker = MARKERS[seed % len(MARKERS)]
+            marker = _marker(teachers, _teacher(runs[setting, seed]))
             axes.plot(value, at, marker=marker, color=colour, markerfacecolor="none", markersize=6)
-        axes.vlines(statistics.mean(values), at - 0.15, at + 0.15, color=colour, linewidth=3)
+        of_teacher: dict[str, list[float]] = {}
+        for seed, value in zip(seeds, values, strict=True):
+            of_teacher.setdefault(_teacher(runs[setting, seed]), []).append(value)
+        mean = statistics.mean(map(statistics.mean, of_teacher.values()))
+        axes.vlines(mean, at - 0.15, at + 0.15, color=colour, linewidth=3)
     if far:
         text = "too far to draw: " + "; ".join(far).replace("-", "\N{MINUS SIGN}")
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(0.4 - widest, place, text, va="center", fontsize=8, bbox=white)
 
 
-def _add_legend(figure: Any, seeds: Sequence[int]) -> None:
+def _marker(teachers: Sequence[str], teacher: str) -> str:
+    return MARKERS[teachers.index(teacher) % len(MARKERS)]
+
+
+def _add_legend(figure: Any, teachers: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -170,10 +176,13 @@ def _add_legend(figure: Any, seeds: Sequence[int]) -> None:
     ]
     handles += [
         Line2D([], [], linestyle="", color="black", markerfacecolor="none",
-               marker=MARKERS[seed % len(MARKERS)], label=f"seed {seed}")
-        for seed in seeds
+               marker=_marker(teachers, teacher), label=teacher.replace("-", " "))
+        for teacher in teachers
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False,
+        columnspacing=1.2, handlelength=1.4,
+    )  # fmt: skip
 
 
 def _label(study: str, setting: str) -> str:
@@ -190,16 +199,41 @@ def _value(run: Record, point: tuple[int, int], measure: str) -> float:
     return value
 
 
-def _gain(runs: Runs, setting: str, seed: int) -> float:
-    """Return by how many points a run is above the published one of its seed, over all points."""
-    return 100 * statistics.mean(
-        _value(runs[setting, seed], point, "accuracy")
-        - _value(runs[PUBLISHED, seed], point, "accuracy")
-        for point in POINTS
-    )
+def _teacher(run: Record) -> str:
+    return str(run["teacher"])
 
 
-def _cell(values: Sequence[float], sign: str = "") -> str:
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    each = " / ".join(f"{value:{sign}.1f}" for value in values)
-    return (mean if len(values) == 1 else f"{mean} ({each})").replace("-", "\N{MINUS SIGN}")
+def _teachers(runs: Runs) -> list[str]:
+    """Return those that the published setting was run with, in order of its seeds."""
+    seeds = _shared(runs, [PUBLISHED])
+    return list(dict.fromkeys(_teacher(runs[PUBLISHED, seed]) for seed in seeds))
+
+
+def _by_teacher(
+    runs: Runs, setting: str, measure: str, factor: float, *, against: bool
+) -> dict[str, float]:
+    """Return for each teacher a setting's measure, or how far it is above the published one."""
+    found: dict[str, list[float]] = {}
+    for seed in _shared(runs, [setting, PUBLISHED]):
+        run, other = runs[setting, seed], runs[PUBLISHED, seed]
+        value = statistics.mean(
+            _value(run, point, measure) - against * _value(other, point, measure)
+            for point in POINTS
+        )
+        found.setdefault(_teacher(run), []).append(factor * value)
+    return {teacher: statistics.mean(values) for teacher, values in found.items()}
+
+
+def _each(values: Mapping[str, float], teachers: Sequence[str], sign: str = "") -> str:
+    """Return the figure of each teacher, a dash where there is none."""
+    cells = [f"{values[name]:{sign}.1f}" if name in values else "\N{EN DASH}" for name in teachers]
+    return " / ".join(cells).replace("-", "\N{MINUS SIGN}")
+
+
+def _gain(values: Mapping[str, float], teachers: Sequence[str]) -> str:
+    """Return the mean over the teachers, half of its interval if there is one, and each."""
+    text = f"{statistics.mean(values.values()):+.1f}".replace("-", "\N{MINUS SIGN}")
+    if len(values) > 2:  # two say next to nothing of their spread
+        error = statistics.stdev(values.values()) / math.sqrt(len(values))
+        text += f" \N{PLUS-MINUS SIGN} {STUDENT_T[len(values) - 3] * error:.1f}"
+    return f"{text} ({_each(values, teachers, '+')})"

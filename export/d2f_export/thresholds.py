@@ -1,7 +1,8 @@
 """What the decoder's settings trade: block sizes, thresholds and acceptance rules on one model.
 
 Needs no training, and on a GPU a few seconds for each setting. The systems that D2F is compared
-with, and speed, are the sweep benchmark's (d2f_runtime.bench sweep).
+with, and speed, are the sweep benchmark's (d2f_runtime.bench sweep). Records hold what became of
+each problem, so that settings can be compared on the same ones.
 """
 
 import argparse
@@ -11,14 +12,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from d2f_runtime.adaptive import JointThresholdPolicy
 from d2f_runtime.backends.base import Backend
 from d2f_runtime.policy import AcceptancePolicy, ThresholdPolicy
 from d2f_stream.params import GenerationParams, ParamOverrides
 
-__all__ = ["FactorPolicy", "Setting", "add_arguments", "settings"]
+if TYPE_CHECKING:
+    from d2f_export.evaluate import Answer
+    from d2f_export.problems import Problem
+    from d2f_runtime.models.transformer import Transformer
+    from d2f_runtime.tokenizer import TextCodec
+
+__all__ = ["FactorPolicy", "Setting", "add_arguments", "round_weights", "settings"]
 
 Rule = Literal["token", "joint", "factor"]
 VALUES: Final = (0.9, 0.99, 0.95, 0.8, 0.7, 0.5)
@@ -106,7 +113,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="where the folder has none")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; goes on from there")
     parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--block-size", type=int, nargs="+", help="these only")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--rounded", action="store_true", help="a checkpoint's weights as an int8 artefact has them"
+    )
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
     parser.set_defaults(run=run)
 
@@ -116,28 +127,48 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    from d2f_export.ablations_command import note_origin
     from d2f_export.evaluate import decode_all, held_out, report
     from d2f_runtime.tokenizer import Tokenizer
 
     end, output = time.monotonic() + arguments.max_seconds, arguments.output
-    backend = _opened(arguments.model, arguments.device)
+    name = arguments.model.name + (", rounded" if arguments.rounded else "")
+    backend = _opened(arguments.model, arguments.device, rounded=arguments.rounded)
     codec = Tokenizer(arguments.tokenizer or arguments.model / "tokenizer.json")
     sample, every = held_out(arguments.problems), list(settings())
+    if arguments.block_size:
+        every = [setting for setting in every if setting.params.block_size in arguments.block_size]
     prompts = [codec.encode(problem.question) for problem in sample]
     done = _recorded(output)
+    note_origin(output.with_suffix(".runs.jsonl"))
     with Progress(console=Console(stderr=True)) as bar:
         for setting in bar.track(every, description="settings"):
-            key = (arguments.model.name, len(sample), setting.to_dict())
+            key = (name, len(sample), setting.to_dict())
             if key in done or time.monotonic() > end:
                 continue
             answers = decode_all(backend, prompts, setting.params, policy=setting.policy)
-            result = report(arguments.model.name, setting.to_dict(), sample, answers, codec)
+            result = report(name, setting.to_dict(), sample, answers, codec)
+            record = result.to_dict() | _each(sample, answers, codec)
             with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result.to_dict()) + "\n")
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
             bar.console.print(result.line(), highlight=False, markup=False, soft_wrap=True)
 
 
-def _opened(folder: Path, device: str) -> Backend:
+def _each(
+    sample: Sequence["Problem"], answers: Sequence["Answer"], codec: "TextCodec"
+) -> dict[str, Any]:
+    """Return for each problem whether it was right, its useful tokens and its steps."""
+    from d2f_export.problems import is_correct
+
+    right = [is_correct(p, codec.decode(a.tokens)) for p, a in zip(sample, answers, strict=True)]
+    return {
+        "right": "".join(str(int(ok)) for ok in right),
+        "tokens": [answer.num_useful for answer in answers],
+        "steps": [answer.num_steps for answer in answers],
+    }
+
+
+def _opened(folder: Path, device: str, *, rounded: bool) -> Backend:
     """Open an artefact as it is, and a checkpoint in fp32: many rows a step need no fast step."""
     from d2f_runtime.backends import choose_backend, open_backend
 
@@ -151,7 +182,22 @@ def _opened(folder: Path, device: str) -> Backend:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_checkpoint(folder, device=device, dtype=torch.float32)
+    if rounded:
+        round_weights(model)
     return TorchBackend(model, name=folder.name, device=device, runner="plain")
+
+
+def round_weights(model: "Transformer") -> None:
+    """Give every matrix the weights that it has in an int8 artefact; products stay in fp32."""
+    import torch
+
+    from d2f_export.quantize import pack_int8
+
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                levels, scales = pack_int8([weight.cpu()])
+                weight.copy_(torch.from_numpy((levels * scales).T))
 
 
 def _recorded(output: Path) -> list[tuple[str, int, dict[str, Any]]]:

@@ -20,7 +20,9 @@ from d2f_export.ablations import (
     UNTRAINED,
     Records,
     Run,
+    named,
     runs_of,
+    settings_of,
 )
 from d2f_export.ablations_lab import Lab
 from d2f_export.ablations_queue import Queue, Teachers, run_queue
@@ -65,11 +67,17 @@ def test_every_setting_is_in_a_study_beside_the_published_one() -> None:
 
 
 def test_the_first_seed_of_all_settings_runs_first_and_each_setting_once() -> None:
-    runs = runs_of(STUDIES, [7, 3], steps=5, problems=3, recipe="tiny")
+    runs = runs_of(settings_of(STUDIES), [7, 3], steps=5, problems=3, recipe="tiny")
     assert [run.seed for run in runs] == [7] * (len(runs) // 2) + [3] * (len(runs) // 2)
     assert len({run.setting for run in runs}) == len(runs) // 2
     assert runs[0].setting == PUBLISHED
     assert {run.steps for run in runs if run.setting == UNTRAINED} == {0}
+
+
+def test_settings_can_be_named_one_by_one() -> None:
+    assert named(["ramp", UNTRAINED, "ramp", PUBLISHED]) == ["ramp", UNTRAINED, PUBLISHED]
+    with pytest.raises(SystemExit, match=r"there is no setting 'x'; there are: 'published', "):
+        named(["ramp", "x"])
 
 
 def test_records_know_what_was_run_and_drop_half_a_line(tmp_path: Path) -> None:
@@ -163,7 +171,9 @@ def test_what_runs_at_the_time_limit_is_ended(lab: Lab) -> None:
 def test_a_study_goes_on_from_what_is_recorded_to_figures(tmp_path: Path) -> None:
     tokenizer, output = tmp_path / "tokenizer.json", tmp_path / "study"
     train_tokenizer(seed=1, num_problems=500).save(str(tokenizer))
-    (published, fresh) = runs_of(["conditioning"], [0], steps=2, problems=1, recipe="tiny")
+    (published, fresh) = runs_of(
+        settings_of(["conditioning"]), [0], steps=2, problems=1, recipe="tiny"
+    )
     Records(output / "records.jsonl").add(asdict(published))
     command = ["ablate", "--recipe", "tiny", "--tokenizer", str(tokenizer), "--gpus"]
     command += ["--output", str(output), "--steps", "2", "--problems", "1"]
@@ -193,8 +203,9 @@ def test_settings_are_compared_with_the_published_one_of_their_seed(
 ) -> None:
     pytest.importorskip("matplotlib")
     records = Records(tmp_path / "records.jsonl")
-    scores = {(PUBLISHED, 0): 0.9, (PUBLISHED, 1): 0.7, ("ramp", 0): 0.88, ("ramp", 1): 0.8}
-    scores |= {("random", 0): 0.5, ("random", 1): 0.5, ("fresh noise", 7): 0.6}
+    scores = {(PUBLISHED, 0): 0.9, (PUBLISHED, 1): 0.7, (PUBLISHED, 2): 0.6, (PUBLISHED, 3): 0.8}
+    scores |= {("ramp", 0): 0.88, ("ramp", 1): 0.8, ("ramp", 2): 0.7, ("ramp", 3): 0.86}
+    scores |= {("random", 0): 0.5, ("fresh noise", 7): 0.6}
     for (setting, seed), accuracy in scores.items():
         point = {"accuracy": accuracy, "tokens_per_step": 7.0}
         points = [
@@ -202,14 +213,20 @@ def test_settings_are_compared_with_the_published_one_of_their_seed(
             for size in (16, 32)
             for active in (4, 1)
         ]
-        records.add({**RECORD, "setting": setting, "seed": seed, "points": points})
+        run = {**RECORD, "setting": setting, "seed": seed, "teacher": "ABCA"[seed % 4]}
+        records.add({**run, "points": points})
     main(["plot", str(records.path), "--output", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").stat().st_size > 0
     shown = capsys.readouterr().out
-    assert "schedule, seeds 0, 1" in shown
-    assert "| monotone | 80.0 (90.0 / 70.0) |" in shown
-    ramp = next(line for line in shown.splitlines() if line.startswith("| ramp |"))
-    assert ramp.endswith("| 7.0 / 7.0 / 7.0 / 7.0 | +4.0 (\N{MINUS SIGN}2.0 / +10.0) |")
+    assert "schedule: A, B, C" in shown
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in shown.splitlines()}
+    assert rows["| monotone"][0] == "85.0 / 70.0 / 60.0"  # seeds 0 and 3 are A's
+    # of Student's distribution for three teachers: 4.30 times the error of the mean, which is 2.67
+    gain = "+7.3 \N{PLUS-MINUS SIGN} 11.5 (+2.0 / +10.0 / +10.0)"
+    assert rows["| ramp"][:2] == ["87.0 / 80.0 / 70.0", gain]
+    assert rows["| ramp"][2] == "7.0 / 7.0 / 7.0"
+    dashes = "/ \N{EN DASH} / \N{EN DASH})"
+    assert rows["| random"][1] == f"\N{MINUS SIGN}40.0 (\N{MINUS SIGN}40.0 {dashes}"
     assert "fresh noise" not in shown  # its seed has no published run
 
 

@@ -87,6 +87,9 @@ def open_accelerator(settings: DistillSettings, *, cpu: bool) -> Any:
         gradient_accumulation_steps=settings.accumulation,
     )
     if is_sharded(accelerator):
+        # Where shards keep a micro-batch for themselves, the next forward pass now and then reads a
+        # wrong row of the head (torch 2.11, on GPUs); see docs/distillation.md.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise InvalidRequest(
