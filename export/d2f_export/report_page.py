@@ -16,6 +16,7 @@ NAMES: Final = {
     "max_error": "largest error",
     "mean_error": "mean error",
     "top1": "same best token",
+    "moved": "beyond the bound: moved when computed again (checkpoint, artefact)",
     "num_prompts": "prompts",
     "num_proposals": "proposals compared",
     "token_agreement": "proposals with the same token",

@@ -201,7 +201,9 @@ def _compare(
     params = manifest.params_for(candidate.info.device)
     params = params.with_overrides({"temperature": 0.0, "lookahead": 0})
     prompts = [question.prompt for question in questions]
-    logits = compare_logits(model, candidate, prompts[:NUM_LOGITS], params)
+    is_exact = found.artefact["quantization"] == "fp32"
+    exact = EXACT if is_exact else float("inf")
+    logits = compare_logits(model, candidate, prompts[:NUM_LOGITS], params, exact=exact)
     found.logits = asdict(logits)
     reference = TorchBackend(model, name="checkpoint", device="cpu", runner="plain")
     decoding = compare_backends(reference, candidate, prompts[:num_compared], params)
@@ -214,7 +216,7 @@ def _compare(
             "questions": len(scored),
         }
     reference.close()
-    if found.artefact["quantization"] == "fp32":
+    if is_exact:
         found.bounds = {
             f"logits within {EXACT:g}": logits.max_error <= EXACT,
             "identical tokens": decoding.token_agreement == decoding.same_answers == 1.0,

@@ -71,6 +71,17 @@ def test_logits_are_those_of_the_checkpoint(family: str) -> None:
     assert found.num_rows >= 48
 
 
+def test_a_step_that_is_off_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, candidate = tiny_model(CONFIGS["llada"]), opened("llada", "fp32")
+    assert isinstance(candidate, OnnxBackend)
+    logits, once = candidate.logits, iter([0.01])
+    monkeypatch.setattr(candidate, "logits", lambda row: logits(row) + next(once, 0.0))
+    found = compare_logits(model, candidate, prompts(1), params_of("llada"), exact=1e-4)
+    assert found.max_error == pytest.approx(0.01, abs=1e-4)
+    assert found.moved[0] == 0.0
+    assert found.moved[1] == pytest.approx(0.01, abs=1e-5)
+
+
 def test_int8_stays_close() -> None:
     reference, candidate = opened("dream", "torch"), opened("dream", "int8")
     assert candidate.info.quantization == "int8"
