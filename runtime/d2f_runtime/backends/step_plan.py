@@ -1,7 +1,7 @@
 """StepPlan: a step's rows as the integers that the fast step reads. Plain Python.
 
 All of this runs between two steps, while the device waits, on caches that the wait has left cold:
-arrays and memory views take a half to a third of what numpy's calls take there.
+arrays and memory views take about half of what numpy's calls take there.
 
 The rows of all sessions stand one after the other. A slot's K/V lie in one span, so a window is
 written where its K/V would be cached, whether or not they will be: caching is then only counting.
