@@ -22,7 +22,7 @@ __all__ = [
     "UNTRAINED",
     "Records",
     "Run",
-    "named",
+    "checked_settings",
     "runs_of",
     "setting_of",
     "settings_of",
@@ -104,7 +104,7 @@ def setting_of(name: str | None) -> Distillation | None:
     raise SystemExit(f"there is no setting {name!r}; there are: {', '.join(map(repr, SETTINGS))}")
 
 
-def named(settings: Sequence[str]) -> list[str]:
+def checked_settings(settings: Sequence[str]) -> list[str]:
     """Return the settings, each once.
 
     Raises:

@@ -48,13 +48,15 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from d2f_export.ablations import STUDIES, Records, named, runs_of, settings_of
+    from d2f_export.ablations import STUDIES, Records, checked_settings, runs_of, settings_of
     from d2f_export.ablations_queue import Queue, run_queue
     from d2f_export.embedded import RECIPES
     from d2f_export.processes import Places
 
     every = runs_of(
-        named(arguments.setting) if arguments.setting else settings_of(arguments.study or STUDIES),
+        checked_settings(arguments.setting)
+        if arguments.setting
+        else settings_of(arguments.study or STUDIES),
         arguments.seeds,
         steps=arguments.steps or RECIPES[arguments.recipe].study.steps,
         problems=arguments.problems,

@@ -20,7 +20,7 @@ from d2f_export.ablations import (
     UNTRAINED,
     Records,
     Run,
-    named,
+    checked_settings,
     runs_of,
     settings_of,
 )
@@ -75,9 +75,13 @@ def test_the_first_seed_of_all_settings_runs_first_and_each_setting_once() -> No
 
 
 def test_settings_can_be_named_one_by_one() -> None:
-    assert named(["ramp", UNTRAINED, "ramp", PUBLISHED]) == ["ramp", UNTRAINED, PUBLISHED]
+    assert checked_settings(["ramp", UNTRAINED, "ramp", PUBLISHED]) == [
+        "ramp",
+        UNTRAINED,
+        PUBLISHED,
+    ]
     with pytest.raises(SystemExit, match=r"there is no setting 'x'; there are: 'published', "):
-        named(["ramp", "x"])
+        checked_settings(["ramp", "x"])
 
 
 def test_records_know_what_was_run_and_drop_half_a_line(tmp_path: Path) -> None:

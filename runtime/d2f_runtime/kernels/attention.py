@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d2f_runtime.kernels.activation import FP8, Activation, quantise_rows, row_scale
 from d2f_runtime.kernels.language import (
+    MULTIPROCESSORS,
     gdc_launch_dependents,
     gdc_wait,
     jit,
@@ -20,11 +21,7 @@ from d2f_runtime.kernels.language import (
     power_of_2,
     tl,
 )
-from d2f_runtime.kernels.streamed_attention import (
-    MULTIPROCESSORS,
-    can_stream,
-    streamed_attention,
-)
+from d2f_runtime.kernels.streamed_attention import can_stream, streamed_attention
 
 __all__ = ["TILE_FIELDS", "attend", "attend_reference", "rows_per_tile", "tile_size"]
 

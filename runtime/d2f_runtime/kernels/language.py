@@ -39,6 +39,7 @@ except ImportError:
 
 __all__ = [
     "HAS_TRITON",
+    "MULTIPROCESSORS",
     "TRITON_VERSION",
     "TensorDescriptor",
     "gdc_launch_dependents",
@@ -49,6 +50,8 @@ __all__ = [
     "power_of_2",
     "tl",
 ]
+
+MULTIPROCESSORS = 132  # of an H100, which tilings are chosen for
 
 
 @functools.cache

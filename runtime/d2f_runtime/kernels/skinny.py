@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2f_runtime.kernels.activation import Activation
 from d2f_runtime.kernels.language import (
+    MULTIPROCESSORS,
     TensorDescriptor,
     gdc_launch_dependents,
     gdc_wait,
@@ -25,7 +26,6 @@ from d2f_runtime.kernels.language import (
 __all__ = ["Tiling", "skinny_product", "skinny_product_reference", "tiling_for"]
 
 MAX_ROWS = 256
-MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True, slots=True)

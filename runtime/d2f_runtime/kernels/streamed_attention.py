@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.kernels.language import (
+    MULTIPROCESSORS,
     gdc_launch_dependents,
     gdc_wait,
     is_hopper,
@@ -38,7 +39,6 @@ __all__ = ["can_stream", "streamed_attention"]
 KEYS = 64  # of a block
 QUERIES = 64  # of a program: the rows of a matrix instruction
 WARPS = 4
-MULTIPROCESSORS = 132  # of an H100
 MAX_ROWS = 512  # more rows run uncaptured, where making tensor maps takes longer than they save
 HEAD_SIZES = (64, 128)
 LOG2_E = 1.4426950408889634

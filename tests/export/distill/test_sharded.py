@@ -70,13 +70,6 @@ def one_micro_batch(rank: int, port: int, folder: Path) -> None:
     with accelerator.accumulate(trainer.distiller):
         accelerator.backward(trainer.distiller(batch))
         assert not accelerator.sync_gradients  # two more come before the optimiser's step
-    print(
-        "GRADS",
-        {
-            n: (type(p).__name__, type(p.grad).__name__)
-            for n, p in trainable(trainer.distiller).items()
-        },
-    )
     missing = [name for name, p in trainable(trainer.distiller).items() if p.grad is None]
     assert not missing, f"not reduced: {missing}"
     accelerator.end_training()

@@ -1,8 +1,5 @@
 """Every kernel equals the plain function beside it, on fresh random inputs and poisoned outputs."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,17 +22,16 @@ from d2f_runtime.kernels.rope import (
 )
 from d2f_runtime.kernels.skinny import Tiling, skinny_product, skinny_product_reference
 from d2f_runtime.kernels.streamed import streamed_product, streamed_rotation
+from kernel_checks import NEEDS_HOPPER, error, random
 
 pytestmark = [
     pytest.mark.torch,
+    pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(
         not HAS_TRITON or not CAN_RUN, reason="needs triton, on a GPU or interpreted"
     ),
 ]
 
-NEEDS_HOPPER = pytest.mark.skipif(
-    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
 
 # fp32 sums in another order
 CLOSE = 1e-5
@@ -44,34 +40,8 @@ CLOSE = 1e-5
 CLOSE_FP8 = 1e-2 if DEVICE == "cuda" else 1e-1
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN, so that what no kernel writes is seen."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
-
-    def empty_like(x: Tensor, **kwargs: Any) -> Tensor:
-        return empty(x.shape, device=x.device, dtype=kwargs.get("dtype", x.dtype))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        patch.setattr(torch, "empty_like", empty_like)
-        yield
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE)
-
-
 def integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def assert_close(found: Activation, wanted: Activation) -> None:

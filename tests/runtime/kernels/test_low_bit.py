@@ -1,13 +1,9 @@
 """Weights of 4 and 8 bits: their order in memory, and each kernel against the plain function."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 
@@ -32,37 +28,13 @@ from d2f_runtime.kernels.low_bit_tiling import (
 from d2f_runtime.kernels.streamed_low_bit import streamed_low_bit_product
 from d2f_runtime.quantization.low_bit_linear import LowBitLinear, pack_low_bit
 from d2f_runtime.quantization.stored import quantise
+from kernel_checks import NEEDS_HOPPER, error, random
 
 pytestmark = pytest.mark.torch
 
 NEEDS_TRITON = pytest.mark.skipif(
     not (HAS_TRITON and CAN_RUN), reason="needs triton, and a GPU or TRITON_INTERPRET=1"
 )
-NEEDS_HOPPER = pytest.mark.skipif(
-    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN, so that what no kernel writes is seen."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        yield
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE)
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,8 +1,5 @@
 """Products of 129 to 256 rows, whose tiles have two sums, equal the plain functions."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,42 +17,22 @@ from d2f_runtime.kernels.streamed import streamed_product, streamed_rotation
 from d2f_runtime.kernels.streamed_low_bit import streamed_low_bit_product
 from d2f_runtime.quantization.low_bit_linear import pack_low_bit
 from d2f_runtime.quantization.stored import quantise
+from kernel_checks import NEEDS_HOPPER, error, random
 
 pytestmark = pytest.mark.torch
 
-NEEDS_HOPPER = pytest.mark.skipif(
-    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-)
 SHARED_MEMORY = 227 * 1024  # of a program on Hopper
 EPILOGUE = 5 * 1024  # what the compiler takes beside the ring
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN, so that what no kernel writes is seen."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        yield
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).bfloat16()
+def random_bf16(*shape: int) -> Tensor:
+    return random(*shape).bfloat16()
 
 
 def operands(
     num_rows: int, outputs: int, features: int, *, fp8: bool
 ) -> tuple[Activation, Tensor, Tensor | None]:
-    x, weight = random(num_rows, features), random(outputs, features)
+    x, weight = random_bf16(num_rows, features), random_bf16(outputs, features)
     return (quantise_rows(x), *quantise_rows(weight)) if fp8 else (Activation(x), weight, None)
 
 
@@ -118,7 +95,7 @@ def test_products(
 def test_rotation(num_rows: int, more: int, fp8: bool) -> None:
     x, weight, scale = operands(num_rows, 1024, 1024, fp8=fp8)
     places = torch.randperm(num_rows, device=DEVICE).to(torch.int32)
-    pools = [random(num_rows, 2, 128) for _ in range(2)]
+    pools = [random_bf16(num_rows, 2, 128) for _ in range(2)]
     wanted_pools = [pool.float() for pool in pools]
     table = torch.randn(num_rows, 128, device=DEVICE)
     keys, values = pools
@@ -143,9 +120,9 @@ def test_rotation(num_rows: int, more: int, fp8: bool) -> None:
 def test_products_of_few_bits(
     quantization: str, num_rows: int, more: int, splits: int, ahead: int
 ) -> None:
-    packed = pack_low_bit(quantise(random(256, 960), quantization))
+    packed = pack_low_bit(quantise(random_bf16(256, 960), quantization))
     assert packed is not None
-    x = random(num_rows, 960)
+    x = random_bf16(num_rows, 960)
     tiling = LowBitTiling(128, 64, 4, 4, splits, ahead, more)
     found = streamed_low_bit_product(x, packed, tiling=tiling, dtype=torch.bfloat16)
     wanted = x.float() @ dequantise_reference(packed)[:, :960].T

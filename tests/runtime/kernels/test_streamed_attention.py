@@ -1,6 +1,5 @@
 """The attention of Hopper GPUs equals the plain function: ragged sessions, foreign and new K/V."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,12 @@ from d2f_runtime.kernels.rope import Rotation
 from d2f_runtime.kernels.skinny import tiling_for
 from d2f_runtime.kernels.streamed import streamed_rotation
 from d2f_runtime.kernels.streamed_attention import can_stream
+from kernel_checks import NEEDS_HOPPER, error, random
 
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        DEVICE != "cuda" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
-    ),
+    NEEDS_HOPPER,
 ]
 
 NO_BORDER = 2**31 - 1
@@ -36,26 +34,8 @@ SESSIONS = (
 NUM_ROWS = 119  # two of which are padding
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN, so that what no kernel writes is seen."""
-    real = torch.empty
-
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        out = real(*args, **kwargs)
-        return out.fill_(float("nan")) if out.dtype.is_floating_point else out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        yield
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).bfloat16()
+def random_bf16(*shape: int) -> Tensor:
+    return random(*shape).bfloat16()
 
 
 def integers(values: Any) -> Tensor:
@@ -95,8 +75,8 @@ def test_ragged_sessions(
     )
     visible = integers(stop for stop, count in seen for _ in range(count))
     positions = integers([*range(100, 120), *range(3), *range(100, 104), *range(418, 508), 0, 0])
-    query = random(NUM_ROWS, heads, size)
-    keys, values = random(1000, num_kv, size), random(1000, num_kv, size)
+    query = random_bf16(NUM_ROWS, heads, size)
+    keys, values = random_bf16(1000, num_kv, size), random_bf16(1000, num_kv, size)
     for start, stop in NOBODYS:
         keys[start:stop] = values[start:stop] = float("nan")
     tiles = tiles_of(SESSIONS, rows_per_tile(NUM_ROWS, heads // num_kv))
@@ -115,10 +95,10 @@ def test_ragged_sessions(
 def test_what_the_kernel_in_front_writes_is_waited_for() -> None:
     """A product writes the window's K/V, attention reads them at once: in a graph, as steps do."""
     num_rows, heads, size, start = 128, 4, 128, 200
-    x, weight = random(num_rows, 1024), random(3 * heads * size, 1024) * 0.05
+    x, weight = random_bf16(num_rows, 1024), random_bf16(3 * heads * size, 1024) * 0.05
     table = torch.zeros(start + num_rows, size, device=DEVICE)
     table[:, : size // 2] = 1.0  # turns nothing
-    keys, values = random(400, heads, size), random(400, heads, size)
+    keys, values = random_bf16(400, heads, size), random_bf16(400, heads, size)
     positions = integers(range(start, start + num_rows))
     visible = integers([start + num_rows] * num_rows)
     tiles = tiles_of([(0, num_rows, 7, NO_BORDER, 0)], rows_per_tile(num_rows, 1))
@@ -141,7 +121,7 @@ def test_what_the_kernel_in_front_writes_is_waited_for() -> None:
     with torch.cuda.graph(graph):
         both = step()
     for _ in range(30):
-        x.copy_(random(num_rows, 1024))
+        x.copy_(random_bf16(num_rows, 1024))
         keys[start + 7 :].normal_()
         values[start + 7 :].normal_()
         graph.replay()
