@@ -106,8 +106,8 @@ async def load(
             taken from the device's memory (torch only). By default 1 GiB of them; where one request
             of the model's full length needs more, that, but at most half of what is free once the
             weights are loaded.
-        warm_up: prepare every step that may occur (on a GPU: compile kernels, capture graphs, half
-            a minute where nothing is compiled yet), so that no request waits for it.
+        warm_up: prepare the steps of one session beforehand (on a GPU: compile kernels, capture
+            graphs; some 20 s where nothing is compiled yet), so that no request waits for that.
 
     Raises:
         InvalidParams: kv_tokens is no positive number.
