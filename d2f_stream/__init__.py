@@ -6,7 +6,7 @@ Importing this package imports msgspec and nothing else: what needs asyncio come
 import importlib
 from typing import TYPE_CHECKING
 
-from d2f_stream.errors import (
+from d2f_stream.core.errors import (
     ConnectionLost,
     D2FError,
     EngineClosed,
@@ -33,7 +33,7 @@ from d2f_stream.errors import (
     UnsupportedModel,
     WorkerLost,
 )
-from d2f_stream.events import (
+from d2f_stream.core.events import (
     Block,
     Draft,
     Event,
@@ -44,12 +44,12 @@ from d2f_stream.events import (
     Timings,
     Usage,
 )
-from d2f_stream.params import GenerationParams, ParamOverrides
-from d2f_stream.presets import PRESETS
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.presets import PRESETS
 
 if TYPE_CHECKING:
     from d2f_stream.api import connect, generate, load
-    from d2f_stream.session import Engine, EngineInfo, Prompt, Result, Session
+    from d2f_stream.core.session import Engine, EngineInfo, Prompt, Result, Session
 
 __all__ = [
     "PRESETS",
@@ -104,7 +104,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "d2f_stream.api": ("connect", "generate", "load"),
-    "d2f_stream.session": ("Engine", "EngineInfo", "Prompt", "Result", "Session"),
+    "d2f_stream.core.session": ("Engine", "EngineInfo", "Prompt", "Result", "Session"),
 }
 
 if not TYPE_CHECKING:  # or a type checker would accept any name

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex, Unpack
 
-from d2f_stream.errors import InvalidRequest
-from d2f_stream.params import GenerationParams, ParamOverrides
-from d2f_stream.session import Engine, Prompt, Session
+from d2f_stream.core.errors import InvalidRequest
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Engine, Prompt, Session
 
 if TYPE_CHECKING:
-    from d2f_stream.shared import SharedEngine
+    from d2f_stream.client.shared import SharedEngine
     from d2f_stream.transformers_streamer import Streamer
 
 __all__ = ["connect", "generate", "load"]
@@ -67,11 +67,11 @@ def generate(
         if feed.wants_drafts:
             overrides.setdefault("drafts", True)
     if isinstance(model, str) and "://" in model:
-        from d2f_stream.shared import shared_remote_engine
+        from d2f_stream.client.shared import shared_remote_engine
 
         model = shared_remote_engine(model, partial(_remote_engine, model))
     elif model is None or isinstance(model, str | Path):
-        from d2f_runtime.opening import shared_engine
+        from d2f_runtime.engine.opening import shared_engine
 
         model = shared_engine(model)
     session = model.generate(prompt, params, **overrides)
@@ -125,7 +125,7 @@ async def load(
         async with connect(model) as remote:
             yield remote
         return
-    from d2f_runtime.opening import open_engine
+    from d2f_runtime.engine.opening import open_engine
 
     async with open_engine(
         model,
@@ -179,16 +179,16 @@ def _remote_engine(
 ) -> "SharedEngine":
     scheme = url.partition("://")[0]
     if scheme in ("mqtt", "mqtts"):
-        from d2f_stream.mqtt_client import connect_mqtt
+        from d2f_stream.client.mqtt_engine import connect_mqtt
 
         return connect_mqtt(url, token=token, reconnect_timeout_s=reconnect_timeout_s)
     if scheme not in ("ws", "wss"):
         raise InvalidRequest(
             f"{scheme}:// is no address of a model; it must be one of ws, wss, mqtt, mqtts"
         )
-    from d2f_stream.backoff import Backoff
     from d2f_stream.channels.websocket import check_url, open_websocket
-    from d2f_stream.client import RemoteEngine
+    from d2f_stream.client.backoff import Backoff
+    from d2f_stream.client.websocket_engine import RemoteEngine
 
     dial = partial(open_websocket, check_url(url), token=token)
     return RemoteEngine(dial, backoff=Backoff(timeout_s=reconnect_timeout_s))

@@ -20,13 +20,13 @@ from typing import Final, Protocol, cast
 import msgspec
 
 from d2f_stream import __version__
-from d2f_stream.errors import D2FError, InvalidPrompt, InvalidRequest
-from d2f_stream.events import StreamFailed
-from d2f_stream.pacing import paced
-from d2f_stream.params import GenerationParams, ParamOverrides
+from d2f_stream.core.errors import D2FError, InvalidPrompt, InvalidRequest
+from d2f_stream.core.events import StreamFailed
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Engine
 from d2f_stream.server import command
-from d2f_stream.session import Engine
-from d2f_stream.views import JsonView, TextView, View
+from d2f_stream.terminal.pacing import paced
+from d2f_stream.terminal.views import JsonView, TextView, View
 
 __all__ = ["Loader", "build_parser", "main", "overrides_of"]
 
@@ -36,11 +36,10 @@ INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 
 ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
-    "bench": "d2f_runtime.bench.__main__:main",
     "eval": "d2f_runtime.evaluation.__main__:main",
     "distill": "d2f_export.distill.command:main",
-    "export": "d2f_export.export_command:run_export",
-    "verify": "d2f_export.export_command:run_verify",
+    "export": "d2f_export.onnx.command:run_export",
+    "verify": "d2f_export.onnx.command:run_verify",
 }
 
 
@@ -140,7 +139,7 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
 
 
 def _doctor(*, as_json: bool) -> int:
-    from d2f_stream import doctor
+    from d2f_stream.terminal import doctor
 
     report = doctor.examine()
     if as_json:
@@ -158,7 +157,7 @@ def _view(args: argparse.Namespace, prompt: str) -> View:
     if is_canvas and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
 
-        from d2f_stream.canvas import FRAME_S, LiveCanvas
+        from d2f_stream.terminal.canvas import FRAME_S, LiveCanvas
 
         console = Console(highlight=False)
         if not console.is_dumb_terminal:
@@ -178,7 +177,6 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_arguments(commands.add_parser("serve", help="serve a model to many clients"))
     doctor = commands.add_parser("doctor", help="say what is installed and which backends work")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    commands.add_parser("bench", help="measure speed, memory and scores", add_help=False)
     commands.add_parser("eval", help="run tasks of lm-evaluation-harness", add_help=False)
     commands.add_parser("distill", help="train a D2F student of a diffusion model", add_help=False)
     commands.add_parser("export", help="write a model as a folder for onnxruntime", add_help=False)

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from d2f_stream.buffer import EventBuffer
-from d2f_stream.errors import D2FError, EngineClosed, InvalidParams, MissingExtra
-from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished
-from d2f_stream.session import Result, Session
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import D2FError, EngineClosed, InvalidParams, MissingExtra
+from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.core.session import Result, Session
 
 __all__ = ["Feed", "Streamer", "stream_to"]
 

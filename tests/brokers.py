@@ -18,16 +18,16 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.codec import JSON, Codec
-from d2f_stream.errors import D2FError
-from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.protocol import Cancel, Operation, RequestRejected, Resume, ServerMessage
-from d2f_stream.server.gateway import Gateway
+from d2f_stream.core.errors import D2FError
+from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.server.limits import ServeLimits
-from d2f_stream.server.mqtt import MqttGateway
-from d2f_stream.server.served_stream import ServedStream
-from d2f_stream.server.streams import StreamRegistry
-from d2f_stream.topics import GROUP, OperationTopic
+from d2f_stream.server.mqtt.gateway import MqttGateway
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.wire.codec import JSON, Codec
+from d2f_stream.wire.protocol import Cancel, Operation, RequestRejected, Resume, ServerMessage
+from d2f_stream.wire.topics import GROUP, OperationTopic
 from fakes import engine_over
 from requirements import require_program
 

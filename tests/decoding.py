@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from d2f_runtime.decoder import Accepted, BlockDecoder, Committed
-from d2f_runtime.policy import AcceptancePolicy
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
-from d2f_stream.params import GenerationParams, Tail
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed
+from d2f_runtime.decoding.policy import AcceptancePolicy
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_stream.core.params import GenerationParams, Tail
 from reference_loop import MASK, RefSettings
 
 Attention = Literal["full", "causal", "grid"]

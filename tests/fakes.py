@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from d2f_runtime.backends.base import ModelInfo
 from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
-from d2f_runtime.engine import Limits, LocalEngine
-from d2f_stream.buffer import EventBuffer
-from d2f_stream.events import (
+from d2f_runtime.engine.local import Limits, LocalEngine
+from d2f_runtime.models.facts import ModelInfo
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.events import (
     Block,
     Draft,
     Event,
@@ -21,8 +21,8 @@ from d2f_stream.events import (
     Timings,
     Usage,
 )
-from d2f_stream.params import GenerationParams
-from d2f_stream.session import Session
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.session import Session
 
 STREAM = "stream-1"
 ANSWER = "Block diffusion writes whole blocks — naïve café 🙂 — not single tokens, one by one."

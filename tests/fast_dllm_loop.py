@@ -17,8 +17,8 @@ last block.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from d2f_runtime.decoder import Accepted, BlockDecoder
-from d2f_runtime.window import Proposals, Window
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder
+from d2f_runtime.decoding.window import Proposals, Window
 
 Trace = list[list[tuple[int, int]]]
 """By step what was filled: (canvas position, token)."""

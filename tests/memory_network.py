@@ -7,20 +7,20 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_runtime.engine import Limits
-from d2f_stream.backoff import Backoff
+from d2f_runtime.engine.local import Limits
 from d2f_stream.channels import Channel
 from d2f_stream.channels.memory import MemoryChannel
-from d2f_stream.client import RemoteEngine
-from d2f_stream.codec import JSON, Codec
-from d2f_stream.errors import ConnectionLost, D2FError
-from d2f_stream.events import Event
+from d2f_stream.client.backoff import Backoff
+from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.core.errors import ConnectionLost, D2FError
+from d2f_stream.core.events import Event
+from d2f_stream.core.session import Engine
 from d2f_stream.server.auth import LOCAL, Auth
-from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.limits import ServeLimits
-from d2f_stream.server.served_stream import ServedStream
-from d2f_stream.server.streams import StreamRegistry
-from d2f_stream.session import Engine
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.wire.codec import JSON, Codec
 from fakes import engine_over
 
 

@@ -12,12 +12,12 @@ import openai
 from starlette.applications import Starlette
 
 from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_stream.core.session import Engine
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.metrics import Metrics
-from d2f_stream.server.openai_api import openai_routes
-from d2f_stream.server.streams import StreamRegistry
-from d2f_stream.session import Engine
+from d2f_stream.server.openai.routes import openai_routes
+from d2f_stream.server.streams.registry import StreamRegistry
 from fakes import engine_over
 
 TOKEN = "a-token-of-32-characters-at-least"

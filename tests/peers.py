@@ -2,8 +2,8 @@
 
 from typing import TypeVar
 
-from d2f_stream.events import StreamStarted
-from d2f_stream.protocol import RequestRejected, ServerHello, ServerMessage
+from d2f_stream.core.events import StreamStarted
+from d2f_stream.wire.protocol import RequestRejected, ServerHello, ServerMessage
 
 Kind = TypeVar("Kind", bound=ServerMessage)
 

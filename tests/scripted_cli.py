@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
-from d2f_runtime.engine import LocalEngine
-from d2f_runtime.window import Proposals
+from d2f_runtime.decoding.window import Proposals
+from d2f_runtime.engine.local import LocalEngine
 from d2f_stream import cli
 
 ANSWER = "Six and two make eight. The answer is 8."

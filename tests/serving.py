@@ -15,10 +15,14 @@ from websockets.exceptions import ConnectionClosed
 
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_runtime.engine import Limits
-from d2f_stream.codec import JSON, Codec
-from d2f_stream.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.protocol import (
+from d2f_runtime.engine.local import Limits
+from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.serve import Server
+from d2f_stream.server.settings import ServeSettings
+from d2f_stream.wire.codec import JSON, Codec
+from d2f_stream.wire.protocol import (
     Cancel,
     Generate,
     Operation,
@@ -26,10 +30,6 @@ from d2f_stream.protocol import (
     Resume,
     ServerMessage,
 )
-from d2f_stream.server.auth import Auth
-from d2f_stream.server.limits import ServeLimits
-from d2f_stream.server.serve import Server
-from d2f_stream.server.settings import ServeSettings
 from peers import Expecting
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from d2f_runtime.decoder import Accepted, BlockDecoder, Committed
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 
 M = 99  # the mask
 EOS = 1

@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_runtime.kernels.sampling import forbid, propose, temper
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.sampling import forbid, propose, temper
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
 
 Stored = Literal["torch", "fp32", "fp16", "int8", "int4", "int4-fp16", "device"]
 
@@ -136,7 +136,7 @@ def tiny_folder(family: str, quantization: Stored) -> Path:
     if quantization == "torch":
         save_checkpoint(checkpoint, tiny_model(CONFIGS[family]))
         return checkpoint
-    from d2f_export.artefact import Description, Target, write_artefact
+    from d2f_export.onnx.artefact import Description, Target, write_artefact
 
     tokenizer = root / "tokenizer.json"
     tokenizer.write_text("{}")

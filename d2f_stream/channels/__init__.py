@@ -6,7 +6,7 @@ serves on the other: a websocket, or a pair of queues in one process.
 
 from typing import Protocol
 
-from d2f_stream.codec import Codec
+from d2f_stream.wire.codec import Codec
 
 __all__ = ["Channel", "ChannelClosed"]
 

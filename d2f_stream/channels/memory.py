@@ -9,7 +9,7 @@ from collections import deque
 from typing import Self
 
 from d2f_stream.channels import ChannelClosed
-from d2f_stream.codec import JSON, Codec
+from d2f_stream.wire.codec import JSON, Codec
 
 __all__ = ["MemoryChannel"]
 

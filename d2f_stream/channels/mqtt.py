@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, Final, cast
 
-from d2f_stream.broker import BrokerAddress, LinkDown, LinkUser, Outgoing, Refused
-from d2f_stream.errors import MissingExtra
+from d2f_stream.channels.broker import BrokerAddress, LinkDown, LinkUser, Outgoing, Refused
+from d2f_stream.core.errors import MissingExtra
 
 try:
     import aiomqtt

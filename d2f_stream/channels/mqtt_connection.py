@@ -17,8 +17,8 @@ import ssl
 from collections.abc import Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
-from d2f_stream.broker import Incoming, LinkDown, Outgoing, Refused
-from d2f_stream.errors import MissingExtra
+from d2f_stream.channels.broker import Incoming, LinkDown, Outgoing, Refused
+from d2f_stream.core.errors import MissingExtra
 
 try:
     import aiomqtt

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from d2f_stream.channels import ChannelClosed
-from d2f_stream.codec import JSON, MSGPACK, SUBPROTOCOLS, Codec
-from d2f_stream.errors import (
+from d2f_stream.core.errors import (
     ConnectionLost,
     InvalidRequest,
     MissingExtra,
     ProtocolError,
     Unauthorized,
 )
-from d2f_stream.protocol import Authenticate
+from d2f_stream.wire.codec import JSON, MSGPACK, SUBPROTOCOLS, Codec
+from d2f_stream.wire.protocol import Authenticate
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection

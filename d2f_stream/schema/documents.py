@@ -6,11 +6,18 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from d2f_stream import protocol
-from d2f_stream.codec import JSON, MSGPACK
-from d2f_stream.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.protocol import Cancel, Generate, Operation, RequestRejected, Resume, ServerMessage
-from d2f_stream.topics import (
+from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.wire import protocol
+from d2f_stream.wire.codec import JSON, MSGPACK
+from d2f_stream.wire.protocol import (
+    Cancel,
+    Generate,
+    Operation,
+    RequestRejected,
+    Resume,
+    ServerMessage,
+)
+from d2f_stream.wire.topics import (
     NodeStatus,
     NodeStatusTopic,
     OperationTopic,

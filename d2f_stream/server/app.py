@@ -18,12 +18,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.staticfiles import StaticFiles
 
-from d2f_stream.server.gateway import Gateway
-from d2f_stream.server.http_limits import BodyLimit, OriginGuard, SecurityHeaders
+from d2f_stream.server.http.middleware import BodyLimit, OriginGuard, SecurityHeaders
+from d2f_stream.server.http.websocket import stream_route
 from d2f_stream.server.metrics import Metrics
-from d2f_stream.server.openai_api import openai_routes
-from d2f_stream.server.streams import StreamRegistry
-from d2f_stream.server.websocket import stream_route
+from d2f_stream.server.openai.routes import openai_routes
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
 
 __all__ = ["create_app"]
 

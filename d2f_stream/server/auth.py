@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
-from d2f_stream.errors import Unauthorized
+from d2f_stream.core.errors import Unauthorized
 
 __all__ = ["AUTH_SUBPROTOCOL", "LOCAL", "Auth", "token_of_header", "token_of_subprotocols"]
 

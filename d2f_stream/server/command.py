@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from d2f_stream.errors import InvalidParams, InvalidRequest, MissingExtra
+from d2f_stream.core.errors import InvalidParams, InvalidRequest, MissingExtra
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.settings import ServeSettings
@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
         MissingExtra: a library is not installed.
         D2FError: the model cannot be loaded, or the address cannot be listened on.
     """
-    from d2f_runtime.engine import Limits
-    from d2f_runtime.opening import open_engine
+    from d2f_runtime.engine.local import Limits
+    from d2f_runtime.engine.opening import open_engine
 
     try:
         from d2f_stream.server.serve import check_address, configure_logging, serve

@@ -5,7 +5,7 @@ Every refusal is a LimitExceeded that names the limit and the value.
 
 from dataclasses import dataclass
 
-from d2f_stream.errors import RateLimited
+from d2f_stream.core.errors import RateLimited
 
 __all__ = ["RateLimit", "ServeLimits"]
 

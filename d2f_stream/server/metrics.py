@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from d2f_stream.errors import D2FError, error_from
-from d2f_stream.events import Block, Event, StreamFailed, StreamFinished
-from d2f_stream.server.gateway import Gateway
-from d2f_stream.server.served_stream import ServedStream
-from d2f_stream.session import Engine
+from d2f_stream.core.errors import D2FError, error_from
+from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
+from d2f_stream.core.session import Engine
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.served_stream import ServedStream
 
 __all__ = ["Metrics"]
 

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Final, Self
 
 import uvicorn
 
-from d2f_stream.errors import D2FError
+from d2f_stream.core.errors import D2FError
+from d2f_stream.core.session import Engine
 from d2f_stream.server.app import create_app
-from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.settings import ServeSettings
-from d2f_stream.server.streams import StreamRegistry
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.uvicorn_guard import uvicorn_config
-from d2f_stream.session import Engine
 
 if TYPE_CHECKING:
-    from d2f_stream.server.mqtt import MqttGateway
+    from d2f_stream.server.mqtt.gateway import MqttGateway
 
 __all__ = [
     "AddressUnavailable",
@@ -170,7 +170,7 @@ class Server:
     def _open_mqtt(self, url: str | None) -> "MqttGateway | None":
         if url is None:
             return None
-        from d2f_stream.server.mqtt import MqttGateway
+        from d2f_stream.server.mqtt.gateway import MqttGateway
 
         group = self.settings.mqtt_group
         return MqttGateway(self.registry, url, hello=self.gateway.hello, group=group)

@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Final
 
-from d2f_stream.errors import InvalidParams, InvalidRequest
+from d2f_stream.core.errors import InvalidParams, InvalidRequest
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 

@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from d2f_export import ablations_command, commands, thresholds
+from d2f_export import commands
 
 FIXED_SEED = 1
 
@@ -36,20 +36,6 @@ def main(argv: list[str] | None = None) -> None:
     _add_evaluate(subparsers.add_parser("evaluate", help="score a folder on held-out problems"))
     seal = subparsers.add_parser("manifest", help="write the manifest of a checkpoint folder")
     _add_manifest(seal)
-    ablate = subparsers.add_parser("ablate", help="compare noise and losses, over many students")
-    ablations_command.add_arguments(ablate)
-    trade = subparsers.add_parser("thresholds", help="compare settings of the decoder on a model")
-    thresholds.add_arguments(trade)
-
-    plot = subparsers.add_parser("plot", help="draw the figures of records")
-    plot.add_argument(
-        "records",
-        type=Path,
-        nargs="+",
-        help="of evaluate, ablate or thresholds, or tables (.csv) of the sweep benchmark",
-    )
-    plot.add_argument("--output", type=Path, required=True)
-    plot.set_defaults(run=commands.run_plot)
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
@@ -103,9 +89,6 @@ def _add_training_arguments(command: argparse.ArgumentParser, start: str | None)
     )
     if start == "teacher":
         command.add_argument("--teacher", type=Path, help="the frozen teacher, default --start")
-        command.add_argument(
-            "--setting", metavar="NAME", help="noise and loss of an ablation, not the recipe's"
-        )
 
 
 if __name__ == "__main__":

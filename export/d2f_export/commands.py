@@ -10,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.params import GenerationParams
 
 if TYPE_CHECKING:
-    from d2f_export.evaluate import Report
+    from d2f_export.embedded_model.evaluate import Report
 
 __all__ = [
     "run_evaluate",
     "run_manifest",
-    "run_plot",
     "run_problems",
     "run_tokenizer",
     "run_train",
@@ -27,7 +26,7 @@ __all__ = [
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:
     """Train the tokenizer."""
-    from d2f_export.tokenizer_training import train_tokenizer
+    from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     train_tokenizer(seed=arguments.seed).save(str(arguments.output))
@@ -36,7 +35,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
 
 def run_problems(arguments: argparse.Namespace) -> None:
     """Write held-out problems as JSON lines."""
-    from d2f_export.evaluate import held_out
+    from d2f_export.embedded_model.evaluate import held_out
 
     with arguments.output.open("w", encoding="utf-8") as file:
         for problem in held_out(arguments.number):
@@ -51,9 +50,8 @@ def run_problems(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Run one of the three trainings."""
-    from d2f_export.ablations import setting_of
-    from d2f_export.corpus import Corpus
-    from d2f_export.embedded import RECIPES, STAGES, prepare
+    from d2f_export.embedded_model.corpus import Corpus
+    from d2f_export.embedded_model.recipe import RECIPES, STAGES, prepare
     from d2f_export.training import train
 
     recipe = RECIPES[arguments.recipe]
@@ -70,7 +68,6 @@ def run_train(arguments: argparse.Namespace) -> None:
         recipe,
         start=arguments.start,
         teacher=getattr(arguments, "teacher", None),
-        distillation=setting_of(getattr(arguments, "setting", None)),
         seed=arguments.seed,
         device=device,
     )
@@ -93,10 +90,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from d2f_export.evaluate import evaluate, held_out
+    from d2f_export.embedded_model.evaluate import evaluate, held_out
     from d2f_runtime.backends import choose_backend, open_backend
-    from d2f_runtime.manifest import FILE_NAME, read_manifest, verify_files
-    from d2f_runtime.tokenizer import Tokenizer
+    from d2f_runtime.models.manifest import FILE_NAME, read_manifest, verify_files
+    from d2f_runtime.text.tokenizer import Tokenizer
 
     folder: Path = arguments.model
     name = arguments.label or folder.name
@@ -131,8 +128,8 @@ def _record(result: "Report", output: Path | None) -> None:
 
 def run_manifest(arguments: argparse.Namespace) -> None:
     """Write the manifest of a checkpoint folder."""
-    from d2f_export.artefact import Description, write_checkpoint_manifest
-    from d2f_runtime.manifest import TrainingInfo
+    from d2f_export.onnx.artefact import Description, write_checkpoint_manifest
+    from d2f_runtime.models.manifest import TrainingInfo
 
     description = Description(
         name=arguments.name,
@@ -142,26 +139,6 @@ def run_manifest(arguments: argparse.Namespace) -> None:
     )
     write_checkpoint_manifest(arguments.checkpoint, description)
     print(f"wrote {arguments.checkpoint / 'manifest.json'}")
-
-
-def run_plot(arguments: argparse.Namespace) -> None:
-    """Draw the figure of the records, of whichever kind they are."""
-    from d2f_export.ablations_plot import is_ablation, plot_ablations, tables
-    from d2f_export.plot import plot_trade_off
-    from d2f_export.sweep_plot import plot_sweep
-    from d2f_export.thresholds_plot import is_thresholds, plot_thresholds
-
-    records: list[Path] = arguments.records
-    if all(path.suffix == ".csv" for path in records):
-        plot_sweep(records, arguments.output)
-    elif all(map(is_ablation, records)):
-        plot_ablations(records, arguments.output)
-        print(tables(records))
-    elif all(map(is_thresholds, records)):
-        plot_thresholds(records, arguments.output)
-    else:
-        plot_trade_off(records, arguments.output)
-    print(f"wrote {arguments.output}")
 
 
 def _device(name: str) -> str:

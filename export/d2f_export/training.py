@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from d2f_export.corpus import Batch
+from d2f_export.embedded_model.corpus import Batch
 from d2f_export.stages import Objective
 from d2f_export.training_log import TrainingLog
 from d2f_runtime.models.checkpoints import save_checkpoint

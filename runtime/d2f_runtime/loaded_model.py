@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 
-from d2f_runtime.backends.base import Backend, ModelInfo, Slot, StepRow
+from d2f_runtime.backends.base import Backend, Slot, StepRow
+from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.device import DeviceThread
-from d2f_runtime.hub import HubModel
-from d2f_runtime.tokenizer import TextCodec
-from d2f_runtime.window import Proposals
-from d2f_stream.errors import EngineFailed, OutOfCapacity
-from d2f_stream.params import GenerationParams
+from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.hub import HubModel
+from d2f_runtime.text.tokenizer import TextCodec
+from d2f_stream.core.errors import EngineFailed, OutOfCapacity
+from d2f_stream.core.params import GenerationParams
 
 __all__ = ["MODELS", "LoadedModel", "ModelCache", "ModelKey", "ModelParts"]
 

@@ -9,9 +9,9 @@ from typing import Any, Self, TypeVar
 
 import fakes
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import LocalEngine
+from d2f_stream.core.session import Engine
 from d2f_stream.server.serve import Server, ServeSettings
-from d2f_stream.session import Engine
 
 Value = TypeVar("Value")
 

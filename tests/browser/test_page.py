@@ -20,7 +20,7 @@ from browser.reader import (
     expect_idle,
 )
 from d2f_runtime.backends.scripted import ByteCodec
-from d2f_stream.errors import InvalidPrompt
+from d2f_stream.core.errors import InvalidPrompt
 from d2f_stream.server.auth import Auth
 
 pytestmark = pytest.mark.browser

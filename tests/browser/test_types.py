@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 import d2f_stream.server
-from d2f_stream import events, protocol
-from d2f_stream.params import GenerationParams
+from d2f_stream.core import events
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.wire import protocol
 
 DECLARATIONS = Path(d2f_stream.server.__file__).parent / "static" / "d2f-client.d.ts"
 STRUCTS = {

@@ -8,9 +8,8 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from d2f_stream.canvas import Canvas, LiveCanvas, last_sentence
-from d2f_stream.errors import InvalidPrompt
-from d2f_stream.events import (
+from d2f_stream.core.errors import InvalidPrompt
+from d2f_stream.core.events import (
     Block,
     Draft,
     Event,
@@ -21,6 +20,7 @@ from d2f_stream.events import (
     Timings,
     Usage,
 )
+from d2f_stream.terminal.canvas import Canvas, LiveCanvas, last_sentence
 
 STARTED = StreamStarted(stream="s", seq=0, request_id="r", model="m", block_size=4, prompt_tokens=3)
 

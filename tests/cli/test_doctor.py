@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import pytest
 
-from d2f_stream import cli, doctor
-from d2f_stream.doctor import Report, describe, examine
-from d2f_stream.trial import Trial
+from d2f_stream import cli
+from d2f_stream.terminal import doctor
+from d2f_stream.terminal.doctor import Report, describe, examine
+from d2f_stream.terminal.trial import Trial
 
 BARE = {"d2f-stream": "0.1.0", "msgspec": "0.22.0"}
 EDGE = {
@@ -120,7 +121,7 @@ def test_json_report_reads_back(
 
 def test_doctor_imports_no_backend_in_its_own_process() -> None:
     code = (
-        "import sys; from d2f_stream import doctor\n"
+        "import sys; from d2f_stream.terminal import doctor\n"
         "doctor.describe(doctor.examine(try_backend=lambda backend: []))\n"
         "assert not {'torch', 'onnxruntime', 'numpy', 'rich'} & set(sys.modules)"
     )

@@ -12,8 +12,8 @@ import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream import __version__, cli
-from d2f_stream.errors import MissingExtra, ModelNotFound
-from d2f_stream.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.errors import MissingExtra, ModelNotFound
+from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
 from scripted_cli import ANSWER, ScriptedLoad
 
 Capture = pytest.CaptureFixture[str]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from d2f_stream import trial
+from d2f_stream.terminal import trial
 
 
 def test_trial_that_crashes_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:

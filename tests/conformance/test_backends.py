@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend, Slot, StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
-from d2f_stream.errors import OutOfCapacity
+from d2f_stream.core.errors import OutOfCapacity
 from tiny_models import CONFIGS, MASK, NUM_TOKENS, recompute, tiny_folder
 
 pytestmark = pytest.mark.torch

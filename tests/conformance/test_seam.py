@@ -7,8 +7,8 @@ import pytest
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_runtime.window import NO_TOKEN, Window
-from d2f_stream.params import GenerationParams
+from d2f_runtime.decoding.window import NO_TOKEN, Window
+from d2f_stream.core.params import GenerationParams
 from tiny_models import tiny_folder
 
 pytestmark = pytest.mark.torch

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from d2f_export.evaluate import held_out
+from d2f_export.embedded_model.evaluate import held_out
 from d2f_runtime.evaluation.__main__ import completed
-from d2f_stream.errors import InvalidParams
+from d2f_stream.core.errors import InvalidParams
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'd2f-stream[eval]'")
 

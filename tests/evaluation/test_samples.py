@@ -5,7 +5,7 @@ import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_runtime.evaluation.samples import Question, Sample, answer_all, opened
-from d2f_stream.errors import EngineClosed, InvalidRequest
+from d2f_stream.core.errors import EngineClosed, InvalidRequest
 from fakes import engine_over, params
 
 QUESTIONS = [Question(f"prompt {number}", params()) for number in range(7)]

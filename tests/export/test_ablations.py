@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 
 from d2f_export.__main__ import main
-from d2f_export.ablations import (
+from d2f_export.embedded_model.tokenizer_training import train_tokenizer
+from lab.ablations.laboratory import Lab
+from lab.ablations.processes import Job, Places
+from lab.ablations.queue import Queue, Teachers, run_queue
+from lab.ablations.settings import (
     AS_PUBLISHED,
     PUBLISHED,
     SETTINGS,
@@ -24,10 +28,6 @@ from d2f_export.ablations import (
     runs_of,
     settings_of,
 )
-from d2f_export.ablations_lab import Lab
-from d2f_export.ablations_queue import Queue, Teachers, run_queue
-from d2f_export.processes import Job, Places
-from d2f_export.tokenizer_training import train_tokenizer
 
 pytestmark = pytest.mark.torch
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from d2f_export.agreement import main
+from lab.bench.agreement import main
 
 pytestmark = pytest.mark.torch
 
@@ -21,7 +21,7 @@ def test_quantised_answers_are_compared_with_the_reference(
     )  # fmt: skip
     record = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == record
-    assert "d2f_export.agreement" in record["command"]
+    assert "lab.bench.agreement" in record["command"]
     found = record["results"]
     assert "agreement" not in found["fp32"]
     assert found["nf4"]["agreement"]["num_proposals"] > 10

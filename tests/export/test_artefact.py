@@ -10,17 +10,17 @@ import onnxruntime
 import pytest
 import torch
 
-from d2f_export.artefact import Description, write_artefact, write_checkpoint_manifest
-from d2f_export.graph_builder import GraphBuilder
-from d2f_export.quantize import Linear, pack_int4, pack_int8
-from d2f_export.verify import compare_backends, compare_logits
+from d2f_export.onnx.artefact import Description, write_artefact, write_checkpoint_manifest
+from d2f_export.onnx.graph_builder import GraphBuilder
+from d2f_export.onnx.quantize import Linear, pack_int4, pack_int8
+from d2f_export.onnx.verify import compare_backends, compare_logits
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend
 from d2f_runtime.backends.onnx_backend import OnnxBackend
-from d2f_runtime.manifest import TrainingInfo, read_manifest, verify_files
 from d2f_runtime.models.checkpoints import save_checkpoint
-from d2f_stream.errors import ModelDamaged, ModelNotFound
-from d2f_stream.params import GenerationParams
+from d2f_runtime.models.manifest import TrainingInfo, read_manifest, verify_files
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound
+from d2f_stream.core.params import GenerationParams
 from tiny_models import CONFIGS, MASK, NUM_TOKENS, Stored, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.torch

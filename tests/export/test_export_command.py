@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import d2f_stream
-from d2f_export.verify import compare_backends, compare_logits
+from d2f_export.onnx.verify import compare_backends, compare_logits
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.onnx_backend import load
-from d2f_runtime.manifest import read_manifest
+from d2f_runtime.engine.opening import embedded_folder
 from d2f_runtime.models.checkpoints import load_checkpoint
-from d2f_runtime.opening import embedded_folder
+from d2f_runtime.models.manifest import read_manifest
 from d2f_runtime.quantization.int8 import Int8Weight
 from d2f_runtime.quantization.stored import quantise
 from d2f_stream import cli
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.params import GenerationParams
 from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
 from tiny_families import Tiny
 from tiny_models import tiny_folder

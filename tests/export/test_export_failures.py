@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.manifest import read_manifest, verify_files
+from d2f_runtime.models.manifest import read_manifest, verify_files
 from d2f_stream import cli
 from tiny_models import tiny_folder
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.torch
 PAUSED = """
 import sys
 from pathlib import Path
-import d2f_export.weights as weights
+import d2f_export.onnx.weights as weights
 from d2f_stream import cli
 
 inner = weights._arrays

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from d2f_export.onnx_bench.__main__ import main
+from lab.onnx_bench.__main__ import main
 
 pytestmark = pytest.mark.torch
 
@@ -22,7 +22,7 @@ def test_a_large_run_times_every_part_and_records_it(
     record = json.loads(output.read_text())
     results = record["results"]
     assert json.loads(capsys.readouterr().out) == results
-    assert record["command"].startswith("python -m d2f_export.onnx_bench large --shape tiny")
+    assert record["command"].startswith("python -m lab.onnx_bench large --shape tiny")
     assert list(results) == ["onnx fp32", "onnx int4-fp16", "torch fp32"]
     for name in ("onnx fp32", "onnx int4-fp16"):
         assert results[name]["window 32"]["backend_ms"]["median"] > 0

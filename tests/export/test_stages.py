@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2f_export.embedded import RECIPES
+from d2f_export.embedded_model.recipe import RECIPES
 from d2f_export.stages import Distillation, NoiseSettings, StudentObjective, TeacherObjective
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from d2f_export.__main__ import main
-from d2f_runtime.bench.sweep import COLUMNS
-from d2f_runtime.bench.sweep_grid import SYSTEMS, Grid, settings_of
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.params import GenerationParams
+from lab.bench.sweep import COLUMNS
+from lab.bench.sweep_grid import SYSTEMS, Grid, settings_of
 
 pytest.importorskip("matplotlib")
 

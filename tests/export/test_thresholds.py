@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2f_export.__main__ import main
-from d2f_export.embedded import RECIPES
-from d2f_export.quantize import pack_int8
-from d2f_export.thresholds import FactorPolicy, round_weights, settings
-from d2f_export.thresholds_gain import Curves, tables
-from d2f_export.tokenizer_training import train_tokenizer
+from d2f_export.embedded_model.recipe import RECIPES
+from d2f_export.embedded_model.tokenizer_training import train_tokenizer
+from d2f_export.onnx.quantize import pack_int8
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
+from lab.ablations.thresholds import FactorPolicy, round_weights, settings
+from lab.ablations.thresholds_gain import Curves, tables
 
 pytestmark = pytest.mark.torch
 

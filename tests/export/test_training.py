@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from d2f_export.__main__ import main
-from d2f_export.corpus import EOS_ID, Corpus
-from d2f_export.embedded import RECIPES
-from d2f_export.evaluate import decode_all, evaluate, held_out, report
+from d2f_export.embedded_model.corpus import EOS_ID, Corpus
+from d2f_export.embedded_model.evaluate import decode_all, evaluate, held_out, report
+from d2f_export.embedded_model.recipe import RECIPES
+from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from d2f_export.stages import (
     Distillation,
     NoiseSettings,
@@ -20,14 +21,13 @@ from d2f_export.stages import (
     TeacherObjective,
     TwinObjective,
 )
-from d2f_export.tokenizer_training import train_tokenizer
 from d2f_export.training import TrainSettings, train
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
-from d2f_runtime.tokenizer import Tokenizer
-from d2f_stream.params import Attention, GenerationParams
-from d2f_stream.presets import PRESETS
+from d2f_runtime.text.tokenizer import Tokenizer
+from d2f_stream.core.params import Attention, GenerationParams
+from d2f_stream.core.presets import PRESETS
 
 pytestmark = pytest.mark.torch
 

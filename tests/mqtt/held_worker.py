@@ -4,11 +4,11 @@ import asyncio
 import sys
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import LocalEngine
-from d2f_stream.params import GenerationParams
-from d2f_stream.server.gateway import Gateway
-from d2f_stream.server.mqtt import MqttGateway
-from d2f_stream.server.streams import StreamRegistry
+from d2f_runtime.engine.local import LocalEngine
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.server.mqtt.gateway import MqttGateway
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
 
 
 async def main(url: str) -> None:

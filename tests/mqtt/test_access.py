@@ -8,10 +8,10 @@ import pytest
 
 from brokers import Device, Mosquitto, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.errors import ConnectionLost, Unauthorized
-from d2f_stream.mqtt_client import connect_mqtt
-from d2f_stream.protocol import Generate, Overrides
-from d2f_stream.topics import RequestTopic, StreamTopic, streams_of
+from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.core.errors import ConnectionLost, Unauthorized
+from d2f_stream.wire.protocol import Generate, Overrides
+from d2f_stream.wire.topics import RequestTopic, StreamTopic, streams_of
 from fakes import ANSWER
 from requirements import require_program
 

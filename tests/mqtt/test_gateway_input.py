@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from brokers import Device, Mosquitto, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.broker import Incoming
-from d2f_stream.codec import JSON, MSGPACK
-from d2f_stream.protocol import Generate, RequestRejected
-from d2f_stream.server.gateway import Gateway
-from d2f_stream.server.mqtt import MqttGateway
-from d2f_stream.server.streams import StreamRegistry
-from d2f_stream.topics import RequestTopic, streams_of
+from d2f_stream.channels.broker import Incoming
+from d2f_stream.server.mqtt.gateway import MqttGateway
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.wire.codec import JSON, MSGPACK
+from d2f_stream.wire.protocol import Generate, RequestRejected
+from d2f_stream.wire.topics import RequestTopic, streams_of
 from fakes import ANSWER, engine_over
 
 REQUEST = "request-0123456789"

@@ -2,9 +2,9 @@ import asyncio
 
 import pytest
 
-from d2f_stream.mqtt_nodes import Nodes
-from d2f_stream.protocol import ModelCard, ModelDefaults, ServerHello
-from d2f_stream.topics import NodeStatus
+from d2f_stream.client.mqtt_nodes import Nodes
+from d2f_stream.wire.protocol import ModelCard, ModelDefaults, ServerHello
+from d2f_stream.wire.topics import NodeStatus
 
 HELLO = ServerHello(
     protocol=1,

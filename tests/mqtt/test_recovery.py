@@ -10,12 +10,12 @@ import pytest
 
 from brokers import Device, Mosquitto, Proxy, brief, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.errors import ConnectionLost, EngineClosed, WorkerLost
-from d2f_stream.events import Event, StreamFinished, StreamStarted
-from d2f_stream.mqtt_client import connect_mqtt
-from d2f_stream.protocol import Generate
-from d2f_stream.session import Session
-from d2f_stream.topics import (
+from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.core.errors import ConnectionLost, EngineClosed, WorkerLost
+from d2f_stream.core.events import Event, StreamFinished, StreamStarted
+from d2f_stream.core.session import Session
+from d2f_stream.wire.protocol import Generate
+from d2f_stream.wire.topics import (
     STATUSES,
     NodeStatus,
     RequestTopic,

@@ -7,13 +7,13 @@ import pytest
 
 from brokers import Device, Mosquitto, brief, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.codec import JSON, MSGPACK, Codec
-from d2f_stream.errors import EngineClosed, InvalidParams, InvalidRequest, MessageTooLarge
-from d2f_stream.events import Block, Draft, StreamFinished, StreamStarted
-from d2f_stream.mqtt_client import connect_mqtt
-from d2f_stream.protocol import Cancel, Generate, Overrides, Resume
+from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.core.errors import EngineClosed, InvalidParams, InvalidRequest, MessageTooLarge
+from d2f_stream.core.events import Block, Draft, StreamFinished, StreamStarted
 from d2f_stream.server.limits import ServeLimits
-from d2f_stream.topics import (
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.protocol import Cancel, Generate, Overrides, Resume
+from d2f_stream.wire.topics import (
     OperationTopic,
     RequestTopic,
     StreamState,

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_stream.codec import JSON, MSGPACK, Codec
-from d2f_stream.errors import InvalidRequest, ProtocolError
-from d2f_stream.topics import (
+from d2f_stream.core.errors import InvalidRequest, ProtocolError
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.topics import (
     NodeStatus,
     NodeStatusTopic,
     OperationTopic,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from d2f_runtime.backends import open_backend
 from d2f_runtime.models.checkpoints import load_checkpoint
-from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
 
 pytest.importorskip("transformers")

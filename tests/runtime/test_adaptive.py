@@ -5,9 +5,9 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_runtime.adaptive import JointThresholdPolicy
-from d2f_runtime.policy import ThresholdPolicy, policy_of
-from d2f_stream.params import GenerationParams
+from d2f_runtime.decoding.adaptive import JointThresholdPolicy
+from d2f_runtime.decoding.policy import ThresholdPolicy, policy_of
+from d2f_stream.core.params import GenerationParams
 
 # exact in binary, so that sums do not depend on their order
 CONFIDENCE = st.integers(0, 256).map(lambda n: n / 256)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from d2f_runtime.backends import BACKENDS, choose_backend, open_backend
-from d2f_stream.errors import MissingExtra, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import MissingExtra, ModelNotFound, UnsupportedModel
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend, StepRow
-from d2f_runtime.decoder import Accepted, BlockDecoder
-from d2f_stream.errors import InvalidParams
-from d2f_stream.params import GenerationParams, Rank
-from d2f_stream.presets import PRESETS
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder
+from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.params import GenerationParams, Rank
+from d2f_stream.core.presets import PRESETS
 from reference_loop import MASK as REFERENCE_MASK
 from reference_loop import RefSettings, reference_loop
 from tiny_models import CONFIGS, MASK, tiny_folder, tiny_model

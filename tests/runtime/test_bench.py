@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.bench.__main__ import main
-from d2f_runtime.bench.record import spread
+from d2f_runtime.provenance import spread
+from lab.bench.__main__ import main
 
 
 def scripted_model(folder: Path, tokens_per_step: int) -> Path:

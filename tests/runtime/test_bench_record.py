@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.bench import record
+from d2f_runtime import provenance as record
 
 
 def test_sources_without_a_repository_name_their_commit_by_the_environment(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2f_runtime.bench import serving, serving_hostile
+from lab.bench import serving, serving_hostile
 
 
 async def test_parts_check_what_they_measure(monkeypatch: pytest.MonkeyPatch) -> None:

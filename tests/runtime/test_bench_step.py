@@ -5,9 +5,9 @@ import pytest
 
 import triton_mode  # noqa: F401  # isort: skip  # before the kernels
 
-from d2f_runtime.bench.__main__ import main
-from d2f_runtime.bench.step_models import SHAPES, floor_bytes
-from d2f_stream.errors import InvalidParams
+from d2f_stream.core.errors import InvalidParams
+from lab.bench.__main__ import main
+from lab.bench.step_models import SHAPES, floor_bytes
 
 pytestmark = pytest.mark.torch
 

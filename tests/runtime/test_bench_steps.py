@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_runtime.bench.__main__ import main
-from d2f_runtime.bench.steps import SHAPES, step_times
+from lab.bench.__main__ import main
+from lab.bench.steps import SHAPES, step_times
 
 
 def test_every_shape_is_timed_and_no_slot_stays_open() -> None:
@@ -24,5 +24,5 @@ def test_a_record_names_its_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["steps", str(folder), "--repeats", "4", "--turns", "1", "--output", str(output)])
     record = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == record["results"]
-    assert record["command"].startswith("python -m d2f_runtime.bench steps ")
+    assert record["command"].startswith("python -m lab.bench steps ")
     assert list(record["results"]) == ["scripted, none, cpu, scripted"]

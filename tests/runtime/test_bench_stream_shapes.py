@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.bench.__main__ import main
-from d2f_runtime.bench.stream_shapes import ShapeSettings
-from d2f_stream.errors import InvalidParams
+from d2f_stream.core.errors import InvalidParams
+from lab.bench.__main__ import main
+from lab.bench.stream_shapes import ShapeSettings
 
 pytestmark = pytest.mark.torch
 

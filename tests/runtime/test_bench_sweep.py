@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from d2f_runtime.bench.__main__ import main
-from d2f_runtime.bench.sweep import COLUMNS, Table, sweep
-from d2f_runtime.bench.sweep_grid import SYSTEMS, Grid, Setting, settings_of
-from d2f_runtime.bench.sweep_tasks import HarnessTask, ProblemTask
 from d2f_runtime.evaluation.samples import opened
-from d2f_stream.errors import InvalidParams
+from d2f_stream.core.errors import InvalidParams
+from lab.bench.__main__ import main
+from lab.bench.sweep import COLUMNS, Table, sweep
+from lab.bench.sweep_grid import SYSTEMS, Grid, Setting, settings_of
+from lab.bench.sweep_tasks import HarnessTask, ProblemTask
 
 SETTINGS = settings_of(Grid(block_size=(8,), add=(0.1,), activate=(0.95,)), ["d2f"])
 
@@ -159,7 +159,7 @@ def test_command_writes_the_table_and_where_it_comes_from(
     assert tuple(row) == COLUMNS
     assert (row["model"], row["num_problems"]) == ("seven", "4")
     (origin,) = map(json.loads, (tmp_path / "sweep.runs.jsonl").read_text().splitlines())
-    assert origin["command"].startswith("python -m d2f_runtime.bench sweep --model")
+    assert origin["command"].startswith("python -m lab.bench sweep --model")
     assert {"commit", "date", "processor", "versions"} <= origin.keys()
 
 

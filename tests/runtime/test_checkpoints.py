@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from d2f_runtime.backends.torch_backend import load
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
-from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 from tiny_models import CONFIGS, tiny_model
 
 pytestmark = pytest.mark.torch

@@ -2,10 +2,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from d2f_runtime.decoder import Accepted, BlockDecoder, BlockView, Committed
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
-from d2f_stream.errors import InvalidPrompt
-from d2f_stream.params import GenerationParams, ParamOverrides
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_stream.core.errors import InvalidPrompt
+from d2f_stream.core.params import GenerationParams, ParamOverrides
 from stepping import EOS, EOT, PROMPT, M, proposals, step
 
 SMALL = GenerationParams(max_new_tokens=8, block_size=4, add_threshold=0.25, activate_threshold=0.5)

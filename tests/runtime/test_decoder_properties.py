@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_runtime.policy import FixedCountPolicy
-from d2f_stream.errors import InvalidParams
+from d2f_runtime.decoding.policy import FixedCountPolicy
+from d2f_stream.core.errors import InvalidParams
 from decoding import Case, Run, checked_run, propose, random_case
 from reference_loop import MASK, reference_loop
 

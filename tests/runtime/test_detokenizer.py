@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from d2f_runtime.detokenizer import Detokenizer
+from d2f_runtime.text.detokenizer import Detokenizer
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 
 from d2f_runtime.backends.scripted import EOS_ID, MASK_ID, ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import Limits
-from d2f_stream.errors import InvalidParams, InvalidPrompt, PromptTooLong
-from d2f_stream.events import Block, Draft, Event, StreamFinished, StreamStarted
-from d2f_stream.session import Prompt, Session
+from d2f_runtime.engine.local import Limits
+from d2f_stream.core.errors import InvalidParams, InvalidPrompt, PromptTooLong
+from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
+from d2f_stream.core.session import Prompt, Session
 from fakes import ANSWER, engine_over, info, params, texts
 
 
@@ -249,7 +249,7 @@ async def test_draining_goes_on_after_the_answer_and_adds_nothing() -> None:
 
 
 async def test_info_needs_a_loaded_model() -> None:
-    from d2f_runtime.engine import LocalEngine
+    from d2f_runtime.engine.local import LocalEngine
 
     engine = LocalEngine.over(ScriptedBackend(), ByteCodec())
     with pytest.raises(RuntimeError, match="async with"):

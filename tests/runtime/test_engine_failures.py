@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import pytest
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelParts
-from d2f_stream.errors import (
+from d2f_stream.core.errors import (
     D2FError,
     EngineFailed,
     InvalidPrompt,
     ModelDamaged,
     OutOfCapacity,
 )
-from d2f_stream.events import Event, StreamFailed
-from d2f_stream.session import Session
+from d2f_stream.core.events import Event, StreamFailed
+from d2f_stream.core.session import Session
 from fakes import check_clean, engine_over, params, turn
 
 

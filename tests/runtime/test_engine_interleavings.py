@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import Limits, LocalEngine
-from d2f_stream.errors import D2FError, EngineClosed
-from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
-from d2f_stream.params import GenerationParams
-from d2f_stream.session import Session
+from d2f_runtime.engine.local import Limits, LocalEngine
+from d2f_stream.core.errors import D2FError, EngineClosed
+from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.session import Session
 from fakes import check_clean, turn
 
 ALPHABET = "ab .—🙂"

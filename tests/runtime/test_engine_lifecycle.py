@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
-from d2f_stream.errors import EngineClosed, EngineFailed, InvalidPrompt
+from d2f_stream.core.errors import EngineClosed, EngineFailed, InvalidPrompt
 from fakes import check_clean, engine_over, params, texts, turn
 
 LONG = "a" * 4000

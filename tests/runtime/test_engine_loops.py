@@ -6,10 +6,10 @@ import threading
 import pytest
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelParts
-from d2f_stream.errors import EngineClosed
-from d2f_stream.session import Session
+from d2f_stream.core.errors import EngineClosed
+from d2f_stream.core.session import Session
 from fakes import ANSWER, check_clean, engine_over, params, texts, turn
 
 LONG = "a" * 4000

@@ -8,10 +8,10 @@ import pytest
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
 from d2f_runtime.device import DeviceThread
-from d2f_runtime.engine import Limits, LocalEngine
+from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelParts
-from d2f_stream.errors import D2FError, EngineFailed
-from d2f_stream.events import Block, Draft, StreamFinished
+from d2f_stream.core.errors import D2FError, EngineFailed
+from d2f_stream.core.events import Block, Draft, StreamFinished
 from fakes import check_clean, engine_over, params, turn
 
 LONG = "abcdefgh" * 100

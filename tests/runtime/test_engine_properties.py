@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.backends.scripted import EOS_ID, ByteCodec, ScriptedBackend
-from d2f_runtime.engine import Limits, LocalEngine
-from d2f_stream.events import Block, Draft, Event, StreamFinished, StreamStarted
-from d2f_stream.params import GenerationParams
-from d2f_stream.session import Result, Session
+from d2f_runtime.engine.local import Limits, LocalEngine
+from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.session import Result, Session
 from fakes import check_clean, info
 
 ALPHABET = "abc .\n\t<é—漢🙂\u0301"

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_runtime.blocks import SubBlocks
-from d2f_runtime.decoder import Accepted, BlockDecoder
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
-from d2f_stream.params import GenerationParams
-from d2f_stream.presets import PRESETS
+from d2f_runtime.decoding.blocks import SubBlocks
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.presets import PRESETS
 from decoding import LEVELS, HashModel
 from fakes import ANSWER, engine_over, info
 from fast_dllm_loop import FastDllmLoop, filling, steps_of

@@ -12,9 +12,9 @@ import d2f_stream
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
-from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.decoding.decoder import BlockDecoder
 from d2f_runtime.models.published import read_published
-from d2f_stream.presets import PRESETS
+from d2f_stream.core.presets import PRESETS
 from fast_dllm_loop import FastDllmLoop, filling, steps_of
 from tiny_checkpoints import FAMILIES, oracle, write_checkpoint
 from tiny_models import CONFIGS, tiny_folder, tiny_model

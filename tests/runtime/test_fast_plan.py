@@ -5,11 +5,12 @@ import pytest
 
 import triton_mode  # noqa: F401  # isort: skip  # before the kernels
 
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.kv_pool import MAX_SLOTS, Span
 from d2f_runtime.backends.scripted import SCRIPTED_INFO
 from d2f_runtime.backends.step_plan import NO_BORDER, Layout, StepPlan, plan_step
-from d2f_runtime.window import Window
+from d2f_runtime.decoding.window import Window
+from d2f_runtime.models.facts import ModelInfo
 
 pytestmark = pytest.mark.torch
 

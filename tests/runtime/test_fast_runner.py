@@ -11,12 +11,12 @@ from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.buckets import Bucket
 from d2f_runtime.backends.fast_runner import FastRunner
 from d2f_runtime.backends.torch_backend import TorchBackend
-from d2f_runtime.decoder import BlockDecoder
+from d2f_runtime.decoding.decoder import BlockDecoder
+from d2f_runtime.decoding.window import Proposals, Window
 from d2f_runtime.kernels.language import HAS_TRITON
 from d2f_runtime.models.fast_transformer import KERNELS, REFERENCES, FastTransformer
-from d2f_runtime.window import Proposals, Window
-from d2f_stream.errors import UnsupportedModel
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.errors import UnsupportedModel
+from d2f_stream.core.params import GenerationParams
 from tiny_models import CONFIGS, MASK, tiny_model
 
 pytestmark = pytest.mark.torch

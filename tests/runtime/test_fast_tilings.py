@@ -4,8 +4,8 @@ import pytest
 
 import triton_mode  # noqa: F401  # isort: skip  # before the kernels
 
-from d2f_runtime.bench.step_models import SHAPES
 from d2f_runtime.kernels.skinny import MAX_ROWS, tiling_for
+from lab.bench.step_models import SHAPES
 
 pytestmark = pytest.mark.torch
 

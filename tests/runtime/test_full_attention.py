@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_runtime.decoder import BlockDecoder, Committed
-from d2f_runtime.engine import Limits
-from d2f_runtime.window import Window
-from d2f_stream.errors import InvalidParams
-from d2f_stream.params import Attention, GenerationParams
+from d2f_runtime.decoding.decoder import BlockDecoder, Committed
+from d2f_runtime.decoding.window import Window
+from d2f_runtime.engine.local import Limits
+from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.params import Attention, GenerationParams
 from decoding import Case, propose, random_case
 from fakes import ANSWER, engine_over, info, params
 from reference_loop import MASK

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import d2f_stream
-from d2f_runtime.hub import HubModel, fetch_description, fetch_weights, locate
-from d2f_stream.errors import MissingExtra, ModelNotFound, UnsupportedModel
+from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
+from d2f_stream.core.errors import MissingExtra, ModelNotFound, UnsupportedModel
 from tiny_checkpoints import write_model
 
 pytest.importorskip("transformers")

@@ -13,8 +13,8 @@ from d2f_runtime.backends import torch_backend
 from d2f_runtime.backends.kv_pool import free_bytes, pool_tokens
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.backends.torch_backend import TorchBackend
-from d2f_runtime.engine import LocalEngine
-from d2f_stream.errors import InvalidParams, InvalidRequest, PromptTooLong, UnsupportedModel
+from d2f_runtime.engine.local import LocalEngine
+from d2f_stream.core.errors import InvalidParams, InvalidRequest, PromptTooLong, UnsupportedModel
 from tiny_checkpoints import write_model
 from tiny_models import CONFIGS, tiny_model
 

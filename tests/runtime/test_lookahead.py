@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_runtime.decoder import Accepted, BlockDecoder, Committed
-from d2f_runtime.lookahead import Candidate, Lookahead
-from d2f_runtime.window import Proposals, Window
-from d2f_stream.errors import InvalidParams
-from d2f_stream.params import GenerationParams
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed
+from d2f_runtime.decoding.lookahead import Candidate, Lookahead
+from d2f_runtime.decoding.window import Proposals, Window
+from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.params import GenerationParams
 from decoding import Case, checked_run, random_case
 from reference_loop import MASK
 

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from d2f_runtime.manifest import (
+from d2f_runtime.models.manifest import (
     FileInfo,
     Manifest,
     OnnxInfo,
@@ -13,8 +13,8 @@ from d2f_runtime.manifest import (
     read_manifest,
     verify_files,
 )
-from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.params import GenerationParams
 
 CONTENT = b"weights"
 

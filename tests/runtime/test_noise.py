@@ -1,5 +1,5 @@
-from d2f_runtime.noise import PAGE, SamplingNoise
-from d2f_runtime.window import Window
+from d2f_runtime.decoding.noise import PAGE, SamplingNoise
+from d2f_runtime.decoding.window import Window
 
 
 def window(start: int, stop: int, num_to_cache: int = 0) -> Window:

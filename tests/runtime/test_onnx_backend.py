@@ -11,20 +11,20 @@ import onnx as onnx_format
 import onnxruntime
 import pytest
 
-from d2f_export.verify import compare_backends
+from d2f_export.onnx.verify import compare_backends
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.backends.onnx_session import nodes_by_provider, open_sessions
-from d2f_runtime.manifest import OnnxInfo, read_manifest
-from d2f_runtime.window import Window
-from d2f_stream.errors import (
+from d2f_runtime.decoding.window import Window
+from d2f_runtime.models.manifest import OnnxInfo, read_manifest
+from d2f_stream.core.errors import (
     InvalidParams,
     ModelDamaged,
     ModelNotFound,
     OutOfCapacity,
     UnsupportedModel,
 )
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.params import GenerationParams
 from tiny_models import CONFIGS, NUM_TOKENS, Stored, tiny_folder
 
 pytestmark = pytest.mark.torch  # an artefact is made by torch

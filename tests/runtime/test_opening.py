@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import d2f_runtime.models
-from d2f_runtime.opening import embedded_folder, open_engine, shared_engine
-from d2f_stream.errors import ModelDamaged, ModelNotFound
+from d2f_runtime.engine.opening import embedded_folder, open_engine, shared_engine
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound
 
 SCRIPT = json.dumps({"answers": "abc"}).encode()
 

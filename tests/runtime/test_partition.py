@@ -1,10 +1,10 @@
 import pytest
 
-from d2f_runtime.decoder import Accepted, BlockDecoder, BlockView, Committed
-from d2f_runtime.partition import Partition
-from d2f_runtime.window import Window
-from d2f_stream.errors import InvalidParams
-from d2f_stream.params import GenerationParams
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.partition import Partition
+from d2f_runtime.decoding.window import Window
+from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.params import GenerationParams
 from stepping import EOS, PROMPT, M, step
 
 SMALL = GenerationParams(max_new_tokens=8, block_size=4)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_runtime.policy import AcceptancePolicy, FixedCountPolicy, ThresholdPolicy
+from d2f_runtime.decoding.policy import AcceptancePolicy, FixedCountPolicy, ThresholdPolicy
 
 scores = st.integers(0, 4).map(lambda level: level / 4)
 

@@ -14,7 +14,7 @@ import d2f_stream
 import reference_loop
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.presets import PRESETS
+from d2f_stream.core.presets import PRESETS
 from tiny_checkpoints import (
     FAMILIES,
     Tiny,

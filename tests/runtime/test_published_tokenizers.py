@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from d2f_runtime.tokenizer import Tokenizer
-from d2f_stream.errors import ModelDamaged, UnsupportedModel
+from d2f_runtime.text.tokenizer import Tokenizer
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from tiny_families import LLADA_TEMPLATE, QWEN_TEMPLATE
 
 tokenizers = pytest.importorskip("tokenizers")

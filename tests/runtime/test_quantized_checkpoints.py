@@ -13,14 +13,14 @@ import triton_mode  # noqa: F401  # isort: skip  # before the kernels
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend, load
+from d2f_runtime.decoding.window import Proposals, Window
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint, stored_as
 from d2f_runtime.models.fast_transformer import REFERENCES, FastTransformer
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.int8 import Int8Weight
 from d2f_runtime.quantization.nf4 import Nf4Weight
 from d2f_runtime.quantization.stored import LOW_BIT, QuantizedLinear, quantise
-from d2f_runtime.window import Proposals, Window
-from d2f_stream.errors import ModelDamaged, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
 from tiny_models import CONFIGS, MASK, tiny_model
 

@@ -14,7 +14,7 @@ from d2f_runtime.quantization.bitsandbytes import find_quantized, read_quantized
 from d2f_runtime.quantization.int8 import Int8Weight, quantise_int8
 from d2f_runtime.quantization.nf4 import Nf4Weight, quantise_nf4
 from d2f_runtime.quantization.stored import join_outputs, quantise
-from d2f_stream.errors import ModelDamaged, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 pytestmark = pytest.mark.torch
 

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from d2f_runtime.models.sampling import draw, forbid, keep_nucleus, propose, score, temper
+from d2f_runtime.kernels.sampling import draw, forbid, keep_nucleus, propose, score, temper
 
 pytestmark = pytest.mark.torch
 

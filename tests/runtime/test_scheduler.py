@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from d2f_runtime.scheduler import Scheduler
-from d2f_stream.errors import OutOfCapacity
+from d2f_runtime.engine.scheduler import Scheduler
+from d2f_stream.core.errors import OutOfCapacity
 
 
 def scheduler(

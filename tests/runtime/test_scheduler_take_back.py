@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_runtime.scheduler import Scheduler
+from d2f_runtime.engine.scheduler import Scheduler
 
 SESSIONS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 300)), min_size=1, max_size=8)
 ACTIONS = st.lists(

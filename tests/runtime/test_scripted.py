@@ -15,9 +15,9 @@ from d2f_runtime.backends.scripted import (
     StepGate,
     load,
 )
-from d2f_runtime.decoder import BlockDecoder
-from d2f_runtime.window import NO_TOKEN, Window
-from d2f_stream.errors import ModelDamaged, ModelNotFound, OutOfCapacity
+from d2f_runtime.decoding.decoder import BlockDecoder
+from d2f_runtime.decoding.window import NO_TOKEN, Window
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, OutOfCapacity
 from fakes import info, params
 
 PROMPT = tuple(b"hi")

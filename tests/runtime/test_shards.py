@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import d2f_stream
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.shards import Shards
-from d2f_stream.errors import D2FError, ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import D2FError, ModelDamaged, ModelNotFound, UnsupportedModel
 from tiny_checkpoints import write_model
 
 pytest.importorskip("transformers")

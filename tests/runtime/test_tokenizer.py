@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from d2f_runtime.tokenizer import Tokenizer
-from d2f_stream.errors import InvalidPrompt, MissingExtra, ModelDamaged, ModelNotFound
+from d2f_runtime.text.tokenizer import Tokenizer
+from d2f_stream.core.errors import InvalidPrompt, MissingExtra, ModelDamaged, ModelNotFound
 
 TEMPLATE = """\
 {{ bos_token }}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from d2f_runtime.decoding.window import Window
 from d2f_runtime.models.transformer import block_causal_mask, head_states
-from d2f_runtime.window import Window
 from tiny_models import CONFIGS, MASK, tiny_model
 
 pytest.importorskip("transformers")

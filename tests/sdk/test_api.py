@@ -8,7 +8,7 @@ import pytest
 
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.errors import (
+from d2f_stream.core.errors import (
     EngineClosed,
     InvalidParams,
     InvalidRequest,

@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
-from d2f_stream.errors import OutOfCapacity
-from d2f_stream.events import Draft, Event
+from d2f_stream.core.errors import OutOfCapacity
+from d2f_stream.core.events import Draft, Event
 from fakes import Producer, block, draft, failed, finished, started, turn
 
 

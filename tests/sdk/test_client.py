@@ -7,12 +7,11 @@ import msgspec
 import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.backoff import Backoff
 from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.channels.memory import MemoryChannel
-from d2f_stream.client import RemoteEngine
-from d2f_stream.codec import JSON
-from d2f_stream.errors import (
+from d2f_stream.client.backoff import Backoff
+from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.core.errors import (
     ConnectionLost,
     D2FError,
     EngineClosed,
@@ -26,8 +25,12 @@ from d2f_stream.errors import (
     TooManyStreams,
     Unauthorized,
 )
-from d2f_stream.events import Draft
-from d2f_stream.protocol import (
+from d2f_stream.core.events import Draft
+from d2f_stream.core.session import Session
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.limits import ServeLimits
+from d2f_stream.wire.codec import JSON
+from d2f_stream.wire.protocol import (
     Cancel,
     Generate,
     Operation,
@@ -36,9 +39,6 @@ from d2f_stream.protocol import (
     ServerHello,
     ServerMessage,
 )
-from d2f_stream.server.auth import Auth
-from d2f_stream.server.limits import ServeLimits
-from d2f_stream.session import Session
 from fakes import ANSWER, STREAM, block, finished, started, texts, turn
 from memory_network import Network, client_of, connected, instantly, network, until
 

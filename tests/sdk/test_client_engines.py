@@ -10,12 +10,12 @@ from typing import Protocol
 import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_runtime.engine import LocalEngine
-from d2f_stream.codec import JSON, MSGPACK
-from d2f_stream.errors import EngineClosed, EngineFailed, InvalidRequest
-from d2f_stream.events import Block, Draft, StreamFinished, StreamStarted
-from d2f_stream.params import ParamOverrides
-from d2f_stream.session import Engine, Prompt
+from d2f_runtime.engine.local import LocalEngine
+from d2f_stream.core.errors import EngineClosed, EngineFailed, InvalidRequest
+from d2f_stream.core.events import Block, Draft, StreamFinished, StreamStarted
+from d2f_stream.core.params import ParamOverrides
+from d2f_stream.core.session import Engine, Prompt
+from d2f_stream.wire.codec import JSON, MSGPACK
 from fakes import ANSWER, engine_over, params, texts, turn
 from memory_network import connected, until
 

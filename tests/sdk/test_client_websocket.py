@@ -16,11 +16,11 @@ import pytest
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_stream.api import connect
-from d2f_stream.backoff import Backoff
 from d2f_stream.channels import ChannelClosed
 from d2f_stream.channels.websocket import check_url, open_websocket
-from d2f_stream.client import RemoteEngine
-from d2f_stream.errors import (
+from d2f_stream.client.backoff import Backoff
+from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.core.errors import (
     ConnectionLost,
     EngineClosed,
     InvalidRequest,
@@ -111,7 +111,7 @@ async def test_server_that_shuts_down_lets_streams_end() -> None:
 SERVER = """
 import asyncio, sys
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import LocalEngine
 from d2f_stream.server.serve import Server, ServeSettings
 
 async def main():
@@ -255,7 +255,7 @@ async def _listening(serve: Any) -> Any:
 
 
 def _end_shared(url: str) -> None:
-    from d2f_stream.shared import _shared
+    from d2f_stream.client.shared import _shared
 
     engine = _shared[asyncio.get_running_loop()][url]
     engine.shut()

@@ -1,7 +1,7 @@
 import pytest
 
-from d2f_stream import errors
-from d2f_stream.errors import (
+from d2f_stream.core import errors
+from d2f_stream.core.errors import (
     ConnectionLost,
     D2FError,
     InvalidParams,

@@ -3,7 +3,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from d2f_stream.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
 from fakes import block, draft, failed, finished, started
 
 EVENTS: list[Event] = [started(), block(3, "naïve 🙂"), draft(2), finished(4), failed(5)]

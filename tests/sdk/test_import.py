@@ -15,7 +15,8 @@ def test_public_names_are_sorted_and_exist() -> None:
 
 
 def test_public_names_are_those_of_the_modules() -> None:
-    from d2f_stream import api, errors, events, params, session
+    from d2f_stream import api
+    from d2f_stream.core import errors, events, params, session
 
     modules = [api.__all__, errors.__all__, events.__all__, session.__all__]
     names = {name for module in modules for name in module}
@@ -41,7 +42,9 @@ def test_public_names_load_nothing_heavy() -> None:
 
 
 def test_engine_loads_nothing_heavy() -> None:
-    code = "import d2f_runtime.engine, d2f_runtime.opening, d2f_runtime.backends.scripted"
+    code = (
+        "import d2f_runtime.engine.local, d2f_runtime.engine.opening, d2f_runtime.backends.scripted"
+    )
     assert loaded_by(code, *HEAVY) == []
 
 

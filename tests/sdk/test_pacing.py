@@ -3,10 +3,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
-from d2f_runtime.engine import LocalEngine
-from d2f_stream.errors import EngineFailed
-from d2f_stream.events import Draft, Event, StreamFailed, StreamFinished
-from d2f_stream.pacing import paced
+from d2f_runtime.engine.local import LocalEngine
+from d2f_stream.core.errors import EngineFailed
+from d2f_stream.core.events import Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.terminal.pacing import paced
 
 
 class Clock:

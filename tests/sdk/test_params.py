@@ -3,9 +3,9 @@ from typing import Any, get_type_hints
 import msgspec
 import pytest
 
-from d2f_stream.errors import InvalidParams
-from d2f_stream.params import GenerationParams, ParamOverrides
-from d2f_stream.presets import PRESETS
+from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.presets import PRESETS
 
 
 def test_overrides_are_exactly_the_fields() -> None:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_stream.codec import JSON, MSGPACK, Codec
-from d2f_stream.errors import InvalidRequest, ProtocolError
-from d2f_stream.params import GenerationParams
-from d2f_stream.protocol import (
+from d2f_stream.core.errors import InvalidRequest, ProtocolError
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.protocol import (
     Authenticate,
     Cancel,
     Generate,

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_stream.errors import StreamLost
-from d2f_stream.events import Block, Event, StreamFailed, StreamFinished
-from d2f_stream.protocol import Generate
-from d2f_stream.remote import RemoteStream
+from d2f_stream.client.remote import RemoteStream
+from d2f_stream.core.errors import StreamLost
+from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
+from d2f_stream.wire.protocol import Generate
 from fakes import STREAM, Producer, block, draft, finished, started
 
 REQUEST = Generate(request_id="request-1-------", prompt="hi")

@@ -6,9 +6,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from d2f_stream import schema
-from d2f_stream.codec import JSON
-from d2f_stream.events import Event
-from d2f_stream.protocol import (
+from d2f_stream.core.events import Event
+from d2f_stream.schema.documents import asyncapi, documents, json_schema
+from d2f_stream.wire.codec import JSON
+from d2f_stream.wire.protocol import (
     Authenticate,
     Cancel,
     Generate,
@@ -22,8 +23,7 @@ from d2f_stream.protocol import (
     ServerHello,
     ServerMessage,
 )
-from d2f_stream.schema.documents import asyncapi, documents, json_schema
-from d2f_stream.topics import parse
+from d2f_stream.wire.topics import parse
 from fakes import block, draft, failed, finished, started
 
 FOLDER = Path(schema.__file__).parent

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from d2f_stream.errors import D2FError, EngineClosed, EngineFailed, OutOfCapacity
-from d2f_stream.session import Session
+from d2f_stream.core.errors import D2FError, EngineClosed, EngineFailed, OutOfCapacity
+from d2f_stream.core.session import Session
 from fakes import Producer, block, draft, failed, finished, started, texts, turn
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.errors import (
+from d2f_stream.core.errors import (
     D2FError,
     EngineClosed,
     EngineFailed,
@@ -20,7 +20,7 @@ from d2f_stream.errors import (
     InvalidPrompt,
     MissingExtra,
 )
-from d2f_stream.events import Event
+from d2f_stream.core.events import Event
 from d2f_stream.transformers_streamer import stream_to
 from fakes import ANSWER, Producer, block, draft, engine_over, failed, finished, started, turn
 from serving import serving

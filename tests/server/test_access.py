@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from d2f_stream.codec import JSON, MSGPACK
-from d2f_stream.protocol import Authenticate, Cancel
 from d2f_stream.server.auth import Auth
+from d2f_stream.wire.codec import JSON, MSGPACK
+from d2f_stream.wire.protocol import Authenticate, Cancel
 from serving import ALICE, BOB, TWO_CLIENTS, Peer, check_whole, held, request, serving
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_stream.errors import Unauthorized
+from d2f_stream.core.errors import Unauthorized
 from d2f_stream.server.auth import (
     AUTH_SUBPROTOCOL,
     LOCAL,

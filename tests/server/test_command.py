@@ -12,7 +12,7 @@ import pytest
 
 import fakes
 from d2f_stream import cli
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 from d2f_stream.server.command import settings_of, tokens_of
 from d2f_stream.server.settings import ServeSettings
 from serving import ALICE, Address, Peer, check_whole, request

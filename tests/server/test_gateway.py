@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_stream.channels import ChannelClosed
 from d2f_stream.channels.memory import MemoryChannel
-from d2f_stream.codec import JSON, MSGPACK, Codec
-from d2f_stream.events import Block, Draft, Event, StreamFinished, StreamStarted
-from d2f_stream.protocol import (
+from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.limits import ServeLimits
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.protocol import (
     VERSION,
     Authenticate,
     Cancel,
@@ -28,8 +30,6 @@ from d2f_stream.protocol import (
     ServerHello,
     ServerMessage,
 )
-from d2f_stream.server.auth import Auth
-from d2f_stream.server.limits import ServeLimits
 from fakes import ANSWER, params
 from memory_network import Network, network, until
 from peers import Expecting

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
 import fakes
-from d2f_stream.codec import JSON, MSGPACK, Codec
-from d2f_stream.protocol import Cancel
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.protocol import Cancel
 from serving import Peer, check_whole, handshake, request, running_server, serving
 
 Frame = bytes | str

@@ -5,12 +5,12 @@ from itertools import count
 import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.errors import D2FError, Unauthorized, error_from
-from d2f_stream.protocol import Generate, Overrides
+from d2f_stream.core.errors import D2FError, Unauthorized, error_from
 from d2f_stream.server.auth import Auth
-from d2f_stream.server.gateway import Gateway
 from d2f_stream.server.metrics import Metrics
-from d2f_stream.server.streams import StreamRegistry
+from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.wire.protocol import Generate, Overrides
 from fakes import engine_over
 from openai_serving import TOKEN, chat, serving
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.params import GenerationParams
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from fakes import ANSWER, info

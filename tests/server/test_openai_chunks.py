@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_stream.events import Event, FinishReason
-from d2f_stream.server.openai_chunks import AnswerWriter, Dialect
-from d2f_stream.server.openai_requests import ChatRequest, CompletionRequest
+from d2f_stream.core.events import Event, FinishReason
+from d2f_stream.server.openai.chunks import AnswerWriter, Dialect
+from d2f_stream.server.openai.requests import ChatRequest, CompletionRequest
 from fakes import block, draft, finished, started
 
 

@@ -17,11 +17,11 @@ import pytest
 
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.errors import SlowConsumer
+from d2f_stream.core.errors import SlowConsumer
+from d2f_stream.core.session import Engine
+from d2f_stream.server.http.sse import COMMENT, EventStream
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server, ServeSettings
-from d2f_stream.server.sse import COMMENT, EventStream
-from d2f_stream.session import Engine
 from fakes import ANSWER, engine_over
 from memory_network import until
 from openai_serving import Exchange, Serving, chat, serving

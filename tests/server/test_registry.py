@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-import d2f_stream.server.streams as streams_module
+import d2f_stream.server.streams.registry as streams_module
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.errors import (
+from d2f_stream.core.errors import (
     D2FError,
     InvalidParams,
     InvalidPrompt,
@@ -26,10 +26,10 @@ from d2f_stream.errors import (
     StreamLost,
     TooManyStreams,
 )
-from d2f_stream.events import Block, Draft, Event, StreamFinished, StreamStarted
-from d2f_stream.protocol import Generate, OnDisconnect, Overrides
+from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
 from d2f_stream.server.limits import RateLimit, ServeLimits
-from d2f_stream.server.served_stream import Cursor, ServedStream
+from d2f_stream.server.streams.served_stream import Cursor, ServedStream
+from d2f_stream.wire.protocol import Generate, OnDisconnect, Overrides
 from fakes import ANSWER, block, draft, finished, started
 from memory_network import network, until
 

@@ -11,10 +11,10 @@ import pytest
 
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.events import Block, StreamFinished
-from d2f_stream.protocol import RequestRejected, ServerClosing
+from d2f_stream.core.events import Block, StreamFinished
 from d2f_stream.server.serve import AddressUnavailable, Server, serve
 from d2f_stream.server.settings import ServeSettings
+from d2f_stream.wire.protocol import RequestRejected, ServerClosing
 from serving import Address, Peer, check_whole, held, request, serving, text_of
 
 ENDLESS = "on and " * 1000

@@ -6,10 +6,10 @@ import pytest
 
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.codec import JSON, MSGPACK, Codec
-from d2f_stream.events import Block, Draft, StreamFinished
-from d2f_stream.protocol import Cancel
+from d2f_stream.core.events import Block, Draft, StreamFinished
 from d2f_stream.server.limits import ServeLimits
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.protocol import Cancel
 from serving import Peer, check_whole, held, request, serving, text_of
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from d2f_export.distill.command import main
-from d2f_stream.errors import D2FError
+from d2f_stream.core.errors import D2FError
 
 if __name__ == "__main__":
     try:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from d2f_runtime.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.checkpoints import read_config
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import Layout, family_of
+from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.published import is_published
-from d2f_runtime.tokenizer import Tokenizer
-from d2f_runtime.tokenizer_files import TokenizerFiles
-from d2f_stream.errors import ModelNotFound, UnsupportedModel
+from d2f_runtime.text.tokenizer import Tokenizer
+from d2f_runtime.text.tokenizer_files import TokenizerFiles
+from d2f_stream.core.errors import ModelNotFound, UnsupportedModel
 
 __all__ = ["Base", "open_base"]
 

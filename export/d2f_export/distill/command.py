@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 import msgspec
 
 from d2f_export.distill.settings import DistillSettings, read_settings, settings_of
-from d2f_stream.errors import MissingExtra
+from d2f_stream.core.errors import MissingExtra
 
 __all__ = ["build_parser", "main", "values_of"]
 

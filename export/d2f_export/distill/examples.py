@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 
 __all__ = ["Example", "ExampleFiles", "Message"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2f_export.distill.examples import ExampleFiles
 from d2f_export.distill.sequences import Counts, Packing, Sequence
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 
 __all__ = ["Batch", "Feed"]
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from d2f_export.distill.settings import DistillSettings
 from d2f_runtime.models.config import TransformerConfig
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 
 __all__ = [
     "MemoryPlan",

@@ -30,7 +30,7 @@ from d2f_export.distill.trainer import (
 from d2f_export.distill.validation import Validation
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.errors import D2FError, InvalidRequest
+from d2f_stream.core.errors import D2FError, InvalidRequest
 
 __all__ = ["distill"]
 

@@ -26,7 +26,7 @@ from d2f_export.distill.settings import FREE, DistillSettings, settings_of, to_t
 from d2f_export.distill.student import save_adapter, trainable
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.errors import D2FError, InvalidRequest, ModelDamaged
+from d2f_stream.core.errors import D2FError, InvalidRequest, ModelDamaged
 
 __all__ = ["RunFolder", "RunState", "prepare_checkpoints"]
 

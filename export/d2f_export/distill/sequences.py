@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2f_export.distill.examples import Example
-from d2f_runtime.tokenizer import TextCodec
-from d2f_stream.errors import InvalidRequest
+from d2f_runtime.text.tokenizer import TextCodec
+from d2f_stream.core.errors import InvalidRequest
 
 __all__ = ["Counts", "Packing", "Sequence", "encode_prompt"]
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from d2f_stream.errors import InvalidParams, InvalidRequest
+from d2f_stream.core.errors import InvalidParams, InvalidRequest
 
 __all__ = ["FREE", "DistillSettings", "read_settings", "settings_of", "to_toml"]
 

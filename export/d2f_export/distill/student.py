@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2f_runtime.models.families import Layout, published_name
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.errors import MissingExtra
+from d2f_stream.core.errors import MissingExtra
 
 __all__ = ["TARGETS", "adapters_off", "add_lora", "save_adapter", "trainable"]
 

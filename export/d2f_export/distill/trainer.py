@@ -18,7 +18,7 @@ from d2f_export.distill.feed import Batch
 from d2f_export.distill.settings import DistillSettings
 from d2f_export.distill.student import add_lora, trainable
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.errors import InvalidRequest, MissingExtra
+from d2f_stream.core.errors import InvalidRequest, MissingExtra
 
 __all__ = [
     "Compute",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 from d2f_runtime.backends.base import Backend
-from d2f_stream.errors import MissingExtra, ModelNotFound, UnsupportedModel
+from d2f_runtime.models.pickles import refuse_pickles
+from d2f_stream.core.errors import MissingExtra, ModelNotFound, UnsupportedModel
 
 __all__ = [
     "BACKENDS",
@@ -19,10 +20,7 @@ __all__ = [
     "check_backend",
     "choose_backend",
     "open_backend",
-    "refuse_pickles",
 ]
-
-PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Load(Protocol):
@@ -90,20 +88,6 @@ def check_backend(backend: str) -> None:
     if backend not in {"auto", *BACKENDS}:
         known = ", ".join(["auto", *BACKENDS])
         raise UnsupportedModel(f"there is no backend {backend!r}; it must be one of {known}")
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Say what is wrong with a folder whose weights are pickled; call it where others are missing.
-
-    Raises:
-        UnsupportedModel: it holds a pickle.
-    """
-    pickled = sorted(file.name for file in folder.iterdir() if file.name.endswith(PICKLED))
-    if pickled:
-        raise UnsupportedModel(
-            f"{folder} holds pickled weights only ({pickled[0]}), and reading a pickle can run any "
-            "code; fetch or convert them to safetensors"
-        )
 
 
 def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.rows import Floats, Masks
+from d2f_runtime.kernels.sampling import forbid, keep_nucleus, propose, temper
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.sampling import forbid, keep_nucleus, propose, temper
 
 __all__ = ["answer_states", "sampling_of"]
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.backends.answers import MAX_HEAD_ELEMENTS, answer_states, sampling_of
-from d2f_runtime.backends.base import ModelInfo, StepRow
+from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.buckets import BUCKETS, MAX_ROWS, Bucket, bucket_for
 from d2f_runtime.backends.kv_pool import KVPool, Span
 from d2f_runtime.backends.rows import Floats, Masks
 from d2f_runtime.backends.step_plan import Layout, StepPlan, plan_step
 from d2f_runtime.kernels.attention import TILE_FIELDS, rows_per_tile
+from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.fast_transformer import FastTransformer, StepTensors
 
 __all__ = ["FastRunner"]

@@ -22,7 +22,7 @@ from d2f_runtime.backends.rows import Ints
 from d2f_runtime.backends.spans import Spans
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import KeyValue
-from d2f_stream.errors import OutOfCapacity
+from d2f_stream.core.errors import OutOfCapacity
 
 __all__ = ["MAX_SLOTS", "KVPool", "PooledPast", "Span", "free_bytes", "pool_tokens", "ranges"]
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.onnx_session import StepSession, open_sessions
 from d2f_runtime.backends.onnx_slot import OnnxSlot
 from d2f_runtime.backends.rows import Floats, check_row, num_forwarded, to_proposals
-from d2f_runtime.manifest import Manifest, read_manifest
-from d2f_runtime.window import Proposals
-from d2f_stream.errors import InvalidParams, OutOfCapacity, UnsupportedModel
-from d2f_stream.params import GenerationParams
+from d2f_runtime.decoding.window import Proposals
+from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.manifest import Manifest, read_manifest
+from d2f_stream.core.errors import InvalidParams, OutOfCapacity, UnsupportedModel
+from d2f_stream.core.params import GenerationParams
 
 __all__ = ["OnnxBackend", "load"]
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
-from d2f_runtime.manifest import FixedWindow, Manifest, OnnxInfo
-from d2f_stream.errors import ModelDamaged, UnsupportedModel
+from d2f_runtime.models.manifest import FixedWindow, Manifest, OnnxInfo
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = [
     "GRAPH_FILE",

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from d2f_runtime.backends.onnx_session import StepSession
 from d2f_runtime.backends.rows import Floats
-from d2f_runtime.manifest import Manifest
+from d2f_runtime.models.manifest import Manifest
 
 __all__ = ["OnnxSlot"]
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.backends.answers import answer_states, sampling_of
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
 from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded
+from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask
 
 __all__ = ["PlainRunner"]

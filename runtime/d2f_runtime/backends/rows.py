@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from d2f_runtime.backends.base import ModelInfo, StepRow
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
-from d2f_stream.params import Rank
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_runtime.models.facts import ModelInfo
+from d2f_stream.core.params import Rank
 
 __all__ = ["Bools", "Floats", "Ints", "Masks", "check_row", "num_forwarded", "to_proposals"]
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
-from d2f_runtime.window import NO_TOKEN, Proposals, Window
-from d2f_stream.errors import ModelDamaged, ModelNotFound, OutOfCapacity
-from d2f_stream.params import GenerationParams
+from d2f_runtime.backends.base import Slot, StepRow
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_runtime.models.facts import ModelInfo
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, OutOfCapacity
+from d2f_stream.core.params import GenerationParams
 
 __all__ = ["EOS_ID", "MASK_ID", "SCRIPTED_INFO", "ByteCodec", "ScriptedBackend", "StepGate", "load"]
 

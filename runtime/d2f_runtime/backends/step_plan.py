@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from struct import pack_into
 from typing import Final, NamedTuple
 
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.kv_pool import MAX_SLOTS, Span
 from d2f_runtime.backends.rows import num_forwarded
+from d2f_runtime.decoding.window import Window
 from d2f_runtime.kernels.attention import TILE_FIELDS
-from d2f_runtime.window import Window
+from d2f_runtime.models.facts import ModelInfo
 
 __all__ = ["Layout", "Placement", "StepPlan", "plan_step"]
 

@@ -13,21 +13,22 @@ from typing import Final, Literal
 
 import torch
 
-from d2f_runtime.backends.base import ModelInfo, Slot, StepRow
+from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.capability import RunnerChoice, choose_runner
 from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
 from d2f_runtime.backends.quantization_choice import QUANTIZATIONS, choose_quantization
 from d2f_runtime.backends.rows import check_row, to_proposals
 from d2f_runtime.backends.runner import Runner
+from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.kernels.language import HAS_TRITON
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.stored import LOW_BIT, dequantise_layers
-from d2f_runtime.window import Proposals
-from d2f_stream.errors import UnsupportedModel
-from d2f_stream.params import GenerationParams
+from d2f_stream.core.errors import UnsupportedModel
+from d2f_stream.core.params import GenerationParams
 
 __all__ = ["DTYPES", "QUANTIZED", "TorchBackend", "load"]
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import d2f_stream
-from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.evaluation.samples import Question, Sample, answer_all, opened
-from d2f_stream.errors import InvalidParams, MissingExtra
-from d2f_stream.params import GenerationParams, ParamOverrides
-from d2f_stream.session import Engine, Prompt
+from d2f_stream.core.errors import InvalidParams, MissingExtra
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Engine, Prompt
 
 try:
     from lm_eval.api.instance import Instance

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import msgspec
 
 import d2f_stream
-from d2f_runtime.engine import Limits
-from d2f_runtime.opening import open_engine
-from d2f_stream.errors import InvalidRequest, PromptTooLong
-from d2f_stream.params import GenerationParams
-from d2f_stream.session import Engine, Prompt, Result
+from d2f_runtime.engine.local import Limits
+from d2f_runtime.engine.opening import open_engine
+from d2f_stream.core.errors import InvalidRequest, PromptTooLong
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.session import Engine, Prompt, Result
 
 __all__ = ["Question", "Sample", "answer_all", "opened"]
 

@@ -18,7 +18,7 @@ from d2f_runtime.kernels.language import (
     power_of_2,
     tl,
 )
-from d2f_runtime.models.sampling import forbid, propose
+from d2f_runtime.kernels.sampling import forbid, propose
 
 __all__ = ["best_tokens", "best_tokens_reference"]
 

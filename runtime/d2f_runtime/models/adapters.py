@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.shards import Shards
-from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 
 __all__ = ["Adapter"]
 

@@ -28,7 +28,7 @@ from d2f_runtime.quantization.stored import (
     dense,
     quantise,
 )
-from d2f_stream.errors import ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import ModelNotFound, UnsupportedModel
 
 __all__ = [
     "CONFIG_FILE",

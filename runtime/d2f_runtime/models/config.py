@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from d2f_runtime.backends.base import FAMILIES, PromptAttention
-from d2f_stream.errors import UnsupportedModel
+from d2f_runtime.models.facts import FAMILIES, PromptAttention
+from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = ["Llama3Rope", "TransformerConfig"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2f_stream.errors import ModelDamaged
+from d2f_stream.core.errors import ModelDamaged
 
 __all__ = ["ConfigFile"]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from d2f_runtime.backends.base import PromptAttention
 from d2f_runtime.models.config_file import ConfigFile
-from d2f_stream.errors import UnsupportedModel
+from d2f_runtime.models.facts import PromptAttention
+from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = ["PUBLISHED", "Family", "Layout", "family_of", "published_name"]
 

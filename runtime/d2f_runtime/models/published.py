@@ -15,10 +15,10 @@ from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import Family, family_of
 from d2f_runtime.models.published_config import transformer_config
-from d2f_runtime.tokenizer_files import TokenizerFiles
-from d2f_stream.errors import InvalidParams, ModelDamaged, ModelNotFound
-from d2f_stream.params import GenerationParams
-from d2f_stream.presets import PRESETS
+from d2f_runtime.text.tokenizer_files import TokenizerFiles
+from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound
+from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.presets import PRESETS
 
 __all__ = ["Published", "is_published", "read_published"]
 

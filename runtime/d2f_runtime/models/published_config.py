@@ -11,9 +11,9 @@ from typing import Final
 from d2f_runtime.models.config import Llama3Rope, TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import Family, family_of
-from d2f_runtime.tokenizer_files import Vocabulary
-from d2f_stream.errors import ModelDamaged, UnsupportedModel
-from d2f_stream.params import MAX_BLOCK_SIZE
+from d2f_runtime.text.tokenizer_files import Vocabulary
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
+from d2f_stream.core.params import MAX_BLOCK_SIZE
 
 __all__ = ["transformer_config"]
 

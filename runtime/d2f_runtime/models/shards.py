@@ -14,11 +14,11 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError, safe_open
 
-from d2f_runtime.backends import refuse_pickles
 from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.pickles import refuse_pickles
 from d2f_runtime.quantization.bitsandbytes import Beside, find_quantized, read_quantized
 from d2f_runtime.quantization.stored import QuantizedWeight
-from d2f_stream.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 
 __all__ = ["Shards", "TensorHeader"]
 

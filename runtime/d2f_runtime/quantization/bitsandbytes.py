@@ -18,7 +18,7 @@ from d2f_runtime.kernels.fragments import NF4_VALUES
 from d2f_runtime.quantization.int8 import Int8Weight
 from d2f_runtime.quantization.nf4 import Nf4Weight, dequantised_blocks
 from d2f_runtime.quantization.stored import QuantizedWeight
-from d2f_stream.errors import ModelDamaged, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = ["Beside", "find_quantized", "read_quantized"]
 

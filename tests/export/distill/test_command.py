@@ -40,7 +40,7 @@ def test_folder_without_a_model_is_exit_code_1(
 def test_bench_times_a_tiny_shape(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     pytest.importorskip("peft")
-    from d2f_export.distill.bench import main
+    from lab.bench.distill import main
 
     output = tmp_path / "record.json"
     arguments = ["--shape", "tiny", "--length", "32", "--steps", "1", "--cpu"]

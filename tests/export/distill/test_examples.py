@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2f_export.distill.examples import ExampleFiles
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 
 
 def files(*paths: Path) -> ExampleFiles:

@@ -9,7 +9,7 @@ import torch
 from d2f_export.distill.examples import Example, ExampleFiles, Message
 from d2f_export.distill.feed import Batch, Feed
 from d2f_export.distill.sequences import Counts, Packing
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 
 pytestmark = pytest.mark.torch
 

@@ -12,9 +12,9 @@ from d2f_export.distill.memory import (
 )
 from d2f_export.distill.settings import DistillSettings
 from d2f_export.distill.student import add_lora, trainable
-from d2f_runtime.bench.step_models import SHAPES
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.errors import InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
+from lab.bench.step_models import SHAPES
 from tiny_models import CONFIGS
 
 pytestmark = pytest.mark.torch

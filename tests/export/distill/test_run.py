@@ -18,7 +18,7 @@ import d2f_stream
 from d2f_export.distill.run import distill
 from d2f_export.distill.settings import DistillSettings
 from d2f_runtime.models.checkpoints import load_checkpoint
-from d2f_stream.errors import D2FError, InvalidRequest, UnsupportedModel
+from d2f_stream.core.errors import D2FError, InvalidRequest, UnsupportedModel
 from tiny_checkpoints import write_model
 
 pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import pytest
 
 from d2f_export.distill.command import build_parser, values_of
 from d2f_export.distill.settings import DistillSettings, read_settings, settings_of, to_toml
-from d2f_stream.errors import InvalidParams, InvalidRequest
+from d2f_stream.core.errors import InvalidParams, InvalidRequest
 
 GIVEN: dict[str, Any] = {"model": "org/model", "data": ["a.jsonl", 'b "quoted" \\ ü.jsonl']}
 

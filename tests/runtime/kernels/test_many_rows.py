@@ -6,7 +6,6 @@ from torch import Tensor
 
 from triton_mode import DEVICE  # isort: skip  # before the kernels
 
-from d2f_runtime.bench.step_models import SHAPES
 from d2f_runtime.kernels.activation import Activation, quantise_rows
 from d2f_runtime.kernels.gate import silu_gate_reference
 from d2f_runtime.kernels.low_bit import dequantise_reference
@@ -18,6 +17,7 @@ from d2f_runtime.kernels.streamed_low_bit import streamed_low_bit_product
 from d2f_runtime.quantization.low_bit_linear import pack_low_bit
 from d2f_runtime.quantization.stored import quantise
 from kernel_checks import NEEDS_HOPPER, error, random
+from lab.bench.step_models import SHAPES
 
 pytestmark = pytest.mark.torch
 

@@ -1,0 +1,192 @@
+"""Generation parameters: one frozen, validated value for a request.
+
+Knows the names, ranges and meaning of the settings of D2F decoding (arXiv 2508.09192, section 4 and
+table 8) and nothing of models or backends. A model's own defaults come with its manifest.
+"""
+
+from typing import Literal, TypedDict
+
+import msgspec
+
+from d2f_stream.core.errors import InvalidParams
+
+__all__ = [
+    "MAX_BLOCK_SIZE",
+    "Acceptance",
+    "Attention",
+    "GenerationParams",
+    "ParamOverrides",
+    "Rank",
+    "StopAtEos",
+    "Tail",
+]
+
+MAX_BLOCK_SIZE = 1024
+MAX_STOP_STRINGS = 16
+MAX_LOOKAHEAD = 16
+
+Acceptance = Literal["token", "joint"]
+Attention = Literal["blocks", "full"]
+Rank = Literal["confidence", "margin", "neg_entropy"]
+StopAtEos = Literal["truncate", "drain"]
+Tail = Literal["cut", "drop"]
+
+
+class ParamOverrides(TypedDict, total=False):
+    """The keyword arguments of generate(): any field of GenerationParams."""
+
+    max_new_tokens: int
+    block_size: int
+    add_threshold: float
+    activate_threshold: float
+    confidence_threshold: float
+    max_active_blocks: int | None
+    temperature: float
+    top_p: float
+    seed: int | None
+    rank: Rank
+    stop: tuple[str, ...]
+    stop_at_eos: StopAtEos
+    tail: Tail
+    lookahead: int
+    num_per_step: int
+    sub_block_size: int
+    acceptance: Acceptance
+    attention: Attention
+    drafts: bool
+
+
+class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one answer is decoded. Validated on construction; `with_overrides` gives a changed copy.
+
+    Attributes:
+        max_new_tokens: upper bound of the answer, tokens.
+        block_size: positions denoised together, tokens.
+        add_threshold: a new masked block joins once this share of the last block is filled,
+            in (0, 1].
+        activate_threshold: the successor of a block filled to this share must accept at least its
+            best proposal in each step, in (0, 1].
+        confidence_threshold: a proposal above this (strictly) is accepted, in (0, 1].
+        max_active_blocks: how many unfilled blocks may be denoised at once; None is unbounded, 1
+            switches the pipeline off.
+        temperature: 0 is greedy.
+        top_p: nucleus mass, in (0, 1].
+        seed: of the sampling noise; None draws a fresh one. No effect at temperature 0.
+        rank: what picks the forced proposal of a fully activated block.
+        stop: strings that end the answer; they are not part of it.
+        stop_at_eos: "truncate" stops once everything up to the first EOS is final; "drain" denoises
+            the blocks after it too, as the reference loop does.
+        tail: when block_size does not divide max_new_tokens, "cut" shortens the last block and
+            "drop" leaves it out, as the reference loop does.
+        lookahead: branches tried beside the canvas in each step, 0 to 16; 0 switches it off. Each
+            costs a row of the step.
+        num_per_step: how many proposals a block accepts in each step, the best by `rank`, whatever
+            their confidence; 0 goes by `confidence_threshold`.
+        sub_block_size: a block is filled part by part, each of this size, from left to right; 0
+            makes it one part. With parts, a model that predicts from the position before takes a
+            block's first token by itself and at once, whatever its confidence (Fast-dLLM v2).
+        acceptance: what `confidence_threshold` bounds. "token": the doubt of each token. "joint":
+            that of all tokens which a block accepts in one step together, so that it needs no
+            tuning to the block size. No effect with `num_per_step`.
+        attention: "blocks" is full inside a block and causal across. "full" makes prompt and
+            answer one attention block, as masked diffusion models are decoded without D2F: all
+            `max_new_tokens` positions are on the canvas from the start and nothing is cached, so
+            that each step costs the whole canvas. `stop_at_eos="drain"` then fills all of them.
+        drafts: also emit provisional events while a block is being denoised.
+
+    Raises:
+        InvalidParams: on construction, for the first field out of range.
+    """
+
+    max_new_tokens: int = 256
+    block_size: int = 32
+    add_threshold: float = 0.1
+    activate_threshold: float = 0.95
+    confidence_threshold: float = 0.9
+    max_active_blocks: int | None = 4
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    rank: Rank = "confidence"
+    stop: tuple[str, ...] = ()
+    stop_at_eos: StopAtEos = "truncate"
+    tail: Tail = "cut"
+    lookahead: int = 0
+    num_per_step: int = 0
+    sub_block_size: int = 0
+    acceptance: Acceptance = "token"
+    attention: Attention = "blocks"
+    drafts: bool = False
+
+    def __post_init__(self) -> None:
+        _check_count("max_new_tokens", self.max_new_tokens, 1, None)
+        _check_count("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        for name in ("add_threshold", "activate_threshold", "confidence_threshold", "top_p"):
+            _check_share(name, getattr(self, name))
+        if self.max_active_blocks is not None:
+            _check_count("max_active_blocks", self.max_active_blocks, 1, None)
+        if not _is_number(self.temperature) or not 0.0 <= self.temperature <= 100.0:
+            raise InvalidParams("temperature", self.temperature, "between 0 (greedy) and 100")
+        if self.seed is not None:
+            _check_count("seed", self.seed, 0, 2**63 - 1)
+        _check_choice("rank", self.rank, ("confidence", "margin", "neg_entropy"))
+        _check_choice("stop_at_eos", self.stop_at_eos, ("truncate", "drain"))
+        _check_choice("tail", self.tail, ("cut", "drop"))
+        _check_count("lookahead", self.lookahead, 0, MAX_LOOKAHEAD)
+        _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
+        _check_count("sub_block_size", self.sub_block_size, 0, MAX_BLOCK_SIZE)
+        _check_choice("acceptance", self.acceptance, ("token", "joint"))
+        _check_choice("attention", self.attention, ("blocks", "full"))
+        if self.tail == "drop" and self.max_new_tokens < self.block_size:
+            allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"
+            raise InvalidParams("max_new_tokens", self.max_new_tokens, allowed)
+        _check_stop(self.stop)
+
+    def with_overrides(self, overrides: ParamOverrides) -> "GenerationParams":
+        """Return a copy with the given fields changed.
+
+        Raises:
+            InvalidParams: for an unknown field or a value out of range.
+        """
+        unknown = sorted(set(overrides) - set(self.__struct_fields__))
+        if unknown:
+            allowed = "one of " + ", ".join(sorted(self.__struct_fields__))
+            raise InvalidParams("parameter", unknown[0], allowed)
+        return msgspec.structs.replace(self, **overrides)
+
+    @property
+    def num_blocks(self) -> int:
+        """Answer blocks that max_new_tokens allows on a grid that starts at the prompt's end."""
+        whole, rest = divmod(self.max_new_tokens, self.block_size)
+        return whole + (1 if rest and self.tail == "cut" else 0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: object, low: int, high: int | None) -> None:
+    allowed = (
+        f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    )
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidParams(name, value, allowed)
+    if value < low or (high is not None and value > high):
+        raise InvalidParams(name, value, allowed)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not _is_number(value) or not 0.0 < value <= 1.0:  # False for NaN too
+        raise InvalidParams(name, value, "above 0 and at most 1")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidParams(name, value, "one of " + ", ".join(allowed))
+
+
+def _check_stop(stop: tuple[str, ...]) -> None:
+    if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
+        raise InvalidParams("stop", stop, "a tuple of non-empty strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidParams("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS} strings")

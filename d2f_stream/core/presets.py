@@ -1,0 +1,86 @@
+"""Named settings and where they come from.
+
+A model's own defaults stand in its manifest or, for a published one, in its generation_config.json
+over what its family's row here says.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["PRESETS"]
+
+
+def _d2f(
+    max_new_tokens: int, block_size: int, add_threshold: float, confidence_threshold: float = 0.9
+) -> GenerationParams:
+    """Return a row of the paper's table 8; the activation threshold is 0.95 in all of them."""
+    return GenerationParams(
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        add_threshold=add_threshold,
+        confidence_threshold=confidence_threshold,
+    )
+
+
+PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
+    {
+        # The paper's general setting (arXiv 2508.09192, section 5.1), on this runtime's rules.
+        "paper": GenerationParams(),
+        # The published decoding loop to the letter, as eval_llada.py of the authors' repository
+        # (zhijie-group/Discrete-Diffusion-Forcing, commit 771f745) runs HumanEval.
+        "reference": GenerationParams(
+            max_new_tokens=512, max_active_blocks=None, stop_at_eos="drain", tail="drop"
+        ),
+        # One block at a time: block diffusion with a cache, the paper's table 5.
+        "single-block": GenerationParams(add_threshold=1.0, max_active_blocks=1),
+        # Without D2F, as LLaDA publishes it (ML-GSAI/LLaDA, generate.py): full attention, no cache,
+        # blocks from left to right, the most confident token of each step. All positions are
+        # filled, whatever ends the answer; stop_at_eos="truncate" gives the same text sooner.
+        "llada-vanilla": GenerationParams(
+            attention="full", num_per_step=1, max_active_blocks=1, stop_at_eos="drain"
+        ),
+        # The same as Dream publishes it (DreamLM/Dream, diffusion_generate with alg="entropy"): the
+        # whole answer is one block, and the token of lowest entropy is taken.
+        "dream-vanilla": GenerationParams(
+            attention="full",
+            num_per_step=1,
+            max_active_blocks=1,
+            stop_at_eos="drain",
+            block_size=256,
+            rank="neg_entropy",
+        ),
+        # The D2F adapters by task: the thresholds of table 8, which are those of eval_llada.sh and
+        # eval_dream.sh (commit as above), on this runtime's rules. The tasks' names are those of
+        # lm-evaluation-harness.
+        "d2f-llada-gsm8k": _d2f(512, 64, 0.7),
+        "d2f-llada-humaneval": _d2f(512, 32, 0.1),
+        "d2f-llada-mbpp": _d2f(512, 32, 0.9),
+        "d2f-llada-minerva_math": _d2f(512, 32, 0.1),
+        "d2f-dream-gsm8k_cot": _d2f(256, 32, 0.1),
+        "d2f-dream-humaneval": _d2f(256, 32, 0.9, 0.95),
+        "d2f-dream-mbpp": _d2f(256, 48, 0.1),
+        "d2f-dream-minerva_math": _d2f(256, 64, 0.1),
+        # The same repository's chat demo, which is eager to start blocks.
+        "d2f-demo": GenerationParams(max_new_tokens=1024, activate_threshold=0.5),
+        # Block diffusion, whose blocks are the model's own: the threshold of SDAR's
+        # "low_confidence_dynamic" (JetAstra/SDAR, generate.py).
+        "sdar": GenerationParams(
+            block_size=4, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.85
+        ),
+        # Fast-dLLM v2 as its model card calls it: sub-blocks of 8, threshold 0.9
+        # (Efficient-Large-Model/Fast_dLLM_v2_7B; NVlabs/Fast-dLLM, v2/run_chatbot.py, b9cf368).
+        "fast-dllm-v2": GenerationParams(
+            block_size=32,
+            add_threshold=1.0,
+            max_active_blocks=1,
+            confidence_threshold=0.9,
+            sub_block_size=8,
+        ),
+        # One token after the other, for models that know no mask.
+        "autoregressive": GenerationParams(block_size=1, add_threshold=1.0, max_active_blocks=1),
+    }
+)
+"""Settings by name; a request starts from one with params=PRESETS[name]."""

@@ -1,0 +1,237 @@
+"""Session: one request in progress, as its reader sees it; and the protocol of what makes sessions.
+
+Knows events and buffers; nothing of models, devices or the wire, so a local and a remote engine
+hand out the same class.
+
+How a session ends early. Leaving `async with session`, calling `cancel()`, or letting go of the
+last reference all give the stream up; the engine frees its slot within one step. A loop over
+`generate(...)` holds the only reference, so `break`, an exception and a cancelled task end it too.
+A session in a variable is held by the traceback of a cancelled task until that task is let go; use
+`async with` there.
+A session that is still held after a `break` stays alive and can be read on: at the buffer's high
+mark its engine stops working for it, until it is read, cancelled, dropped, or its engine closes.
+"""
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, Unpack
+
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import D2FError, error_from
+from d2f_stream.core.events import (
+    Block,
+    Event,
+    FinishReason,
+    StreamFailed,
+    StreamFinished,
+    Timings,
+    Usage,
+)
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+
+__all__ = ["Engine", "EngineInfo", "Prompt", "Result", "Session"]
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class EngineInfo(Protocol):
+    """What an engine tells of its model."""
+
+    @property
+    def name(self) -> str:
+        """For people and `StreamStarted.model`."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """The kind of model: dream, llada, sdar, ..."""
+        ...
+
+    @property
+    def native_block_size(self) -> int:
+        """What the model was trained for, tokens."""
+        ...
+
+    @property
+    def max_block_size(self) -> int:
+        """Upper bound for a request's block size, tokens."""
+        ...
+
+    @property
+    def max_len(self) -> int:
+        """Prompt and answer together, tokens."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What the model can do, in a sentence or two for its users; may be empty."""
+        ...
+
+
+class Engine(Protocol):
+    """Serves requests for one model; an async context manager that closes it on exit."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the model."""
+        ...
+
+    @property
+    def defaults(self) -> GenerationParams:
+        """The parameters of a request that gives none."""
+        ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: GenerationParams | None = None,
+        **overrides: Unpack[ParamOverrides],
+    ) -> "Session":
+        """Start a request; the session streams its answer."""
+        ...
+
+    async def __aenter__(self) -> Self:
+        """Wait until the model is ready."""
+        ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End all sessions and free what the engine holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole answer. `token_ids` ends with the EOS where one ended it; `text` never holds it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+class Session:
+    """An answer in progress: an async iterator of its blocks, and an async context manager.
+
+    One task reads at a time; a second one gets a RuntimeError. Made by engines, on the event loop
+    that will read it; the producer's side is the EventBuffer that the engine keeps.
+    """
+
+    def __init__(self, buffer: EventBuffer) -> None:
+        self._buffer = buffer
+        finalizer = weakref.finalize(self, _give_up, asyncio.get_running_loop(), buffer)
+        finalizer.atexit = False
+
+    @property
+    def text(self) -> str:
+        """The text committed so far, read or not."""
+        return self._buffer.text
+
+    def cancel(self) -> None:
+        """Give the answer up; its slot is free within one step. Idempotent.
+
+        Blocks that were committed stay readable, then the iteration ends.
+        """
+        self._buffer.cancel()
+
+    async def result(self) -> Result:
+        """Wait for the whole answer. Safe to cancel; no event is lost.
+
+        From here on the stream runs without back-pressure: the events stay readable, and their
+        number is bounded by the length of the answer. Any number of tasks may wait.
+
+        Raises:
+            D2FError: the request was turned away, or its stream failed.
+        """
+        buffer = self._buffer
+        buffer.lift_marks()
+        try:
+            await buffer.wait_ended()
+        finally:
+            del self  # as in __anext__
+        if buffer.error is not None:
+            raise buffer.error
+        end = buffer.terminal
+        if not isinstance(end, StreamFinished):
+            raise _failure_of(end)
+        return Result(buffer.text, tuple(buffer.token_ids), end.reason, end.usage, end.timings)
+
+    def events(self) -> AsyncIterator[Event]:
+        """Iterate over every event: StreamStarted, blocks, drafts where asked for, and the end.
+
+        A stream that fails ends with StreamFailed and raises nothing.
+        """
+        return _Events(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Block:
+        """Wait for the next block. Safe to cancel; no event is lost.
+
+        Raises:
+            D2FError: the request was turned away, or its stream failed.
+        """
+        buffer = self._buffer
+        try:
+            while (event := await buffer.get()) is not None:
+                if isinstance(event, Block):
+                    return event
+        finally:
+            # The traceback of a cancelled read keeps this frame; it must not keep the session.
+            del self
+        if isinstance(buffer.terminal, StreamFailed):
+            raise _failure_of(buffer.terminal)
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Cancel, and wait until the slot is free. Safe to cancel; it is freed all the same."""
+        self.cancel()
+        await self._buffer.wait_ended()
+
+
+class _Events:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        buffer = self._session._buffer
+        try:
+            event = await buffer.get()
+        finally:
+            del self
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+
+def _give_up(loop: asyncio.AbstractEventLoop, buffer: EventBuffer) -> None:
+    # Runs wherever the last reference went: on another thread, or amid the engine's own code.
+    if not buffer.ended:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the engine's task with it
+            loop.call_soon_threadsafe(buffer.cancel)
+
+
+def _failure_of(event: StreamFailed | None) -> D2FError:
+    assert event is not None, "a stream ended without a terminal event"
+    return error_from(event.code, event.message)

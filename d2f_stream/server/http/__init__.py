@@ -1,0 +1,1 @@
+"""HTTP on the server: who may call, how much, and how responses are sent."""

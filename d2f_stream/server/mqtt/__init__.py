@@ -1,0 +1,1 @@
+"""The worker's side of MQTT: requests from a broker, streams to it."""

@@ -1,0 +1,363 @@
+"""MqttGateway: the worker's side of MQTT. Takes requests from a broker, publishes their streams.
+
+Knows topics and streams; the connection is a `BrokerLink`. Handling a message never waits, so the
+broker's messages do not pile up here, and publishing never holds the engine up: each stream has a
+publisher that reads the stream's log at the broker's pace and remembers what was acknowledged.
+
+The client's name in a topic is believed. That the broker lets nobody use another's name is the
+work of its access rules: see docs/mqtt.md.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import socket
+import ssl
+from typing import Literal
+
+import msgspec
+
+from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
+from d2f_stream.channels.mqtt import BrokerLink, Sleep, end_tasks
+from d2f_stream.core.errors import (
+    D2FError,
+    InvalidRequest,
+    MessageTooLarge,
+    ProtocolError,
+    StreamLost,
+)
+from d2f_stream.server.mqtt.publisher import StreamPublisher
+from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.wire.codec import JSON, Codec
+from d2f_stream.wire.protocol import (
+    Cancel,
+    Generate,
+    RequestRejected,
+    Resume,
+    ServerHello,
+    check_request_id,
+)
+from d2f_stream.wire.topics import (
+    CANCELS,
+    GROUP,
+    NodeStatus,
+    NodeStatusTopic,
+    OperationTopic,
+    RequestTopic,
+    StreamTopic,
+    check_name,
+    codec_of,
+    encode,
+    operations_of,
+    parse,
+    requests_of,
+)
+
+__all__ = ["MqttGateway"]
+
+logger = logging.getLogger("d2f_stream.mqtt")
+
+STATUS_INTERVAL_S = 30.0
+"""Between two announcements; three missed ones count as gone."""
+
+WILL_DELAY_S = 10
+CLOSE_GRACE_S = 5.0
+
+
+class MqttGateway:
+    """Serves the streams of a registry over a broker.
+
+    Belongs to one event loop. `run` connects; without it nothing is served.
+
+    Args:
+        registry: the streams.
+        url: of the broker: mqtt://user:password@host:1883 or mqtts://...
+        hello: what the worker says of itself.
+        node: for people; a random part is added, since each start of a worker is another node.
+            None is the host's name.
+        group: the workers of a group share the requests; each group gets them all, so workers of
+            one model belong to one group. Where clients are not trusted it must be hard to guess:
+            a broker may give a request to whoever names the group, and so to nobody.
+        tls: for mqtts://; None is Python's default context.
+        will_delay_s: how long the broker waits for a worker that is gone without a word to come
+            back, before it declares it offline and its streams are lost, whole seconds.
+        sleep: waits between attempts to connect.
+
+    Raises:
+        InvalidRequest: the URL or a name cannot be used.
+    """
+
+    def __init__(
+        self,
+        registry: StreamRegistry,
+        url: str,
+        *,
+        hello: ServerHello,
+        node: str | None = None,
+        group: str = GROUP,
+        tls: ssl.SSLContext | None = None,
+        will_delay_s: int = WILL_DELAY_S,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.registry = registry
+        self.node = f"{_host_name() if node is None else node}-{secrets.token_hex(4)}"
+        check_name("node", self.node)
+        self._requests = requests_of(group)
+        self._hello = hello
+        self._publishers: dict[str, StreamPublisher] = {}  # by stream id
+        self._publishing: set[asyncio.Task[None]] = set()
+        self._num_connections = 0
+        self._closing = False
+        self._closed = asyncio.Event()
+        self._link = BrokerLink(
+            BrokerAddress.parse(url),
+            self,
+            identifier=f"d2f-{self.node}",
+            subscriptions=[(self._requests, 1), (CANCELS, 1), (operations_of(self.node), 1)],
+            session_expiry_s=will_delay_s,
+            tls=tls,
+            will=self._status("offline"),
+            will_delay_s=will_delay_s,
+            farewell=lambda: self._status("offline"),
+            sleep=sleep,
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._link.connected
+
+    @property
+    def num_publishing(self) -> int:
+        """Streams that have events which the broker has not acknowledged, or may get some."""
+        return len(self._publishing)
+
+    async def wait_connected(self) -> None:
+        """Wait until requests can come in. Safe to cancel."""
+        await self._link.wait_connected()
+
+    async def run(self) -> None:
+        """Serve until cancelled or closed, through every loss of the broker.
+
+        When cancelled it tells the broker that this node is offline, and ends; its streams go on.
+        """
+        link = asyncio.create_task(self._link.run(), name="d2f-mqtt-link")
+        beat = asyncio.create_task(self._announce(), name="d2f-mqtt-status")
+        closed = asyncio.create_task(self._closed.wait(), name="d2f-mqtt-closed")
+        try:
+            await asyncio.wait((link, beat, closed), return_when=asyncio.FIRST_COMPLETED)
+            if not closed.done():
+                await asyncio.gather(link, beat)  # neither ends by itself: one has raised
+        finally:
+            await end_tasks(link, beat, closed, *self._publishing)
+
+    async def close(self, deadline_s: float) -> None:
+        """Take no more requests, let the streams end, then say "offline" and end `run`.
+
+        What still runs at the deadline is cancelled. Safe to cancel; `run` then goes on.
+        """
+        self._closing = True
+        self._link.post("status", self._status("closing"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_GRACE_S):
+                await self._link.unsubscribe([self._requests])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                await self._streams_published()
+        for publisher in self._publishers.values():
+            publisher.stream.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_GRACE_S if self.connected else 0.0):
+                await self._streams_published()
+                await self._link.flush()
+        self._closed.set()
+
+    # What the link tells.
+
+    def on_connected(self) -> None:
+        """Announce the node, and publish anew what the broker may have lost."""
+        self._num_connections += 1
+        self._post_status()
+        for publisher in self._publishers.values():
+            publisher.note_reconnect()
+
+    def on_lost(self, reason: str, *, refused: bool) -> None:
+        """Nothing to do: the logs keep what is to be published."""
+
+    def on_refused(self, message: Outgoing, reason: str) -> None:
+        """Nothing to do: the link logs it."""
+
+    def on_message(self, message: Incoming) -> None:
+        """Do what a client asks, or refuse it."""
+        topic = parse(message.topic)
+        match topic:
+            case RequestTopic(client):
+                self._refusing(topic, message, client, None)
+            case OperationTopic(_, client, request_id):
+                self._refusing(topic, message, client, request_id)
+            case StreamTopic(client, request_id, "cancel"):
+                # Every worker gets it, and at most one has such a stream.
+                with contextlib.suppress(StreamLost):
+                    self.registry.cancel(request_id, client=_principal(client))
+            case _:
+                logger.info("a message to %.200r is dropped: it names no client", message.topic)
+
+    def _refusing(
+        self, topic: RequestTopic | OperationTopic, message: Incoming, client: str, name: str | None
+    ) -> None:
+        codec = codec_of(message.content_type)
+        stream_id: str | None = None
+        try:
+            limit = self.registry.limits.max_message_bytes
+            if len(message.payload) > limit:
+                raise MessageTooLarge(
+                    f"the message has {len(message.payload)} bytes but this worker allows {limit}"
+                )
+            operation = codec.decode_operation(message.payload)
+            match topic, operation:
+                case RequestTopic(), Generate():
+                    self._generate(operation, client, codec)
+                case OperationTopic(), Resume():
+                    stream_id = operation.stream
+                    self._resume(operation, client, topic.request_id, codec)
+                case OperationTopic(), Cancel():
+                    stream_id = operation.stream
+                    self._cancel(operation, client)
+                case _:
+                    raise ProtocolError(
+                        "this topic takes no such operation: generate goes to requests/, cancel "
+                        "and resume to nodes/.../operations/"
+                    )
+        except D2FError as error:
+            name = name or _request_id_of(message.payload, codec)
+            if name is None:
+                logger.info("a message of %s is dropped, it names no request: %s", client, error)
+                return
+            self._reject(StreamTopic(client, name, "events"), error, stream_id, codec)
+
+    def _generate(self, request: Generate, client: str, codec: Codec) -> None:
+        stream = self.registry.generate(request, client=_principal(client))
+        drafts = request.params.drafts is True
+        self._publish(stream, client, codec, after_seq=-1, drafts=drafts)
+
+    def _resume(self, operation: Resume, client: str, request_id: str, codec: Codec) -> None:
+        stream = self.registry.resume(operation.stream, client=_principal(client))
+        if stream.request_id != request_id:
+            raise InvalidRequest("the stream belongs to another request than the topic names")
+        self._publish(stream, client, codec, after_seq=operation.after_seq, drafts=operation.drafts)
+
+    def _cancel(self, operation: Cancel, client: str) -> None:
+        names = [name for name in (operation.stream, operation.request_id) if name is not None]
+        if len(names) != 1:
+            raise InvalidRequest("cancel names either a stream or a request_id")
+        self.registry.cancel(names[0], client=_principal(client))
+
+    def _publish(
+        self, stream: ServedStream, client: str, codec: Codec, *, after_seq: int, drafts: bool
+    ) -> None:
+        known = self._publishers.get(stream.id)
+        if known is not None and not known.done:
+            known.rewind(after_seq)
+            return
+        publisher = StreamPublisher(
+            stream,
+            self._link,
+            *(client, self.node, codec),
+            after_seq=after_seq,
+            drafts=drafts,
+            expiry_s=max(1, math.ceil(self.registry.limits.resume_ttl_s)),
+        )
+        self._publishers[stream.id] = publisher
+        task = asyncio.create_task(publisher.run(), name=f"d2f-mqtt-{stream.id}")
+        self._publishing.add(task)
+        task.add_done_callback(lambda task: self._note_published(task, publisher))
+
+    def _note_published(self, task: "asyncio.Task[None]", publisher: StreamPublisher) -> None:
+        self._publishing.discard(task)
+        if self._publishers.get(publisher.stream.id) is publisher:
+            del self._publishers[publisher.stream.id]
+        if task.cancelled():
+            return
+        if (broken := task.exception()) is not None:
+            logger.error("stream %s is not published", publisher.stream.id, exc_info=broken)
+            return
+        ttl_s = self.registry.limits.resume_ttl_s
+        asyncio.get_running_loop().call_later(ttl_s, self._clear_state, publisher)
+
+    def _clear_state(self, publisher: StreamPublisher) -> None:
+        if not self._closed.is_set():
+            self._link.post(("state", publisher.stream.id), publisher.cleared_state())
+
+    def _reject(
+        self, topic: StreamTopic, error: D2FError, stream_id: str | None, codec: Codec
+    ) -> None:
+        name = None if stream_id else topic.request_id
+        rejection = RequestRejected.of(error, request_id=name, stream=stream_id)
+        message = Outgoing(
+            str(topic),
+            codec.encode(rejection),
+            content_type=codec.content_type,
+            expiry_s=max(1, math.ceil(self.registry.limits.resume_ttl_s)),
+            notes=(("node", self.node),),
+        )
+        self._link.post(("rejection", str(topic)), message)
+
+    # What the node says of itself.
+
+    async def _announce(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            if self.connected:
+                self._post_status()
+
+    def _post_status(self) -> None:
+        self._link.post("status", self._status("closing" if self._closing else "online"))
+
+    def _status(self, status: Literal["online", "closing", "offline"]) -> Outgoing:
+        news = NodeStatus(
+            node=self.node,
+            status=status,
+            connection=self._num_connections,
+            ttl_s=3 * STATUS_INTERVAL_S,
+            hello=None if status == "offline" else self._hello,
+        )
+        return Outgoing(
+            str(NodeStatusTopic(self.node)),
+            encode(news),
+            retain=True,
+            content_type=JSON.content_type,
+            expiry_s=math.ceil(news.ttl_s),
+        )
+
+    async def _streams_published(self) -> None:
+        while self._publishing:
+            await asyncio.wait(set(self._publishing))
+
+
+def _principal(client: str) -> str:
+    return f"mqtt:{client}"
+
+
+def _host_name() -> str:
+    kept = "".join(
+        sign if sign.isascii() and sign.isalnum() else "-" for sign in socket.gethostname()
+    )
+    return kept.strip("-")[:64] or "worker"
+
+
+class _Named(msgspec.Struct):
+    request_id: str
+
+
+def _request_id_of(payload: bytes, codec: Codec) -> str | None:
+    """Return the request id of a message that is wrong otherwise; None where it has no good one."""
+    library = msgspec.json if codec is JSON else msgspec.msgpack
+    try:
+        name: str = library.decode(payload, type=_Named).request_id
+        check_request_id(name)
+    except (msgspec.MsgspecError, InvalidRequest, UnicodeError, RecursionError):
+        return None
+    return name

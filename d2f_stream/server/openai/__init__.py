@@ -1,0 +1,1 @@
+"""OpenAI's chat, completion and model API over the server's streams."""

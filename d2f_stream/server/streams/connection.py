@@ -1,0 +1,300 @@
+"""Connection: one client's side of /v1/stream on a server, over any channel.
+
+Reads operations, writes events; knows neither sockets nor HTTP. One task reads and one writes. The
+writer goes around the streams that the connection reads, so none waits for another, and a reader
+that does not take what is sent loses its connection, not its streams.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from d2f_stream.channels import Channel, ChannelClosed
+from d2f_stream.core.errors import (
+    D2FError,
+    InvalidRequest,
+    ProtocolError,
+    ServerShuttingDown,
+    SlowConsumer,
+    TooManyStreams,
+    Unauthorized,
+)
+from d2f_stream.core.events import Draft
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.server.streams.served_stream import Cursor, ServedStream
+from d2f_stream.wire.protocol import (
+    Authenticate,
+    Cancel,
+    Generate,
+    Operation,
+    RequestRejected,
+    Resume,
+    ServerClosing,
+    ServerHello,
+    ServerMessage,
+)
+
+__all__ = ["CLOSE_CODES", "Connection"]
+
+logger = logging.getLogger("d2f_stream.server")
+
+CLOSE_CODES: Final = {
+    "shutting_down": 1012,
+    "protocol_error": 1002,
+    "too_many_connections": 1013,
+    "unauthorized": 4401,
+    "slow_consumer": 4408,
+}
+"""Websocket close codes of the reasons that the server closes a connection for."""
+
+MAX_WAITING_REPLIES: Final = 32
+LAST_WORDS_S: Final = 1.0
+
+
+class Connection:
+    """One client's connection, from its first message to its last.
+
+    Args:
+        channel: open; closed at the end.
+        registry: the streams.
+        auth: who may connect.
+        client: whose it is; None waits for an `authenticate` message.
+        hello: said once the client is let in.
+        on_slow: called when the client did not take what was sent for too long.
+
+    Attributes:
+        closed: set when everything of it is over.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        registry: StreamRegistry,
+        auth: Auth,
+        *,
+        client: str | None,
+        hello: ServerHello,
+        on_slow: Callable[[], None],
+    ) -> None:
+        self.closed = asyncio.Event()
+        self._channel = channel
+        self._registry = registry
+        self._limits = registry.limits
+        self._auth = auth
+        self._client = client
+        self._hello = hello
+        self._on_slow = on_slow
+        self._cursors: dict[str, Cursor] = {}  # by stream id
+        self._replies: deque[ServerMessage] = deque()
+        self._wake = asyncio.Event()  # for the writer
+        self._room = asyncio.Event()  # for the reader: replies were written
+        self._finishing = False
+        self._left = False  # the client: nothing can be written any more
+        self._num_bad = 0
+
+    async def serve(self) -> None:
+        """Serve it to its end. Safe to cancel; its streams go on or end as asked."""
+        reader = asyncio.create_task(self._read(), name="d2f-connection-reader")
+        writer = asyncio.create_task(self._write(), name="d2f-connection-writer")
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done() and not writer.cancelled():
+                await self._read_rest(reader, writer.exception())
+        finally:
+            try:
+                for cursor in self._cursors.values():
+                    cursor.detach()
+                self._cursors.clear()
+                code, reason = await self._end(reader, writer)
+                with contextlib.suppress(ChannelClosed):
+                    await self._channel.close(code, reason)
+            finally:
+                self.closed.set()
+
+    async def _read_rest(self, reader: "asyncio.Task[None]", broken: BaseException | None) -> None:
+        """Take what a client sent before it left: its last words may cancel streams."""
+        if isinstance(broken, ChannelClosed):
+            self._left = True
+            self._room.set()
+            await asyncio.wait((reader,), timeout=LAST_WORDS_S)
+
+    def note_closing(self, message: ServerClosing) -> None:
+        """Tell the client that the server shuts down."""
+        if self._client is not None:
+            self._replies.append(message)
+            self._wake.set()
+
+    def finish(self) -> None:
+        """Close it, after what is ready for it was sent."""
+        self._finishing = True
+        self._wake.set()
+
+    async def _end(
+        self, reader: "asyncio.Task[None]", writer: "asyncio.Task[None]"
+    ) -> tuple[int, str]:
+        """Stop both tasks; return why the connection ends, as close code and reason."""
+        code, reason = 1000, ""
+        for task in (reader, writer):
+            task.cancel()
+        for task in (reader, writer):
+            await asyncio.wait((task,))
+            error = None if task.cancelled() else task.exception()
+            if isinstance(error, D2FError):
+                code, reason = CLOSE_CODES.get(error.code, 1011), str(error)
+                if isinstance(error, ProtocolError | Unauthorized | SlowConsumer):
+                    logger.info("closing a connection: %s", error)
+            elif error is not None and not isinstance(error, ChannelClosed):
+                logger.error("a connection failed", exc_info=error)
+                code, reason = 1011, "internal error"
+        return code, reason
+
+    # Reading: one operation after the other.
+
+    async def _read(self) -> None:
+        if self._client is None:
+            self._client = await self._authenticate()
+        self._reply(self._hello)
+        while True:
+            self._take(await self._channel.receive())
+            while len(self._replies) > MAX_WAITING_REPLIES and not self._left:
+                self._room.clear()
+                await self._room.wait()
+
+    async def _authenticate(self) -> str:
+        timeout_s = self._limits.auth_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                data = await self._channel.receive()
+        except TimeoutError:
+            raise Unauthorized(f"no token came within {timeout_s:g} s") from None
+        try:
+            operation = self._channel.codec.decode_operation(data)
+        except D2FError:
+            operation = None
+        if not isinstance(operation, Authenticate):
+            raise Unauthorized("the first message must be authenticate, with a token")
+        return self._auth.client_of(operation.token)
+
+    def _take(self, data: bytes | str) -> None:
+        codec = self._channel.codec
+        try:
+            operation = codec.decode_operation(data)
+        except D2FError as error:
+            request_id, stream = codec.names_of(data)
+            self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
+            if isinstance(error, ProtocolError):
+                self._note_bad()
+            return
+        try:
+            self._do(operation)
+        except D2FError as error:
+            request_id = getattr(operation, "request_id", None)
+            stream = getattr(operation, "stream", None)
+            self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
+
+    def _note_bad(self) -> None:
+        self._num_bad += 1
+        if self._num_bad >= self._limits.max_bad_messages:
+            raise ProtocolError(f"{self._num_bad} messages could not be read")
+
+    def _do(self, operation: Operation) -> None:
+        match operation:
+            case Generate():
+                self._generate(operation)
+            case Resume():
+                self._resume(operation)
+            case Cancel():
+                self._cancel(operation)
+            case Authenticate():
+                self._auth.client_of(operation.token)
+            case _:
+                assert_never(operation)
+
+    def _generate(self, request: Generate) -> None:
+        assert self._client is not None
+        if not any(c.stream.request_id == request.request_id for c in self._cursors.values()):
+            self._check_room()
+        stream = self._registry.generate(request, client=self._client)
+        drafts = request.params.drafts is True
+        self._follow(stream, after_seq=-1, drafts=drafts)
+
+    def _resume(self, operation: Resume) -> None:
+        assert self._client is not None
+        stream = self._registry.resume(operation.stream, client=self._client)
+        if operation.stream not in self._cursors:
+            self._check_room()
+        self._follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)
+
+    def _cancel(self, operation: Cancel) -> None:
+        assert self._client is not None
+        names = [name for name in (operation.stream, operation.request_id) if name is not None]
+        if len(names) != 1:
+            raise InvalidRequest("cancel names either a stream or a request_id")
+        self._registry.cancel(names[0], client=self._client)
+
+    def _follow(self, stream: ServedStream, *, after_seq: int, drafts: bool) -> None:
+        old = self._cursors.pop(stream.id, None)
+        cursor = stream.read(after_seq=after_seq, drafts=drafts, wake=self._wake.set)
+        self._cursors[stream.id] = cursor
+        if old is not None:
+            old.detach()
+
+    def _check_room(self) -> None:
+        limit = self._limits.max_streams_per_connection
+        if len(self._cursors) >= limit:
+            raise TooManyStreams(
+                f"this connection reads {len(self._cursors)} streams and the limit is {limit}; "
+                "wait for one to end, or open another connection"
+            )
+
+    def _reply(self, message: ServerMessage) -> None:
+        if self._left:
+            return
+        self._replies.append(message)
+        self._wake.set()
+
+    # Writing: replies first, then one event of each stream in turn.
+
+    async def _write(self) -> None:
+        while True:
+            self._wake.clear()
+            while self._replies:
+                await self._send(self._replies.popleft())
+                self._room.set()
+            sent = False
+            for stream_id, cursor in list(self._cursors.items()):
+                sent = await self._write_next(stream_id, cursor) or sent
+            if sent or self._replies:
+                continue
+            if self._finishing:
+                raise ServerShuttingDown("the server is shutting down")
+            await self._wake.wait()
+
+    async def _write_next(self, stream_id: str, cursor: Cursor) -> bool:
+        event = cursor.take()
+        if event is not None:
+            await self._send(event)
+        elif cursor.exhausted and cursor.stream.error is not None:
+            stream = cursor.stream
+            assert stream.error is not None
+            name = None if stream.started else stream.request_id
+            told = stream.id if stream.started else None
+            await self._send(RequestRejected.of(stream.error, request_id=name, stream=told))
+        if cursor.exhausted and self._cursors.get(stream_id) is cursor:
+            del self._cursors[stream_id]
+            cursor.detach()
+        return event is not None
+
+    async def _send(self, message: ServerMessage) -> None:
+        timeout_s = self._limits.stall_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._channel.send(self._channel.codec.encode(message))
+        except TimeoutError:
+            self._on_slow()
+            kind = "a draft" if isinstance(message, Draft) else "a message"
+            raise SlowConsumer(f"the reader did not take {kind} for {timeout_s:g} s") from None

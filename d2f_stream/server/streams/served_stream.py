@@ -1,0 +1,188 @@
+"""ServedStream: one answer on a server, its whole event log and who reads it. Knows no transport.
+
+A connection is a cursor on the log. The log holds all durable events, which `max_new_tokens`
+bounds; of drafts only the latest of each block is kept.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+
+from d2f_stream.core.errors import D2FError, InvalidRequest
+from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.core.session import Session
+from d2f_stream.wire.protocol import Generate
+
+__all__ = ["Cursor", "ServedStream"]
+
+
+class ServedStream:
+    """One answer: its log, and who reads it.
+
+    Attributes:
+        id: unguessable; whoever knows it may read and cancel the stream.
+        client: whose it is.
+        request_id: the client's name for it.
+        max_new_tokens: what its log is charged.
+        log: durable events so far; an event's index is its `seq`.
+        drafts: the latest draft of each block that is not final.
+        num_drafts_dropped: drafts that a reader wanted and a later state overtook.
+        error: why it was turned away before it began, if it was.
+        ended: whether no more events come.
+    """
+
+    def __init__(self, request: Generate, *, client: str, max_new_tokens: int) -> None:
+        self.id = secrets.token_urlsafe(18)
+        self.client = client
+        self.request_id = request.request_id
+        self.max_new_tokens = max_new_tokens
+        self.log: list[Event] = []
+        self.drafts: dict[int, Draft] = {}
+        self.num_drafts_dropped = 0
+        self.error: D2FError | None = None
+        self.ended = False
+        self.cancels_on_disconnect = request.on_disconnect == "cancel"
+        self._cursors: set[Cursor] = set()
+        self._session: Session | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether its first event is out."""
+        return bool(self.log)
+
+    @property
+    def num_readers(self) -> int:
+        """Cursors that are attached."""
+        return len(self._cursors)
+
+    def cancel(self) -> None:
+        """End the stream within a step. Idempotent."""
+        if self._session is not None:
+            self._session.cancel()
+
+    def read(
+        self, *, after_seq: int = -1, drafts: bool = False, wake: Callable[[], None]
+    ) -> "Cursor":
+        """Attach a reader that has every event up to `after_seq`.
+
+        Args:
+            after_seq: -1 reads from the beginning.
+            drafts: whether it wants drafts too.
+            wake: called whenever there is something to take, or nothing more will come.
+
+        Raises:
+            InvalidRequest: the stream has no event `after_seq`.
+        """
+        if not -1 <= after_seq < len(self.log):
+            raise InvalidRequest(
+                f"after_seq is {after_seq} but the last event of the stream is {len(self.log) - 1}"
+            )
+        cursor = Cursor(self, after_seq + 1, drafts, wake)
+        self._cursors.add(cursor)
+        wake()
+        return cursor
+
+    async def follow(self, *, after_seq: int = -1, drafts: bool = False) -> AsyncIterator[Event]:
+        """Yield the events as they come, to the end. Safe to cancel; close it when done early.
+
+        Raises:
+            D2FError: the request was turned away before its stream began.
+        """
+        changed = asyncio.Event()
+        cursor = self.read(after_seq=after_seq, drafts=drafts, wake=changed.set)
+        try:
+            while not cursor.exhausted:
+                changed.clear()
+                while (event := cursor.take()) is not None:
+                    yield event
+                if not cursor.exhausted:
+                    await changed.wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            cursor.detach()
+
+    # The producer's side: called by the registry only.
+
+    def begin(self, session: Session) -> None:
+        """Note the session that `cancel` ends."""
+        self._session = session
+
+    def put(self, event: Event) -> None:
+        """Append a durable event, or keep a draft until a later state overtakes it."""
+        match event:
+            case Draft():
+                self.drafts[event.index] = event
+                for cursor in self._cursors:
+                    cursor._note_draft(event.index)
+                return
+            case Block():
+                self.drafts.pop(event.index, None)
+            case StreamFinished() | StreamFailed():
+                self.drafts.clear()
+        for cursor in self._cursors:
+            cursor._drop_drafts()
+        self.log.append(event)
+        self._wake_all()
+
+    def end(self, error: D2FError | None = None) -> None:
+        """Put nothing more; `error` says why, where the last event does not."""
+        self.error = error
+        self.ended = True
+        self._session = None
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for cursor in self._cursors:
+            cursor._wake()
+
+    def _detach(self, cursor: "Cursor") -> None:
+        self._cursors.discard(cursor)
+        if self.cancels_on_disconnect and not self._cursors and not self.ended:
+            self.cancel()
+
+
+class Cursor:
+    """A reader's place in a stream's log; made by `ServedStream.read`."""
+
+    def __init__(
+        self, stream: ServedStream, next_seq: int, drafts: bool, wake: Callable[[], None]
+    ) -> None:
+        self.stream = stream
+        self._next_seq = next_seq
+        self._wants_drafts = drafts
+        self._unread_drafts = dict.fromkeys(stream.drafts) if drafts else {}
+        self._wake = wake
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether everything was taken and nothing more will come."""
+        return self.stream.ended and self._next_seq == len(self.stream.log)
+
+    def take(self) -> Event | None:
+        """Return the next event, None where there is none now. Drafts come after durable events."""
+        log = self.stream.log
+        if self._next_seq < len(log):
+            self._next_seq += 1
+            return log[self._next_seq - 1]
+        if self._unread_drafts:
+            index = next(iter(self._unread_drafts))
+            del self._unread_drafts[index]
+            return self.stream.drafts[index]
+        return None
+
+    def detach(self) -> None:
+        """Read no more. Idempotent."""
+        self.stream._detach(self)
+
+    def _note_draft(self, index: int) -> None:
+        if self._wants_drafts:
+            self.stream.num_drafts_dropped += index in self._unread_drafts
+            self._unread_drafts[index] = None
+            self._wake()
+
+    def _drop_drafts(self) -> None:
+        """Forget those whose block is final."""
+        for index in [index for index in self._unread_drafts if index not in self.stream.drafts]:
+            del self._unread_drafts[index]
+            self.stream.num_drafts_dropped += 1

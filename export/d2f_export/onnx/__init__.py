@@ -1,0 +1,1 @@
+"""Export to ONNX: the graph, its weights, the artefact, and its verification."""

@@ -1,0 +1,285 @@
+"""Writes a model folder that the runtime runs: graph, weights, tokenizer, template, manifest.
+
+The folder appears under its name only when it is whole; see whole_folder.
+"""
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from d2f_export.onnx.graph import OPSET, FixedShape, StepGraph, step_graph
+from d2f_export.onnx.quantize import QUANTIZATIONS, Quantization
+from d2f_export.onnx.weights import INLINE_BYTES, Checkpoint, num_bytes, write_graphs
+from d2f_export.onnx.whole_folder import whole_or_absent
+from d2f_runtime.backends.onnx_session import GRAPH_FILE, GRAPH_INTERFACE
+from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.manifest import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    FileInfo,
+    FixedWindow,
+    JsonValue,
+    Manifest,
+    OnnxInfo,
+    TrainingInfo,
+    TransformerShape,
+)
+from d2f_stream.core.errors import InvalidParams, ModelNotFound
+
+__all__ = [
+    "MIN_ONNXRUNTIME",
+    "QUANTIZATION_OF",
+    "Defaults",
+    "Description",
+    "Target",
+    "describe",
+    "file_info",
+    "write_artefact",
+    "write_checkpoint_manifest",
+]
+
+MIN_ONNXRUNTIME: Final = "1.23.0"  # the first with opset 23; 1.23.2, 1.24.1 and 1.31.1 were run
+
+Target = Literal["cpu", "cuda", "device"]
+QUANTIZATION_OF: Final[dict[Target, Quantization]] = {
+    "cpu": "int8",
+    "cuda": "fp16",
+    "device": "int8",
+}
+
+DATA_FILE: Final = GRAPH_FILE + ".data"
+TOKENIZER_FILE: Final = "tokenizer.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+TOKENIZER_FILES: Final = (
+    TOKENIZER_FILE,
+    TEMPLATE_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+HASH_BYTES: Final = 1 << 20
+
+Defaults = dict[str, dict[str, JsonValue | list[str]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What an artefact says of itself beside what its checkpoint does.
+
+    Attributes:
+        name: the model's, for people.
+        defaults: GenerationParams fields by kind of device ("cpu", "cuda").
+        training: where the weights come from.
+        text: what the model can do, for its users.
+        tokenizer: tokenizer.json; None takes the checkpoint's tokenizer files.
+        chat_template: jinja text, instead of the checkpoint's.
+    """
+
+    name: str
+    defaults: Defaults = field(default_factory=dict)
+    training: TrainingInfo | None = None
+    text: str = ""
+    tokenizer: Path | None = None
+    chat_template: str | None = None
+
+
+def write_artefact(
+    checkpoint_folder: Path,
+    output_folder: Path,
+    description: Description,
+    *,
+    target: Target = "cpu",
+    quantization: Quantization | None = None,
+    adapter: Path | None = None,
+    window: int = 64,
+    capacity: int = 512,
+) -> Manifest:
+    """Export a checkpoint as an ONNX model folder.
+
+    Weights are read, converted and written one by one: host memory holds the largest matrix twice,
+    not the model.
+
+    Args:
+        checkpoint_folder: config.json and safetensors, in this project's layout or a published one.
+        output_folder: appears when everything is written; one of that name is replaced.
+        description: of the artefact.
+        target: "cpu" and "cuda" are one graph with symbolic shapes, "device" two with static ones.
+        quantization: of the weights; None is the target's.
+        adapter: folder of a LoRA adapter to merge.
+        window: positions of the narrower graph for "device"; the other one holds `capacity`.
+        capacity: prompt and answer for "device", tokens.
+
+    Raises:
+        ModelNotFound: the checkpoint or the tokenizer is missing.
+        ModelDamaged: the checkpoint cannot be read, or the defaults are no valid parameters.
+        UnsupportedModel: the family or the adapter is not known.
+        InvalidParams: there is no such quantization, the window does not fit the capacity, or
+            something else lies in the output folder, which would be lost.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    quantization = quantization or QUANTIZATION_OF[target]
+    if quantization not in QUANTIZATIONS:
+        raise InvalidParams("quantize", quantization, f"one of {', '.join(QUANTIZATIONS)}")
+    checkpoint = Checkpoint(checkpoint_folder, adapter=adapter)
+    config = checkpoint.config
+    capacity = min(capacity, config.max_len)
+    if not 1 <= window <= capacity:
+        raise InvalidParams("window", window, f"between 1 and the capacity of {capacity} tokens")
+    _check_output(output_folder, checkpoint_folder)
+    copied = _tokenizer_files(checkpoint_folder, description)
+    graphs, onnx = _graphs(config, target, quantization, window, capacity)
+    with whole_or_absent(output_folder) as unfinished:
+        _check_room(graphs, unfinished)
+        _write_graphs(graphs, checkpoint, unfinished)
+        for name, path in copied.items():
+            shutil.copyfile(path, unfinished / name)
+        if description.chat_template is not None:
+            (unfinished / TEMPLATE_FILE).write_text(description.chat_template, encoding="utf-8")
+        files = {path.name: file_info(path) for path in sorted(unfinished.iterdir())}
+        manifest = describe(config, description, files=files, onnx=onnx)
+        (unfinished / FILE_NAME).write_bytes(_encoded(manifest))
+    return manifest
+
+
+def _check_output(folder: Path, checkpoint: Path) -> None:
+    """Refuse to replace what is no artefact."""
+    is_artefact = (folder / FILE_NAME).is_file() and (folder / GRAPH_FILE).is_file()
+    if folder.resolve() == checkpoint.resolve() or (
+        folder.exists() and not is_artefact and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise InvalidParams("output", str(folder), "a new folder, or an exported model to replace")
+
+
+def _graphs(
+    config: TransformerConfig,
+    target: Target,
+    quantization: Quantization,
+    window: int,
+    capacity: int,
+) -> tuple[dict[str, StepGraph], OnnxInfo]:
+    """Return the target's graphs by file, and what the manifest says of them."""
+    fixed: dict[str, FixedShape | None] = {GRAPH_FILE: None}
+    if target == "device":
+        wide = f"model-{capacity}.onnx"
+        fixed = {GRAPH_FILE: FixedShape(window, capacity), wide: FixedShape(capacity, capacity)}
+    graphs = {file: step_graph(config, quantization, fixed=f) for file, f in fixed.items()}
+    onnx = OnnxInfo(
+        opset=OPSET,
+        min_onnxruntime=MIN_ONNXRUNTIME,
+        interface=GRAPH_INTERFACE,
+        target=target,
+        quantization=quantization,
+        windows=tuple(
+            FixedWindow(file=file, width=f.window, capacity=f.capacity)
+            for file, f in fixed.items()
+            if f is not None
+        ),
+    )
+    return graphs, onnx
+
+
+def _tokenizer_files(checkpoint: Path, description: Description) -> dict[str, Path]:
+    """Return the files to be copied by their names in the artefact."""
+    if description.tokenizer is not None:
+        found = {TOKENIZER_FILE: description.tokenizer}
+    else:
+        found = {name: checkpoint / name for name in TOKENIZER_FILES}
+        found = {name: path for name, path in found.items() if path.is_file()}
+    whole = found.get(TOKENIZER_FILE)
+    if (whole is None or not whole.is_file()) and "vocab.json" not in found:
+        raise ModelNotFound(f"no tokenizer at {whole or checkpoint / TOKENIZER_FILE}")
+    return found
+
+
+def _write_graphs(graphs: dict[str, StepGraph], checkpoint: Checkpoint, folder: Path) -> None:
+    is_large = len(graphs) > 1 or any(num_bytes(g) > INLINE_BYTES for g in graphs.values())
+    data = folder / DATA_FILE if is_large else None
+    write_graphs({folder / name: g for name, g in graphs.items()}, checkpoint, data=data)
+
+
+def _check_room(graphs: dict[str, StepGraph], folder: Path) -> None:
+    needed = max(num_bytes(graph) for graph in graphs.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the weights take {needed / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB "
+            "free; choose another folder or a smaller quantization"
+        )
+
+
+def write_checkpoint_manifest(folder: Path, description: Description) -> Manifest:
+    """Write the manifest of a checkpoint folder for the torch backend, over all its other files.
+
+    Args:
+        folder: config.json, model.safetensors, tokenizer.json and what else the model has.
+        description: of it.
+
+    Raises:
+        ModelNotFound: there is no checkpoint in the folder.
+        ModelDamaged: the checkpoint cannot be read, or the defaults are no valid parameters.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.name != FILE_NAME)
+    files = {path.name: file_info(path) for path in paths}
+    manifest = describe(load_checkpoint(folder).config, description, files=files, onnx=None)
+    unfinished = folder / f".{FILE_NAME}"
+    unfinished.write_bytes(_encoded(manifest))
+    os.replace(unfinished, folder / FILE_NAME)
+    return manifest
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    for device in manifest.defaults:
+        manifest.params_for(device)  # raises where they are no valid parameters
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def describe(
+    config: TransformerConfig,
+    description: Description,
+    *,
+    files: dict[str, FileInfo],
+    onnx: OnnxInfo | None,
+) -> Manifest:
+    """Return the manifest of a model with this config."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=description.name,
+        family=config.family,
+        mask_id=config.mask_id,
+        eos_ids=config.eos_ids,
+        shift_logits=config.shift_logits,
+        prompt_attention=config.prompt_attention,
+        native_block_size=config.native_block_size,
+        max_block_size=config.max_block_size,
+        max_len=config.max_len,
+        vocab_size=config.num_tokens,
+        transformer=TransformerShape(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+        ),
+        defaults=description.defaults,
+        files=files,
+        onnx=onnx,
+        training=description.training,
+        description=description.text,
+    )
+
+
+def file_info(path: Path) -> FileInfo:
+    """Return a file's hash and size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(HASH_BYTES):
+            digest.update(piece)
+    return FileInfo(sha256=digest.hexdigest(), bytes=path.stat().st_size)

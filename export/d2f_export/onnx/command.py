@@ -1,0 +1,212 @@
+"""d2f-stream export and d2f-stream verify: arguments, and what is said of the results."""
+
+import argparse
+import importlib.util
+import json
+import random
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from d2f_stream.core.errors import InvalidParams, MissingExtra, ModelDamaged
+from d2f_stream.core.params import GenerationParams
+
+if TYPE_CHECKING:
+    from d2f_export.onnx.artefact import Defaults
+    from d2f_export.onnx.verification import Question, Verification
+    from d2f_runtime.models.manifest import Manifest
+    from d2f_runtime.text.tokenizer import Tokenizer
+
+__all__ = ["run_export", "run_verify"]
+
+EMBEDDED_TASK = "the embedded model's task"
+NUM_RANDOM = 8  # prompts of random tokens, where no others are given
+
+
+def run_export(argv: Sequence[str]) -> int:
+    """Export a model as an ONNX folder; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="d2f-stream export", description="Write a model as a folder that onnxruntime runs."
+    )
+    parser.add_argument("--model", required=True, help="a checkpoint's folder or a hub id")
+    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
+    parser.add_argument("--target", choices=("cpu", "cuda", "device"), default="cpu")
+    parser.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
+    parser.add_argument("--quantize", metavar="NAME", help="fp32, fp16, int8, int4 or int4-fp16")
+    parser.add_argument("--name", help="of the model, for people; default: of its folder")
+    parser.add_argument("--window", type=int, default=64, help="positions; for --target device")
+    parser.add_argument("--capacity", type=int, default=512, help="tokens; for --target device")
+    about = parser.add_argument_group("what the manifest says (for published models: their own)")
+    about.add_argument("--tokenizer", type=Path, help="where the model's folder has none")
+    about.add_argument("--chat-template", help="jinja text")
+    about.add_argument("--defaults", type=json.loads, metavar="JSON", help="by kind of device")
+    about.add_argument("--description", default="", help="what the model can do")
+    about.add_argument("--training", default="", help="what made the checkpoint")
+    about.add_argument("--figures", type=json.loads, default={}, metavar="JSON")
+    arguments = parser.parse_args(argv)
+    _require("export")
+    from d2f_export.onnx.artefact import Description, write_artefact
+    from d2f_runtime.models.manifest import TrainingInfo
+
+    checkpoint, name = _fetched(arguments.model)
+    adapter = None if arguments.adapter is None else _fetched(arguments.adapter)[0]
+    training = TrainingInfo(command=arguments.training, figures=arguments.figures)
+    description = Description(
+        name=arguments.name or name,
+        defaults=arguments.defaults or _defaults(checkpoint, adapted=adapter is not None),
+        training=training if arguments.training or arguments.figures else None,
+        text=arguments.description,
+        tokenizer=arguments.tokenizer,
+        chat_template=arguments.chat_template,
+    )
+    manifest = write_artefact(
+        checkpoint,
+        arguments.output,
+        description,
+        target=arguments.target,
+        quantization=arguments.quantize,
+        adapter=adapter,
+        window=arguments.window,
+        capacity=arguments.capacity,
+    )
+    assert manifest.onnx is not None
+    size = sum(file.bytes for file in manifest.files.values()) / 1e6
+    quantization = manifest.onnx.quantization
+    sys.stdout.write(f"wrote {arguments.output}: {manifest.name}, {quantization}, {size:.1f} MB\n")
+    return 0
+
+
+def run_verify(argv: Sequence[str]) -> int:
+    """Verify an ONNX folder; return the exit code, 1 where a bound is missed."""
+    parser = argparse.ArgumentParser(
+        prog="d2f-stream verify", description="Compare an exported folder with its checkpoint."
+    )
+    parser.add_argument("artefact", type=Path, help="the exported folder")
+    parser.add_argument("--model", help="the checkpoint; without it only the files are checked")
+    parser.add_argument("--adapter", help="that was merged in")
+    parser.add_argument(
+        "--questions", type=Path, help="JSON lines with prompt or messages, and ending to be scored"
+    )
+    parser.add_argument("--number", type=int, default=1000, help="how many questions")
+    parser.add_argument("--compared", type=int, default=80, help="so many step by step")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--output", type=Path, help="folder for report.json and report.md")
+    parser.add_argument("--record", action="store_true", help="put the figures into the manifest")
+    arguments = parser.parse_args(argv)
+    _require("verify")
+    from d2f_export.onnx.verification import verify_artefact
+    from d2f_runtime.models.manifest import read_manifest
+    from d2f_runtime.text.tokenizer import Tokenizer
+
+    if arguments.number < 1:
+        raise InvalidParams("number", arguments.number, "at least 1")
+    manifest = read_manifest(arguments.artefact)
+    if manifest.onnx is None:
+        raise ModelDamaged(f"{arguments.artefact} holds no ONNX graph; there is nothing to verify")
+    codec = Tokenizer.from_folder(arguments.artefact)
+    found = verify_artefact(
+        arguments.artefact,
+        _questions(arguments, manifest, codec),
+        codec,
+        checkpoint=None if arguments.model is None else _fetched(arguments.model)[0],
+        adapter=None if arguments.adapter is None else _fetched(arguments.adapter)[0],
+        device=arguments.device,
+        num_compared=arguments.compared,
+    )
+    command = shlex.join(["d2f-stream", "verify", *argv])
+    _report(found, manifest, arguments, command)
+    return 0 if found.passed else 1
+
+
+def _questions(
+    arguments: argparse.Namespace, manifest: "Manifest", codec: "Tokenizer"
+) -> "list[Question]":
+    """Return the given questions, those of the embedded task, or random ones."""
+    from d2f_export.embedded_model.evaluate import held_out
+    from d2f_export.onnx.verification import Question, read_questions
+    from d2f_runtime.engine.opening import embedded_folder
+    from d2f_runtime.models.manifest import read_manifest
+
+    if arguments.questions is not None:
+        return read_questions(arguments.questions, codec, arguments.number)
+    own = read_manifest(embedded_folder()).files["tokenizer.json"]
+    if manifest.files.get("tokenizer.json") == own:
+        return [
+            Question(codec.encode(problem.question), f"The answer is {problem.result}.")
+            for problem in held_out(arguments.number)
+        ]
+    rng = random.Random(0)
+    allowed = [i for i in range(manifest.vocab_size) if i != manifest.mask_id]
+    allowed = [token for token in allowed if token not in manifest.eos_ids]
+    lengths = [max(1, min(manifest.max_len // 4, 64) * (i + 1) // NUM_RANDOM) for i in range(8)]
+    return [Question(rng.choices(allowed, k=length)) for length in lengths]
+
+
+def _report(
+    found: "Verification", manifest: "Manifest", arguments: argparse.Namespace, command: str
+) -> None:
+    from d2f_export.onnx.report_page import page
+    from d2f_runtime.models.manifest import FILE_NAME, VerificationInfo
+    from d2f_runtime.provenance import environment
+
+    report = environment([]) | {"command": command, **found.to_dict()}
+    text = page(report)
+    sys.stdout.write(text)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        encoded = json.dumps(report, indent=2) + "\n"
+        (arguments.output / "report.json").write_text(encoded, encoding="utf-8")
+        (arguments.output / "report.md").write_text(text, encoding="utf-8")
+    if arguments.record:
+        figures: dict[str, Any] = {}
+        for part in ("logits", "decoding", "accuracy"):
+            for key, value in getattr(found, part).items():
+                if not isinstance(value, tuple | list):
+                    figures[f"{part}.{key}"] = value
+        verification = VerificationInfo(command=command, passed=found.passed, figures=figures)
+        changed = msgspec.structs.replace(manifest, verification=verification)
+        path = arguments.artefact / FILE_NAME
+        unfinished = path.with_name(f".{FILE_NAME}")
+        unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(changed), indent=2) + b"\n")
+        unfinished.replace(path)
+
+
+def _require(command: str) -> None:
+    for library in ("torch", "onnx", "onnxruntime"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtra(f"d2f-stream {command}", library, "export")
+
+
+def _fetched(model: str) -> tuple[Path, str]:
+    """Return the folder of a model or adapter, fetched where it is a hub id, and its name."""
+    from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
+
+    source = locate(model)
+    if isinstance(source, HubModel):
+        folder = fetch_description(source)
+        fetch_weights(source, folder)
+        return folder, source.name
+    return source, source.name
+
+
+def _defaults(checkpoint: Path, *, adapted: bool) -> "Defaults":
+    """Return a published model's own request defaults, or those of its folder's manifest."""
+    from d2f_runtime.models.config_file import ConfigFile
+    from d2f_runtime.models.manifest import FILE_NAME, read_manifest
+    from d2f_runtime.models.published import is_published, read_published
+
+    if (checkpoint / FILE_NAME).is_file():
+        return read_manifest(checkpoint).defaults
+    config = ConfigFile.read(checkpoint / "config.json")
+    if config is None or not is_published(config):
+        return {}
+    params = read_published(checkpoint).defaults(adapted=adapted)
+    plain = msgspec.to_builtins(GenerationParams())
+    changed = {k: v for k, v in msgspec.to_builtins(params).items() if v != plain[k]}
+    changed.pop("top_p", None)  # the graph samples without it
+    changed["block_size"] = params.block_size
+    return {"cpu": changed}

@@ -1,0 +1,238 @@
+"""One ONNX graph for a whole step: window and cache in, proposals and new K/V out.
+
+The graph holds the attention mask, the logit shift, the forbidden ids and the sampler, so that
+only small arrays cross its border. New K/V leave it layer by layer, so that a backend lets them be
+written where they will be cached. Rotary tables and mask are made once per step, the sampler's
+cumulative sum only where something is sampled. What else was tried: bench/onnx.
+
+Inputs, in order:
+    tokens: [B, W] int64.
+    start: [B] int64, canvas position of the window; cache columns from there are padding.
+    visible_until: [B, W] int64, one past the last canvas position that each row sees.
+    head_rows: [B, R] int64, window positions to predict; up to W with shifted logits, whose state
+        is that of the window's last position.
+    in_full: [] bool. False is cheaper: no row samples, margin and neg_entropy repeat the
+        confidence.
+    temperature: [B] fp32.
+    uniforms: [B, R] fp32 in [0, 1).
+    past.{i}.k, past.{i}.v: per layer keys and values, [B, P, KV hd] each.
+    With shifted logits, last_hidden: [B, D], final state of position start - 1; and keep: [B]
+        int64, which of `head_rows` has the state to be kept.
+
+Outputs:
+    proposals: [4, B, R] fp32 token, confidence, margin, neg_entropy; ids below 2**24 are exact.
+    With shifted logits, kept: [B, D], the state that predicts that position.
+    new.{i}.k, new.{i}.v: the window's keys and values, [B, W, KV hd] each.
+    logits: [B, R, V] fp32 before temperature; for comparisons, costs nothing where not asked for.
+
+Shapes: B rows, W window, P columns of the cache, R predicted positions, KV key/value heads, hd head
+size, D hidden size, V vocabulary. Floats are fp32 unless the weights are in fp16.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from onnx import helper
+
+from d2f_export.onnx.graph_builder import OPSET, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.graph_layers import Sight, add_layer, norm
+from d2f_export.onnx.graph_sampler import add_sampler
+from d2f_export.onnx.quantize import QUANTIZATIONS, Linear, Quantization
+from d2f_runtime.kernels.sampling import FORBIDDEN
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.transformer import rotary_frequencies
+
+__all__ = ["OPSET", "FixedShape", "StepGraph", "step_graph"]
+
+LOWEST: Final = {"float32": FORBIDDEN, "float16": -65504.0}  # finite: no row's softmax is empty
+TORCH: Final = {"float32": torch.float32, "float16": torch.float16}
+NOWHERE: Final = 1 << 40  # a canvas position that nobody sees
+
+
+@dataclass(frozen=True, slots=True)
+class FixedShape:
+    """The shape of a graph without symbols: one row of `window` positions, all predicted.
+
+    Attributes:
+        window: positions.
+        capacity: columns of the cache.
+    """
+
+    window: int
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """A graph, and the weights that its ModelProto declares without their data, in order."""
+
+    model: Any
+    weights: list[Weights]
+
+
+def step_graph(
+    config: TransformerConfig,
+    quantization: Quantization,
+    *,
+    fixed: FixedShape | None = None,
+) -> StepGraph:
+    """Return the graph of a model's step.
+
+    Args:
+        config: of the model.
+        quantization: of its matrices.
+        fixed: static shapes; None is symbolic batch, window, past and rows.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}, not one of {QUANTIZATIONS}")
+    step = _Step(config, quantization, fixed)
+    step.build()
+    return StepGraph(step.graph.model(step.inputs, step.outputs), step.graph.weights)
+
+
+class _Step:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        quantization: Quantization,
+        fixed: FixedShape | None,
+    ) -> None:
+        self.config, self.fixed = config, fixed
+        self.graph = GraphBuilder()
+        self.linear = Linear(self.graph, quantization)
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        sizes: tuple[object, ...] = ("batch", "window", "past", "rows")
+        if fixed is not None:
+            sizes = (1, fixed.window, fixed.capacity, fixed.window)
+        self.batch, self.window, self.past, self.rows = sizes
+
+    def build(self) -> None:
+        config, graph = self.config, self.graph
+        for name, dtype, shape in self._declared_inputs():
+            self.inputs.append(_info(name, dtype, shape))
+        x = graph.op("Gather", self._embedding(), "tokens", axis=0)
+        sight = self._sight()
+        head_rows = "head_rows"
+        if config.shift_logits:
+            # Position i is predicted by row i of [last_hidden; hidden].
+            before = graph.op("Sub", head_rows, graph.constant(1))
+            head_rows = graph.op("Max", before, graph.constant(0))
+        new: list[tuple[Value, Value]] = []
+        for index in range(config.num_layers):
+            past = f"past.{index}.k", f"past.{index}.v"
+            rows = head_rows if index == config.num_layers - 1 else None
+            x, key, value = add_layer(self.linear, config, index, x, sight, past, rows=rows)
+            new.append((key, value))
+        self._predict(x)
+        self._name_new(new)
+
+    def _declared_inputs(self) -> list[tuple[str, str, list[object]]]:
+        config, dtype = self.config, self.linear.dtype
+        batch, window, rows = self.batch, self.window, self.rows
+        cache = [batch, self.past, config.num_kv_heads * config.head_dim]
+        declared: list[tuple[str, str, list[object]]] = [
+            ("tokens", "int64", [batch, window]),
+            ("start", "int64", [batch]),
+            ("visible_until", "int64", [batch, window]),
+            ("head_rows", "int64", [batch, rows]),
+            ("in_full", "bool", []),
+            ("temperature", "float32", [batch]),
+            ("uniforms", "float32", [batch, rows]),
+        ]
+        layers = range(config.num_layers)
+        declared += [(f"past.{i}.{part}", dtype, cache) for i in layers for part in "kv"]
+        if self.config.shift_logits:
+            declared.append(("last_hidden", dtype, [batch, config.hidden_size]))
+            declared.append(("keep", "int64", [batch]))
+        return declared
+
+    def _embedding(self) -> Value:
+        config, name, dtype = self.config, "embed_tokens.weight", self.linear.dtype
+        stored = Stored(name, dtype, (config.vocab_size, config.hidden_size))
+        return self.graph.store(
+            Weights((name,), (stored,), lambda w: [w.to(TORCH[dtype]).numpy()])
+        )[0]
+
+    def _sight(self) -> Sight:
+        graph, dtype = self.graph, self.linear.dtype
+        start = graph.op("Unsqueeze", "start", graph.constant([1]))  # [B, 1]
+        ahead = self._counting("tokens", self.window)
+        positions = graph.op("Add", start, ahead)  # [B, W]
+        frequency = graph.constant(rotary_frequencies(self.config).numpy(), "float32")
+        angle = graph.op("Unsqueeze", positions, graph.constant([2]))
+        angle = graph.op("Mul", graph.op("Cast", angle, to=1), frequency)
+        cos, sin = (self._float(graph.op(kind, angle)) for kind in ("Cos", "Sin"))
+        cached = self._counting("past.0.k", self.past)
+        holds = graph.op("Less", cached, start)  # [B, P]
+        cached = graph.op("Where", holds, cached, graph.constant(NOWHERE))
+        columns = graph.op("Concat", cached, positions, axis=1)
+        until = graph.op("Unsqueeze", "visible_until", graph.constant([2]))
+        sees = graph.op("Less", graph.op("Unsqueeze", columns, graph.constant([1])), until)
+        zero, lowest = graph.constant(0.0, dtype), graph.constant(LOWEST[dtype], dtype)
+        mask = graph.op("Where", sees, zero, lowest)
+        mask = graph.op("Unsqueeze", mask, graph.constant([1]))
+        return Sight(cos, sin, mask)
+
+    def _predict(self, x: Value) -> None:
+        """Add final norm, shift, head and sampler; name what leaves the graph."""
+        config, graph, dtype = self.config, self.graph, self.linear.dtype
+        hidden = norm(graph, x, "norm", config, dtype)  # [B, R, D]
+        if config.shift_logits:
+            is_first = graph.op("Equal", "head_rows", graph.constant(0))
+            is_first = graph.op("Unsqueeze", is_first, graph.constant([2]))
+            last = graph.op("Unsqueeze", "last_hidden", graph.constant([1]))
+            hidden = graph.op("Where", is_first, last, hidden)
+            keep = graph.op("Unsqueeze", "keep", graph.constant([1]))
+            kept = graph.op("GatherND", hidden, keep, batch_dims=1)
+            graph.rename(kept, "kept")
+        tied = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+        shape = (config.vocab_size, config.hidden_size)
+        logits = self.linear(hidden, "lm_head.weight", [tied], shape, exact=True)
+        logits = graph.op("Cast", logits, to=1) if dtype != "float32" else logits
+        logits = graph.op("Add", logits, self._forbidden())
+        graph.rename(logits, "logits")
+        proposals = add_sampler(
+            graph, "logits", temperature="temperature", uniforms="uniforms", in_full="in_full"
+        )
+        graph.rename(proposals, "proposals")
+        self.outputs.append(_info("proposals", "float32", [4, self.batch, self.rows]))
+        if config.shift_logits:
+            self.outputs.append(_info("kept", dtype, [self.batch, config.hidden_size]))
+
+    def _name_new(self, new: list[tuple[Value, Value]]) -> None:
+        config, graph, dtype = self.config, self.graph, self.linear.dtype
+        shape = [self.batch, self.window, config.num_kv_heads * config.head_dim]
+        for index, pair in enumerate(new):
+            for part, value in zip("kv", pair, strict=True):
+                name = f"new.{index}.{part}"
+                graph.rename(value, name)
+                self.outputs.append(_info(name, dtype, shape))
+        rows = [self.batch, self.rows, config.vocab_size]
+        self.outputs.append(_info("logits", "float32", rows))
+
+    def _forbidden(self) -> Value:
+        config = self.config
+        ids = np.arange(config.vocab_size)
+        forbidden = (ids == config.mask_id) | (ids >= config.num_tokens)
+        return self.graph.constant(np.where(forbidden, FORBIDDEN, 0.0), "float32")
+
+    def _counting(self, tensor: Value, size: object) -> Value:
+        """Return [1, size] the integers below the size of a tensor's second dimension."""
+        graph = self.graph
+        if isinstance(size, int):
+            return graph.constant(np.arange(size)[None])
+        length = graph.op("Shape", tensor, start=1, end=2)
+        length = graph.op("Squeeze", length, graph.constant([0]))
+        counting = graph.op("Range", graph.constant(0), length, graph.constant(1))
+        return graph.op("Unsqueeze", counting, graph.constant([0]))
+
+    def _float(self, x: Value) -> Value:
+        return x if self.linear.dtype == "float32" else self.graph.op("Cast", x, to=10)
+
+
+def _info(name: str, dtype: str, shape: list[object]) -> Any:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return helper.make_tensor_value_info(name, kind, shape)

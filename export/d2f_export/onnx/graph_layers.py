@@ -1,0 +1,164 @@
+"""The transformer's layers as nodes: the same functions as `models.transformer`, in few of them.
+
+One product for queries, keys and values, heads kept flat, one Attention node. The last layer goes
+on with the rows that somebody reads: its keys and values are stored for the whole window, but its
+attention and feed-forward run for the states that predict a mask or are kept for the next step.
+
+Shapes: B rows, W window, P columns of the cache, S selected rows, H heads, KV key/value heads, hd
+head size, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.quantize import Linear
+from d2f_runtime.models.config import TransformerConfig
+
+__all__ = ["Sight", "add_layer", "norm", "select_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What all layers share: where the rows stand and what they see.
+
+    Attributes:
+        cos, sin: [B, W, hd / 2].
+        mask: [B, 1, W, P + W], added to the scores.
+    """
+
+    cos: Value
+    sin: Value
+    mask: Value
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    graph: GraphBuilder
+    linear: Linear
+    config: TransformerConfig
+    index: int
+
+    def path(self, name: str) -> str:
+        return f"layers.{self.index}.{name}"
+
+    def norm(self, x: Value, name: str) -> Value:
+        return norm(self.graph, x, self.path(name), self.config, self.linear.dtype)
+
+    def project(self, x: Value, joined: str, parts: str, num_out: int) -> Value:
+        """Multiply with the joined matrices of q, k and v, or some of them; add their biases."""
+        names = [self.path(f"self_attn.{part}_proj") for part in parts]
+        shape = (num_out, self.config.hidden_size)
+        out = self.linear(x, self.path(joined), [f"{name}.weight" for name in names], shape)
+        if not self.config.qkv_bias:
+            return out
+        dtype = self.linear.dtype
+        stored = Stored(self.path(f"{joined}.bias"), dtype, (num_out,))
+        sources = tuple(f"{name}.bias" for name in names)
+        weights = Weights(sources, (stored,), lambda *biases: [_joined(biases, dtype)])
+        return self.graph.op("Add", out, *self.graph.store(weights))
+
+    def rotate(self, x: Value, part: str, num_heads: int, sight: Sight) -> Value:
+        """Normalise each head where the family does, then rotate [B, W, heads hd]."""
+        graph, size = self.graph, self.config.head_dim
+        if self.config.qk_norm:
+            x = graph.op("Reshape", x, graph.constant([0, 0, num_heads, size]))
+            x = self.norm(x, f"self_attn.{part}_norm")
+            x = graph.op("Reshape", x, graph.constant([0, 0, num_heads * size]))
+        return graph.op("RotaryEmbedding", x, sight.cos, sight.sin, num_heads=num_heads)
+
+    def feed_forward(self, x: Value) -> Value:
+        config, graph = self.config, self.graph
+        normed = self.norm(x, "post_attention_layernorm")
+        wide, back = (config.ffn_size, config.hidden_size), (config.hidden_size, config.ffn_size)
+
+        def product(x: Value, part: str, shape: tuple[int, int]) -> Value:
+            name = self.path(f"mlp.{part}_proj")
+            return self.linear(x, name, [f"{name}.weight"], shape)
+
+        gate, up = product(normed, "gate", wide), product(normed, "up", wide)
+        gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
+        return graph.op("Add", x, product(graph.op("Mul", gate, up), "down", back))
+
+
+def add_layer(
+    linear: Linear,
+    config: TransformerConfig,
+    index: int,
+    x: Value,
+    sight: Sight,
+    past: tuple[Value, Value],
+    *,
+    rows: Value | None = None,
+) -> tuple[Value, Value, Value]:
+    """Return the residual stream and the window's keys and values.
+
+    Args:
+        linear: of the graph.
+        config: of the model.
+        index: of the layer.
+        x: [B, W, D].
+        sight: of the rows.
+        past: keys and values, [B, P, KV hd] each.
+        rows: [B, S] window positions to go on with; None is all.
+
+    Returns:
+        [B, W or S, D], and keys and values [B, W, KV hd] each.
+    """
+    graph, layer = linear.graph, _Layer(linear.graph, linear, config, index)
+    query_size = config.num_heads * config.head_dim
+    key_size = config.num_kv_heads * config.head_dim
+    normed = layer.norm(x, "input_layernorm")
+    if rows is None:
+        size = query_size + 2 * key_size
+        joined = layer.project(normed, "self_attn.qkv_proj", "qkv", size)
+        sizes = graph.constant([query_size, key_size, key_size])
+        query, key, value = graph.ops("Split", 3, joined, sizes, axis=2)
+    else:
+        joined = layer.project(normed, "self_attn.kv_proj", "kv", 2 * key_size)
+        sizes = graph.constant([key_size, key_size])
+        key, value = graph.ops("Split", 2, joined, sizes, axis=2)
+    key = layer.rotate(key, "k", config.num_kv_heads, sight)
+    seen = sight
+    if rows is not None:
+        x, normed = (select_rows(graph, states, rows) for states in (x, normed))
+        seen = _selected(graph, sight, rows)
+        query = layer.project(normed, "self_attn.q_proj", "q", query_size)
+    query = layer.rotate(query, "q", config.num_heads, seen)
+    keys = graph.op("Concat", past[0], key, axis=1)
+    values = graph.op("Concat", past[1], value, axis=1)
+    heads, key_heads = config.num_heads, config.num_kv_heads
+    inputs = query, keys, values, seen.mask
+    out = graph.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=key_heads)
+    name = layer.path("self_attn.o_proj")
+    out = linear(out, name, [f"{name}.weight"], (config.hidden_size, query_size))
+    return layer.feed_forward(graph.op("Add", x, out)), key, value
+
+
+def _selected(graph: GraphBuilder, sight: Sight, rows: Value) -> Sight:
+    mask = graph.op("Squeeze", sight.mask, graph.constant([1]))
+    mask = graph.op("Unsqueeze", select_rows(graph, mask, rows), graph.constant([1]))
+    cos, sin = (select_rows(graph, table, rows) for table in (sight.cos, sight.sin))
+    return Sight(cos, sin, mask)
+
+
+def norm(graph: GraphBuilder, x: Value, name: str, config: TransformerConfig, dtype: str) -> Value:
+    """Normalise the last dimension by its root mean square, in fp32."""
+    size = config.head_dim if name.endswith(("q_norm", "k_norm")) else config.hidden_size
+    stored = Stored(f"{name}.weight", dtype, (size,))
+    weights = Weights((stored.name,), (stored,), lambda *w: [_joined(w, dtype)])
+    scale = graph.store(weights)
+    return graph.op("RMSNormalization", x, *scale, axis=-1, epsilon=config.norm_eps, stash_type=1)
+
+
+def select_rows(graph: GraphBuilder, states: Value, rows: Value) -> Value:
+    """Select [B, S] rows of [B, W, ...]."""
+    index = graph.op("Unsqueeze", rows, graph.constant([2]))
+    return graph.op("GatherND", states, index, batch_dims=1)
+
+
+def _joined(vectors: Sequence[Tensor], dtype: str) -> Array:
+    return np.concatenate([vector.float().numpy() for vector in vectors]).astype(dtype)

@@ -1,0 +1,184 @@
+"""How a matrix is stored in a step graph and multiplied there.
+
+`fp32` and `fp16`: as it is. `int8`: dynamic quantization, weights per output channel, activations
+per matrix at run time. On CPUs it was the fastest of what onnxruntime offers at every window size
+but one row (bench/onnx), because D2F windows are bound by arithmetic and the integer kernels do
+more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's MatMulNBits reads;
+symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix whose
+inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
+
+int8 weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
+8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run.
+
+Shapes: N outputs, K inputs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2f_export.onnx.graph_builder import MICROSOFT, Array, GraphBuilder, Stored, Value, Weights
+
+__all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization", "pack_int4", "pack_int8"]
+
+Quantization = Literal["fp32", "fp16", "int8", "int4", "int4-fp16"]
+QUANTIZATIONS: Final[tuple[Quantization, ...]] = ("fp32", "fp16", "int8", "int4", "int4-fp16")
+FLOATS: Final = {"fp16": "float16", "int4-fp16": "float16"}  # of activations; else float32
+
+INT8_MAX: Final = 64
+INT4_BLOCK: Final = 32
+FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
+ROWS_AT_ONCE: Final = 4096  # bounds the memory of a conversion
+
+
+@dataclass(slots=True)
+class Linear:
+    """Adds products with the model's matrices to a graph.
+
+    Args:
+        graph: that grows.
+        quantization: of the matrices.
+    """
+
+    graph: GraphBuilder
+    quantization: Quantization
+    _quantized: dict[Value, list[Value]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        """Of activations."""
+        return FLOATS.get(self.quantization, "float32")
+
+    def __call__(
+        self,
+        x: Value,
+        name: str,
+        parameters: Sequence[str],
+        shape: tuple[int, int],
+        *,
+        exact: bool = False,
+    ) -> Value:
+        """Multiply [..., K] with matrices [N_i, K], joined to N outputs: [..., N].
+
+        Args:
+            x: the activations.
+            name: of the stored matrix.
+            parameters: of the model.
+            shape: N and K.
+            exact: leave out int4, which is too coarse for some matrices.
+        """
+        if self.quantization == "int8":
+            return self._int8(x, name, parameters, shape)
+        fits = self.dtype == "float32" or shape[1] % FUSED_INPUTS == 0
+        if self.quantization.startswith("int4") and fits and not exact:
+            return self._int4(x, name, parameters, shape)
+        num_out, num_in = shape
+        stored = Stored(name, self.dtype, (num_in, num_out))
+        weights = Weights(tuple(parameters), (stored,), lambda *w: [_transposed(w, self.dtype)])
+        return self.graph.op("MatMul", x, *self.graph.store(weights))
+
+    def _int8(
+        self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]
+    ) -> Value:
+        num_out, num_in = shape
+        stored = (
+            Stored(f"{name}.int8", "int8", (num_in, num_out)),
+            Stored(f"{name}.scale", "float32", (num_out,)),
+        )
+        weights = Weights(tuple(parameters), stored, lambda *w: pack_int8(w))
+        matrix, scale = self.graph.store(weights)
+        if x not in self._quantized:
+            self._quantized[x] = self.graph.ops("DynamicQuantizeLinear", 3, x)
+        levels, step, zero = self._quantized[x]
+        product = self.graph.op("MatMulInteger", levels, matrix, zero)
+        product = self.graph.op("Cast", product, to=1)
+        return self.graph.op("Mul", product, self.graph.op("Mul", step, scale))
+
+    def _int4(
+        self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]
+    ) -> Value:
+        num_out, num_in = shape
+        num_blocks = -(-num_in // INT4_BLOCK)
+        stored = (
+            Stored(f"{name}.int4", "uint8", (num_out, num_blocks, INT4_BLOCK // 2)),
+            Stored(f"{name}.scale", self.dtype, (num_out * num_blocks,)),
+        )
+        weights = Weights(tuple(parameters), stored, lambda *w: pack_int4(w, self.dtype))
+        return self.graph.op(
+            "MatMulNBits",
+            x,
+            *self.graph.store(weights),
+            domain=MICROSOFT,
+            K=num_in,
+            N=num_out,
+            bits=4,
+            block_size=INT4_BLOCK,
+            **({"accuracy_level": 4} if self.dtype == "float32" else {}),
+        )
+
+
+def pack_int8(matrices: Sequence[Tensor]) -> list[Array]:
+    """Return int8 [K, N] and fp32 scales [N] of matrices [N_i, K]."""
+    num_out, num_in = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
+    levels = np.empty((num_in, num_out), np.int8)
+    scales = np.empty(num_out, np.float32)
+
+    def convert(first: int, rows: Array) -> None:
+        largest = np.abs(rows).max(axis=1)
+        scale = np.where(largest > 0, largest / INT8_MAX, 1.0).astype(np.float32)
+        columns = slice(first, first + len(rows))
+        scales[columns] = scale
+        levels[:, columns] = np.rint(rows / scale[:, None]).astype(np.int8).T
+
+    _by_rows(matrices, convert)
+    return [levels, scales]
+
+
+def pack_int4(matrices: Sequence[Tensor], dtype: str) -> list[Array]:
+    """Return [N, blocks, 16] bytes, the lower half first, and scales [N blocks].
+
+    A weight is (level - 8) * scale, levels 0 to 15; the largest of a block, whatever its sign, is
+    level 0, so that all sixteen are of use.
+    """
+    num_out, num_in = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
+    num_blocks = -(-num_in // INT4_BLOCK)
+    packed = np.empty((num_out, num_blocks, INT4_BLOCK // 2), np.uint8)
+    scales = np.empty((num_out, num_blocks), dtype)
+
+    def convert(first: int, rows: Array) -> None:
+        padding = num_blocks * INT4_BLOCK - num_in
+        blocks = np.pad(rows, ((0, 0), (0, padding))).reshape(len(rows), num_blocks, INT4_BLOCK)
+        at = np.abs(blocks).argmax(axis=2)[:, :, None]
+        scale = (np.take_along_axis(blocks, at, axis=2)[:, :, 0] / -8).astype(dtype)
+        divisor = np.where(scale == 0, 1, scale).astype(np.float32)
+        levels = np.rint(blocks / divisor[:, :, None] + 8).clip(0, 15).astype(np.uint8)
+        packed[first : first + len(rows)] = levels[:, :, ::2] | levels[:, :, 1::2] << 4
+        scales[first : first + len(rows)] = scale
+
+    _by_rows(matrices, convert)
+    return [packed, scales.reshape(-1)]
+
+
+def _transposed(matrices: Sequence[Tensor], dtype: str) -> Array:
+    """Return [K, N] of matrices [N_i, K]."""
+    num_out, num_in = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
+    out = np.empty((num_in, num_out), dtype)
+
+    def convert(first: int, rows: Array) -> None:
+        out[:, first : first + len(rows)] = rows.T
+
+    _by_rows(matrices, convert)
+    return out
+
+
+def _by_rows(matrices: Sequence[Tensor], convert: Callable[[int, Array], None]) -> None:
+    """Hand the joined rows on in fp32, some at a time."""
+    first = 0
+    for matrix in matrices:
+        for piece in torch.split(matrix, ROWS_AT_ONCE):
+            convert(first, piece.float().numpy())
+            first += len(piece)

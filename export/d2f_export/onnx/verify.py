@@ -1,0 +1,238 @@
+"""Compares an exported artefact with the checkpoint it was made from.
+
+By logits, by what the decoder sees, that is the proposals of every step when both are shown the
+same windows, and by the answers when each goes its own way. fp32 artefacts agree to rounding;
+quantized ones are judged by the shares.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2f_runtime.backends.base import Backend, StepRow
+from d2f_runtime.backends.onnx_backend import OnnxBackend
+from d2f_runtime.backends.rows import num_forwarded
+from d2f_runtime.decoding.decoder import BlockDecoder
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_runtime.engine.denoiser import decoder_of
+from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.transformer import Transformer, block_causal_mask
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["Comparison", "LogitsComparison", "compare_backends", "compare_logits"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsComparison:
+    """How far a candidate's logits are from the reference's, forbidden ids left out.
+
+    Attributes:
+        num_rows: compared, one for each mask of each step.
+        max_error: the largest difference.
+        mean_error: over all logits.
+        top1: share of rows whose best token is the same.
+        moved: largest differences of the reference's logits, and of the candidate's, between two
+            computations of the same step, for steps beyond `exact`; zeros where there were none. It
+            tells a wrong graph from a machine that does not compute the same thing twice.
+    """
+
+    num_rows: int
+    max_error: float
+    mean_error: float
+    top1: float
+    moved: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a candidate is from the reference.
+
+    Attributes:
+        num_prompts: decoded.
+        num_proposals: compared, over all steps of all prompts.
+        token_agreement: share of proposals that name the same token.
+        max_confidence_error: the largest difference of confidence.
+        mean_confidence_error: over all proposals.
+        same_blocks: share of the reference's blocks that the candidate committed alike when each
+            decodes alone.
+        same_answers: share of prompts with the same answer then.
+        steps: of the reference and of the candidate, when each decodes alone.
+    """
+
+    num_prompts: int
+    num_proposals: int
+    token_agreement: float
+    max_confidence_error: float
+    mean_confidence_error: float
+    same_blocks: float
+    same_answers: float
+    steps: tuple[int, int]
+
+
+def compare_backends(
+    reference: Backend,
+    candidate: Backend,
+    prompts: Sequence[Sequence[int]],
+    params: GenerationParams,
+) -> Comparison:
+    """Decode every prompt greedily with both.
+
+    Raises:
+        ValueError: the backends are not of the same model family, or there is no prompt.
+    """
+    for name in ("mask_id", "eos_ids", "shift_logits", "prompt_attention", "vocab_size"):
+        expected, found = getattr(reference.info, name), getattr(candidate.info, name)
+        if expected != found:
+            raise ValueError(f"{name} is {expected} in the reference but {found} in the candidate")
+    if not prompts:
+        raise ValueError("there is no prompt to compare by")
+    agree: list[bool] = []
+    errors: list[float] = []
+    same: list[bool] = []
+    blocks: list[bool] = []
+    steps = [0, 0]
+    for prompt in prompts:
+        led, pairs = _decode(reference, prompt, params, shadow=candidate)
+        for one, other in pairs:
+            agree += [a == b for a, b in zip(one.tokens, other.tokens, strict=True) if a >= 0]
+            errors += [
+                abs(a - b)
+                for token, a, b in zip(one.tokens, one.confidence, other.confidence, strict=True)
+                if token != NO_TOKEN
+            ]
+        alone, _ = _decode(candidate, prompt, params)
+        ours, theirs = _useful(led), _useful(alone)
+        same.append(ours == theirs)
+        size = params.block_size
+        blocks += [ours[i : i + size] == theirs[i : i + size] for i in range(0, len(ours), size)]
+        steps[0] += led.num_steps
+        steps[1] += alone.num_steps
+    return Comparison(
+        num_prompts=len(prompts),
+        num_proposals=len(agree),
+        token_agreement=sum(agree) / len(agree),
+        max_confidence_error=max(errors),
+        mean_confidence_error=sum(errors) / len(errors),
+        same_blocks=sum(blocks) / max(1, len(blocks)),
+        same_answers=sum(same) / len(same),
+        steps=(steps[0], steps[1]),
+    )
+
+
+@torch.no_grad()
+def compare_logits(
+    model: Transformer,
+    candidate: OnnxBackend,
+    prompts: Sequence[Sequence[int]],
+    params: GenerationParams,
+    *,
+    exact: float = float("inf"),
+) -> LogitsComparison:
+    """Decode by the candidate; compare each step with a forward over the whole canvas.
+
+    Args:
+        model: the reference, in fp32.
+        candidate: over an artefact of it.
+        prompts: token ids.
+        params: how to decode.
+        exact: steps with a larger error are computed again.
+    """
+    config = model.config
+    allowed = torch.arange(config.num_tokens)
+    allowed = allowed[allowed != config.mask_id]
+    errors: list[Tensor] = []
+    agree: list[Tensor] = []
+    moved = torch.zeros(2)
+    for prompt in prompts:
+        decoder = decoder_of(candidate.info, prompt, params)
+        slot = candidate.open_slot(_capacity(candidate.info, prompt, params))
+        stops: list[int] = []  # of the attention blocks that are cached
+        while windows := decoder.next_windows():
+            row = StepRow(slot, windows[0])
+            canvas = (*prompt, *decoder.answer_tokens)[: windows[0].start]
+            wanted, found = both = _both(model, candidate, canvas, stops, row)[..., allowed]
+            errors.append((found - wanted).abs())
+            if errors[-1].max() > exact:
+                again = _both(model, candidate, canvas, stops, row)[..., allowed]
+                moved = moved.maximum((again - both).abs().amax(dim=(1, 2)))
+            agree.append(found.argmax(dim=-1) == wanted.argmax(dim=-1))
+            edge = windows[0].start + windows[0].num_to_cache
+            stops += [stop for stop in windows[0].block_stops if stop <= edge]
+            decoder.apply(candidate.step([StepRow(slot, window) for window in windows]))
+        candidate.close_slot(slot)
+    every, same = torch.cat(errors), torch.cat(agree)
+    return LogitsComparison(
+        num_rows=len(same),
+        max_error=float(every.max()),
+        mean_error=float(every.mean()),
+        top1=float(same.float().mean()),
+        moved=(float(moved[0]), float(moved[1])),
+    )
+
+
+def _both(
+    model: Transformer,
+    candidate: OnnxBackend,
+    cached: Sequence[int],
+    stops: Sequence[int],
+    row: StepRow,
+) -> Tensor:
+    """Return [2, masks, V] logits of the reference and of the candidate."""
+    wanted = _recomputed(model, candidate.info, cached, stops, row.window)
+    return torch.stack([wanted, torch.from_numpy(candidate.logits(row))])
+
+
+def _recomputed(
+    model: Transformer,
+    info: ModelInfo,
+    cached: Sequence[int],
+    stops: Sequence[int],
+    window: Window,
+) -> Tensor:
+    """Return [masks, V] logits of a window by one forward over the whole canvas."""
+    canvas = Window(0, (*cached, *window.tokens), 0, (*stops, *window.block_stops))
+    length = window.start + num_forwarded(window, info)
+    visible = torch.tensor([canvas.visible_until()[:length]])
+    mask = block_causal_mask(torch.zeros(1, dtype=torch.long), visible, 0)
+    tokens = torch.tensor([canvas.tokens[:length]])
+    hidden, _ = model(tokens, torch.arange(length)[None], mask)
+    masked = [i for i, token in enumerate(window.tokens) if token == model.config.mask_id]
+    rows = torch.tensor(masked) + window.start - int(model.config.shift_logits)
+    return model.logits(hidden[0, rows]).float()
+
+
+def _decode(
+    leader: Backend,
+    prompt: Sequence[int],
+    params: GenerationParams,
+    *,
+    shadow: Backend | None = None,
+) -> tuple[BlockDecoder, list[tuple[Proposals, Proposals]]]:
+    """Decode by the leader's proposals; the shadow runs the same windows."""
+    decoder = decoder_of(leader.info, prompt, params)
+    capacity = _capacity(leader.info, prompt, params)
+    backends = [leader] if shadow is None else [leader, shadow]
+    slots = [backend.open_slot(capacity) for backend in backends]
+    pairs: list[tuple[Proposals, Proposals]] = []
+    try:
+        while windows := decoder.next_windows():
+            results = [
+                backend.step([StepRow(slot, window) for window in windows])
+                for backend, slot in zip(backends, slots, strict=True)
+            ]
+            pairs += zip(results[0], results[-1], strict=True)
+            decoder.apply(results[0])
+    finally:
+        for backend, slot in zip(backends, slots, strict=True):
+            backend.close_slot(slot)
+    return decoder, pairs
+
+
+def _capacity(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) -> int:
+    return len(prompt) + params.max_new_tokens + max(params.block_size, info.native_block_size)
+
+
+def _useful(decoder: BlockDecoder) -> tuple[int, ...]:
+    return decoder.answer_tokens[: decoder.num_useful_tokens]

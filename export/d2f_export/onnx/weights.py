@@ -1,0 +1,159 @@
+"""Streams a checkpoint's weights into a step graph, so that memory holds few of them at a time.
+
+Each stored tensor is made of the parameters that it needs, read when its turn comes, adapter merged
+in, and let go before the next.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import torch
+from torch import Tensor
+
+from d2f_export.onnx.graph import StepGraph
+from d2f_export.onnx.graph_builder import Array, Stored
+from d2f_runtime.models.adapters import Adapter
+from d2f_runtime.models.checkpoints import WEIGHTS_FILE, read_config
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.families import published_name
+from d2f_runtime.models.published import is_published, read_published
+from d2f_runtime.models.shards import Shards
+from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.quantization.stored import dense
+from d2f_stream.core.errors import UnsupportedModel
+
+__all__ = ["INLINE_BYTES", "Checkpoint", "Parameters", "num_bytes", "write_graphs"]
+
+Parameters = Callable[[Sequence[str]], list[Tensor]]
+"""Returns the parameters of those names, each [N, K] or [N]."""
+
+INLINE_BYTES: Final = 1 << 28
+"""Weights of more than this lie in a file of their own; protobuf ends at 2 GiB."""
+
+ALIGNMENT: Final = 1 << 16  # of large tensors in that file, so that they can be mapped anywhere
+TIED_HEAD: Final = "lm_head.weight"
+ROTARY_BUFFER: Final = ".rotary_emb.inv_freq"
+
+
+class Checkpoint:
+    """A model folder whose parameters are read one by one.
+
+    Checks everything by the files' headers.
+
+    Args:
+        folder: in this project's layout or a published one.
+        adapter: folder of a LoRA adapter to merge.
+
+    Raises:
+        ModelNotFound: a folder or one of its files is missing.
+        ModelDamaged: a file is truncated, or a tensor is missing, unknown or of the wrong shape.
+        UnsupportedModel: config, weights or adapter are not for this build or for each other.
+    """
+
+    def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
+        self.config: TransformerConfig = read_config(folder)
+        file = ConfigFile.read(folder / "config.json")
+        assert file is not None
+        with torch.device("meta"):
+            shapes = Transformer(self.config).state_dict()
+        if is_published(file):
+            layout = read_published(folder).family.layout
+            self._names = {name: published_name(layout, name) for name in shapes}
+        else:
+            self._names = {name: name for name in shapes}
+        self._shards = Shards.open(folder, WEIGHTS_FILE)
+        tied = self._names.pop(TIED_HEAD) if self.config.tie_embeddings else ""
+        expected = {theirs: tuple(shapes[name].shape) for name, theirs in self._names.items()}
+        buffers = {name for name in self._shards.headers if name.endswith(ROTARY_BUFFER)}
+        self._expected = expected
+        self._shards.check(expected, ignored={tied, *buffers})
+        self._adapter = None if adapter is None else Adapter.open(adapter, expected)
+        if self._adapter is not None and tied:
+            embedding = self._names["embed_tokens.weight"]
+            if embedding in self._adapter.names:
+                raise UnsupportedModel(f"{adapter} adapts an embedding that is the head as well")
+
+    def __call__(self, names: Sequence[str]) -> list[Tensor]:
+        """Read parameters by our names, dense where they are quantised, adapter merged in."""
+        tensors: list[Tensor] = []
+        for name in names:
+            ((theirs, tensor),) = self._shards.tensors([self._names[name]])
+            if theirs in self._shards.quantized:
+                outputs, features = self._expected[theirs]
+                weight = self._shards.quantized_weight(theirs, tensor, (outputs, features))
+                tensor = dense(weight, torch.float32)
+            if self._adapter is not None:
+                tensor = self._adapter.merged(theirs, tensor)
+            tensors.append(tensor)
+        return tensors
+
+
+def write_graphs(
+    graphs: dict[Path, StepGraph], parameters: Parameters, *, data: Path | None = None
+) -> None:
+    """Write graphs of one model, whose weights are the same, to their paths.
+
+    Args:
+        graphs: by the path of each; all in one folder.
+        parameters: of the model.
+        data: where the weights go, in the same folder; None puts them into the graphs.
+    """
+    first = next(iter(graphs.values()))
+    if data is None:
+        tensors = {t.name: t for g in graphs.values() for t in g.model.graph.initializer}
+        assert len(graphs) == 1
+        for stored, array in _arrays(first, parameters):
+            tensors[stored.name].raw_data = array.tobytes()
+    else:
+        places = _places(first)
+        with data.open("wb") as file:
+            for stored, array in _arrays(first, parameters):
+                file.seek(places[stored.name])
+                file.write(array.data)
+        for graph in graphs.values():
+            _point_to(graph, places, data.name)
+    for path, graph in graphs.items():
+        onnx.save(graph.model, str(path))
+
+
+def num_bytes(graph: StepGraph) -> int:
+    """Return the size of a graph's weights."""
+    return sum(stored.num_bytes for weights in graph.weights for stored in weights.stored)
+
+
+def _arrays(graph: StepGraph, parameters: Parameters) -> Iterator[tuple[Stored, Array]]:
+    for weights in graph.weights:
+        arrays = weights.pack(*parameters(weights.sources))
+        yield from zip(weights.stored, arrays, strict=True)
+
+
+def _places(graph: StepGraph) -> dict[str, int]:
+    """Return where each stored tensor begins in the file."""
+    places: dict[str, int] = {}
+    end = 0
+    for weights in graph.weights:
+        for stored in weights.stored:
+            if stored.num_bytes >= ALIGNMENT:
+                end = -(-end // ALIGNMENT) * ALIGNMENT
+            places[stored.name] = end
+            end += stored.num_bytes
+    return places
+
+
+def _point_to(graph: StepGraph, places: dict[str, int], location: str) -> None:
+    sizes = {stored.name: stored.num_bytes for w in graph.weights for stored in w.stored}
+    for tensor in graph.model.graph.initializer:
+        if tensor.name not in places:
+            continue
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        facts: dict[str, Any] = {
+            "location": location,
+            "offset": places[tensor.name],
+            "length": sizes[tensor.name],
+        }
+        for key, value in facts.items():
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)

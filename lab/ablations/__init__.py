@@ -1,0 +1,1 @@
+"""Ablations: students and decoders that differ in one thing, and what that did."""

@@ -1,0 +1,1 @@
+"""Benchmarks whose results are recorded under bench/: python -m lab.bench COMMAND."""

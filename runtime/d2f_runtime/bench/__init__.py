@@ -1,1 +1,0 @@
-"""Benchmarks whose results are recorded under bench/: python -m d2f_runtime.bench COMMAND."""

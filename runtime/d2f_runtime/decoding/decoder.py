@@ -1,0 +1,347 @@
+"""Block decoding of one answer as a pure state machine: windows out, proposals in.
+
+Owns the canvas: which blocks exist, which positions are filled, what is final. Knows nothing of
+models, batches, text or time. The loop is Algorithm 2 of the D2F paper (arXiv 2508.09192) as its
+public code runs it, with these departures, each behind a field of GenerationParams: the answer
+stops at its first EOS (`stop_at_eos`), the last block is cut instead of left out (`tail`), and the
+number of unfilled blocks is bounded (`max_active_blocks`). What D2F is compared with runs here too:
+with `attention="full"` each window is the whole canvas to come, as one attention block.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, SubBlocks
+from d2f_runtime.decoding.lookahead import BranchPolicy, Candidate, Lookahead
+from d2f_runtime.decoding.partition import Partition
+from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
+from d2f_runtime.decoding.window import Proposals, Window, check_proposals
+from d2f_stream.core.errors import InvalidParams, InvalidPrompt
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["Accepted", "BlockDecoder", "BlockView", "Committed"]
+
+
+class BlockDecoder:
+    """Decodes one answer, step by step.
+
+    Call `next_windows`, run them, hand the proposals to `apply`; until `next_windows` returns ().
+
+    Args:
+        prompt_tokens: canvas positions 0..P.
+        params: thresholds, lengths and parity switches.
+        mask_id: id of the mask token.
+        eos_ids: every id that ends the answer.
+        shift_logits: whether row i-1 predicts position i; such a model cannot fill position 0. The
+            schedule is the same either way, save for sub-blocks.
+        prompt_attention: how the prompt is cut into attention blocks: "full" is one block, "causal"
+            one per position; answer blocks of `params.block_size` follow from P on. With "grid"
+            all blocks, of attention and of decoding, lie on multiples of `native_block_size`
+            (`params.block_size` plays no part): the prompt's whole blocks are cached, the rest
+            stands filled at the head of the first answer block.
+        native_block_size: of the grid; unused otherwise.
+        num_cached: leading positions whose K/V the slot already holds; on an attention block edge.
+        policy: what to accept; by default the fixed count or the threshold of `params`.
+        branch_policy: what to try beside the canvas; by default the lookahead of `params`.
+
+    Raises:
+        InvalidPrompt: the prompt holds the mask id, or is empty where position 0 cannot be filled.
+        InvalidParams: `max_new_tokens` leaves no whole block on the grid and `tail` is "drop"; or
+            full attention is asked of a model that is not bidirectional.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompt_tokens: Sequence[int],
+        params: GenerationParams,
+        mask_id: int,
+        eos_ids: Collection[int],
+        shift_logits: bool = False,
+        prompt_attention: Literal["full", "causal", "grid"] = "full",
+        native_block_size: int | None = None,
+        num_cached: int = 0,
+        policy: AcceptancePolicy | None = None,
+        branch_policy: BranchPolicy | None = None,
+    ) -> None:
+        self._params = params
+        self._mask_id = mask_id
+        self._eos_ids = frozenset(eos_ids)
+        self._policy = policy or policy_of(params)
+        if branch_policy is None and params.lookahead:
+            branch_policy = Lookahead(params.lookahead)
+        self._branch_policy = branch_policy
+        first_alone = shift_logits and params.sub_block_size > 0
+        self._sub_blocks = SubBlocks(params.sub_block_size, first_alone)
+        self._truncates = params.stop_at_eos == "truncate"
+        self._sees_all = params.attention == "full"
+        # With full attention what comes before an EOS sees what comes after: all goes on as it was.
+        self._drops = self._truncates and not self._sees_all
+        if self._sees_all and (prompt_attention != "full" or num_cached):
+            allowed = f"'blocks' for a model with {prompt_attention} attention or a cached prefix"
+            raise InvalidParams("attention", params.attention, allowed)
+        self._canvas = list(prompt_tokens)
+        self._check_prompt(shift_logits)
+        self._partition = Partition.of(
+            len(self._canvas), params, prompt_attention, native_block_size
+        )
+        if not self._partition.is_prompt_edge(num_cached):
+            edge = "an edge of the prompt's attention blocks"
+            raise ValueError(f"num_cached is {num_cached} but must be {edge}")
+        self._num_prompt = len(self._canvas)
+        self._num_cached = num_cached
+        self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
+        self._committed = self._num_prompt  # canvas position up to which all is final
+        self._eos: int | None = None  # canvas position of the first EOS so far
+        self._num_steps = 0
+        self._pending: tuple[Window, ...] = ()
+        self._branches: tuple[Candidate, ...] = ()  # of the pending windows but the first
+
+    def next_windows(self, *, max_active_blocks: int | None = None) -> tuple[Window, ...]:
+        """Begin a step: return the windows to run, () once finished.
+
+        The first is the canvas as it is, the others are lookahead branches of it. May append a
+        block first. Called again before `apply`, it returns the same windows.
+
+        Args:
+            max_active_blocks: tightens the bound of the request for this step; None leaves it.
+        """
+        if not self._pending and not self.finished:
+            if self._may_append(max_active_blocks):
+                self._append_block()
+            self._pending = self._windows()
+        return self._pending
+
+    def apply(self, proposals: Sequence[Proposals]) -> list[Accepted | Committed]:
+        """End the step: take the proposals for the pending windows, one for each.
+
+        Returns what was accepted, by position, followed by the blocks that became final, in order.
+
+        Raises:
+            RuntimeError: an internal error: the proposals do not belong to the windows, or name the
+                mask id; or the policy broke its contract. The decoder is unusable after it.
+        """
+        self._check_proposals(proposals)
+        accepted: list[Accepted] = []
+        window, row = self._take_branch(proposals, accepted)
+        self._pending = ()
+        self._num_steps += 1
+        self._num_cached += window.num_to_cache
+        fully_activated = True  # what precedes the first unfilled block is filled
+        for block in self._blocks:
+            activated = fully_activated
+            fully_activated = block.progress >= self._params.activate_threshold
+            if block.masked:
+                self._accept(block, row, window.start, activated, accepted)
+            if self._drops and self._eos is not None and self._eos < block.stop:
+                self._drop_after(block)
+                break
+        if self._branch_policy is not None:
+            accepted.sort()  # what the branch had filled stands first
+            self._branches = self._next_branches(row, window.start)
+        return [*accepted, *self._commit()]
+
+    def forget_cache(self) -> None:
+        """Start the next window at position 0: the slot was lost. Accepted tokens stay."""
+        self._num_cached = 0
+        if self._pending:
+            self._pending = self._windows()
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further step is needed."""
+        if self._ended and self._truncates:
+            return True
+        return not self._blocks and self._is_whole
+
+    @property
+    def finish_reason(self) -> Literal["eos", "length"] | None:
+        """Why the answer ended; None before that."""
+        if not self.finished:
+            return None
+        return "eos" if self._ended else "length"
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps applied."""
+        return self._num_steps
+
+    @property
+    def num_cached(self) -> int:
+        """Number of leading canvas positions whose K/V is stored."""
+        return self._num_cached
+
+    @property
+    def num_useful_tokens(self) -> int:
+        """Number of committed tokens, to the first EOS, included."""
+        return self._committed - self._num_prompt
+
+    @property
+    def answer_tokens(self) -> tuple[int, ...]:
+        """All answer positions so far, masks and what follows an EOS in its block included."""
+        return tuple(self._canvas[self._num_prompt :])
+
+    @property
+    def active_blocks(self) -> tuple[BlockView, ...]:
+        """The blocks not committed yet, filled ones that wait for an earlier one included."""
+        return () if self._ended else tuple(map(self._view, self._blocks))
+
+    @property
+    def num_active_blocks(self) -> int:
+        """Number of `active_blocks`; the waiting ones do not count against `max_active_blocks`."""
+        return 0 if self._ended else len(self._blocks)
+
+    @property
+    def _ended(self) -> bool:
+        return self._eos is not None and self._eos < self._committed
+
+    def _check_prompt(self, shift_logits: bool) -> None:
+        if shift_logits and not self._canvas:
+            raise InvalidPrompt(
+                "the prompt is empty, but this model predicts from the token before"
+            )
+        if self._mask_id in self._canvas:
+            at = self._canvas.index(self._mask_id)
+            raise InvalidPrompt(f"the prompt holds the mask id {self._mask_id} at position {at}")
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether no block joins any more."""
+        if self._eos is not None and not self._sees_all:
+            return True
+        return len(self._canvas) == self._partition.end
+
+    def _may_append(self, max_active_blocks: int | None) -> bool:
+        if self._is_whole:
+            return False
+        if not self._blocks:
+            return True  # whatever the bound: every window must hold a mask
+        if self._blocks[-1].progress < self._params.add_threshold:
+            return False
+        num_unfilled = sum(1 for block in self._blocks if block.masked)
+        bounds = (self._params.max_active_blocks, max_active_blocks)
+        return all(bound is None or num_unfilled < bound for bound in bounds)
+
+    def _append_block(self) -> None:
+        length = len(self._canvas)
+        index, start, stop = self._partition.block_at(length)  # on a grid it may hold prompt too
+        self._blocks.append(Block(index, start, stop, list(range(length - start, stop - start))))
+        self._canvas.extend([self._mask_id] * (stop - length))
+
+    def _window(self) -> Window:
+        if self._sees_all:
+            end = self._partition.end
+            masks = [self._mask_id] * (end - len(self._canvas))
+            return Window(0, (*self._canvas, *masks), 0, (end,))
+        start, last = self._num_cached, self._blocks[-1]
+        stop = last.start + 1 if self._awaits_first(last) else last.stop
+        num_to_cache = self._blocks[0].start - start
+        block_stops = self._partition.stops(start, stop)
+        return Window(start, tuple(self._canvas[start:stop]), num_to_cache, block_stops)
+
+    def _awaits_first(self, block: Block) -> bool:
+        """Whether only the first position may accept, which sees nothing of the rest."""
+        return self._sub_blocks.first_alone and block.is_untouched
+
+    def _windows(self) -> tuple[Window, ...]:
+        anchor = self._window()
+        return (anchor, *(anchor.filled(c.position, c.token) for c in self._branches))
+
+    def _take_branch(
+        self, proposals: Sequence[Proposals], accepted: list[Accepted]
+    ) -> tuple[Window, Proposals]:
+        """Make the winning branch the canvas; return its window and proposals."""
+        chosen = 0
+        if self._branch_policy is not None and len(proposals) > 1:
+            chosen = self._branch_policy.choose(self._pending, proposals, self._mask_id)
+        if chosen:
+            candidate = self._branches[chosen - 1]
+            block = next(b for b in self._blocks if b.start <= candidate.position < b.stop)
+            self._fill(candidate.position, candidate.token, accepted)
+            block.unmask((candidate.position - block.start,))
+        return self._pending[chosen], proposals[chosen]
+
+    def _next_branches(self, row: Proposals, base: int) -> tuple[Candidate, ...]:
+        """Choose what to try beside the canvas in the next step, from this step's proposals."""
+        assert self._branch_policy is not None
+        if sum(len(block.masked) for block in self._blocks) < 2:
+            return ()  # every branch needs a mask
+        positions = [
+            block.start + offset
+            for block in self._blocks
+            if block.masked and not self._awaits_first(block)
+            for offset in self._sub_blocks.open(block.masked)
+        ]
+        proposed = [p for p in positions if p - base < len(row.tokens)]
+        return tuple(
+            self._branch_policy.branches(
+                [Candidate(p, row.tokens[p - base], row.confidence[p - base]) for p in proposed]
+            )
+        )
+
+    def _check_proposals(self, proposals: Sequence[Proposals]) -> None:
+        if len(proposals) != len(self._pending) or not proposals:
+            raise RuntimeError(f"{len(proposals)} proposals for {len(self._pending)} windows")
+        for window, row in zip(self._pending, proposals, strict=True):
+            check_proposals(window, row, mask_id=self._mask_id, rank=self._params.rank)
+
+    def _accept(
+        self,
+        block: Block,
+        row: Proposals,
+        base: int,
+        fully_activated: bool,
+        accepted: list[Accepted],
+    ) -> None:
+        first, stop = block.start - base, block.stop - base
+        confidence = row.confidence[first:stop]
+        rank = confidence if row.rank is None else row.rank[first:stop]
+        masked = self._sub_blocks.open(block.masked)
+        offsets = self._policy.accept(masked, confidence, rank, fully_activated=fully_activated)
+        if not offsets:
+            if fully_activated:
+                raise RuntimeError("the policy accepted nothing in a fully activated block")
+            return
+        for offset in offsets:
+            self._fill(block.start + offset, row.tokens[first + offset], accepted)
+        block.unmask(offsets)
+
+    def _fill(self, position: int, token: int, accepted: list[Accepted]) -> None:
+        if token < 0:
+            raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
+        self._canvas[position] = token
+        if token in self._eos_ids and (self._eos is None or position < self._eos):
+            self._eos = position
+        accepted.append(Accepted(position - self._num_prompt, token))
+
+    def _drop_after(self, block: Block) -> None:
+        if len(self._canvas) > block.stop:
+            del self._canvas[block.stop :]
+            del self._blocks[self._blocks.index(block) + 1 :]
+
+    def _commit(self) -> list[Committed]:
+        committed: list[Committed] = []
+        while self._blocks and not self._blocks[0].masked:
+            self._announce(self._blocks.pop(0), committed)
+        if self._blocks and self._eos is not None:
+            block = self._blocks[0]
+            if self._eos < block.start + block.masked[0]:
+                self._announce(block, committed)
+        return committed
+
+    def _announce(self, block: Block, committed: list[Committed]) -> None:
+        if self._ended:
+            return  # draining: what follows the first EOS is no part of the answer
+        start, stop = self._committed, block.stop
+        if self._eos is not None:
+            stop = min(stop, self._eos + 1)
+        self._committed = stop
+        tokens = tuple(self._canvas[start:stop])
+        start, stop = start - self._num_prompt, stop - self._num_prompt
+        committed.append(Committed(block.index, start, stop, tokens))
+
+    def _view(self, block: Block) -> BlockView:
+        num_prompt = self._num_prompt
+        start = max(block.start, num_prompt)
+        tokens = tuple(self._canvas[start : block.stop])
+        return BlockView(block.index, start - num_prompt, block.stop - num_prompt, tokens)

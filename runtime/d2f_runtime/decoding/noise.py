@@ -1,0 +1,35 @@
+"""SamplingNoise: the uniform numbers that a session's sampling draws.
+
+Pure. A number depends on seed, step and canvas position only, so an answer does not change with
+what else runs in the batch, with where the window happens to start, or with the backend.
+"""
+
+import struct
+from hashlib import shake_128
+
+from d2f_runtime.decoding.window import Window
+
+__all__ = ["SamplingNoise"]
+
+PAGE = 64  # positions that one hash covers
+_WORDS = struct.Struct(f"<{PAGE}Q")
+
+
+class SamplingNoise:
+    """One number in [0, 1) for each position of each step, from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def uniforms(self, window: Window, step: int) -> list[float]:
+        """Return [W] numbers; 0.0 for the positions about to be cached, which draw nothing."""
+        first = window.start + window.num_to_cache
+        start, stop = first // PAGE, -(-window.stop // PAGE)
+        numbers = [number for page in range(start, stop) for number in self._page(step, page)]
+        skipped = first - start * PAGE
+        drawn = numbers[skipped : skipped + window.stop - first]
+        return [0.0] * window.num_to_cache + drawn
+
+    def _page(self, step: int, page: int) -> list[float]:
+        digest = shake_128(struct.pack("<QQQ", self._seed, step, page)).digest(_WORDS.size)
+        return [(word >> 11) * 2.0**-53 for word in _WORDS.unpack(digest)]

@@ -1,0 +1,121 @@
+"""Denoiser: the half of a stream that lives on the device thread, between two steps of the model.
+
+Joins decoder and noise: windows become rows of a step, proposals become progress. Knows no text, no
+events and no event loop. What it tells is values, which the event loop may read while the next step
+is under way.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from d2f_runtime.backends.base import Slot, StepRow
+from d2f_runtime.decoding.decoder import BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.noise import SamplingNoise
+from d2f_runtime.decoding.policy import AcceptancePolicy
+from d2f_runtime.decoding.window import Proposals
+from d2f_runtime.models.facts import ModelInfo
+from d2f_stream.core.events import FinishReason
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["Denoiser", "Progress", "decoder_of"]
+
+
+class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two steps
+    """What one step made of one stream.
+
+    Attributes:
+        num_steps: the stream's steps so far.
+        committed: blocks that became final, in order.
+        reason: why the answer ended; None before that.
+        active: the blocks not committed yet; () unless drafts are asked for.
+    """
+
+    num_steps: int
+    committed: Sequence[Committed]
+    reason: FinishReason | None
+    active: Sequence[BlockView] = ()
+
+
+class Denoiser:
+    """Decodes one answer, step by step: `rows`, run them, `apply`.
+
+    Raises:
+        InvalidRequest: the decoder refuses prompt or parameters.
+    """
+
+    def __init__(
+        self, *, prompt_tokens: Sequence[int], params: GenerationParams, info: ModelInfo
+    ) -> None:
+        self._params = params
+        self._decoder = decoder_of(info, prompt_tokens, params)
+        self._noise: SamplingNoise | None = None
+        if params.temperature > 0:
+            seed = params.seed
+            self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
+        self._num_joined = 0
+
+    def rows(self, slot: Slot, max_active_blocks: int | None) -> list[StepRow]:
+        """Begin a step: one row for each window, none once the answer is finished."""
+        params, noise = self._params, self._noise
+        step = self._decoder.num_steps
+        return [
+            StepRow(
+                slot=slot,
+                window=window,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                rank=params.rank,
+                uniforms=None if noise is None else noise.uniforms(window, step),
+            )
+            for window in self._decoder.next_windows(max_active_blocks=max_active_blocks)
+        ]
+
+    def joined(self) -> Sequence[BlockView]:
+        """Return the blocks that joined since the last call, all masks; () unless drafts."""
+        if not self._params.drafts:
+            return ()
+        new = [view for view in self._decoder.active_blocks if view.index >= self._num_joined]
+        if new:
+            self._num_joined = new[-1].index + 1
+        return new
+
+    def apply(self, proposals: Sequence[Proposals]) -> Progress:
+        """End the step; see `BlockDecoder.apply`."""
+        decoder = self._decoder
+        events = decoder.apply(proposals)
+        return Progress(
+            decoder.num_steps,
+            [event for event in events if isinstance(event, Committed)],
+            decoder.finish_reason,
+            decoder.active_blocks if self._params.drafts else (),
+        )
+
+
+def decoder_of(
+    info: ModelInfo,
+    prompt_tokens: Sequence[int],
+    params: GenerationParams,
+    policy: AcceptancePolicy | None = None,
+) -> BlockDecoder:
+    """Return the decoder of one answer of a model.
+
+    Args:
+        info: of the model.
+        prompt_tokens: ids.
+        params: of the request.
+        policy: instead of the one that the parameters name.
+
+    Raises:
+        InvalidRequest: the decoder refuses prompt or parameters.
+    """
+    return BlockDecoder(
+        prompt_tokens=prompt_tokens,
+        params=params,
+        mask_id=info.mask_id,
+        eos_ids=info.eos_ids,
+        shift_logits=info.shift_logits,
+        prompt_attention=info.prompt_attention,
+        native_block_size=info.native_block_size,
+        policy=policy,
+    )

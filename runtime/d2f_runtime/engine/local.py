@@ -1,0 +1,295 @@
+"""LocalEngine: serves requests for one loaded model on one event loop.
+
+Checks requests and makes streams of them; the step loop runs them. Never imports torch: what the
+model runs on is behind `backends.base`.
+"""
+
+import asyncio
+import logging
+import operator
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Self, Unpack
+
+from d2f_runtime.backends.base import Backend
+from d2f_runtime.engine.limits import EngineLoad, Limits
+from d2f_runtime.engine.step_loop import StepLoop, StepObserver
+from d2f_runtime.engine.stream import Stream, StreamId
+from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
+from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.text.tokenizer import TextCodec
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import (
+    EngineClosed,
+    EngineFailed,
+    InvalidParams,
+    InvalidPrompt,
+    MessageTooLarge,
+    PromptTooLong,
+)
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Prompt, Session
+
+__all__ = ["Limits", "LocalEngine"]
+
+logger = logging.getLogger("d2f_stream.engine")
+
+
+class LocalEngine:
+    """An engine over a leased model; belongs to the event loop that it is first used on.
+
+    `async with engine:` waits for the model and closes the engine at the end. Requests may come
+    earlier: they wait for the model. Leaving gives the lease back, which the last engine's frees
+    the model.
+
+    Args:
+        model: leased from a ModelCache; the engine gives the lease back.
+        limits: how much it takes on at once.
+        warm_up: let the backend prepare its steps when the engine is entered.
+    """
+
+    def __init__(
+        self, model: LoadedModel, *, limits: Limits | None = None, warm_up: bool = False
+    ) -> None:
+        self._model = model
+        self._warm_up = warm_up
+        self._steps = StepLoop(model, limits or Limits())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+        self._closed = asyncio.Event()
+
+    @classmethod
+    def over(
+        cls,
+        backend: Backend,
+        codec: TextCodec,
+        *,
+        defaults: GenerationParams | None = None,
+        limits: Limits | None = None,
+        warm_up: bool = False,
+    ) -> Self:
+        """Return an engine over a backend that nobody else uses, such as a ScriptedBackend."""
+        if defaults is None:
+            defaults = GenerationParams(block_size=backend.info.native_block_size)
+        parts = ModelParts(backend, codec, defaults)
+        model = MODELS.lease(None, backend.info.name, lambda: parts)
+        return cls(model, limits=limits, warm_up=warm_up)
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model, once it is loaded."""
+        return self._parts().info
+
+    @property
+    def defaults(self) -> GenerationParams:
+        """The parameters of a request that gives none, once the model is loaded."""
+        return self._parts().defaults
+
+    @property
+    def codec(self) -> TextCodec:
+        """The model's tokenizer and template, once it is loaded."""
+        return self._parts().codec
+
+    @property
+    def current_load(self) -> EngineLoad:
+        """What the engine does at this moment."""
+        return self._steps.current_load
+
+    def on_step(self, observe: StepObserver) -> None:
+        """Call `observe` after each step, on the event loop; it must not wait or raise."""
+        self._steps.observers.append(observe)
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests are accepted: not closed, and nothing broke."""
+        return not self._closing and self._steps.failure is None
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: GenerationParams | None = None,
+        **overrides: Unpack[ParamOverrides],
+    ) -> Session:
+        """Start a request; the session streams its answer.
+
+        Args:
+            prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
+            params: instead of the model's defaults.
+            overrides: single fields, on top of either.
+
+        Raises:
+            InvalidRequest: prompt or parameters do not fit the model. While it is loading, the
+                session's first await raises this instead.
+            EngineClosed: the engine was closed.
+            EngineFailed: the backend failed before.
+        """
+        self._check_open()
+        stream_id = StreamId(uuid.uuid4().hex)
+        steps = self._steps
+        buffer = EventBuffer(
+            cancel=partial(steps.cancel, stream_id),
+            pause=partial(steps.pause, stream_id),
+            resume=partial(steps.resume, stream_id),
+        )
+
+        def prepare(parts: ModelParts) -> Stream:
+            chosen = (params or parts.defaults).with_overrides(overrides)
+            return _make_stream(stream_id, prompt, chosen, parts, buffer, steps.limits)
+
+        steps.submit(stream_id, prepare, buffer)
+        return Session(buffer)
+
+    def shut(self) -> None:
+        """Begin to close, without waiting. Idempotent."""
+        self._check_loop()
+        if not self._closing:
+            self._closing = True
+            self._steps.close(self._release)
+
+    async def close(self) -> None:
+        """End all sessions and free what the engine holds. Idempotent.
+
+        Safe to cancel; the engine goes on closing. Waits for the step in flight.
+        """
+        self.shut()
+        await self._closed.wait()
+
+    async def __aenter__(self) -> Self:
+        """Wait until the model is loaded, and warm where asked. Safe to cancel; loading goes on.
+
+        Raises:
+            D2FError: the model cannot be loaded or warmed up, or the engine was closed.
+        """
+        self._check_open()
+        try:
+            await self._steps.load()
+            if self._warm_up:
+                await self._prepare_steps()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the engine. Safe to cancel; the engine goes on closing."""
+        await self.close()
+
+    async def _prepare_steps(self) -> None:
+        try:
+            await self._model.device.call(self._model.do_warm_up)
+        except Exception as error:
+            MODELS.discard(self._model)
+            raise EngineFailed(f"the model cannot be warmed up: {error!r}") from error
+
+    def _release(self) -> None:
+        freed = MODELS.release(self._model)
+        if freed is None:
+            self._closed.set()
+        else:
+            freed.add_done_callback(self._note_freed)
+
+    def _note_freed(self, freed: asyncio.Future[None]) -> None:
+        if not freed.cancelled() and freed.exception() is not None:
+            logger.error("model %s cannot be freed", self._model.name, exc_info=freed.exception())
+        self._closed.set()
+
+    def _parts(self) -> ModelParts:
+        if self._steps.parts is None:
+            raise RuntimeError("the model is not loaded yet; enter the engine with `async with`")
+        return self._steps.parts
+
+    def _check_open(self) -> None:
+        self._check_loop()
+        if self._closing:
+            raise EngineClosed("the engine was closed; load() the model again")
+        failure = self._steps.failure
+        if failure is not None:
+            raise EngineFailed(f"the engine failed earlier: {failure}") from failure
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError(
+                "this engine belongs to another event loop; load() one here, the weights are shared"
+            )
+
+
+def _make_stream(
+    stream_id: StreamId,
+    prompt: Prompt,
+    params: GenerationParams,
+    parts: ModelParts,
+    buffer: EventBuffer,
+    limits: Limits,
+) -> Stream:
+    info = parts.info
+    tokens = _encode(prompt, parts.codec, info)
+    if params.attention == "blocks" and params.block_size > info.max_block_size:
+        allowed = f"at most {info.max_block_size} for model {info.name}"
+        raise InvalidParams("block_size", params.block_size, allowed)
+    if len(tokens) + params.max_new_tokens > info.max_len:
+        raise PromptTooLong(len(tokens), params.max_new_tokens, info.max_len)
+    limit = limits.max_prompt_tokens
+    if limit is not None and len(tokens) > limit:
+        raise MessageTooLarge(
+            f"prompt has {len(tokens)} tokens but at most {limit} are served; shorten it"
+        )
+    parts.backend.check(params)
+    return Stream(
+        stream_id,
+        prompt_tokens=tokens,
+        params=params,
+        info=info,
+        decode=parts.codec.decode,
+        buffer=buffer,
+    )
+
+
+def _encode(prompt: Prompt, codec: TextCodec, info: ModelInfo) -> list[int]:
+    if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes | bytearray):
+        shapes = "a string, a list of chat messages or a list of token ids"
+        raise InvalidPrompt(f"the prompt is {type(prompt).__name__} but must be {shapes}")
+    if len(prompt) == 0:
+        raise InvalidPrompt("the prompt is empty")
+    if isinstance(prompt, str):
+        tokens = codec.encode(prompt)
+    elif isinstance(prompt[0], Mapping):
+        tokens = codec.encode(codec.render(_messages(prompt)))
+    else:
+        tokens = _ids(prompt, info)
+    if not tokens:
+        raise InvalidPrompt("the prompt has no tokens")
+    return tokens
+
+
+def _messages(prompt: Sequence[object]) -> list[Mapping[str, str]]:
+    messages: list[Mapping[str, str]] = []
+    for number, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise InvalidPrompt(f"chat message {number} is {message!r}; it needs role and content")
+        messages.append(message)
+    return messages
+
+
+def _ids(prompt: Sequence[object], info: ModelInfo) -> list[int]:
+    ids: list[int] = []
+    for number, token in enumerate(prompt):
+        try:
+            ids.append(operator.index(token))  # type: ignore[arg-type]
+        except TypeError:
+            raise InvalidPrompt(f"prompt token {number} is {token!r}, not an integer") from None
+        if not 0 <= ids[-1] < info.vocab_size:
+            raise InvalidPrompt(
+                f"prompt token {number} is {ids[-1]} but the ids of model {info.name} go from 0 "
+                f"to {info.vocab_size - 1}"
+            )
+    return ids

@@ -1,0 +1,188 @@
+"""From the name of a model to an engine over it: folder, backend, codec, defaults.
+
+The one place that joins folder or hub id, manifest or published config, backend and tokenizer.
+"""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Final
+
+import d2f_runtime.models
+from d2f_runtime.backends import check_backend, choose_backend, open_backend
+from d2f_runtime.backends.scripted import ByteCodec
+from d2f_runtime.engine.local import Limits, LocalEngine
+from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
+from d2f_runtime.models.manifest import FILE_NAME, read_manifest, verify_files
+from d2f_runtime.models.published import Published, is_published, read_published
+from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
+from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["embedded_folder", "open_engine", "shared_engine"]
+
+MAX_HASH_BYTES: Final = 1 << 28  # larger files take longer to hash than to load
+
+_shared: Final[dict[asyncio.AbstractEventLoop, dict[ModelKey, LocalEngine]]] = {}
+_lock: Final = threading.Lock()
+
+
+def open_engine(
+    model: str | Path | None,
+    *,
+    adapter: str | Path | None = None,
+    backend: str = "auto",
+    quantization: str = "auto",
+    device: str = "auto",
+    kv_tokens: int | None = None,
+    warm_up: bool = False,
+    limits: Limits | None = None,
+) -> LocalEngine:
+    """Return a new engine; entering it waits for the model.
+
+    Args:
+        model: a folder or a hub id; None is the embedded model.
+        adapter: folder or hub id of a LoRA adapter to merge into the weights.
+        backend: see `d2f_stream.load`, as for the next two.
+        quantization: what the backend offers.
+        device: "auto", "cpu", "cuda", ...
+        kv_tokens: that all sessions together may hold; None goes by the device's memory.
+        warm_up: prepare the model's steps on entering, too.
+        limits: how much the engine takes on at once.
+
+    Raises:
+        ModelNotFound: there is no such folder. Whether there is such a repository shows on
+            entering.
+        UnsupportedModel: the model or the backend is of a kind that this build does not know.
+        InvalidParams: kv_tokens is no positive number.
+    """
+    if kv_tokens is not None and (not isinstance(kv_tokens, int) or kv_tokens < 1):
+        raise InvalidParams("kv_tokens", kv_tokens, "an integer of at least 1")
+    key = _key(
+        model,
+        backend=backend,
+        quantization=quantization,
+        device=device,
+        adapter=adapter,
+        kv_tokens=kv_tokens,
+    )
+    return _engine(key, limits, warm_up=warm_up)
+
+
+def shared_engine(model: str | Path | None) -> LocalEngine:
+    """Return the running event loop's engine for the model; it lives as long as the loop.
+
+    Its lease is never given back, so the weights stay loaded for later loops of the process. An
+    engine that failed is replaced.
+
+    Raises:
+        ModelNotFound: there is no such folder.
+        UnsupportedModel: the model is of a kind that this build does not know.
+    """
+    key = _key(model, backend="auto", quantization="auto", device="auto")
+    loop = asyncio.get_running_loop()
+    with _lock:
+        for old in [old for old in _shared if old.is_closed()]:
+            del _shared[old]
+        engines = _shared.setdefault(loop, {})
+        engine = engines.get(key)
+        if engine is not None and not engine.usable:
+            engine.shut()
+            engine = None
+        if engine is None:
+            engine = engines[key] = _engine(key)
+        return engine
+
+
+def embedded_folder() -> Path:
+    """Return the folder of the model that ships with the package.
+
+    Raises:
+        ModelNotFound: this installation has none.
+    """
+    folder = Path(d2f_runtime.models.__path__[0]) / "embedded"
+    if not (folder / FILE_NAME).is_file():
+        raise ModelNotFound(
+            f"the embedded model is not part of this installation ({folder} lacks {FILE_NAME}); "
+            "pass a model folder as model="
+        )
+    return folder
+
+
+def _key(
+    model: str | Path | None,
+    *,
+    backend: str,
+    quantization: str,
+    device: str,
+    adapter: str | Path | None = None,
+    kv_tokens: int | None = None,
+) -> ModelKey:
+    if isinstance(model, str) and "://" in model:
+        raise UnsupportedModel(f"{model} is a server; what runs here is a folder or a hub id")
+    path = embedded_folder() if model is None else locate(model)
+    if isinstance(path, HubModel):
+        check_backend(backend)
+        name = backend  # "auto" is decided by the files, once they are here
+    else:
+        name = choose_backend(path, backend, device=device)
+    return ModelKey(
+        path=path,
+        backend=name,
+        device=device,
+        quantization=quantization,
+        adapter=None if adapter is None else locate(adapter),
+        kv_tokens=kv_tokens,
+    )
+
+
+def _engine(key: ModelKey, limits: Limits | None = None, *, warm_up: bool = False) -> LocalEngine:
+    model = MODELS.lease(key, key.path.name, lambda: _load(key))
+    return LocalEngine(model, limits=limits, warm_up=warm_up)
+
+
+def _load(key: ModelKey) -> ModelParts:
+    """Load everything. Runs on the model's device thread."""
+    path = _fetched(key.path)
+    adapter = None if key.adapter is None else _fetched(key.adapter)
+    name = choose_backend(path, key.backend, device=key.device)
+    manifest = read_manifest(path) if (path / FILE_NAME).exists() else None
+    published = _published(path) if manifest is None else None
+    if manifest is not None:
+        verify_files(path, manifest, max_hash_bytes=MAX_HASH_BYTES)
+    defaults = None if published is None else published.defaults(adapted=adapter is not None)
+    codec: TextCodec = ByteCodec() if name == "scripted" else Tokenizer.from_folder(path)
+    backend = open_backend(  # last, so that memory is taken for nothing that is wrong
+        name,
+        path,
+        device=key.device,
+        quantization=key.quantization,
+        adapter=adapter,
+        kv_tokens=key.kv_tokens,
+    )
+    description = ""
+    if manifest is not None:
+        defaults, description = manifest.params_for(backend.info.device), manifest.description
+    elif defaults is None:
+        defaults = GenerationParams(block_size=backend.info.native_block_size)
+    hub_name = key.path.name if isinstance(key.path, HubModel) else None
+    return ModelParts(backend, codec, defaults, description, name=hub_name)
+
+
+def _fetched(source: Path | HubModel) -> Path:
+    """Return the folder of a model or an adapter; refuses an unknown family before its weights."""
+    if isinstance(source, Path):
+        return source
+    folder = fetch_description(source)
+    _published(folder)
+    fetch_weights(source, folder)
+    return folder
+
+
+def _published(folder: Path) -> Published | None:
+    config = ConfigFile.read(folder / "config.json")
+    if config is None or not is_published(config):
+        return None
+    return read_published(folder)

@@ -1,0 +1,117 @@
+"""PlannedStep: one step of one batch, planned on the event loop and run on the device thread.
+
+The event loop plans a step while the one before it runs, so that the device thread goes from one to
+the next without waiting for anybody. Whatever must not be so far ahead stops it there: the event
+loop withdraws the plan, or a stream of the step before came to its end.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.decoding.decoder import BlockView
+from d2f_runtime.decoding.window import Proposals
+from d2f_runtime.engine.denoiser import Progress
+from d2f_runtime.engine.scheduler import Batch
+from d2f_runtime.engine.stream import Stream, StreamId
+from d2f_runtime.loaded_model import LoadedModel
+
+__all__ = ["Joined", "PlannedStep", "StepResult"]
+
+Joined = Sequence[tuple[Stream, Sequence[BlockView]]]
+
+
+class StepResult(NamedTuple):  # a third of a frozen dataclass's cost, between two steps
+    """What a step brought.
+
+    Attributes:
+        wall_s: from its first window to its last acceptance, seconds.
+        num_rows: of the backend's step; 0 where it had nothing to run.
+        progress: for each stream of the plan; an error that is the stream's own.
+    """
+
+    wall_s: float
+    num_rows: int
+    progress: Sequence[Progress | Exception]
+
+
+class PlannedStep:
+    """A step of the streams of a batch, which must hold slots.
+
+    Of a stream, the device thread drives the denoiser and reads the slot, which stays while a step
+    is under way; all else is the event loop's.
+
+    Attributes:
+        batch: that it was planned from.
+        streams: those of the batch that take part.
+        withdrawn: set to let it pass, if it has not begun.
+
+    Args:
+        after: the step planned before it, if that may be under way still.
+        show: told, on the device thread and before the model runs, of blocks that joined.
+    """
+
+    def __init__(
+        self,
+        batch: Batch[StreamId],
+        streams: Sequence[tuple[Stream, int]],
+        *,
+        after: "PlannedStep | None",
+        show: Callable[[Joined], None],
+    ) -> None:
+        self.batch = batch
+        self.streams = [stream for stream, _ in streams]
+        self.withdrawn = False
+        self._parts = streams
+        self._after = after
+        self._show = show
+        self._joined: list[tuple[Stream, Sequence[BlockView]]] = []
+        self._lets_next = False
+
+    def do_run(self, model: LoadedModel) -> StepResult | None:
+        """Run the step; None if it was withdrawn, or a stream ended in the step before it.
+
+        Raises:
+            EngineFailed: an earlier step failed; or whatever the backend raises.
+            RuntimeError: the backend answered more or fewer rows than it was given.
+        """
+        after, self._after = self._after, None
+        if self.withdrawn or not (after is None or after._lets_next):
+            return None
+        began = time.perf_counter()
+        rows: list[StepRow] = []
+        shares = [self._begin(rows, *each) for each in self._parts]
+        if self._joined:
+            self._show(self._joined)
+        proposals = model.do_step(rows) if rows else []
+        if len(proposals) != len(rows):
+            raise RuntimeError(f"the backend answered {len(rows)} rows with {len(proposals)}")
+        progress: list[Progress | Exception] = []
+        lets_next = True
+        for stream, share in zip(self.streams, shares, strict=True):
+            made = share if isinstance(share, Exception) else _end(stream, proposals[share])
+            progress.append(made)
+            lets_next = lets_next and isinstance(made, Progress) and made.reason is None
+        self._lets_next = lets_next
+        return StepResult(time.perf_counter() - began, len(rows), progress)
+
+    def _begin(self, rows: list[StepRow], stream: Stream, bound: int) -> slice | Exception:
+        """Add a stream's rows; return where they lie, or the error that is the stream's own."""
+        assert stream.slot is not None
+        first = len(rows)
+        try:
+            rows += stream.denoiser.rows(stream.slot, bound)
+            if joined := stream.denoiser.joined():
+                self._joined.append((stream, joined))
+        except Exception as error:
+            del rows[first:]
+            return error
+        return slice(first, len(rows))
+
+
+def _end(stream: Stream, proposals: Sequence[Proposals]) -> Progress | Exception:
+    try:
+        return stream.denoiser.apply(proposals)
+    except Exception as error:
+        return error

@@ -1,0 +1,225 @@
+"""Stream: one request inside the step loop, from its prompt's ids to its terminal event.
+
+Joins the answer's text and its events. Its other half, the denoiser, belongs to the device thread
+from the first step on; what that made of a step is announced here, while the next step may be under
+way. The step loop drives both: `start`, then `announce` after each step, and `end`.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NewType
+
+from d2f_runtime.backends.base import Slot
+from d2f_runtime.decoding.decoder import BlockView, Committed
+from d2f_runtime.engine.denoiser import Denoiser, Progress
+from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.text.detokenizer import Detokenizer
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import D2FError
+from d2f_stream.core.events import (
+    Block,
+    Draft,
+    FinishReason,
+    StreamFailed,
+    StreamFinished,
+    StreamStarted,
+    Timings,
+    Usage,
+)
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["Stream", "StreamId", "cancelled_unstarted"]
+
+StreamId = NewType("StreamId", str)
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Stream:
+    """Decodes one answer and puts its events into a buffer.
+
+    Attributes:
+        id: also the request's id.
+        denoiser: for the device thread.
+        slot: the backend's storage, while it has one; kept by the step loop.
+        outcome: why the stream is to end, once that is decided; the terminal event follows.
+
+    Raises:
+        InvalidRequest: the decoder refuses prompt or parameters.
+    """
+
+    def __init__(
+        self,
+        stream_id: StreamId,
+        *,
+        prompt_tokens: Sequence[int],
+        params: GenerationParams,
+        info: ModelInfo,
+        decode: Decode,
+        buffer: EventBuffer,
+    ) -> None:
+        self.id = stream_id
+        self.slot: Slot | None = None
+        self.outcome: FinishReason | D2FError | None = None
+        self.params = params
+        self.num_prompt_tokens = len(prompt_tokens)
+        self._info = info
+        self._buffer = buffer
+        self.denoiser = Denoiser(prompt_tokens=prompt_tokens, params=params, info=info)
+        self._detokenizer = Detokenizer(decode=decode, stop=params.stop)
+        self._piece = functools.lru_cache(maxsize=4096)(lambda token: decode((token,)))
+        self._drafts: dict[int, tuple[int, ...]] = {}
+        self._seq = 0
+        self._text_length = 0
+        self._num_tokens = 0
+        self._num_steps = 0
+        self._started_at = time.perf_counter()
+        self._first_block_ms: float | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Storage that the slot needs at most, tokens."""
+        return self.num_prompt_tokens + self.params.max_new_tokens
+
+    @property
+    def block_size(self) -> int:
+        """What the answer is cut into, tokens: a grid has its own."""
+        on_grid = self._info.prompt_attention == "grid"
+        return self._info.native_block_size if on_grid else self.params.block_size
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """What the scheduler takes for the prompt and for one block of a window, tokens.
+
+        With full attention every window is the whole canvas, whatever is active: two halves of it
+        stand for the one active block and the block that the scheduler adds to that.
+        """
+        if self.params.attention == "full":
+            half = -(-self.capacity // 2)
+            return half, half
+        return self.num_prompt_tokens, self.block_size
+
+    def start(self) -> None:
+        """Announce the stream; the clock of its timings starts. Idempotent."""
+        if self._seq:
+            return
+        self._started_at = time.perf_counter()
+        self._buffer.put(
+            StreamStarted(
+                stream=self.id,
+                seq=self._next_seq(),
+                request_id=self.id,
+                model=self._info.name,
+                block_size=self.block_size,
+                prompt_tokens=self.num_prompt_tokens,
+            )
+        )
+
+    def show(self, blocks: Sequence[BlockView]) -> None:
+        """Put drafts of blocks, unless they would say the same again."""
+        for view in blocks:
+            self._draft(view)
+
+    def announce(self, progress: Progress) -> None:
+        """Put the events of what a step made final; the last block sets `outcome`.
+
+        Steps that are not announced do not count: those of a stream that has its outcome already.
+        """
+        self._num_steps = progress.num_steps
+        committed, reason = progress.committed, progress.reason
+        for block in committed:
+            ends = block.tokens[-1] in self._info.eos_ids  # a draining decoder goes on after it
+            self._commit(block, is_last=ends or (reason is not None and block is committed[-1]))
+            if self._detokenizer.stopped:
+                self.outcome = "stop"
+                return
+        self.outcome = reason
+        self.show(progress.active)
+
+    def end(self) -> None:
+        """Announce the outcome as the terminal event; turn away a request that never began."""
+        assert self.outcome is not None
+        if isinstance(self.outcome, D2FError) and not self._seq:
+            self._buffer.reject(self.outcome)
+            return
+        self.start()
+        if isinstance(self.outcome, D2FError):
+            error = self.outcome
+            self._buffer.put(
+                StreamFailed(
+                    stream=self.id, seq=self._next_seq(), code=error.code, message=str(error)
+                )
+            )
+            return
+        self._buffer.put(
+            StreamFinished(
+                stream=self.id,
+                seq=self._next_seq(),
+                reason=self.outcome,
+                text_length=self._text_length,
+                usage=Usage(
+                    prompt_tokens=self.num_prompt_tokens,
+                    completion_tokens=self._num_tokens,
+                    steps=self._num_steps,
+                ),
+                timings=Timings(first_block_ms=self._first_block_ms, total_ms=self._elapsed_ms()),
+            )
+        )
+
+    def _commit(self, block: Committed, *, is_last: bool) -> None:
+        tokens = block.tokens
+        text = self._detokenizer.push(tokens[:-1] if tokens[-1] in self._info.eos_ids else tokens)
+        if is_last and not self._detokenizer.stopped:
+            text += self._detokenizer.flush()
+        elapsed_ms = self._elapsed_ms()
+        if self._first_block_ms is None:
+            self._first_block_ms = elapsed_ms
+        self._text_length += len(text)
+        self._num_tokens += len(tokens)
+        self._drafts.pop(block.index, None)
+        self._buffer.put(
+            Block(
+                stream=self.id,
+                seq=self._next_seq(),
+                index=block.index,
+                start=block.start,
+                stop=block.stop,
+                text=text,
+                token_ids=tokens,
+                steps=self._num_steps,
+                elapsed_ms=elapsed_ms,
+            )
+        )
+
+    def _draft(self, view: BlockView) -> None:
+        if self._drafts.get(view.index) == view.tokens:
+            return
+        self._drafts[view.index] = view.tokens
+        filled = tuple(token != self._info.mask_id for token in view.tokens)
+        texts = tuple(
+            self._piece(token) if known else ""
+            for token, known in zip(view.tokens, filled, strict=True)
+        )
+        self._buffer.put(
+            Draft(stream=self.id, index=view.index, text="".join(texts), filled=filled, texts=texts)
+        )
+
+    def _next_seq(self) -> int:
+        self._seq += 1
+        return self._seq - 1
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._started_at) * 1000
+
+
+def cancelled_unstarted(stream_id: StreamId) -> StreamFinished:
+    """Return the only event of a request that was cancelled while its model was loading."""
+    return StreamFinished(
+        stream=stream_id,
+        seq=0,
+        reason="cancelled",
+        text_length=0,
+        usage=Usage(prompt_tokens=0, completion_tokens=0, steps=0),
+        timings=Timings(first_block_ms=None, total_ms=0.0),
+    )

@@ -1,0 +1,118 @@
+"""Models by the id of a Hugging Face repository: which ids, which files of it, and where they lie.
+
+The only file that knows huggingface_hub, which it imports when a hub id is fetched. Fetches what a
+model needs and nothing else: first the small files, so that a model that cannot run is refused
+before its weights are on their way. Never code, never pickles.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_stream.core.errors import D2FError, MissingExtra, ModelNotFound
+
+__all__ = ["HubModel", "fetch_description", "fetch_weights", "locate"]
+
+DESCRIPTION: Final = ("*.json", "*.jinja", "merges.txt")
+WEIGHTS: Final = ("model.safetensors", "adapter_model.safetensors", "model*.onnx*")
+INDEX: Final = "model.safetensors.index.json"
+
+_ID: Final = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A repository, "org/name", and its branch, tag or commit; None is the main branch."""
+
+    repo: str
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the model's name for people."""
+        return self.repo
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def locate(model: str | Path) -> Path | HubModel:
+    """Return the folder of that path, else the repository of that id, else the missing path.
+
+    A folder wins over a hub id of the same text; a Path is never a hub id.
+    """
+    path = Path(model).expanduser()
+    match = _ID.fullmatch(model) if isinstance(model, str) else None
+    if match is None or path.exists():
+        return path.resolve()
+    return HubModel(match["repo"], match["revision"])
+
+
+def fetch_description(model: HubModel) -> Path:
+    """Return the folder with a repository's small files; fetches those that it lacks. Blocks.
+
+    Raises:
+        ModelNotFound: there is no such repository or revision, or it is neither cached nor within
+            reach.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    return _snapshot(model, model.revision, DESCRIPTION)
+
+
+def fetch_weights(model: HubModel, folder: Path) -> None:
+    """Fetch the weights that belong to a folder of `fetch_description`. Blocks.
+
+    Raises:
+        ModelNotFound: they are neither cached nor within reach.
+        ModelDamaged: the index of the shards cannot be read.
+    """
+    index = ConfigFile.read(folder / INDEX)
+    wanted: Sequence[str] = WEIGHTS
+    if index is not None:
+        wanted = sorted({str(file) for file in index.section("weight_map").values.values()})
+    _snapshot(model, folder.name, wanted)  # the commit, should the branch have moved on
+
+
+def _snapshot(model: HubModel, revision: str | None, patterns: Sequence[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingExtra(f"fetching {model}", "huggingface_hub", "torch") from error
+    try:
+        return Path(
+            snapshot_download(
+                model.repo,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:  # those of its HTTP library too, which differs by version
+        raise _not_found(model, error) from error
+
+
+def _not_found(model: HubModel, error: Exception) -> D2FError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return ModelNotFound(
+            f"the repository {model} is gated: accept its terms on huggingface.co, then log in "
+            "with `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelNotFound(
+            f"there is neither a folder nor a public repository {model}; for a private one, log in "
+            "with `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelNotFound(f"the repository {model.repo} has no revision {model.revision!r}")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelNotFound(
+        f"there is no folder {model}, and the repository of that id is not in the local cache and "
+        f"cannot be fetched: {reason}"
+    )

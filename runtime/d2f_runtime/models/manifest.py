@@ -1,0 +1,241 @@
+"""The manifest of a model folder: what the model is, how it is best run, what its files hash to.
+
+A model folder holds manifest.json, tokenizer.json, chat_template.jinja where the model chats, and
+the weights: model.onnx (with external data) or safetensors. Written by d2f_export, read here; knows
+no backend.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from d2f_runtime.models.facts import FAMILIES, PromptAttention
+from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.params import GenerationParams
+
+__all__ = [
+    "FILE_NAME",
+    "FORMAT_VERSION",
+    "FileInfo",
+    "FixedWindow",
+    "Manifest",
+    "OnnxInfo",
+    "TrainingInfo",
+    "TransformerShape",
+    "VerificationInfo",
+    "read_manifest",
+    "verify_files",
+]
+
+FORMAT_VERSION: Final = 1
+FILE_NAME: Final = "manifest.json"
+HASH_BYTES: Final = 1 << 20
+
+JsonValue = str | int | float | bool | None
+
+
+class FileInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file of the folder must be: SHA-256 in hex, and size."""
+
+    sha256: str
+    bytes: int
+
+
+class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What a cache must know of the transformer; key and value heads may be fewer than heads."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class FixedWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph with static shapes: its file, the window's width and the cache's columns."""
+
+    file: str
+    width: int
+    capacity: int
+
+
+class OnnxInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How the ONNX graph was made, and what runs it.
+
+    Attributes:
+        opset: of ONNX's own operators.
+        min_onnxruntime: the oldest that runs it.
+        interface: version of the graph's inputs and outputs.
+        target: what it was exported for: cpu, cuda or device.
+        quantization: of the weights.
+        windows: graphs with static shapes; none where model.onnx has symbolic ones.
+    """
+
+    opset: int
+    min_onnxruntime: str
+    interface: int = 1
+    target: str = "cpu"
+    quantization: str = "fp32"
+    windows: tuple[FixedWindow, ...] = ()
+
+
+class TrainingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the weights come from: the command that made them, and what was measured."""
+
+    command: str = ""
+    figures: dict[str, JsonValue] = msgspec.field(default_factory=dict)
+
+
+class VerificationInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How the graph compared with the checkpoint: the command, whether it passed, the figures."""
+
+    command: str
+    passed: bool
+    figures: dict[str, JsonValue] = msgspec.field(default_factory=dict)
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of manifest.json. Unknown fields are ignored: the format may grow.
+
+    Attributes:
+        format_version: of this file; a reader refuses those that it does not know.
+        name: for people and `StreamStarted.model`.
+        family: dream, llada, sdar, ...
+        mask_id: id of the mask token.
+        eos_ids: every id that ends an answer.
+        shift_logits: row i-1 predicts position i.
+        prompt_attention: full, causal or grid; see ModelInfo.
+        native_block_size: what the model was trained for, tokens.
+        max_block_size: upper bound for a request's block size, tokens.
+        max_len: prompt and answer together, tokens.
+        vocab_size: number of ids that may be produced.
+        transformer: the shape that the K/V storage follows from.
+        defaults: GenerationParams fields for a kind of device, "cpu" or "cuda".
+        files: name, relative to the folder, to hash and size.
+        onnx: present where the folder holds an ONNX graph.
+        verification: of the graph against the checkpoint that it was made of.
+        training: where the weights come from.
+        description: what the model can do, in a sentence or two for its users.
+    """
+
+    format_version: int
+    name: str
+    family: str
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    shift_logits: bool
+    prompt_attention: PromptAttention
+    native_block_size: int
+    max_block_size: int
+    max_len: int
+    vocab_size: int
+    transformer: TransformerShape
+    defaults: dict[str, dict[str, JsonValue | list[str]]] = msgspec.field(default_factory=dict)
+    files: dict[str, FileInfo] = msgspec.field(default_factory=dict)
+    onnx: OnnxInfo | None = None
+    verification: VerificationInfo | None = None
+    training: TrainingInfo | None = None
+    description: str = ""
+
+    def params_for(self, device: str) -> GenerationParams:
+        """Return the defaults for a device such as "cpu" or "cuda:0".
+
+        A device without defaults of its own takes those of the CPU; what they leave open is
+        GenerationParams' own, save the block size, which is the model's.
+
+        Raises:
+            ModelDamaged: they are not valid parameters.
+        """
+        kind = device.partition(":")[0]
+        fields = {"block_size": self.native_block_size}
+        chosen = self.defaults.get(kind, self.defaults.get("cpu", {}))
+        try:
+            return msgspec.convert({**fields, **chosen}, GenerationParams)
+        except (msgspec.ValidationError, InvalidParams) as error:
+            raise ModelDamaged(f"the {kind} defaults of model {self.name}: {error}") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest.json; the files it names are not looked at.
+
+    Raises:
+        ModelNotFound: no such folder, or it has no manifest.
+        ModelDamaged: the manifest cannot be read, or is of another format version.
+        UnsupportedModel: the model is of a family that this build does not know.
+    """
+    path = folder / FILE_NAME
+    try:
+        content = path.read_bytes()
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version != FORMAT_VERSION:  # before the rest, which may mean something else there
+            raise ModelDamaged(
+                f"{path} has format version {version}, but this build reads {FORMAT_VERSION}; "
+                "export the model again or update d2f-stream"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelNotFound(
+            f"no {FILE_NAME} in {folder}; a model folder holds {FILE_NAME}, tokenizer.json and "
+            "model.onnx or *.safetensors"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise ModelDamaged(f"{path} cannot be read: {error}") from error
+    if manifest.family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise UnsupportedModel(
+            f"{path} names the model family {manifest.family!r}, but this build runs {known}"
+        )
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, *, max_hash_bytes: int | None = None) -> None:
+    """Check every file that the manifest names: first the sizes, then the hashes.
+
+    Args:
+        folder: the model's.
+        manifest: read from it.
+        max_hash_bytes: only the size is checked of files larger than that; None hashes all. A hash
+            reads the whole file, at one or two GB/s.
+
+    Raises:
+        ModelDamaged: for the first that lacks, or differs; names the file, expected and found.
+    """
+    for name, expected in manifest.files.items():
+        path = _inside(folder, name)
+        if not path.is_file():
+            raise ModelDamaged(f"{path} is missing; {FILE_NAME} expects {expected.bytes} bytes")
+        found = path.stat().st_size
+        if found != expected.bytes:
+            raise ModelDamaged(
+                f"{path} has {found} bytes, but {FILE_NAME} expects {expected.bytes}"
+            )
+    for name, expected in manifest.files.items():
+        if max_hash_bytes is not None and expected.bytes > max_hash_bytes:
+            continue
+        sha256 = _sha256(folder / name)
+        if sha256 != expected.sha256.lower():
+            raise ModelDamaged(
+                f"{folder / name} has SHA-256 {sha256}, but {FILE_NAME} expects {expected.sha256}"
+            )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file's path; links may lead out of the folder, as the hub's cache has them."""
+    path = Path(name)
+    if path.anchor or ".." in path.parts:
+        raise ModelDamaged(f"{folder / FILE_NAME} names a file outside of its folder: {name}")
+    return folder / path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

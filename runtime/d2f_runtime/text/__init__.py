@@ -1,0 +1,1 @@
+"""Between text and token ids: tokenizer, its files, and the detokenizer of a stream."""

@@ -1,0 +1,256 @@
+"""Tokenizer: a folder's tokenizer files and its chat template, without transformers.
+
+Knows the libraries for both, imported here and only when a model is loaded. Chat templates come
+with models from anywhere, so they run in jinja2's immutable sandbox, with the settings and helpers
+that transformers gives them.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, Protocol, Self
+
+from d2f_runtime.text.tokenizer_files import TokenizerFiles
+from d2f_stream.core.errors import (
+    InvalidPrompt,
+    MissingExtra,
+    ModelDamaged,
+    ModelNotFound,
+    UnsupportedModel,
+)
+
+__all__ = ["TextCodec", "Tokenizer"]
+
+Messages = Sequence[Mapping[str, str]]
+
+QWEN_CLASSES: Final = (None, "DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+QWEN_WORDS: Final = (  # how Qwen2's tokenizer cuts text into words; transformers, qwen2
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TextCodec(Protocol):
+    """Turns text into token ids and back. Safe to call from several threads at once."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of exactly this text: nothing is added to it."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids without special tokens; incomplete UTF-8 as U+FFFD."""
+        ...
+
+    def render(self, messages: Messages) -> str:
+        """Return the prompt that the model's chat template makes of the messages."""
+        ...
+
+
+class Tokenizer:
+    """A model folder's tokenizer, and its chat template where it has one.
+
+    Nothing is added to a text: a BOS that a model wants stands in its template, or in the prompt,
+    and the names of special tokens are read as those tokens.
+
+    Args:
+        source: a tokenizer.json, or all files of a folder.
+        chat_template: its source.
+
+    Attributes:
+        special_names: texts of bos_token, eos_token and so on, as the folder's files give them.
+    """
+
+    def __init__(self, source: Path | TokenizerFiles, *, chat_template: str | None = None) -> None:
+        self.special_names: Mapping[str, str] = {}
+        if isinstance(source, TokenizerFiles):
+            self._tokens = _build_tokenizer(source)
+            self.special_names = source.special_names()
+        elif source.is_file():
+            self._tokens = _read_tokenizer(source)
+        else:
+            raise ModelNotFound(f"no tokenizer at {source}; a model folder needs a tokenizer.json")
+        self._render: Callable[..., str] | None = None
+        if chat_template is not None:
+            self._render = _compile_template(chat_template)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read a folder's tokenizer files and its chat template.
+
+        The tokenizer is tokenizer.json or, as the Dream models publish it, vocab.json with
+        merges.txt; added tokens also come from tokenizer_config.json or added_tokens.json.
+
+        Raises:
+            ModelNotFound: there is no tokenizer.
+            ModelDamaged: one of the files cannot be read.
+            UnsupportedModel: vocab.json is of a tokenizer that this build does not know.
+            MissingExtra: tokenizers or jinja2 is not installed.
+        """
+        files = TokenizerFiles(folder)
+        if not files.complete:
+            raise ModelNotFound(
+                f"no tokenizer in {folder}; a model folder needs a tokenizer.json, or a vocab.json "
+                "and a merges.txt"
+            )
+        return cls(files, chat_template=files.chat_template())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of exactly this text."""
+        ids: list[int] = self._tokens.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens left out."""
+        text: str = self._tokens.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Messages) -> str:
+        """Return the prompt for an answer to the messages.
+
+        Raises:
+            InvalidPrompt: the model has no chat template, or it refuses these messages.
+        """
+        if self._render is None:
+            raise InvalidPrompt("the model has no chat template; pass the prompt as one string")
+        from jinja2 import TemplateError
+
+        try:
+            return self._render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self.special_names,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise InvalidPrompt(f"the chat template refuses the messages: {error}") from error
+
+
+def _build_tokenizer(files: TokenizerFiles) -> Any:
+    tokens = _read_tokenizer(files.whole) if files.whole.is_file() else _build_byte_level(files)
+    _add_tokens(tokens, files)
+    return tokens
+
+
+def _read_tokenizer(path: Path) -> Any:
+    try:
+        return _library().Tokenizer.from_file(str(path))
+    except MissingExtra:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for every kind of damage
+        raise ModelDamaged(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def _build_byte_level(files: TokenizerFiles) -> Any:
+    """Build Qwen2's tokenizer, which the Dream models share, from vocab.json and merges.txt."""
+    kind = files.config.get("tokenizer_class")
+    if kind not in QWEN_CLASSES:
+        known = ", ".join(name for name in QWEN_CLASSES if name)
+        raise UnsupportedModel(
+            f"{files.vocab} is of the tokenizer {kind!r}, but without a tokenizer.json this build "
+            f"reads those of {known} only"
+        )
+    parts = _library()
+    try:
+        model = parts.models.BPE.from_file(str(files.vocab), str(files.merges))
+    except Exception as error:  # see above
+        raise ModelDamaged(
+            f"{files.vocab} and {files.merges.name} are not a BPE vocabulary: {error}"
+        ) from error
+    tokens = parts.Tokenizer(model)
+    tokens.normalizer = parts.normalizers.NFC()
+    words = parts.pre_tokenizers.Split(parts.Regex(QWEN_WORDS), behavior="isolated")
+    bytes_ = parts.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens.pre_tokenizer = parts.pre_tokenizers.Sequence([words, bytes_])
+    tokens.decoder = parts.decoders.ByteLevel()
+    return tokens
+
+
+def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
+    """Add what the other files name and the tokenizer lacks, under the ids that they give.
+
+    Tokens with a name, such as eos_token, become special even where they are in the vocabulary.
+    """
+    known = set(tokens.get_added_tokens_decoder())
+    for token in files.added_tokens():
+        if token.id in known:
+            continue
+        added = _library().AddedToken(
+            token.text,
+            special=token.special,
+            normalized=token.normalized,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            single_word=token.single_word,
+        )
+        (tokens.add_special_tokens if token.special else tokens.add_tokens)([added])
+        found = tokens.token_to_id(token.text)
+        if found != token.id:
+            raise ModelDamaged(
+                f"the added token {token.text!r} of {files.folder} should have the id {token.id}, "
+                f"but the vocabulary gives it {found}"
+            )
+    known = set(tokens.get_added_tokens_decoder())
+    for text in files.special_names().values():
+        if tokens.token_to_id(text) not in {None, *known}:
+            tokens.add_special_tokens([text])
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingExtra("reading a tokenizer", "tokenizers", "edge") from error
+    return tokenizers
+
+
+def _compile_template(source: str) -> Callable[..., str]:
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import Extension
+        from jinja2.nodes import Node
+        from jinja2.parser import Parser
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise MissingExtra("a chat template", "jinja2", "edge") from error
+
+    def raise_exception(message: str) -> str:
+        raise TemplateError(message)
+
+    def tojson(  # jinja2's own escapes HTML
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    class Generation(Extension):
+        """Marks what the model wrote, for training; here its content is all that matters."""
+
+        tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source).render
+    except TemplateError as error:
+        raise ModelDamaged(f"the chat template cannot be read: {error}") from error
