@@ -16,7 +16,7 @@ test_python() {
     printf '%s\n' "$VIRTUAL_ENV/bin/python"
     return
   fi
-  make_venv "$root/.venv-test" "$torch" hatchling \
+  make_venv "$root/.venv-test" "$torch" hatchling hatch-fancy-pypi-readme \
     -e "${root}[dev,edge,torch,export,serve,client,mqtt,eval]" >&2 || return
   printf '%s\n' "$root/.venv-test/bin/python"
 }

@@ -1,8 +1,10 @@
 """The wheel: what it holds, how large it is, and that it imports outside the repository."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -13,20 +15,34 @@ from d2f_stream import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_WHEEL_BYTES = 60 * 2**20
+MAX_SOURCE_BYTES = 5 * 10**6
+EMBEDDED = "d2f_runtime/models/embedded/"
 DIST_INFO = f"d2f_stream-{__version__}.dist-info"
+
+
+def build(folder: Path, target: str, *, root: Path = ROOT) -> None:
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "hatchling",
+            "build",
+            "--target",
+            target,
+            "--directory",
+            str(folder),
+        ],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel"]
-    subprocess.run(
-        [*command, "--directory", str(folder)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=100,
-    )
+    build(folder, "wheel")
     (path,) = folder.glob("*.whl")
     return path
 
@@ -93,3 +109,35 @@ def test_unpacked_wheel_imports(unpacked: Path) -> None:
 def test_unpacked_wheel_runs_its_command(unpacked: Path) -> None:
     code = "import sys; from d2f_stream.cli import main; sys.exit(main(['--version']))"
     assert import_from(unpacked, code) == f"d2f-stream {__version__}\n"
+
+
+def test_index_page_names_no_file_of_the_repository(unpacked: Path) -> None:
+    text = message_from_bytes((unpacked / DIST_INFO / "METADATA").read_bytes()).get_payload()
+    targets = re.findall(r"\]\(([^)\s]+)|src=\"([^\"]+)", str(text))
+    assert targets
+    assert all((link or image).startswith(("https://", "#")) for link, image in targets)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    build(folder, "sdist")
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def test_source_distribution_is_small_and_builds_the_same_modules(
+    source: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    assert source.stat().st_size < MAX_SOURCE_BYTES
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    build(tmp_path / "dist", "wheel", root=root)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("RECORD")}
+    packed = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    missing = {name for name in packed - names if not name.endswith("RECORD")}
+    assert all(name.startswith(EMBEDDED) for name in missing)
+    assert names <= packed

@@ -21,7 +21,8 @@ const ACTS = {
   skip: { label: "Show all at once", icon: "#i-skip" },
 };
 
-const $ = (id) => document.getElementById(id);
+// The page and its script ship together: each id is there, and is the element that is meant.
+const $ = (id) => /** @type {any} */ (document.getElementById(id));
 
 const conversation = new Conversation();
 const settings = new Settings($("fields"));
@@ -37,6 +38,7 @@ const client = new D2FClient({
   token: storedToken(),
 });
 
+/** @type {any} */
 let running = null; // the answer that is streamed, or still shown: { turn, stream, view, player }
 let takesMessages = true; // until a model without a chat template refuses them
 
@@ -51,8 +53,8 @@ function ask(question) {
 
 /** Stream a turn's answer, from its beginning or from where a reload left it. */
 async function run(turn, view) {
-  const mine = { turn, view, stream: open(turn) };
-  mine.player = new Player((event) => show(event, mine), choice.pace);
+  const player = new Player((event) => show(event, mine), choice.pace);
+  const mine = { turn, view, stream: open(turn), player };
   running = mine;
   showAct();
   try {
@@ -197,12 +199,12 @@ function showWelcome() {
 }
 
 function isNearEnd() {
-  const page = document.scrollingElement;
+  const page = document.scrollingElement ?? document.documentElement;
   return page.scrollHeight - page.scrollTop - page.clientHeight < NEAR_END_PX;
 }
 
 function scrollToEnd() {
-  const page = document.scrollingElement;
+  const page = document.scrollingElement ?? document.documentElement;
   page.scrollTop = page.scrollHeight;
 }
 

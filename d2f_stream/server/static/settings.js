@@ -60,6 +60,7 @@ const FIELDS = [
 export class Settings {
   #root;
   #storage;
+  /** @type {any} */
   #model = null;
   #inputs = new Map();
 
