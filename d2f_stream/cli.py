@@ -246,8 +246,6 @@ def overrides_of(args: argparse.Namespace) -> ParamOverrides:
     fields = {name: given[name] for name in ParamOverrides.__annotations__ if name in given}
     if fields.get("max_active_blocks") == 0:
         fields["max_active_blocks"] = None
-    if "stop" in fields:
-        fields["stop"] = tuple(fields["stop"])
     return cast(ParamOverrides, fields)
 
 

@@ -4,6 +4,7 @@ Knows the names, ranges and meaning of the settings of D2F decoding (arXiv 2508.
 table 8) and nothing of models or backends. A model's own defaults come with its manifest.
 """
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 import msgspec
@@ -17,6 +18,7 @@ __all__ = [
     "GenerationParams",
     "ParamOverrides",
     "Rank",
+    "Stop",
     "StopAtEos",
     "Tail",
 ]
@@ -28,6 +30,7 @@ MAX_LOOKAHEAD = 16
 Acceptance = Literal["token", "joint"]
 Attention = Literal["blocks", "full"]
 Rank = Literal["confidence", "margin", "neg_entropy"]
+Stop = str | Sequence[str]
 StopAtEos = Literal["truncate", "drain"]
 Tail = Literal["cut", "drop"]
 
@@ -45,7 +48,7 @@ class ParamOverrides(TypedDict, total=False):
     top_p: float
     seed: int | None
     rank: Rank
-    stop: tuple[str, ...]
+    stop: Stop
     stop_at_eos: StopAtEos
     tail: Tail
     lookahead: int
@@ -71,9 +74,11 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             switches the pipeline off.
         temperature: 0 is greedy.
         top_p: nucleus mass, in (0, 1].
-        seed: of the sampling noise; None draws a fresh one. No effect at temperature 0.
+        seed: of the sampling noise, any signed 64-bit integer; None draws a fresh one. No effect at
+            temperature 0.
         rank: what picks the forced proposal of a fully activated block.
-        stop: strings that end the answer; they are not part of it.
+        stop: a string, or several, that end the answer and are not part of it; "" is none. Kept as
+            a tuple, whatever it was given as.
         stop_at_eos: "truncate" stops once everything up to the first EOS is final; "drain" denoises
             the blocks after it too, as the reference loop does.
         tail: when block_size does not divide max_new_tokens, "cut" shortens the last block and
@@ -108,7 +113,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     top_p: float = 1.0
     seed: int | None = None
     rank: Rank = "confidence"
-    stop: tuple[str, ...] = ()
+    stop: Stop = ()
     stop_at_eos: StopAtEos = "truncate"
     tail: Tail = "cut"
     lookahead: int = 0
@@ -128,7 +133,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         if not _is_number(self.temperature) or not 0.0 <= self.temperature <= 100.0:
             raise InvalidParams("temperature", self.temperature, "between 0 (greedy) and 100")
         if self.seed is not None:
-            _check_count("seed", self.seed, 0, 2**63 - 1)
+            _check_count("seed", self.seed, -(2**63), 2**63 - 1)
         _check_choice("rank", self.rank, ("confidence", "margin", "neg_entropy"))
         _check_choice("stop_at_eos", self.stop_at_eos, ("truncate", "drain"))
         _check_choice("tail", self.tail, ("cut", "drop"))
@@ -140,7 +145,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         if self.tail == "drop" and self.max_new_tokens < self.block_size:
             allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"
             raise InvalidParams("max_new_tokens", self.max_new_tokens, allowed)
-        _check_stop(self.stop)
+        msgspec.structs.force_setattr(self, "stop", _stop_strings(self.stop))
 
     def with_overrides(self, overrides: ParamOverrides) -> "GenerationParams":
         """Return a copy with the given fields changed.
@@ -185,8 +190,10 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InvalidParams(name, value, "one of " + ", ".join(allowed))
 
 
-def _check_stop(stop: tuple[str, ...]) -> None:
-    if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
-        raise InvalidParams("stop", stop, "a tuple of non-empty strings")
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidParams("stop", f"{len(stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    given = (stop,) if isinstance(stop, str) and stop else stop or ()
+    if not isinstance(given, tuple | list) or not all(isinstance(s, str) and s for s in given):
+        raise InvalidParams("stop", stop, "a string, or a list or tuple of non-empty strings")
+    if len(given) > MAX_STOP_STRINGS:
+        raise InvalidParams("stop", f"{len(given)} strings", f"at most {MAX_STOP_STRINGS} strings")
+    return tuple(given)

@@ -73,7 +73,7 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     top_p: float | UnsetType = UNSET
     seed: int | UnsetType | None = UNSET
     rank: Rank | UnsetType = UNSET
-    stop: tuple[str, ...] | UnsetType = UNSET
+    stop: str | tuple[str, ...] | UnsetType = UNSET
     stop_at_eos: StopAtEos | UnsetType = UNSET
     tail: Tail | UnsetType = UNSET
     lookahead: int | UnsetType = UNSET

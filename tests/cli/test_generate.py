@@ -106,7 +106,7 @@ def test_options_of_the_model_default_to_auto() -> None:
         (["--max-new-tokens", "9"], {"max_new_tokens": 9}),
         (["--temperature", "0.5", "--top-p", "0.9"], {"temperature": 0.5, "top_p": 0.9}),
         (["--seed", "7"], {"seed": 7}),
-        (["--stop", "a", "--stop", "b"], {"stop": ("a", "b")}),
+        (["--stop", "a", "--stop", "b"], {"stop": ["a", "b"]}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -22,8 +22,12 @@ def test_positions_about_to_be_cached_draw_nothing() -> None:
 
 
 def test_steps_and_seeds_differ() -> None:
-    draws = [SamplingNoise(seed).uniforms(window(0, 8), step) for seed in (1, 2) for step in (0, 1)]
-    assert len({tuple(draw) for draw in draws}) == 4
+    draws = [
+        SamplingNoise(seed).uniforms(window(0, 8), step)
+        for seed in (1, 2, -1, -(2**63))
+        for step in (0, 1)
+    ]
+    assert len({tuple(draw) for draw in draws}) == 8
 
 
 def test_numbers_are_uniform_in_the_half_open_interval() -> None:

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from d2f_stream.core.errors import InvalidParams
-from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.params import GenerationParams, ParamOverrides, Stop
 from d2f_stream.core.presets import PRESETS
 
 
@@ -30,10 +30,13 @@ def test_overrides_are_exactly_the_fields() -> None:
         ("temperature", -0.1),
         ("temperature", float("inf")),
         ("top_p", 0.0),
-        ("seed", -1),
+        ("seed", -(2**63) - 1),
         ("seed", 2**63),
+        ("seed", 1.0),
         ("rank", "best"),
-        ("stop", "text"),
+        ("stop", 7),
+        ("stop", {"a"}),
+        ("stop", ["a", 1]),
         ("stop", ("",)),
         ("stop", tuple("abcdefghijklmnopq")),
         ("stop_at_eos", "later"),
@@ -62,6 +65,30 @@ def test_edges_of_the_ranges_are_allowed() -> None:
         seed=2**63 - 1,
         stop=tuple("abcdefghijklmnop"),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("\n\n", ("\n\n",)),
+        (["a", "b"], ("a", "b")),
+        (("a",), ("a",)),
+        ("", ()),
+        ([], ()),
+        ((), ()),
+    ],
+)
+def test_stop_is_a_string_a_list_or_a_tuple(given: Stop, kept: tuple[str, ...]) -> None:
+    params = GenerationParams(stop=given)
+    assert params.stop == kept
+    assert GenerationParams().with_overrides({"stop": given}) == params
+    assert msgspec.convert({"stop": given}, GenerationParams) == params
+    assert hash(params) == hash(GenerationParams(stop=kept))
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 0, 2**63 - 1])
+def test_seed_is_a_signed_64_bit_integer(seed: int) -> None:
+    assert GenerationParams(seed=seed).seed == seed
 
 
 def test_with_overrides_changes_a_copy() -> None:

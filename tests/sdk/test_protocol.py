@@ -63,6 +63,13 @@ def test_operations_and_messages_survive_the_wire(codec: Codec) -> None:
         assert codec.decode_message(codec.encode(message)) == message
 
 
+@both_codecs
+@pytest.mark.parametrize("stop", ["\n", ("a", "b"), ()])
+def test_stop_travels_as_a_string_or_an_array(codec: Codec, stop: str | tuple[str, ...]) -> None:
+    asked = Generate(request_id="r" * 16, prompt="hi", params=Overrides(stop=stop))
+    assert codec.decode_operation(codec.encode(asked)) == asked
+
+
 def test_json_may_come_as_text() -> None:
     data = JSON.encode(OPERATIONS[1])
     assert JSON.decode_operation(data.decode()) == OPERATIONS[1]

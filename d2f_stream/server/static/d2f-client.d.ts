@@ -81,7 +81,7 @@ export interface Params {
   top_p?: number;
   seed?: number | null;
   rank?: "confidence" | "margin" | "neg_entropy";
-  stop?: string[];
+  stop?: string | string[];
   stop_at_eos?: "truncate" | "drain";
   tail?: "cut" | "drop";
   lookahead?: number;

@@ -39,7 +39,7 @@ const FIELDS = [
     label: "Seed",
     about: "Of the sampling. Empty: a new one.",
     isOptional: true,
-    bounds: () => ({ min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }),
+    bounds: () => ({ min: Number.MIN_SAFE_INTEGER, max: Number.MAX_SAFE_INTEGER, step: 1 }),
   },
   {
     name: "add_threshold",

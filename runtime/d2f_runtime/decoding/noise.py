@@ -16,10 +16,10 @@ _WORDS = struct.Struct(f"<{PAGE}Q")
 
 
 class SamplingNoise:
-    """One number in [0, 1) for each position of each step, from a seed."""
+    """One number in [0, 1) for each position of each step, from a 64-bit seed, signed or not."""
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
+        self._seed = seed % 2**64
 
     def uniforms(self, window: Window, step: int) -> list[float]:
         """Return [W] numbers; 0.0 for the positions about to be cached, which draw nothing."""

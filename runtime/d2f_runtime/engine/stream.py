@@ -67,7 +67,7 @@ class Stream:
         self._info = info
         self._buffer = buffer
         self.denoiser = Denoiser(prompt_tokens=prompt_tokens, params=params, info=info)
-        self._detokenizer = Detokenizer(decode=decode, stop=params.stop)
+        self._detokenizer = Detokenizer(decode=decode, stop=tuple(params.stop))
         self._piece = functools.lru_cache(maxsize=4096)(lambda token: decode((token,)))
         self._drafts: dict[int, tuple[int, ...]] = {}
         self._seq = 0
