@@ -44,6 +44,7 @@ from d2f_stream.core.events import (
     Timings,
     Usage,
 )
+from d2f_stream.core.limits import Limits
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.presets import PRESETS
 
@@ -68,6 +69,7 @@ __all__ = [
     "InvalidPrompt",
     "InvalidRequest",
     "LimitExceeded",
+    "Limits",
     "MessageTooLarge",
     "MissingExtra",
     "ModelDamaged",

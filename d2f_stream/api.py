@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex, Unpack
 
 from d2f_stream.core.errors import InvalidRequest
+from d2f_stream.core.limits import Limits
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine, Prompt, Session
 
@@ -49,7 +50,9 @@ def generate(
             with `put` and `end`: gets the answer beside whoever reads the session, which nobody
             need do; see d2f_stream.transformers_streamer. It gets the prompt only where that is
             token ids, and drafts where it has `put_draft`, unless drafts=False.
-        overrides: single fields of GenerationParams, on top of either.
+        overrides: single fields of GenerationParams, on top of either. Where neither says
+            max_new_tokens, a prompt that leaves less room than the model's default gets an answer
+            of at most that room; one that is given must fit.
 
     Raises:
         InvalidRequest: prompt or parameters do not fit the model. While the model is loading, the
@@ -87,6 +90,7 @@ async def load(
     quantization: str = "auto",
     device: str = "auto",
     kv_tokens: int | None = None,
+    limits: Limits | None = None,
     warm_up: bool = False,
 ) -> AsyncIterator[Engine]:
     """Load a model and open an engine over it; leaving the context ends its sessions.
@@ -106,6 +110,8 @@ async def load(
             taken from the device's memory (torch only). By default 1 GiB of them; where one request
             of the model's full length needs more, that, but at most half of what is free once the
             weights are loaded.
+        limits: how much the engine takes on at once, and whether the windows of its sessions may
+            narrow; by default they do not: an answer is the same whatever else runs.
         warm_up: prepare the steps of one session beforehand (on a GPU: compile kernels, capture
             graphs; some 20 s where nothing is compiled yet), so that no request waits for that.
 
@@ -116,11 +122,11 @@ async def load(
         RemoteError: the server cannot be reached, or refuses.
     """
     if isinstance(model, str) and "://" in model:
-        chosen = (adapter, backend, quantization, device, kv_tokens, warm_up)
-        if chosen != (None, "auto", "auto", "auto", None, False):
+        chosen = (adapter, backend, quantization, device, kv_tokens, limits, warm_up)
+        if chosen != (None, "auto", "auto", "auto", None, None, False):
             raise InvalidRequest(
-                "adapter, backend, quantization, device, warm_up and kv_tokens are the server's "
-                "own choice; leave them out"
+                "adapter, backend, quantization, device, kv_tokens, limits and warm_up are the "
+                "server's own choice; leave them out"
             )
         async with connect(model) as remote:
             yield remote
@@ -134,6 +140,7 @@ async def load(
         quantization=quantization,
         device=device,
         kv_tokens=kv_tokens,
+        limits=limits,
         warm_up=warm_up,
     ) as engine:
         yield engine

@@ -101,10 +101,11 @@ class PromptTooLong(InvalidRequest):
         self.num_prompt_tokens = num_prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.max_len = max_len
-        super().__init__(
-            f"prompt has {num_prompt_tokens} tokens and max_new_tokens is {max_new_tokens}, but "
-            f"the model holds {max_len} in all; shorten the prompt or lower max_new_tokens"
-        )
+        sentence = f"prompt has {num_prompt_tokens} tokens and max_new_tokens is {max_new_tokens}, "
+        way_out = "shorten the prompt"
+        if num_prompt_tokens < max_len:
+            way_out += f" or lower max_new_tokens to {max_len - num_prompt_tokens}"
+        super().__init__(f"{sentence}but the model holds {max_len} in all; {way_out}")
 
 
 class ModelError(D2FError):

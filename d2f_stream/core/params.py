@@ -56,6 +56,7 @@ class ParamOverrides(TypedDict, total=False):
     sub_block_size: int
     acceptance: Acceptance
     attention: Attention
+    may_narrow: bool
     drafts: bool
 
 
@@ -97,6 +98,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             answer one attention block, as masked diffusion models are decoded without D2F: all
             `max_new_tokens` positions are on the canvas from the start and nothing is cached, so
             that each step costs the whole canvas. `stop_at_eos="drain"` then fills all of them.
+        may_narrow: whether fewer blocks may be denoised at once while other sessions share the
+            engine's steps. Many sessions are then served faster, but the answer, a greedy one too,
+            depends on what else runs. Without it windows never change for others' sake: sessions
+            that do not fit into a step take turns. Limits.may_narrow is the default of an engine.
         drafts: also emit provisional events while a block is being denoised.
 
     Raises:
@@ -121,6 +126,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     sub_block_size: int = 0
     acceptance: Acceptance = "token"
     attention: Attention = "blocks"
+    may_narrow: bool = False
     drafts: bool = False
 
     def __post_init__(self) -> None:
@@ -142,6 +148,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_count("sub_block_size", self.sub_block_size, 0, MAX_BLOCK_SIZE)
         _check_choice("acceptance", self.acceptance, ("token", "joint"))
         _check_choice("attention", self.attention, ("blocks", "full"))
+        if not isinstance(self.may_narrow, bool):
+            raise InvalidParams("may_narrow", self.may_narrow, "True or False")
         if self.tail == "drop" and self.max_new_tokens < self.block_size:
             allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"
             raise InvalidParams("max_new_tokens", self.max_new_tokens, allowed)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest, MissingExtra
+from d2f_stream.core.limits import Limits
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.settings import ServeSettings
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compile and capture before the first request (GPU)",
+    )
+    parser.add_argument(
+        "--may-narrow",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="under load, serve faster by fewer blocks at once: answers then depend on what else "
+        "runs, unless a request says may_narrow=false",
     )
 
     reach = parser.add_argument_group("who can connect")
@@ -99,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
         MissingExtra: a library is not installed.
         D2FError: the model cannot be loaded, or the address cannot be listened on.
     """
-    from d2f_runtime.engine.local import Limits
     from d2f_runtime.engine.opening import open_engine
 
     try:
@@ -124,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
             quantization=args.quantization,
             kv_tokens=args.kv_tokens,
             warm_up=args.warm_up,
-            limits=Limits(max_prompt_tokens=settings.limits.max_prompt_tokens),
+            limits=Limits(
+                max_prompt_tokens=settings.limits.max_prompt_tokens, may_narrow=args.may_narrow
+            ),
         )
         async with engine:
             return await serve(engine, settings)

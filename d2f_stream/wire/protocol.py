@@ -81,6 +81,7 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sub_block_size: int | UnsetType = UNSET
     acceptance: Acceptance | UnsetType = UNSET
     attention: Attention | UnsetType = UNSET
+    may_narrow: bool | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET
 
     def to_dict(self) -> ParamOverrides:

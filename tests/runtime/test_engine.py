@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -45,6 +46,40 @@ async def test_answer_that_does_not_end_is_cut_at_max_new_tokens() -> None:
     async with engine_over(ScriptedBackend("abc" * 100)) as engine:
         result = await engine.generate("hi", max_new_tokens=20).result()
     assert (result.text, result.reason) == (("abc" * 7)[:20], "length")
+
+
+async def test_default_length_yields_to_the_room_that_is_left() -> None:
+    backend = ScriptedBackend("a" * 4096, info=info(max_len=100))
+    async with engine_over(backend) as engine:
+        assert engine.defaults.max_new_tokens == 128
+        result = await engine.generate("x" * 90).result()
+        assert (result.reason, len(result.text)) == ("length", 10)
+        dropped = await engine.generate("x" * 90, tail="drop").result()
+        assert len(dropped.text) == 8
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [100, 101])
+async def test_prompt_that_leaves_no_room_is_refused(num_prompt_tokens: int) -> None:
+    async with engine_over(ScriptedBackend("a", info=info(max_len=100))) as engine:
+        with pytest.raises(PromptTooLong, match=r"holds 100 in all; shorten the prompt$"):
+            engine.generate("x" * num_prompt_tokens)
+        with pytest.raises(PromptTooLong, match="lower max_new_tokens to 4"):
+            engine.generate("x" * 96, tail="drop")  # no whole block of 8 fits
+
+
+async def test_room_is_the_engine_s_where_that_holds_less_than_the_model() -> None:
+    backend = ScriptedBackend("a" * 4096)
+    async with engine_over(backend, limits=Limits(max_tokens=64)) as engine:
+        assert len((await engine.generate("x" * 60).result()).text) == 4
+
+
+@pytest.mark.parametrize("how", ["override", "params"])
+async def test_length_that_was_asked_for_must_fit(how: str) -> None:
+    async with engine_over(ScriptedBackend("a", info=info(max_len=100))) as engine:
+        ask = partial(engine.generate, "x" * 90)
+        asked = params(max_new_tokens=11)
+        with pytest.raises(PromptTooLong, match=r"tokens is 11.*lower max_new_tokens to 10"):
+            ask(max_new_tokens=11) if how == "override" else ask(asked)
 
 
 async def test_stop_string_ends_the_answer_before_it() -> None:

@@ -18,7 +18,12 @@ def scheduler(
 
 
 def add(
-    plan: Scheduler[str], *names: str, capacity: int = 300, prompt: int = 8, bound: int | None = 4
+    plan: Scheduler[str],
+    *names: str,
+    capacity: int = 300,
+    prompt: int = 8,
+    bound: int | None = 4,
+    may_narrow: bool = True,
 ) -> None:
     for name in names:
         plan.add(
@@ -27,10 +32,11 @@ def add(
             prompt_tokens=prompt,
             block_size=32,
             max_active_blocks=bound,
+            may_narrow=may_narrow,
         )
 
 
-def ids(run: tuple[tuple[str, int], ...]) -> list[str]:
+def ids(run: tuple[tuple[str, int | None], ...]) -> list[str]:
     return [name for name, _ in run]
 
 
@@ -116,6 +122,31 @@ def test_windows_narrow_as_sessions_grow_before_anybody_waits() -> None:
     assert bounds == [4, 4, 4, 4, 3, 2, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("bound", [1, 4, None])
+def test_windows_of_sessions_that_must_not_narrow_are_their_own(bound: int | None) -> None:
+    plan = scheduler(max_sessions=16, max_rows=16)
+    add(plan, *"abcdefghij", bound=bound, may_narrow=False)
+    add(plan, "narrows", bound=4)
+    bounds = {run for _ in range(40) for run in plan.next_batch().run if run[0] != "narrows"}
+    assert bounds == {(name, bound) for name in "abcdefghij"}
+
+
+def test_sessions_that_must_not_narrow_take_turns_where_a_step_cannot_hold_them() -> None:
+    plan = scheduler(max_sessions=16, max_rows=16)
+    add(plan, *"abcdefgh", may_narrow=False)
+    plan.next_batch()
+    steps = [ids(plan.next_batch().run) for _ in range(4)]
+    assert [len(step) for step in steps] == [4, 4, 4, 4]  # (4 + 1) x 32 of 640 tokens each
+    assert set(steps[0]) | set(steps[1]) == set("abcdefgh")
+
+
+def test_unbounded_window_counts_as_its_whole_answer() -> None:
+    plan = scheduler()
+    add(plan, "a", "b", bound=None, capacity=508, may_narrow=False)
+    plan.next_batch()
+    assert [ids(plan.next_batch().run) for _ in range(2)] == [["a"], ["b"]]
+
+
 def test_paused_sessions_do_not_narrow_others() -> None:
     plan = scheduler()
     add(plan, *"abcdefgh")
@@ -198,6 +229,7 @@ def test_nobody_starves_and_limits_hold(seed: int) -> None:
                 capacity=capacity[name],
                 prompt=rnd.randint(1, 800),
                 bound=rnd.choice((None, 1, 4)),
+                may_narrow=rnd.random() < 0.5,
             )
             arrived.append(name)
         for name in list(admitted):
@@ -223,7 +255,7 @@ def test_nobody_starves_and_limits_hold(seed: int) -> None:
         assert len(served) == len(set(served)) <= max_rows
         assert set(served) <= set(admitted) - paused
         assert bool(served) == bool(set(admitted) - paused)
-        assert all(bound >= 1 for _, bound in batch.run)
+        assert all(bound is None or bound >= 1 for _, bound in batch.run)
         for name in admitted:
             unserved[name] = 0 if name in served or name in paused else unserved[name] + 1
             assert unserved[name] <= max_sessions, "everybody's turn comes"

@@ -16,10 +16,10 @@ def test_public_names_are_sorted_and_exist() -> None:
 
 def test_public_names_are_those_of_the_modules() -> None:
     from d2f_stream import api
-    from d2f_stream.core import errors, events, params, session
+    from d2f_stream.core import errors, events, limits, params, session
 
-    modules = [api.__all__, errors.__all__, events.__all__, session.__all__]
-    names = {name for module in modules for name in module}
+    modules = (api, errors, events, limits, session)
+    names = {name for module in modules for name in module.__all__}
     names -= {"error_from"}
     names |= {"GenerationParams", "PRESETS", "ParamOverrides", "__version__"}
     assert set(params.__all__) >= {"GenerationParams", "ParamOverrides"}

@@ -30,7 +30,7 @@ from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamSt
 from d2f_stream.server.limits import RateLimit, ServeLimits
 from d2f_stream.server.streams.served_stream import Cursor, ServedStream
 from d2f_stream.wire.protocol import Generate, OnDisconnect, Overrides
-from fakes import ANSWER, block, draft, finished, started
+from fakes import ANSWER, block, draft, finished, info, started
 from memory_network import network, until
 
 LONG = "a" * 4000
@@ -75,6 +75,14 @@ async def test_stream_carries_the_names_that_clients_know() -> None:
         assert (events[0].request_id, events[0].stream) == (stream.request_id, stream.id)
         assert {event.stream for event in events} == {stream.id}
         assert text_of(events) == ANSWER
+
+
+async def test_request_without_a_length_takes_the_room_that_is_left() -> None:
+    async with network(ScriptedBackend(LONG, info=info(max_len=100))) as net:
+        events = await read(net.registry.generate(request(prompt="x" * 90), client="alice"))
+        assert len(text_of(events)) == 10
+        with pytest.raises(PromptTooLong, match="max_new_tokens is 11"):
+            net.registry.generate(request("2", prompt="x" * 90, max_new_tokens=11), client="alice")
 
 
 async def test_same_request_attaches_whether_it_runs_or_has_ended() -> None:

@@ -89,6 +89,8 @@ export interface Params {
   sub_block_size?: number;
   acceptance?: "token" | "joint";
   attention?: "blocks" | "full";
+  /** Whether fewer blocks may be denoised at once while other answers share the steps. */
+  may_narrow?: boolean;
   drafts?: boolean;
 }
 

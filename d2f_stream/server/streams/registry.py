@@ -184,7 +184,8 @@ class StreamRegistry:
         excess = self._check_room(client, params.max_new_tokens)
         self._rate.take(client, asyncio.get_running_loop().time())
         stream = ServedStream(request, client=client, max_new_tokens=params.max_new_tokens)
-        session = self.engine.generate(_prompt_of(request), params)
+        # Not the parameters as a whole: what a request leaves open may yield to what must fit.
+        session = self.engine.generate(_prompt_of(request), **overrides)
         stream.begin(session)
         self._evict(excess)  # only now: a request that is refused must cost others nothing
         self._streams[stream.id] = stream

@@ -1,27 +1,10 @@
-"""What an engine takes on at once, and how much of that is in use."""
+"""EngineLoad: how much of its Limits an engine uses at one moment."""
 
 from dataclasses import dataclass
 
+from d2f_stream.core.limits import Limits
+
 __all__ = ["EngineLoad", "Limits"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much an engine takes on at once; the backend's own storage may bound it further.
-
-    Attributes:
-        max_sessions: sessions that hold a slot.
-        max_tokens: tokens that all slots together have room for.
-        max_rows: sessions that share a step.
-        max_step_tokens: window tokens that a step aims for.
-        max_prompt_tokens: of one request; None leaves it to the model.
-    """
-
-    max_sessions: int = 32
-    max_tokens: int = 2**31
-    max_rows: int = 16
-    max_step_tokens: int = 1024
-    max_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class LocalEngine:
     @property
     def defaults(self) -> GenerationParams:
         """The parameters of a request that gives none, once the model is loaded."""
-        return self._parts().defaults
+        return self._defaults_of(self._parts())
 
     @property
     def codec(self) -> TextCodec:
@@ -117,7 +117,8 @@ class LocalEngine:
         Args:
             prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
-            overrides: single fields, on top of either.
+            overrides: single fields, on top of either. Where neither says max_new_tokens, the
+                model's default is what the answer gets at most: less where the prompt leaves less.
 
         Raises:
             InvalidRequest: prompt or parameters do not fit the model. While it is loading, the
@@ -135,8 +136,18 @@ class LocalEngine:
         )
 
         def prepare(parts: ModelParts) -> Stream:
-            chosen = (params or parts.defaults).with_overrides(overrides)
-            return _make_stream(stream_id, prompt, chosen, parts, buffer, steps.limits)
+            chosen = (params or self._defaults_of(parts)).with_overrides(overrides)
+            must_fit = params is not None or "max_new_tokens" in overrides
+            tokens = _encode(prompt, parts.codec, parts.info)
+            fitted = _fitted(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
+            return Stream(
+                stream_id,
+                prompt_tokens=tokens,
+                params=fitted,
+                info=parts.info,
+                decode=parts.codec.decode,
+                buffer=buffer,
+            )
 
         steps.submit(stream_id, prepare, buffer)
         return Session(buffer)
@@ -200,6 +211,11 @@ class LocalEngine:
             logger.error("model %s cannot be freed", self._model.name, exc_info=freed.exception())
         self._closed.set()
 
+    def _defaults_of(self, parts: ModelParts) -> GenerationParams:
+        if not self._steps.limits.may_narrow:
+            return parts.defaults
+        return parts.defaults.with_overrides({"may_narrow": True})
+
     def _parts(self) -> ModelParts:
         if self._steps.parts is None:
             raise RuntimeError("the model is not loaded yet; enter the engine with `async with`")
@@ -223,35 +239,43 @@ class LocalEngine:
             )
 
 
-def _make_stream(
-    stream_id: StreamId,
-    prompt: Prompt,
+def _fitted(
     params: GenerationParams,
+    num_prompt_tokens: int,
     parts: ModelParts,
-    buffer: EventBuffer,
     limits: Limits,
-) -> Stream:
+    *,
+    must_fit: bool,
+) -> GenerationParams:
+    """Return the parameters of an answer that the model has room for.
+
+    Args:
+        params: as asked for.
+        num_prompt_tokens: of the prompt.
+        parts: of the model.
+        limits: of the engine.
+        must_fit: whether max_new_tokens was asked for, else it is cut to the room that is left.
+
+    Raises:
+        InvalidRequest: prompt or parameters do not fit the model, or the limits.
+    """
     info = parts.info
-    tokens = _encode(prompt, parts.codec, info)
     if params.attention == "blocks" and params.block_size > info.max_block_size:
         allowed = f"at most {info.max_block_size} for model {info.name}"
         raise InvalidParams("block_size", params.block_size, allowed)
-    if len(tokens) + params.max_new_tokens > info.max_len:
-        raise PromptTooLong(len(tokens), params.max_new_tokens, info.max_len)
-    limit = limits.max_prompt_tokens
-    if limit is not None and len(tokens) > limit:
+    if limits.max_prompt_tokens is not None and num_prompt_tokens > limits.max_prompt_tokens:
         raise MessageTooLarge(
-            f"prompt has {len(tokens)} tokens but at most {limit} are served; shorten it"
+            f"prompt has {num_prompt_tokens} tokens but at most {limits.max_prompt_tokens} are "
+            "served; shorten it"
         )
+    room = min(info.max_len, limits.max_tokens) - num_prompt_tokens
+    least = params.block_size if params.tail == "drop" else 1
+    if params.max_new_tokens > room >= least and not must_fit:
+        params = params.with_overrides({"max_new_tokens": room})
+    if num_prompt_tokens + params.max_new_tokens > info.max_len:
+        raise PromptTooLong(num_prompt_tokens, params.max_new_tokens, info.max_len)
     parts.backend.check(params)
-    return Stream(
-        stream_id,
-        prompt_tokens=tokens,
-        params=params,
-        info=info,
-        decode=parts.codec.decode,
-        buffer=buffer,
-    )
+    return params
 
 
 def _encode(prompt: Prompt, codec: TextCodec, info: ModelInfo) -> list[int]:

@@ -55,7 +55,7 @@ class PlannedStep:
     def __init__(
         self,
         batch: Batch[StreamId],
-        streams: Sequence[tuple[Stream, int]],
+        streams: Sequence[tuple[Stream, int | None]],
         *,
         after: "PlannedStep | None",
         show: Callable[[Joined], None],
@@ -96,7 +96,7 @@ class PlannedStep:
         self._lets_next = lets_next
         return StepResult(time.perf_counter() - began, len(rows), progress)
 
-    def _begin(self, rows: list[StepRow], stream: Stream, bound: int) -> slice | Exception:
+    def _begin(self, rows: list[StepRow], stream: Stream, bound: int | None) -> slice | Exception:
         """Add a stream's rows; return where they lie, or the error that is the stream's own."""
         assert stream.slot is not None
         first = len(rows)

@@ -2,8 +2,9 @@
 
 Pure bookkeeping over session ids and token counts; knows neither decoders nor backends. Sessions
 are admitted in order of arrival while slots and K/V last, and each step takes those that waited
-longest. As sessions grow, windows narrow before anybody waits: D2F buys latency with extra rows,
-and beyond `max_step_tokens` a step's cost grows with its rows.
+longest. Where a session allows it, its window narrows as sessions grow, before anybody waits: D2F
+buys latency with extra rows, and beyond `max_step_tokens` a step's cost grows with its rows. The
+window of any other session is its own request's alone, so that its answer is, too.
 """
 
 from collections.abc import Hashable
@@ -24,10 +25,11 @@ class Batch(Generic[Id]):
     Attributes:
         admit: sessions that leave the queue now: open a slot for each, or `requeue` it.
         run: (session, max_active_blocks) in row order, those of `admit` included; may be empty.
+            None is no bound.
     """
 
     admit: tuple[Id, ...]
-    run: tuple[tuple[Id, int], ...]
+    run: tuple[tuple[Id, int | None], ...]
 
 
 @dataclass(slots=True)
@@ -37,17 +39,23 @@ class _Session:
     block_size: int
     max_active_blocks: int | None
     num_rows: int
+    may_narrow: bool
     num_runs: int = 0
 
-    def narrowed(self, share: int) -> int:
+    def bound(self, share: int) -> int | None:
+        if not self.may_narrow:
+            return self.max_active_blocks
         fitting = max(
             1, share // (self.block_size * self.num_rows) - 1
         )  # one more may wait to be cached
         return fitting if self.max_active_blocks is None else min(fitting, self.max_active_blocks)
 
-    def window_tokens(self, max_active_blocks: int) -> int:
+    def window_tokens(self, max_active_blocks: int | None) -> int:
         if not self.num_runs:
             return self.prompt_tokens + self.block_size
+        if max_active_blocks is None:
+            answer_tokens = self.capacity_tokens - self.prompt_tokens
+            return max(answer_tokens, 2 * self.block_size) * self.num_rows
         return (max_active_blocks + 1) * self.block_size * self.num_rows  # an estimate
 
 
@@ -83,12 +91,14 @@ class Scheduler(Generic[Id]):
         block_size: int,
         max_active_blocks: int | None,
         num_rows: int = 1,
+        may_narrow: bool = False,
     ) -> None:
         """Queue a session under an id that is not in use.
 
         `capacity_tokens` is the K/V storage it needs at most, `prompt_tokens` are the uncached ones
         (its first window is longer by them), `max_active_blocks` is the request's own bound,
-        `num_rows` what it takes of a step after the first: its lookahead branches and itself.
+        `num_rows` what it takes of a step after the first: its lookahead branches and itself,
+        `may_narrow` whether others may lower that bound.
 
         Raises:
             OutOfCapacity: it could not be admitted even alone.
@@ -101,7 +111,7 @@ class Scheduler(Generic[Id]):
                 f"{self._capacity_tokens}; shorten the prompt or lower max_new_tokens"
             )
         self._waiting[session_id] = _Session(
-            capacity_tokens, prompt_tokens, block_size, max_active_blocks, num_rows
+            capacity_tokens, prompt_tokens, block_size, max_active_blocks, num_rows, may_narrow
         )
 
     def remove(self, session_id: Id) -> None:
@@ -137,10 +147,10 @@ class Scheduler(Generic[Id]):
         ready = [session_id for session_id in self._running if session_id not in self._paused]
         share = self._max_step_tokens // max(1, min(len(ready), self._max_rows))
         room = self._max_step_tokens
-        run: list[tuple[Id, int]] = []
+        run: list[tuple[Id, int | None]] = []
         for session_id in ready:
             session = self._running[session_id]
-            max_active_blocks = session.narrowed(share)
+            max_active_blocks = session.bound(share)
             tokens = session.window_tokens(max_active_blocks)
             if run and tokens > room:
                 continue  # keeps its place, so it leads a later step

@@ -292,6 +292,7 @@ class StepLoop:
             block_size=block_size,
             max_active_blocks=params.max_active_blocks,
             num_rows=1 + params.lookahead,
+            may_narrow=params.may_narrow,
         )
         self._streams[stream.id] = stream
         logger.debug("stream %s: %s prompt tokens", stream.id, stream.num_prompt_tokens)
