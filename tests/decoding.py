@@ -62,9 +62,7 @@ class Case:
     def with_params(self, **changes: object) -> "Case":
         return replace(self, params=self.params.with_overrides(changes))  # type: ignore[arg-type]
 
-    def decoder(
-        self, *, num_cached: int = 0, policy: AcceptancePolicy | None = None
-    ) -> BlockDecoder:
+    def decoder(self, *, policy: AcceptancePolicy | None = None) -> BlockDecoder:
         return BlockDecoder(
             prompt_tokens=self.prompt,
             params=self.params,
@@ -73,7 +71,6 @@ class Case:
             shift_logits=self.shifted,
             prompt_attention=self.prompt_attention,
             native_block_size=self.block_size,
-            num_cached=num_cached,
             policy=policy,
         )
 
@@ -155,33 +152,22 @@ def checked_run(
     *,
     decoder: BlockDecoder | None = None,
     bound: Callable[[int], int | None] = lambda _: None,
-    before_step: Callable[[int], object] = lambda _: None,
-    before_apply: Callable[[int], object] = lambda _: None,
 ) -> Run:
-    """Decode to the end and check the invariants at every step.
-
-    `before_step` and `before_apply` may disturb the decoder; `bound` narrows its windows.
-    """
+    """Decode to the end and check the invariants at every step; `bound` narrows its windows."""
     decoder = decoder or case.decoder()
-    cache = list(case.prompt[: decoder.num_cached])
+    cache: list[int] = []
     run = Run()
     while True:
         step = decoder.num_steps + 1
-        before_step(step)
         is_finished = decoder.finished
-        windows = decoder.next_windows(max_active_blocks=bound(step))
-        assert decoder.next_windows() is windows
-        assert is_finished == (windows == ()) == (decoder.finish_reason is not None)
-        if not windows:
+        window = decoder.next_window(max_active_blocks=bound(step))
+        assert decoder.next_window() is window
+        assert is_finished == (window is None) == (decoder.finish_reason is not None)
+        if window is None:
             break
-        before_apply(step)
-        windows = decoder.next_windows()
-        window = windows[0]
-        del cache[decoder.num_cached :]
         check_window(case, cache, window)
-        check_branches(case, windows)
         before = decoder.answer_tokens
-        events = decoder.apply([propose(case, cache, branch, step) for branch in windows])
+        events = decoder.apply(propose(case, cache, window, step))
         cache += window.tokens[: window.num_to_cache]
         assert decoder.num_cached == len(cache)
         assert decoder.num_steps == step
@@ -224,19 +210,6 @@ def check_window(case: Case, cache: list[int], window: Window) -> None:
     answer = (*cache, *window.tokens)[case.origin :]
     unfilled = sum(MASK in answer[at : at + size] for at in range(0, len(answer), size))
     assert bound is None or unfilled <= bound
-
-
-def check_branches(case: Case, windows: Sequence[Window]) -> None:
-    """Each branch fills one mask of the canvas, each another one, and leaves at least one."""
-    anchor, filled = windows[0], set()
-    assert len(windows) <= 1 + case.params.lookahead
-    for branch in windows[1:]:
-        (at,) = (i for i, token in enumerate(branch.tokens) if token != anchor.tokens[i])
-        assert anchor.tokens[at] == MASK
-        assert MASK in branch.tokens
-        assert replace(branch, tokens=anchor.tokens) == anchor
-        filled.add(at)
-    assert len(filled) == len(windows) - 1
 
 
 def check_events(
@@ -298,7 +271,6 @@ def ends_with_eos(case: Case, text: tuple[int, ...]) -> bool:
 
 def check_views(case: Case, decoder: BlockDecoder, run: Run) -> None:
     views = decoder.active_blocks
-    assert decoder.num_active_blocks == len(views)
     if not decoder.finished and not set(case.eos_ids).intersection(run.text):
         shown = run.text + tuple(token for view in views for token in view.tokens)
         assert shown == decoder.answer_tokens

@@ -103,9 +103,8 @@ def steps_of(
 ) -> Trace:
     """Run a decoder to its end."""
     trace: Trace = []
-    while windows := decoder.next_windows():
-        (window,) = windows
-        events = decoder.apply([answer(window)])
+    while window := decoder.next_window():
+        events = decoder.apply(answer(window))
         trace.append(
             [(e.position + num_prompt, e.token) for e in events if isinstance(e, Accepted)]
         )

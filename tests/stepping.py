@@ -27,5 +27,12 @@ def step(
     decoder: BlockDecoder, sure: Mapping[int, int], *, num_prompt: int = 3
 ) -> list[Accepted | Committed]:
     """Run one step."""
-    (window,) = decoder.next_windows()
-    return decoder.apply((proposals(window, sure, num_prompt=num_prompt),))
+    window = pending(decoder)
+    return decoder.apply(proposals(window, sure, num_prompt=num_prompt))
+
+
+def pending(decoder: BlockDecoder) -> Window:
+    """Return the window of the next step, which there must be."""
+    window = decoder.next_window()
+    assert window is not None
+    return window

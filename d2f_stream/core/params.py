@@ -13,7 +13,6 @@ from d2f_stream.core.errors import InvalidParams
 
 __all__ = [
     "MAX_BLOCK_SIZE",
-    "Acceptance",
     "Attention",
     "GenerationParams",
     "ParamOverrides",
@@ -25,9 +24,7 @@ __all__ = [
 
 MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16
-MAX_LOOKAHEAD = 16
 
-Acceptance = Literal["token", "joint"]
 Attention = Literal["blocks", "full"]
 Rank = Literal["confidence", "margin", "neg_entropy"]
 Stop = str | Sequence[str]
@@ -51,10 +48,8 @@ class ParamOverrides(TypedDict, total=False):
     stop: Stop
     stop_at_eos: StopAtEos
     tail: Tail
-    lookahead: int
     num_per_step: int
     sub_block_size: int
-    acceptance: Acceptance
     attention: Attention
     may_narrow: bool
     drafts: bool
@@ -84,16 +79,11 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             the blocks after it too, as the reference loop does.
         tail: when block_size does not divide max_new_tokens, "cut" shortens the last block and
             "drop" leaves it out, as the reference loop does.
-        lookahead: branches tried beside the canvas in each step, 0 to 16; 0 switches it off. Each
-            costs a row of the step.
         num_per_step: how many proposals a block accepts in each step, the best by `rank`, whatever
             their confidence; 0 goes by `confidence_threshold`.
         sub_block_size: a block is filled part by part, each of this size, from left to right; 0
             makes it one part. With parts, a model that predicts from the position before takes a
             block's first token by itself and at once, whatever its confidence (Fast-dLLM v2).
-        acceptance: what `confidence_threshold` bounds. "token": the doubt of each token. "joint":
-            that of all tokens which a block accepts in one step together, so that it needs no
-            tuning to the block size. No effect with `num_per_step`.
         attention: "blocks" is full inside a block and causal across. "full" makes prompt and
             answer one attention block, as masked diffusion models are decoded without D2F: all
             `max_new_tokens` positions are on the canvas from the start and nothing is cached, so
@@ -121,10 +111,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop: Stop = ()
     stop_at_eos: StopAtEos = "truncate"
     tail: Tail = "cut"
-    lookahead: int = 0
     num_per_step: int = 0
     sub_block_size: int = 0
-    acceptance: Acceptance = "token"
     attention: Attention = "blocks"
     may_narrow: bool = False
     drafts: bool = False
@@ -143,10 +131,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_choice("rank", self.rank, ("confidence", "margin", "neg_entropy"))
         _check_choice("stop_at_eos", self.stop_at_eos, ("truncate", "drain"))
         _check_choice("tail", self.tail, ("cut", "drop"))
-        _check_count("lookahead", self.lookahead, 0, MAX_LOOKAHEAD)
         _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
         _check_count("sub_block_size", self.sub_block_size, 0, MAX_BLOCK_SIZE)
-        _check_choice("acceptance", self.acceptance, ("token", "joint"))
         _check_choice("attention", self.attention, ("blocks", "full"))
         if not isinstance(self.may_narrow, bool):
             raise InvalidParams("may_narrow", self.may_narrow, "True or False")

@@ -23,7 +23,6 @@ from msgspec import UNSET, Struct, UnsetType
 from d2f_stream.core.errors import D2FError, InvalidRequest, LimitExceeded
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.core.params import (
-    Acceptance,
     Attention,
     GenerationParams,
     ParamOverrides,
@@ -76,10 +75,8 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop: str | tuple[str, ...] | UnsetType = UNSET
     stop_at_eos: StopAtEos | UnsetType = UNSET
     tail: Tail | UnsetType = UNSET
-    lookahead: int | UnsetType = UNSET
     num_per_step: int | UnsetType = UNSET
     sub_block_size: int | UnsetType = UNSET
-    acceptance: Acceptance | UnsetType = UNSET
     attention: Attention | UnsetType = UNSET
     may_narrow: bool | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET

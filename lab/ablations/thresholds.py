@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from d2f_runtime.backends.base import Backend
-from d2f_runtime.decoding.adaptive import JointThresholdPolicy
 from d2f_runtime.decoding.policy import AcceptancePolicy, ThresholdPolicy
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FactorPolicy", "Setting", "add_arguments", "round_weights", "settings"]
 
-Rule = Literal["token", "joint", "factor"]
+Rule = Literal["token", "factor"]
 VALUES: Final = (0.9, 0.99, 0.95, 0.8, 0.7, 0.5)
 NAMES: Final = ("block_size", "max_active_blocks", "add_threshold", "activate_threshold")
 
@@ -72,8 +71,6 @@ class Setting:
         match self.rule:
             case "token":
                 return ThresholdPolicy(self.value)
-            case "joint":
-                return JointThresholdPolicy(self.value)
             case "factor":
                 return FactorPolicy(self.value)
 
@@ -95,7 +92,6 @@ def settings() -> Iterator[Setting]:
         for value, size in itertools.product(VALUES, (16, 32, 64)):
             shape: ParamOverrides = {"block_size": size, "max_active_blocks": active}
             yield Setting("token", value, shape)
-            yield Setting("joint", value, shape)
         for size in (16, 32, 64):
             yield Setting("factor", 1.0, {"block_size": size, "max_active_blocks": active})
     for value, size in itertools.product(VALUES, (8, 48)):

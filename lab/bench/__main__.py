@@ -189,13 +189,12 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument(
         "--system",
         action="append",
-        help="d2f, no-pipeline, lookahead, fixed-count, vanilla or ar; repeat",
+        help="d2f, no-pipeline, fixed-count, vanilla or ar; repeat",
     )
     sweep.add_argument("--block-size", type=int, nargs="+")
     sweep.add_argument("--confidence", type=float, nargs="+", help="thresholds")
     sweep.add_argument("--add", type=float, nargs="+", help="thresholds")
     sweep.add_argument("--activate", type=float, nargs="+", help="thresholds")
-    sweep.add_argument("--lookahead", type=int, nargs="+", help="branches")
     sweep.add_argument("--per-step", type=int, nargs="+", help="tokens of vanilla decoding")
     sweep.add_argument("--crossed", action="store_true", help="all combinations of thresholds")
     sweep.add_argument("--concurrency", type=int, default=8, help="answers at a time")
@@ -214,10 +213,10 @@ def _sweep(arguments: argparse.Namespace, given: list[str]) -> None:
     from lab.bench.sweep import sweep
     from lab.bench.sweep_grid import Grid, settings_of
 
-    names = ("block_size", "confidence", "add", "activate", "lookahead", "per_step")
+    names = ("block_size", "confidence", "add", "activate", "per_step")
     values = {name: tuple(getattr(arguments, name)) for name in names if getattr(arguments, name)}
     grid = Grid(**values, crossed=arguments.crossed)
-    settings = settings_of(grid, arguments.system or ("d2f", "no-pipeline", "lookahead", "vanilla"))
+    settings = settings_of(grid, arguments.system or ("d2f", "no-pipeline", "vanilla"))
     chosen = {name: getattr(arguments, name) for name in ("adapter", "backend", "device")}
 
     async def run(bar: Progress) -> int:

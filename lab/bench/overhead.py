@@ -48,8 +48,8 @@ class _TimedBackend:
     def warm_up(self) -> None:
         self._inner.warm_up()
 
-    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
-        return self._inner.open_slot(capacity, prefix=prefix)
+    def open_slot(self, capacity: int) -> Slot:
+        return self._inner.open_slot(capacity)
 
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
         self.entered.append(time.perf_counter())
@@ -86,7 +86,7 @@ async def overhead() -> dict[str, Any]:
 
 
 def _policy_times() -> list[float]:
-    """Time next_windows and apply of the same stream, in process, without engine or thread."""
+    """Time next_window and apply of the same stream, in process, without engine or thread."""
     backend = ScriptedBackend(answers=lambda _: [65] * 4000, confidence=_schedule)
     decoder = BlockDecoder(
         prompt_tokens=ByteCodec().encode(PROMPT),
@@ -98,11 +98,11 @@ def _policy_times() -> list[float]:
     times: list[float] = []
     while True:
         started = time.perf_counter()
-        windows = decoder.next_windows()
+        window = decoder.next_window()
         middle = time.perf_counter()
-        if not windows:
+        if window is None:
             return times
-        proposals = backend.step([StepRow(slot, windows[0])])
+        (proposals,) = backend.step([StepRow(slot, window)])
         resumed = time.perf_counter()
         decoder.apply(proposals)
         times.append(1e6 * (middle - started + time.perf_counter() - resumed))

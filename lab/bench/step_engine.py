@@ -148,8 +148,8 @@ class _Accepting:
     def warm_up(self) -> None:
         self._inner.warm_up()
 
-    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
-        return self._inner.open_slot(capacity, prefix=prefix)
+    def open_slot(self, capacity: int) -> Slot:
+        return self._inner.open_slot(capacity)
 
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
         began = time.perf_counter()

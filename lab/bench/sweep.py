@@ -28,7 +28,6 @@ FIELDS: Final = (
     "add_threshold",
     "activate_threshold",
     "confidence_threshold",
-    "lookahead",
     "num_per_step",
     "attention",
     "stop_at_eos",

@@ -10,7 +10,7 @@ from d2f_stream.core.params import ParamOverrides
 
 __all__ = ["SYSTEMS", "Grid", "Setting", "settings_of"]
 
-SYSTEMS: Final = ("d2f", "no-pipeline", "lookahead", "fixed-count", "vanilla", "ar")
+SYSTEMS: Final = ("d2f", "no-pipeline", "fixed-count", "vanilla", "ar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,6 @@ class Grid:
         confidence: thresholds of D2F with and without its pipeline.
         add: thresholds of the pipeline.
         activate: thresholds of the pipeline.
-        lookahead: numbers of branches, at the default thresholds.
         per_step: tokens of vanilla decoding and of its schedule on D2F's attention and cache.
         crossed: try all combinations of the thresholds; otherwise each threshold by itself, with
             the others at their defaults.
@@ -32,7 +31,6 @@ class Grid:
     confidence: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95, 0.99)
     add: tuple[float, ...] = (0.05, 0.1, 0.3)
     activate: tuple[float, ...] = (0.7, 0.85, 0.95, 0.99)
-    lookahead: tuple[int, ...] = (4,)
     per_step: tuple[int, ...] = (1,)
     crossed: bool = False
 
@@ -84,11 +82,6 @@ def _no_pipeline(grid: Grid) -> Iterable[dict[str, Any]]:
         }
 
 
-def _lookahead(grid: Grid) -> Iterable[dict[str, Any]]:
-    for size, branches in itertools.product(grid.block_size, grid.lookahead):
-        yield {"block_size": size, "max_active_blocks": 4, **_DEFAULTS, "lookahead": branches}
-
-
 def _fixed_count(grid: Grid) -> Iterable[dict[str, Any]]:
     for size, per_step in itertools.product(grid.block_size[:1], grid.per_step):
         base = {"block_size": size, "max_active_blocks": 1, **_DEFAULTS}
@@ -113,7 +106,6 @@ _DEFAULTS: Final[dict[str, Any]] = {
 _PLANS: Final[dict[str, Callable[[Grid], Iterable[dict[str, Any]]]]] = {
     "d2f": _d2f,
     "no-pipeline": _no_pipeline,
-    "lookahead": _lookahead,
     "fixed-count": _fixed_count,
     "vanilla": _vanilla,
     "ar": _ar,

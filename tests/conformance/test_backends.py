@@ -185,11 +185,12 @@ def test_proposals_are_at_masks_and_never_forbidden(rig: Rig) -> None:
 @pytest.mark.parametrize("rank", ["margin", "neg_entropy"])
 def test_ranks_come_where_they_are_asked_for(rig: Rig, rank: str) -> None:
     case = canvas(3)
-    slot = rig.backend.open_slot(len(case.tokens))
-    rows = [StepRow(slot, case.window(0), rank="confidence"), StepRow(slot, case.window(0))]
+    slots = [rig.backend.open_slot(len(case.tokens)) for _ in range(2)]
+    rows = [StepRow(slot, case.window(0)) for slot in slots]
     rows[0] = replace(rows[0], rank="margin" if rank == "margin" else "neg_entropy")
     with_rank, without = rig.backend.step(rows)
-    rig.backend.close_slot(slot)
+    for slot in slots:
+        rig.backend.close_slot(slot)
     assert without.rank is None
     assert with_rank.rank is not None
     assert with_rank.confidence == pytest.approx(without.confidence, abs=TOLERANCE)
@@ -254,35 +255,6 @@ def test_greedy_and_sampled_rows_share_a_step(rig: Rig) -> None:
         rig.backend.close_slot(slot)
 
 
-def test_a_slot_can_begin_as_a_copy_of_a_prefix(rig: Rig) -> None:
-    case = canvas(6)
-    prefix = rig.backend.open_slot(11)
-    cache_up_to(rig.backend, prefix, case, (11,))
-    slot = rig.backend.open_slot(64, prefix=prefix)
-    rig.backend.close_slot(prefix)
-    cached = case.stops[1] - 11
-    (found,) = rig.backend.step([StepRow(slot, case.window(11, cached))])
-    assert_same(found, expected(rig, case, case.window(11)))
-    (found,) = rig.backend.step([StepRow(slot, case.window(11 + cached))])
-    assert_same(found, expected(rig, case, case.window(11 + cached)))
-    rig.backend.close_slot(slot)
-
-
-def test_lookahead_branches_share_a_slot_and_store_once(rig: Rig) -> None:
-    case = canvas(7)
-    filled = next(i for i in range(15, 19) if case.tokens[i] == MASK)
-    other = Canvas((*case.tokens[:filled], 77, *case.tokens[filled + 1 :]), case.stops)
-    slot = rig.backend.open_slot(64)
-    cache_up_to(rig.backend, slot, case, (11,))
-    branches = [case, other, Canvas(case.tokens[:19], case.stops[:3])]
-    found = rig.backend.step([StepRow(slot, branch.window(11, 4)) for branch in branches])
-    for branch, proposals in zip(branches, found, strict=True):
-        assert_same(proposals, expected(rig, branch, branch.window(11)))
-    (after,) = rig.backend.step([StepRow(slot, other.window(15))])
-    assert_same(after, expected(rig, other, other.window(15)))
-    rig.backend.close_slot(slot)
-
-
 def test_a_slot_starts_over_after_preemption(rig: Rig) -> None:
     case = canvas(8)
     slot = rig.backend.open_slot(64)
@@ -334,10 +306,10 @@ def test_slots_run_out_and_come_back(rig: Rig) -> None:
         rig.backend.close_slot(slot)
 
 
-def test_caching_more_than_the_slot_holds_is_refused(rig: Rig) -> None:
+def test_a_window_that_the_slot_does_not_hold_is_refused(rig: Rig) -> None:
     case = canvas(12)
-    slot = rig.backend.open_slot(10)
-    with pytest.raises(ValueError, match="caching up to 11 exceeds the slot's capacity of 10"):
+    slot = rig.backend.open_slot(22)
+    with pytest.raises(ValueError, match="window ends at 23 but the slot has room for 22 tokens"):
         rig.backend.step([StepRow(slot, case.window(0, 11))])
     rig.backend.close_slot(slot)
 
@@ -349,20 +321,19 @@ def test_a_window_that_leaves_a_gap_is_refused(rig: Rig) -> None:
     rig.backend.close_slot(slot)
 
 
+def test_two_rows_of_a_slot_are_refused(rig: Rig) -> None:
+    slot = rig.backend.open_slot(64)
+    row = StepRow(slot, canvas(13).window(0))
+    with pytest.raises(ValueError, match="two rows of a step have the same slot"):
+        rig.backend.step([row, row])
+    rig.backend.close_slot(slot)
+
+
 def test_sampling_without_uniform_numbers_is_refused(rig: Rig) -> None:
     slot = rig.backend.open_slot(64)
     with pytest.raises(ValueError, match="one uniform number per window position"):
         rig.backend.step([StepRow(slot, canvas(14).window(0), temperature=0.5)])
     rig.backend.close_slot(slot)
-
-
-def test_a_prefix_must_fit(rig: Rig) -> None:
-    case = canvas(15)
-    prefix = rig.backend.open_slot(11)
-    cache_up_to(rig.backend, prefix, case, (11,))
-    with pytest.raises(ValueError, match="the prefix holds 11 tokens, the slot 5"):
-        rig.backend.open_slot(5, prefix=prefix)
-    rig.backend.close_slot(prefix)
 
 
 def test_info_names_the_model(rig: Rig, family: str) -> None:

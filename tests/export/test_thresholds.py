@@ -3,7 +3,6 @@
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from d2f_export.onnx.quantize import pack_int8
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from lab.ablations.thresholds import FactorPolicy, round_weights, settings
-from lab.ablations.thresholds_gain import Curves, tables
 
 pytestmark = pytest.mark.torch
 
@@ -89,43 +87,3 @@ def test_rounded_weights_are_those_of_an_int8_artefact() -> None:
             continue
         levels, scales = pack_int8([given.detach()])
         assert torch.equal(weight, torch.from_numpy(levels.T * scales[:, None]))
-
-
-def curve(rule: str, value: float, right: str, steps: int) -> dict[str, Any]:
-    """A record whose answers have 8 tokens each and take so many steps."""
-    shape = {"block_size": 16, "max_active_blocks": 4, "add_threshold": 0.1}
-    setting = {**shape, "activate_threshold": 0.95, "acceptance": rule}
-    return {
-        "setting": {**setting, "confidence_threshold": value},
-        "right": right,
-        "tokens": [8] * len(right),
-        "steps": [steps] * len(right),
-    }
-
-
-def test_the_joint_rule_is_compared_at_the_speed_that_it_has(tmp_path: Path) -> None:
-    points = [
-        curve("token", 0.5, "1100" * 50, 1),  # 50 % at 8 tokens a step
-        curve("token", 0.9, "1111" * 50, 4),  # 100 % at 2
-        curve("joint", 0.5, "1101" * 50, 2),  # 75 % at 4, where the plain one would have 83.3
-        curve("joint", 0.9, "1111" * 50, 8),  # slower than any plain one
-    ]
-    curves = Curves.of(points)
-    speed = curves.speed[:, 2]
-    assert curves.plain_at(16, speed)[0] == pytest.approx(50 + 50 * 4 / 6)
-    (tmp_path / "records.jsonl").write_text("".join(f"{json.dumps(p)}\n" for p in points))
-    rows = [line.split(" | ") for line in tables([tmp_path / "records.jsonl"]).splitlines()]
-    assert rows[2][:4] == ["| 16", "0.5", "50.0 at 8.0", "75.0 at 4.0"]
-    assert rows[2][4].startswith("\N{MINUS SIGN}8.3 (\N{MINUS SIGN}1")
-    assert rows[2][5].startswith("\N{MINUS SIGN}50.0 (")
-    assert rows[3][4] == "\N{EN DASH}"
-
-
-def test_intervals_are_as_wide_as_those_of_a_binomial_share() -> None:
-    curves = Curves.of([curve("token", 0.5, "1" * 900 + "0" * 100, 1)])
-    assert curves.accuracy[1:].std() == pytest.approx(100 * (0.9 * 0.1 / 1000) ** 0.5, rel=0.1)
-
-
-def test_records_of_other_problems_cannot_be_compared() -> None:
-    with pytest.raises(SystemExit, match="all the same ones"):
-        Curves.of([curve("token", 0.5, "11", 1), curve("joint", 0.5, "111", 1)])

@@ -58,9 +58,9 @@ def decode(
     )
     slot = runs.open_slot(len(prompt) + params.max_new_tokens)
     trace: Trace = []
-    while windows := decoder.next_windows():
-        rows = [StepRow(slot, window, rank=params.rank) for window in windows]
-        events = decoder.apply(runs.step(rows))
+    while window := decoder.next_window():
+        (proposals,) = runs.step([StepRow(slot, window, rank=params.rank)])
+        events = decoder.apply(proposals)
         trace.append([(e.position, e.token) for e in events if isinstance(e, Accepted)])
     runs.close_slot(slot)
     return trace, decoder

@@ -141,7 +141,6 @@ def test_systems_differ_in_what_makes_them() -> None:
         name: value for name, value in by_system["vanilla"].items() if name != "attention"
     }
     assert by_system["no-pipeline"]["max_active_blocks"] == 1
-    assert by_system["lookahead"]["lookahead"] == 4
     assert by_system["vanilla"]["attention"] == "full"
     assert by_system["vanilla"]["num_per_step"] == 1
     assert by_system["ar"]["block_size"] == 1

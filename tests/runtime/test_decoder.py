@@ -6,7 +6,7 @@ from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Comm
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.errors import InvalidPrompt
 from d2f_stream.core.params import GenerationParams, ParamOverrides
-from stepping import EOS, EOT, PROMPT, M, proposals, step
+from stepping import EOS, EOT, PROMPT, M, pending, proposals, step
 
 SMALL = GenerationParams(max_new_tokens=8, block_size=4, add_threshold=0.25, activate_threshold=0.5)
 
@@ -18,14 +18,14 @@ def small(params: ParamOverrides | None = None, prompt: Sequence[int] = PROMPT) 
 
 
 def test_first_window_holds_prompt_and_one_block() -> None:
-    assert small().next_windows() == (
-        Window(start=0, tokens=(*PROMPT, M, M, M, M), num_to_cache=3, block_stops=(3, 7)),
+    assert small().next_window() == Window(
+        start=0, tokens=(*PROMPT, M, M, M, M), num_to_cache=3, block_stops=(3, 7)
     )
 
 
 def test_window_is_the_same_until_proposals_are_applied() -> None:
     decoder = small()
-    assert decoder.next_windows() is decoder.next_windows(max_active_blocks=1)
+    assert decoder.next_window() is decoder.next_window(max_active_blocks=1)
 
 
 def test_confident_proposals_are_accepted_by_position() -> None:
@@ -39,7 +39,7 @@ def test_fully_activated_block_forces_best_proposal() -> None:
 def test_prompt_is_cached_by_the_first_step() -> None:
     decoder = small({"add_threshold": 1.0})
     step(decoder, {1: 21})
-    (window,) = decoder.next_windows()
+    window = pending(decoder)
     assert window == Window(start=3, tokens=(M, 21, M, M), num_to_cache=0, block_stops=(7,))
     assert decoder.num_cached == 3
 
@@ -47,9 +47,9 @@ def test_prompt_is_cached_by_the_first_step() -> None:
 def test_next_block_joins_once_enough_is_filled() -> None:
     decoder = small({"add_threshold": 0.5})
     step(decoder, {0: 20})
-    assert len(decoder.next_windows()[0].tokens) == 4
+    assert len(pending(decoder).tokens) == 4
     step(decoder, {1: 21})
-    assert decoder.next_windows()[0].block_stops == (7, 11)
+    assert pending(decoder).block_stops == (7, 11)
 
 
 def test_semi_activated_block_accepts_only_confident_proposals() -> None:
@@ -74,7 +74,7 @@ def test_filled_block_is_committed_and_then_cached_beside_the_next() -> None:
     decoder = small()
     events = step(decoder, {0: 20, 1: 21, 2: 22, 3: 23})
     assert events[-1] == Committed(index=0, start=0, stop=4, tokens=(20, 21, 22, 23))
-    (window,) = decoder.next_windows()
+    window = pending(decoder)
     assert (window.start, window.num_to_cache, window.block_stops) == (3, 4, (7, 11))
 
 
@@ -83,20 +83,20 @@ def test_block_filled_out_of_order_waits_for_the_earlier_one() -> None:
     step(decoder, {0: 20})
     events = step(decoder, {1: 21, 4: 24, 5: 25, 6: 26, 7: 27})
     assert not [event for event in events if isinstance(event, Committed)]
-    assert decoder.next_windows()[0].num_to_cache == 0
-    assert decoder.num_active_blocks == 2
+    assert pending(decoder).num_to_cache == 0
+    assert len(decoder.active_blocks) == 2
     commits = step(decoder, {2: 22, 3: 23})[2:]
     assert commits == [Committed(0, 0, 4, (20, 21, 22, 23)), Committed(1, 4, 8, (24, 25, 26, 27))]
-    assert (decoder.next_windows(), decoder.finish_reason) == ((), "length")
+    assert (decoder.next_window(), decoder.finish_reason) == (None, "length")
 
 
 def test_eos_drops_later_blocks_at_once() -> None:
     decoder = small()
     step(decoder, {0: 20})
     assert step(decoder, {2: EOS, 5: 25}) == [Accepted(2, EOS)]
-    assert decoder.next_windows()[0].tokens == (20, M, EOS, M)
+    assert pending(decoder).tokens == (20, M, EOS, M)
     assert step(decoder, {1: 21}) == [Accepted(1, 21), Committed(0, 0, 3, (20, 21, EOS))]
-    assert (decoder.next_windows(), decoder.finish_reason) == ((), "eos")
+    assert (decoder.next_window(), decoder.finish_reason) == (None, "eos")
     assert (decoder.num_steps, decoder.num_useful_tokens) == (3, 3)
     assert decoder.answer_tokens == (20, 21, EOS, M)
 
@@ -110,7 +110,7 @@ def test_earlier_eos_wins_over_one_accepted_before() -> None:
     decoder = small()
     step(decoder, {0: 20})
     step(decoder, {6: EOS})
-    assert decoder.num_active_blocks == 2
+    assert len(decoder.active_blocks) == 2
     events = step(decoder, {2: EOT, 4: 24})
     assert events == [Accepted(2, EOT), Committed(0, 0, 3, (20, 50, EOT))]
     assert decoder.finished
@@ -132,7 +132,7 @@ def test_draining_goes_on_after_the_last_commit() -> None:
     events = step(decoder, {0: EOS, 5: 25})
     assert events[-1] == Committed(0, 0, 1, (EOS,))
     assert (decoder.finished, decoder.finish_reason, decoder.active_blocks) == (False, None, ())
-    while decoder.next_windows():
+    while decoder.next_window():
         events = step(decoder, {})
     assert not any(isinstance(event, Committed) for event in events)
     assert (decoder.finish_reason, decoder.num_useful_tokens) == ("eos", 1)
@@ -142,19 +142,19 @@ def test_draining_goes_on_after_the_last_commit() -> None:
 def test_no_block_joins_after_an_eos() -> None:
     decoder = small({"stop_at_eos": "drain"})
     step(decoder, {3: EOS})
-    assert decoder.next_windows()[0].block_stops == (7,)
+    assert pending(decoder).block_stops == (7,)
 
 
 def test_eos_in_the_prompt_means_nothing() -> None:
     decoder = small(prompt=(10, EOS, 12))
     step(decoder, {0: 20})
-    assert decoder.next_windows()[0].block_stops == (7, 11)
+    assert pending(decoder).block_stops == (7, 11)
 
 
 def test_last_block_is_cut_at_max_new_tokens() -> None:
     decoder = small({"max_new_tokens": 6})
     step(decoder, {0: 20, 1: 21, 2: 22, 3: 23})
-    assert decoder.next_windows()[0].block_stops == (7, 9)
+    assert pending(decoder).block_stops == (7, 9)
     assert step(decoder, {4: 24, 5: 25})[-1] == Committed(1, 4, 6, (24, 25))
     assert decoder.finish_reason == "length"
 
@@ -162,51 +162,33 @@ def test_last_block_is_cut_at_max_new_tokens() -> None:
 def test_tail_can_be_dropped() -> None:
     decoder = small({"max_new_tokens": 6, "tail": "drop"})
     step(decoder, {0: 20, 1: 21, 2: 22, 3: 23})
-    assert decoder.next_windows() == ()
+    assert decoder.next_window() is None
 
 
 def test_unfilled_blocks_are_bounded() -> None:
     decoder = small({"max_active_blocks": 1})
     step(decoder, {0: 20})
-    assert len(decoder.next_windows()[0].tokens) == 4
+    assert len(pending(decoder).tokens) == 4
 
 
 def test_bound_of_one_step_tightens_the_request() -> None:
     decoder = small()
     step(decoder, {0: 20})
-    assert len(decoder.next_windows(max_active_blocks=1)[0].tokens) == 4
+    decoder.next_window(max_active_blocks=1)
+    assert len(pending(decoder).tokens) == 4
     step(decoder, {1: 21})
-    assert len(decoder.next_windows(max_active_blocks=9)[0].tokens) == 8
+    decoder.next_window(max_active_blocks=9)
+    assert len(pending(decoder).tokens) == 8
 
 
 def test_active_blocks_show_what_is_not_committed() -> None:
     decoder = small()
     step(decoder, {0: 20})
-    decoder.next_windows()
+    decoder.next_window()
     assert decoder.active_blocks == (
         BlockView(index=0, start=0, stop=4, tokens=(20, M, M, M)),
         BlockView(index=1, start=4, stop=8, tokens=(M, M, M, M)),
     )
-
-
-def test_forgotten_cache_starts_the_window_at_zero() -> None:
-    decoder = small()
-    step(decoder, {0: 20, 1: 21, 2: 22, 3: 23})
-    step(decoder, {4: 24})
-    decoder.forget_cache()
-    (window,) = decoder.next_windows()
-    assert (window.start, window.num_to_cache, window.block_stops) == (0, 7, (3, 7, 11))
-    assert window.tokens == (*PROMPT, 20, 21, 22, 23, 24, M, M, M)
-
-
-def test_cache_can_be_forgotten_within_a_step() -> None:
-    decoder = small()
-    step(decoder, {0: 20})
-    before = decoder.next_windows()[0]
-    decoder.forget_cache()
-    after = decoder.next_windows()[0]
-    assert (before.start, after.start, after.num_to_cache) == (3, 0, 3)
-    assert after.tokens == (*PROMPT, *before.tokens)
 
 
 def test_prompt_with_the_mask_id_is_refused() -> None:
@@ -217,20 +199,20 @@ def test_prompt_with_the_mask_id_is_refused() -> None:
 def test_empty_prompt_is_refused_where_position_zero_cannot_be_filled() -> None:
     with pytest.raises(InvalidPrompt, match="empty"):
         BlockDecoder(prompt_tokens=(), params=SMALL, mask_id=M, eos_ids=(), shift_logits=True)
-    assert small(prompt=()).next_windows() == (Window(0, (M, M, M, M), 0, (4,)),)
+    assert small(prompt=()).next_window() == Window(0, (M, M, M, M), 0, (4,))
 
 
 def test_proposals_must_belong_to_the_window() -> None:
     decoder = small()
-    with pytest.raises(RuntimeError, match="1 proposals for 0 windows"):
-        decoder.apply((Proposals([], []),))
-    (window,) = decoder.next_windows()
-    good = proposals(window, {})
-    for bad in ((), (good, good), (Proposals(good.tokens[1:], good.confidence[1:]),)):
-        with pytest.raises(RuntimeError, match=r"proposals for|for a window of 7"):
+    with pytest.raises(RuntimeError, match="no window is pending"):
+        decoder.apply(Proposals([], []))
+    good = proposals(pending(decoder), {})
+    for bad in (
+        Proposals(good.tokens[1:], good.confidence[1:]),
+        Proposals(good.tokens, good.confidence, [0.0]),
+    ):
+        with pytest.raises(RuntimeError, match="for a window of 7"):
             decoder.apply(bad)
-    with pytest.raises(RuntimeError, match="for a window of 7"):
-        decoder.apply((Proposals(good.tokens, good.confidence, [0.0]),))
 
 
 def test_proposed_mask_is_an_internal_error() -> None:

@@ -52,7 +52,6 @@ ASKS = st.builds(
         max_active_blocks=st.sampled_from([None, 2]),
         temperature=st.sampled_from([0.0, 0.8]),
         stop=st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=2).map(tuple),
-        lookahead=st.sampled_from([0, 0, 2]),
         drafts=st.booleans(),
     ),
 )

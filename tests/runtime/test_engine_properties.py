@@ -23,7 +23,6 @@ REQUESTS = st.builds(
     temperature=st.sampled_from([0.0, 0.8]),
     stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3).map(tuple),
     stop_at_eos=st.sampled_from(["truncate", "drain"]),
-    lookahead=st.sampled_from([0, 0, 1, 3]),
     drafts=st.booleans(),
 )
 GRIDS = st.sampled_from(["full", "causal", "grid"])

@@ -20,7 +20,7 @@ from d2f_stream.core.presets import PRESETS
 from decoding import LEVELS, HashModel
 from fakes import ANSWER, engine_over, info
 from fast_dllm_loop import FastDllmLoop, filling, steps_of
-from stepping import EOS, M, step
+from stepping import EOS, M, pending, step
 
 
 def fast_dllm(**changes: Any) -> GenerationParams:
@@ -117,19 +117,19 @@ def test_only_the_leftmost_unfinished_sub_block_accepts() -> None:
 
 def test_first_token_is_taken_at_once_and_alone() -> None:
     decoder = on_grid(8)
-    assert decoder.next_windows() == (Window(0, (*range(10, 18), M), 8, (8, 9)),)
+    assert decoder.next_window() == Window(0, (*range(10, 18), M), 8, (8, 9))
     assert step(decoder, {}, num_prompt=8) == [Accepted(0, 50)]  # far below the threshold
-    assert decoder.next_windows() == (Window(8, (50, *[M] * 7), 0, (16,)),)
+    assert decoder.next_window() == Window(8, (50, *[M] * 7), 0, (16,))
 
 
 def test_a_waiting_block_behind_an_unfinished_one_shows_its_first_position_only() -> None:
     decoder = on_grid(8, add_threshold=0.1, activate_threshold=1.0, max_active_blocks=3)
     step(decoder, {}, num_prompt=8)
-    (window,) = decoder.next_windows()
+    window = pending(decoder)
     assert (len(window.tokens), window.block_stops) == (9, (16, 17))
     events = step(decoder, {1: 21, 8: 28}, num_prompt=8)
     assert events == [Accepted(1, 21), Accepted(8, 28)]
-    assert decoder.next_windows()[0].block_stops == (16, 24, 25)
+    assert pending(decoder).block_stops == (16, 24, 25)
 
 
 def test_a_model_without_shifted_logits_has_no_first_token() -> None:
@@ -141,7 +141,7 @@ def test_a_model_without_shifted_logits_has_no_first_token() -> None:
         prompt_attention="grid",
         native_block_size=8,
     )
-    assert decoder.next_windows()[0].block_stops == (8, 16)
+    assert pending(decoder).block_stops == (8, 16)
     sure = {p: 20 + p for p in range(8)}
     assert step(decoder, sure, num_prompt=8) == [Accepted(p, 20 + p) for p in range(4)]
 

@@ -27,7 +27,7 @@ def window(start: int, filled: int, masks: int, cached: int = 0) -> Window:
 
 def plan(*rows: tuple[int, Window, Span], info: ModelInfo = SCRIPTED_INFO) -> StepPlan:
     steps = [StepRow(Slot(slot), window) for slot, window, _ in rows]
-    return plan_step(steps, [span for *_, span in rows], info, scratch=1000)
+    return plan_step(steps, [span for *_, span in rows], info)
 
 
 def filled(plan: StepPlan, per_tile: int = 4) -> dict[str, list[int]]:
@@ -58,25 +58,6 @@ def test_sessions_stand_one_after_the_other_in_tiles_of_their_own() -> None:
     assert found["head"][:2] == [5, 6]
 
 
-def test_a_branch_writes_beside_the_slot_and_shares_what_is_cached() -> None:
-    span = Span(2, 100, 64, 10)
-    step = plan((0, window(10, 2, 3, 2), span), (0, window(10, 2, 3, 2), span))
-    found = filled(step)
-    assert found["places"][:5] == [110, 111, 112, 113, 114]
-    assert found["places"][5:10] == [-1, -1, 1000, 1001, 1002]
-    assert step.num_scratch == 3
-    first, second = step.placements
-    assert first.border == NO_BORDER
-    assert (second.border, second.elsewhere + second.border) == (12, 1000)
-    assert found["last_to"] == [2, MAX_SLOTS, MAX_SLOTS]
-
-
-def test_what_reaches_beyond_a_slot_goes_to_scratch() -> None:
-    step = plan((0, window(10, 2, 4, 2), Span(0, 100, 14, 10)))
-    assert filled(step)["places"][:6] == [110, 111, 1000, 1001, 1002, 1003]
-    assert step.num_scratch == 4
-
-
 def test_shifted_models_predict_a_first_mask_from_the_slots_last_state() -> None:
     rows = [(0, window(6, 0, 3), Span(9, 0, 64, 6)), (1, window(4, 2, 2), Span(3, 64, 64, 4))]
     found = filled(plan(*rows, info=SHIFTED))
@@ -100,7 +81,7 @@ def test_long_canvases_count_on() -> None:
 
 
 def test_an_empty_step_is_all_padding() -> None:
-    found = filled(plan_step([], [], SCRIPTED_INFO, scratch=0))
+    found = filled(plan_step([], [], SCRIPTED_INFO))
     assert set(found["places"]) == {-1}
     assert not any(found["visible"] + found["tiles"] + found["tokens"])
     assert set(found["last_to"]) == {MAX_SLOTS}

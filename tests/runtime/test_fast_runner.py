@@ -52,12 +52,12 @@ def trace(backend: Backend, *, temperature: float = 0.0, steps: int = 60) -> lis
     )
     slot = backend.open_slot(64)
     found: list[Proposals] = []
-    while (windows := decoder.next_windows()) and len(found) < steps:
-        width = len(windows[0].tokens)
+    while (window := decoder.next_window()) and len(found) < steps:
+        width = len(window.tokens)
         uniforms = [(i * 0.37 + len(found) * 0.11) % 1 for i in range(width)]
-        row = StepRow(slot, windows[0], temperature=temperature, uniforms=uniforms)
+        row = StepRow(slot, window, temperature=temperature, uniforms=uniforms)
         found += backend.step([row])
-        decoder.apply(found[-1:])
+        decoder.apply(found[-1])
     backend.close_slot(slot)
     return found
 
@@ -110,27 +110,6 @@ def test_shapes_can_be_captured_beforehand() -> None:
     assert isinstance(fast._runner, FastRunner)
     fast._runner.warm_up([Bucket(1, 16), Bucket(1, 32)])
     assert list(fast._runner.graph_bytes) == [Bucket(1, 16), Bucket(1, 32)]
-
-
-def test_branches_that_need_much_scratch_run_in_turn() -> None:
-    fast, plain = backend("llada", "fast"), backend("llada", "plain")
-    assert isinstance(fast._runner, FastRunner)
-    fast._pool.num_scratch = 12
-    answers = []
-    for tested in (fast, plain):
-        slot = tested.open_slot(64)
-        tested.step([StepRow(slot, Window(0, tuple(PROMPT), 11, (11,)))])
-        rows = [StepRow(slot, Window(11, (20 + i, *[MASK] * 7), 0, (19,))) for i in range(4)]
-        answers.append(tested.step(rows))
-    assert_equal(*answers)
-
-
-def test_a_window_that_no_scratch_holds_is_refused() -> None:
-    fast = backend("llada", "fast")
-    fast._pool.num_scratch = 4
-    slot = fast.open_slot(8)
-    with pytest.raises(ValueError, match="needs 12 places beside its slot, of 4"):
-        fast.step([StepRow(slot, Window(0, (MASK,) * 12, 0, (12,)))])
 
 
 def test_long_steps_run_without_a_bucket() -> None:

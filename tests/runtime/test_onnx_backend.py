@@ -171,21 +171,6 @@ def test_both_wheels_at_once_are_refused(folder: Path, monkeypatch: pytest.Monke
         load(folder, **CPU)
 
 
-def test_a_window_beyond_the_capacity_is_answered_and_what_was_cached_stays(folder: Path) -> None:
-    """The store grows for rows that are never cached."""
-    backend = load(folder, **CPU)
-    wide, narrow = backend.open_slot(64), backend.open_slot(10)
-    tokens = (*range(10, 20), *[backend.info.mask_id] * 8)
-    prompt = Window(0, tokens[:10], 10, (10,))
-    backend.step([StepRow(slot, prompt) for slot in (wide, narrow)])
-    for length in (4, 8):  # the second needs still more room
-        window = Window(10, tokens[10 : 10 + length], 0, (10 + length,))
-        roomy, cramped = backend.step([StepRow(slot, window) for slot in (wide, narrow)])
-        assert list(cramped.tokens) == list(roomy.tokens)
-        assert list(cramped.confidence) == pytest.approx(list(roomy.confidence), abs=1e-6)
-    backend.close()
-
-
 def test_the_last_state_of_a_restarted_slot_is_the_new_one(folder: Path) -> None:
     backend = load(folder, **CPU)
     mask = backend.info.mask_id
@@ -198,19 +183,6 @@ def test_the_last_state_of_a_restarted_slot_is_the_new_one(folder: Path) -> None
     for first, expected in zip((10, 60), found, strict=True):
         backend.step([StepRow(slot, Window(0, tuple(range(first, first + 6)), 6, (6,)))])
         assert backend.step([StepRow(slot, Window(6, (mask,) * 4, 0, (10,)))])[0] == expected
-    backend.close()
-
-
-def test_a_copy_of_a_slot_that_goes_on_leaves_the_slot_as_it_was(folder: Path) -> None:
-    backend = load(folder, **CPU)
-    prefix = backend.open_slot(8)
-    backend.step([StepRow(prefix, Window(0, (5, 6, 7, 8), 4, (4,)))])
-    masks = Window(4, (backend.info.mask_id,) * 3, 0, (7,))
-    before = backend.step([StepRow(prefix, masks)])
-    copied = backend.open_slot(8, prefix=prefix)
-    for start in (4, 6):
-        backend.step([StepRow(copied, Window(start, (60, 61), 2, (start + 2,)))])
-    assert backend.step([StepRow(prefix, masks)]) == before
     backend.close()
 
 
@@ -267,12 +239,6 @@ def test_a_cuda_device_answers_like_the_cpu(family: str, stored: Stored) -> None
         assert found.max_confidence_error <= 1e-4
     assert found.token_agreement >= 0.9
     assert found.mean_confidence_error <= 0.02
-    prefix = cuda.open_slot(6)
-    cuda.step([StepRow(prefix, Window(0, (5, 6, 7, 8, 9, 10), 6, (6,)))])
-    window = Window(6, (cuda.info.mask_id,) * 4, 0, (10,))
-    copied = cuda.open_slot(32, prefix=prefix)
-    one, other = cuda.step([StepRow(copied, window), StepRow(prefix, window)])
-    assert list(one.tokens) == list(other.tokens)
     nodes = nodes_by_provider(cuda.sessions[0].session)
     heavy = {"MatMul", "MatMulNBits", "Attention", "RMSNormalization", "RotaryEmbedding", "TopK"}
     assert not heavy & set(nodes.get("CPUExecutionProvider", {}))

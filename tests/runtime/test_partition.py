@@ -10,7 +10,7 @@ from stepping import EOS, PROMPT, M, step
 SMALL = GenerationParams(max_new_tokens=8, block_size=4)
 
 
-def on_grid(num_prompt: int, *, max_new_tokens: int = 8, num_cached: int = 0) -> BlockDecoder:
+def on_grid(num_prompt: int, *, max_new_tokens: int = 8) -> BlockDecoder:
     """Return a decoder of blocks on multiples of four."""
     return BlockDecoder(
         prompt_tokens=range(10, 10 + num_prompt),
@@ -19,7 +19,6 @@ def on_grid(num_prompt: int, *, max_new_tokens: int = 8, num_cached: int = 0) ->
         eos_ids=(EOS,),
         prompt_attention="grid",
         native_block_size=4,
-        num_cached=num_cached,
     )
 
 
@@ -28,13 +27,11 @@ def test_full_prompt_is_one_attention_block() -> None:
     assert partition.stops(0, 11) == (3, 7, 11)
     assert partition.stops(7, 11) == (11,)
     assert [partition.block_at(at) for at in (3, 6, 7)] == [(0, 3, 7), (0, 3, 7), (1, 7, 11)]
-    assert [at for at in range(12) if partition.is_prompt_edge(at)] == [0, 3]
 
 
 def test_causal_prompt_is_one_attention_block_per_position() -> None:
     partition = Partition.of(3, SMALL, "causal", None)
     assert partition.stops(1, 11) == (2, 3, 7, 11)
-    assert [at for at in range(12) if partition.is_prompt_edge(at)] == [0, 1, 2, 3]
 
 
 def test_grid_blocks_lie_on_absolute_multiples() -> None:
@@ -42,21 +39,6 @@ def test_grid_blocks_lie_on_absolute_multiples() -> None:
     assert partition.stops(0, 16) == (4, 8, 12, 16)
     assert partition.stops(8, 18) == (12, 16, 18)
     assert [partition.block_at(at) for at in (10, 12, 16)] == [(0, 8, 12), (1, 12, 16), (2, 16, 18)]
-    assert [at for at in range(19) if partition.is_prompt_edge(at)] == [0, 4, 8]
-
-
-def test_cached_prefix_is_not_run_again() -> None:
-    decoder = BlockDecoder(
-        prompt_tokens=PROMPT, params=SMALL, mask_id=M, eos_ids=(EOS,), num_cached=3
-    )
-    assert decoder.next_windows() == (Window(3, (M, M, M, M), 0, (7,)),)
-
-
-def test_cached_prefix_must_end_on_an_attention_block_edge() -> None:
-    with pytest.raises(ValueError, match="num_cached is 2"):
-        BlockDecoder(prompt_tokens=PROMPT, params=SMALL, mask_id=M, eos_ids=(), num_cached=2)
-    with pytest.raises(ValueError, match="num_cached is 8"):
-        on_grid(6, num_cached=8)
 
 
 def test_autoregression_runs_one_new_token_and_a_placeholder() -> None:
@@ -68,19 +50,19 @@ def test_autoregression_runs_one_new_token_and_a_placeholder() -> None:
         shift_logits=True,
         prompt_attention="causal",
     )
-    assert decoder.next_windows() == (Window(0, (*PROMPT, M), 3, (1, 2, 3, 4)),)
+    assert decoder.next_window() == Window(0, (*PROMPT, M), 3, (1, 2, 3, 4))
     assert step(decoder, {0: 20}) == [Accepted(0, 20), Committed(0, 0, 1, (20,))]
-    assert decoder.next_windows() == (Window(3, (20, M), 1, (4, 5)),)
+    assert decoder.next_window() == Window(3, (20, M), 1, (4, 5))
 
 
 def test_grid_keeps_the_prompts_last_tokens_in_the_first_answer_block() -> None:
     decoder = on_grid(6)
     window = Window(0, (10, 11, 12, 13, 14, 15, M, M), 4, (4, 8))
-    assert decoder.next_windows() == (window,)
+    assert decoder.next_window() == window
     assert decoder.active_blocks == (BlockView(0, 0, 2, (M, M)),)
     events = step(decoder, {0: 20, 1: 21}, num_prompt=6)
     assert events[-1] == Committed(0, 0, 2, (20, 21))
-    assert decoder.next_windows() == (Window(4, (14, 15, 20, 21, M, M, M, M), 4, (8, 12)),)
+    assert decoder.next_window() == Window(4, (14, 15, 20, 21, M, M, M, M), 4, (8, 12))
 
 
 def test_grid_counts_prompt_tokens_as_progress() -> None:
@@ -92,16 +74,16 @@ def test_grid_counts_prompt_tokens_as_progress() -> None:
         prompt_attention="grid",
         native_block_size=4,
     )
-    decoder.next_windows()
+    decoder.next_window()
     assert decoder.active_blocks == (BlockView(0, 0, 1, (M,)),)
     step(decoder, {})
-    assert decoder.next_windows() == (Window(0, (10, 11, 12, 50, M, M, M, M), 4, (4, 8)),)
+    assert decoder.next_window() == Window(0, (10, 11, 12, 50, M, M, M, M), 4, (4, 8))
 
 
 def test_grid_ends_at_max_new_tokens() -> None:
-    decoder = on_grid(4, max_new_tokens=5, num_cached=4)
+    decoder = on_grid(4, max_new_tokens=5)
     step(decoder, {0: 20, 1: 21, 2: 22, 3: 23}, num_prompt=4)
-    assert decoder.next_windows() == (Window(4, (20, 21, 22, 23, M), 4, (8, 9)),)
+    assert decoder.next_window() == Window(4, (20, 21, 22, 23, M), 4, (8, 9))
 
 
 def test_grid_without_a_whole_block_is_refused_when_the_tail_is_dropped() -> None:

@@ -73,8 +73,8 @@ def test_decoder_and_backend_make_the_answer() -> None:
     decoder = BlockDecoder(
         prompt_tokens=PROMPT, params=params(), mask_id=MASK_ID, eos_ids=(EOS_ID,)
     )
-    while windows := decoder.next_windows():
-        decoder.apply(backend.step([row(slot, window) for window in windows]))
+    while window := decoder.next_window():
+        decoder.apply(backend.step([row(slot, window)])[0])
     assert ByteCodec().decode(decoder.answer_tokens[: decoder.num_useful_tokens]) == answer
 
 
@@ -116,15 +116,6 @@ def test_capacity_is_shared_by_the_open_slots() -> None:
         backend.open_slot(5)
     backend.close_slot(slot)
     backend.open_slot(10)
-
-
-def test_slot_opened_on_a_prefix_starts_where_it_stands() -> None:
-    backend = ScriptedBackend("abc")
-    prefix = backend.open_slot(10)
-    backend.step([row(prefix)])
-    slot = backend.open_slot(12, prefix=prefix)
-    (proposals,) = backend.step([row(slot, Window(2, (MASK_ID,) * 2, 0, (4,)))])
-    assert proposals.tokens == list(b"ab")
 
 
 def test_error_is_raised_at_its_step() -> None:

@@ -84,10 +84,8 @@ export interface Params {
   stop?: string | string[];
   stop_at_eos?: "truncate" | "drain";
   tail?: "cut" | "drop";
-  lookahead?: number;
   num_per_step?: number;
   sub_block_size?: number;
-  acceptance?: "token" | "joint";
   attention?: "blocks" | "full";
   /** Whether fewer blocks may be denoised at once while other answers share the steps. */
   may_narrow?: boolean;

@@ -103,18 +103,20 @@ def decode_all(
             decoder = decoder_of(backend.info, prompt, params, policy)
             slot = backend.open_slot(len(prompt) + params.max_new_tokens + params.block_size)
             running[number] = (slot, decoder)
-        windows = {n: decoder.next_windows() for n, (_, decoder) in running.items()}
-        for number in [n for n, window in windows.items() if not window]:
-            slot, decoder = running.pop(number)
+        step_rows: list[StepRow] = []
+        for number, (slot, decoder) in list(running.items()):
+            window = decoder.next_window()
+            if window is not None:
+                step_rows.append(StepRow(slot, window))
+                continue
+            del running[number]
             backend.close_slot(slot)
             answers[number] = _answer(decoder)
             if on_answer is not None:
                 on_answer()
-        step_rows = [StepRow(slot, w) for n, (slot, _) in running.items() for w in windows[n]]
-        if step_rows:
-            results = iter(backend.step(step_rows))
-            for n, (_, decoder) in running.items():
-                decoder.apply(list(itertools.islice(results, len(windows[n]))))
+        found = backend.step(step_rows) if step_rows else []
+        for (_, decoder), proposals in zip(running.values(), found, strict=True):
+            decoder.apply(proposals)
     return [answers[number] for number in sorted(answers)]
 
 

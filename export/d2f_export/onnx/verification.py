@@ -199,7 +199,7 @@ def _compare(
 
     model = load_checkpoint(checkpoint, adapter=adapter, dtype=torch.float32)
     params = manifest.params_for(candidate.info.device)
-    params = params.with_overrides({"temperature": 0.0, "lookahead": 0})
+    params = params.with_overrides({"temperature": 0.0})
     prompts = [question.prompt for question in questions]
     is_exact = found.artefact["quantization"] == "fp32"
     exact = EXACT if is_exact else float("inf")

@@ -149,18 +149,19 @@ def compare_logits(
         decoder = decoder_of(candidate.info, prompt, params)
         slot = candidate.open_slot(_capacity(candidate.info, prompt, params))
         stops: list[int] = []  # of the attention blocks that are cached
-        while windows := decoder.next_windows():
-            row = StepRow(slot, windows[0])
-            canvas = (*prompt, *decoder.answer_tokens)[: windows[0].start]
+        while window := decoder.next_window():
+            row = StepRow(slot, window)
+            canvas = (*prompt, *decoder.answer_tokens)[: window.start]
             wanted, found = both = _both(model, candidate, canvas, stops, row)[..., allowed]
             errors.append((found - wanted).abs())
             if errors[-1].max() > exact:
                 again = _both(model, candidate, canvas, stops, row)[..., allowed]
                 moved = moved.maximum((again - both).abs().amax(dim=(1, 2)))
             agree.append(found.argmax(dim=-1) == wanted.argmax(dim=-1))
-            edge = windows[0].start + windows[0].num_to_cache
-            stops += [stop for stop in windows[0].block_stops if stop <= edge]
-            decoder.apply(candidate.step([StepRow(slot, window) for window in windows]))
+            edge = window.start + window.num_to_cache
+            stops += [stop for stop in window.block_stops if stop <= edge]
+            (proposals,) = candidate.step([row])
+            decoder.apply(proposals)
         candidate.close_slot(slot)
     every, same = torch.cat(errors), torch.cat(agree)
     return LogitsComparison(
@@ -217,13 +218,13 @@ def _decode(
     slots = [backend.open_slot(capacity) for backend in backends]
     pairs: list[tuple[Proposals, Proposals]] = []
     try:
-        while windows := decoder.next_windows():
-            results = [
-                backend.step([StepRow(slot, window) for window in windows])
+        while window := decoder.next_window():
+            found = [
+                backend.step([StepRow(slot, window)])[0]
                 for backend, slot in zip(backends, slots, strict=True)
             ]
-            pairs += zip(results[0], results[-1], strict=True)
-            decoder.apply(results[0])
+            pairs.append((found[0], found[-1]))
+            decoder.apply(found[0])
     finally:
         for backend, slot in zip(backends, slots, strict=True):
             backend.close_slot(slot)

@@ -19,11 +19,10 @@ Slot = NewType("Slot", int)
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One session's (or one lookahead branch's) part of a step.
+    """One session's part of a step; each has a slot of its own.
 
     `uniforms` holds one number in [0, 1) per window position for the inverse CDF; None when
-    `temperature` is 0. Rows that share a slot have equal `start`, `num_to_cache` and first
-    `num_to_cache` tokens.
+    `temperature` is 0.
     """
 
     slot: Slot
@@ -54,8 +53,8 @@ class Backend(Protocol):
         """Do now what the first steps would have to do: compile, capture. Blocks; idempotent."""
         ...
 
-    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
-        """Reserve K/V storage for `capacity` tokens, optionally starting as a copy of `prefix`.
+    def open_slot(self, capacity: int) -> Slot:
+        """Reserve K/V storage for `capacity` tokens.
 
         Raises:
             OutOfCapacity: no room for it now.

@@ -99,7 +99,7 @@ class FastRunner:
 
     Args:
         model: packed, on the pool's device.
-        pool: with scratch places.
+        pool: of the K/V, on the same device.
         info: of the model.
         use_graphs: capture each shape when it first occurs.
 
@@ -164,14 +164,8 @@ class FastRunner:
 
     def _pieces(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> list[_Piece]:
         """Plan the rows, in halves where they need too much at once."""
-        plan = plan_step(rows, spans, self._info, scratch=self._pool.scratch)
-        fits = plan.num_rows <= MAX_ROWS_AT_ONCE and plan.num_scratch <= self._pool.num_scratch
-        if fits or len(rows) == 1:
-            if plan.num_scratch > self._pool.num_scratch:
-                raise ValueError(
-                    f"a window needs {plan.num_scratch} places beside its slot, of "
-                    f"{self._pool.num_scratch}; open the slot for the whole window"
-                )
+        plan = plan_step(rows, spans, self._info)
+        if plan.num_rows <= MAX_ROWS_AT_ONCE or len(rows) == 1:
             return [_Piece(rows, spans, plan)]
         half = len(rows) // 2
         return self._pieces(rows[:half], spans[:half]) + self._pieces(rows[half:], spans[half:])
@@ -267,7 +261,7 @@ class FastRunner:
 
     def _run_empty(self, shape: _Shape, num_masks: int) -> None:
         """Run a step without rows, which writes nothing that anybody reads."""
-        shape.fill(plan_step([], [], self._info, scratch=0))
+        shape.fill(plan_step([], [], self._info))
         self._greedy(shape, num_masks)
 
     def _captured(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -58,22 +58,13 @@ class PooledPast:
 class KVPool:
     """Storage for `max_tokens` tokens over all slots; also each slot's last cached final state.
 
-    Beyond the slots' places lie `num_scratch` more that belong to nobody, from `scratch` on; the
-    last row of `last_hidden` is nobody's either.
+    The last row of `last_hidden` is nobody's.
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        max_tokens: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        num_scratch: int = 0,
+        self, config: TransformerConfig, max_tokens: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.scratch, self.num_scratch = max_tokens, num_scratch
-        num_places = max_tokens + num_scratch
-        shape = (2 * config.num_layers, num_places, config.num_kv_heads, config.head_dim)
+        shape = (2 * config.num_layers, max_tokens, config.num_kv_heads, config.head_dim)
         # NOTE: zeros, not empty: masked columns are multiplied by weight 0, which NaN survives.
         self.store = _zeros(shape, device, dtype)
         last_shape = (MAX_SLOTS + 1, config.hidden_size)
@@ -86,16 +77,12 @@ class KVPool:
     def __getitem__(self, slot: Slot) -> Span:
         return self._slots[slot]
 
-    def open(self, capacity: int, prefix: Slot | None) -> Slot:
-        """Reserve a span, starting as a copy of `prefix`.
+    def open(self, capacity: int) -> Slot:
+        """Reserve a span.
 
         Raises:
             OutOfCapacity: no free span is long enough, or all slots are open.
-            ValueError: the prefix is longer than `capacity`.
         """
-        source = None if prefix is None else self._slots[prefix]
-        if source and source.num_cached > capacity:
-            raise ValueError(f"the prefix holds {source.num_cached} tokens, the slot {capacity}")
         offset = self._spans.take(capacity) if self._free_indices else None
         if offset is None:
             raise OutOfCapacity(
@@ -104,11 +91,6 @@ class KVPool:
             )
         span = Span(self._free_indices.pop(), offset, capacity)
         self.last_hidden[span.index] = 0
-        if source:
-            num = span.num_cached = source.num_cached
-            copied = self.store[:, source.offset : source.offset + num]
-            self.store[:, offset : offset + num] = copied
-            self.last_hidden[span.index] = self.last_hidden[source.index]
         slot = Slot(self._next_slot)
         self._next_slot += 1
         self._slots[slot] = span

@@ -16,7 +16,7 @@ import numpy as np
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.onnx_session import StepSession, open_sessions
 from d2f_runtime.backends.onnx_slot import OnnxSlot
-from d2f_runtime.backends.rows import Floats, check_row, num_forwarded, to_proposals
+from d2f_runtime.backends.rows import Floats, check_rows, num_forwarded, to_proposals
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.manifest import Manifest, read_manifest
@@ -79,21 +79,18 @@ class OnnxBackend:
     def warm_up(self) -> None:
         """Do nothing: a graph is ready once it is loaded."""
 
-    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
-        """Reserve K/V storage for `capacity` tokens, optionally starting as a copy of `prefix`.
+    def open_slot(self, capacity: int) -> Slot:
+        """Reserve K/V storage for `capacity` tokens.
 
         Raises:
             OutOfCapacity: all slots together would hold too many tokens.
         """
-        source = None if prefix is None else self._slots[prefix]
-        if source and source.num_cached > capacity:
-            raise ValueError(f"the prefix holds {source.num_cached} tokens, the slot {capacity}")
         free = self._max_tokens - self._num_reserved
         if capacity > free:
             raise OutOfCapacity(
                 f"no room for the K/V of {capacity} tokens: {free} of {self._max_tokens} are free"
             )
-        opened = OnnxSlot(capacity, self._widest, self._manifest, source)
+        opened = OnnxSlot(capacity, self._widest, self._manifest)
         self._num_reserved += capacity
         slot = Slot(self._next_slot)
         self._next_slot += 1
@@ -103,15 +100,10 @@ class OnnxBackend:
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
         """Run the graph for each row, in order; cache the first `num_to_cache` of each."""
         opened = [self._slots[row.slot] for row in rows]
-        for row, storage in zip(rows, opened, strict=True):
-            check_row(row, num_cached=storage.num_cached, capacity=storage.capacity)
-            if row.top_p < 1.0 and row.temperature > 0:
-                raise ValueError("the onnx backend cannot sample with top_p below 1; see check()")
-        # Lookahead branches share a slot and must all see it as it was.
-        proposals = [self._run(row, slot) for row, slot in zip(rows, opened, strict=True)]
-        for slot, window in {row.slot: row.window for row in rows}.items():
-            self._slots[slot].keep(window.start, window.num_to_cache)
-        return proposals
+        check_rows(rows, opened)
+        if any(row.top_p < 1.0 and row.temperature > 0 for row in rows):
+            raise ValueError("the onnx backend cannot sample with top_p below 1; see check()")
+        return [self._run(row, slot) for row, slot in zip(rows, opened, strict=True)]
 
     def close_slot(self, slot: Slot) -> None:
         """Free the slot's storage. Idempotent."""
@@ -145,6 +137,7 @@ class OnnxBackend:
         start, width = row.window.start, inputs.host["tokens"].shape[1]
         io = slot.bind(inputs.session, start, width, inputs.host, answers)
         inputs.session.session.run_with_iobinding(io)
+        slot.keep(start, row.window.num_to_cache)
         masks = inputs.masks
         return to_proposals([row], [masks], answers[:, 0, : len(masks)])[0]
 

@@ -40,7 +40,7 @@ class _Binding:
 
 @dataclass(slots=True, init=False)
 class OnnxSlot:
-    """Storage for `capacity` tokens, optionally beginning as a copy of another slot.
+    """Storage for `capacity` tokens.
 
     Attributes:
         capacity: tokens that may be cached.
@@ -58,25 +58,18 @@ class OnnxSlot:
     _current: int
     _bindings: dict[int, _Binding]
 
-    def __init__(
-        self, capacity: int, session: StepSession, manifest: Manifest, source: "OnnxSlot | None"
-    ) -> None:
+    def __init__(self, capacity: int, session: StepSession, manifest: Manifest) -> None:
         self.capacity, self.num_cached = capacity, 0
         self._manifest, self._device = manifest, session.device
         self._dtype = session.dtype
         self._bindings = {}
         self._current = 0
         state = np.zeros((1, manifest.transformer.hidden_size), self._dtype)
-        last = state
-        cached = None
-        if source is not None:
-            self.num_cached = source.num_cached
-            cached = source._cached()
-            last = source._states[source._current].numpy().copy()
-        self._states = (self._placed(last), self._placed(state.copy()))
+        self._states = (self._placed(state), self._placed(state.copy()))
+        self._rows = capacity
         if session.fixed is not None:  # it reads all its columns and writes all its rows
-            capacity = session.fixed.capacity + session.fixed.width
-        self._reserve(capacity, cached)
+            self._rows = session.fixed.capacity + session.fixed.width
+        self._cache = self._reserved()
 
     def bind(
         self, session: StepSession, start: int, width: int, host: dict[str, Array], answers: Floats
@@ -90,8 +83,6 @@ class OnnxSlot:
             host: the inputs that are no K/V, by name.
             answers: [4, 1, R], gets the proposals.
         """
-        if start + width > self._rows:  # rarely: what is beyond the capacity is never cached
-            self._reserve(start + width, self._cached())
         binding = self._bindings.get(id(session))
         if binding is None:
             binding = self._bindings[id(session)] = _Binding(session.session.io_binding())
@@ -120,24 +111,16 @@ class OnnxSlot:
             self._current = 1 - self._current
         self.num_cached = start + num_to_cache
 
-    def _reserve(self, rows: int, cached: list[Array] | None) -> None:
-        """Make room for rows of K/V. Zeros: rows that are bound but unused must be finite."""
-        number, shape = 2 * self._manifest.transformer.num_layers, (rows, self._width)
+    def _reserved(self) -> list[ort.OrtValue]:
+        """Make room for all K/V. Zeros: rows that are bound but unused must be finite."""
+        number, shape = 2 * self._manifest.transformer.num_layers, (self._rows, self._width)
         values: list[ort.OrtValue] = []
         for index in range(number):
-            if cached is None and index and self._device[0] != "cpu":
+            if index and self._device[0] != "cpu":
                 values.append(self._copied(values[0]))  # cheaper than sending zeros
-                continue
-            array = np.zeros(shape, self._dtype)
-            if cached is not None:
-                array[: len(cached[index])] = cached[index]
-            values.append(self._placed(array))
-        self._cache, self._rows = values, rows  # not before: what is cached may lie in the old ones
-        for binding in self._bindings.values():
-            binding.past, binding.place = -1, (-1, -1)
-
-    def _cached(self) -> list[Array]:
-        return [value.numpy()[: self.num_cached] for value in self._cache]
+            else:
+                values.append(self._placed(np.zeros(shape, self._dtype)))
+        return values
 
     def _placed(self, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array, *self._device)

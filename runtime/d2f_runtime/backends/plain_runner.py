@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.backends.answers import answer_states, sampling_of
-from d2f_runtime.backends.base import Slot, StepRow
+from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
 from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded
 from d2f_runtime.models.facts import ModelInfo
@@ -158,10 +158,8 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
 def _stored(
     rows: Sequence[StepRow], spans: Sequence[Span], width: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first flattened row, pool place, length, slot index), once for each storing slot."""
-    seen: set[Slot] = set()
+    """Yield (first flattened row, pool place, length, slot index) for each row that stores."""
     for index, (row, span) in enumerate(zip(rows, spans, strict=True)):
-        if row.window.num_to_cache and row.slot not in seen:
-            seen.add(row.slot)
+        if row.window.num_to_cache:
             place = span.offset + row.window.start
             yield index * width, place, row.window.num_to_cache, span.index

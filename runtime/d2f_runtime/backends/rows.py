@@ -6,6 +6,7 @@ Shapes: B rows, W the longest window, N masks over all rows.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,16 @@ from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.params import Rank
 
-__all__ = ["Bools", "Floats", "Ints", "Masks", "check_row", "num_forwarded", "to_proposals"]
+__all__ = [
+    "Bools",
+    "Floats",
+    "Ints",
+    "Masks",
+    "Stored",
+    "check_rows",
+    "num_forwarded",
+    "to_proposals",
+]
 
 _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order of the answers
 
@@ -25,6 +35,13 @@ Bools = npt.NDArray[np.bool_]
 
 Masks = Sequence[Sequence[int]]
 """For each row of a step the window positions that hold a mask."""
+
+
+class Stored(Protocol):
+    """What a slot holds, tokens."""
+
+    capacity: int
+    num_cached: int
 
 
 def num_forwarded(window: Window, info: ModelInfo) -> int:
@@ -41,20 +58,25 @@ def num_forwarded(window: Window, info: ModelInfo) -> int:
     return len(window.tokens) - int(is_placeholder)
 
 
-def check_row(row: StepRow, *, num_cached: int, capacity: int) -> None:
-    """Refuse a row that does not continue its slot; a mistake of the caller.
+def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:
+    """Refuse rows that do not continue their slots; a mistake of the caller.
 
     Raises:
-        ValueError: the window starts elsewhere, caches past the capacity, or lacks its uniforms.
+        ValueError: a window starts elsewhere, ends past the capacity or lacks its uniforms, or two
+            rows have the same slot.
     """
-    window = row.window
-    if window.start not in (0, num_cached):
-        raise ValueError(f"window starts at {window.start} but the slot holds {num_cached} tokens")
-    stop = window.start + window.num_to_cache
-    if stop > capacity:
-        raise ValueError(f"caching up to {stop} exceeds the slot's capacity of {capacity} tokens")
-    if row.temperature > 0 and (row.uniforms is None or len(row.uniforms) < len(window.tokens)):
-        raise ValueError("a temperature above 0 needs one uniform number per window position")
+    for row, slot in zip(rows, slots, strict=True):
+        window, held = row.window, slot.num_cached
+        if window.start not in (0, held):
+            raise ValueError(f"window starts at {window.start} but the slot holds {held} tokens")
+        if window.stop > slot.capacity:
+            raise ValueError(
+                f"window ends at {window.stop} but the slot has room for {slot.capacity} tokens"
+            )
+        if row.temperature > 0 and (row.uniforms is None or len(row.uniforms) < len(window.tokens)):
+            raise ValueError("a temperature above 0 needs one uniform number per window position")
+    if len({row.slot for row in rows}) < len(rows):
+        raise ValueError("two rows of a step have the same slot")
 
 
 def to_proposals(

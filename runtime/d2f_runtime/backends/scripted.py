@@ -176,7 +176,7 @@ class ScriptedBackend:
         self._note_call()
         self.num_warm_ups += 1
 
-    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
+    def open_slot(self, capacity: int) -> Slot:
         """Open a slot; the script needs no storage, only the count."""
         self._note_call()
         used = sum(state.capacity for state in self.open_slots.values())
@@ -185,12 +185,9 @@ class ScriptedBackend:
             raise OutOfCapacity(
                 f"a slot of {capacity} tokens was asked for, but {free} of {self.capacity} are free"
             )
-        state = _SlotState(capacity)
-        if prefix is not None:
-            state = replace(self.open_slots[prefix], capacity=capacity)
         slot = Slot(self.num_opened)
         self.num_opened += 1
-        self.open_slots[slot] = state
+        self.open_slots[slot] = _SlotState(capacity)
         return slot
 
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
@@ -207,12 +204,13 @@ class ScriptedBackend:
             self.gate.pass_through()
         if number in self.errors:
             raise self.errors[number]
+        if len({row.slot for row in rows}) < len(rows):
+            raise ValueError("two rows of a step have the same slot")
         proposals = [self._propose(row) for row in rows]
-        for slot in {row.slot: row for row in rows}:
-            self.open_slots[slot].num_steps += 1
         for row in rows:
-            window = row.window
-            self.open_slots[row.slot].num_cached = window.start + window.num_to_cache
+            state, window = self.open_slots[row.slot], row.window
+            state.num_steps += 1
+            state.num_cached = window.start + window.num_to_cache
         return proposals
 
     def close_slot(self, slot: Slot) -> None:

@@ -5,8 +5,6 @@ arrays and memory views take about half of what numpy's calls take there.
 
 The rows of all sessions stand one after the other. A slot's K/V lie in one span, so a window is
 written where its K/V would be cached, whether or not they will be: caching is then only counting.
-What must not be written there goes to scratch places: windows of further rows of the same slot
-(lookahead branches), and what reaches beyond the slot's capacity.
 
 Shapes: R rows, N masks, T tiles, S sessions.
 """
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 from struct import pack_into
 from typing import Final, NamedTuple
 
-from d2f_runtime.backends.base import Slot, StepRow
+from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import MAX_SLOTS, Span
 from d2f_runtime.backends.rows import num_forwarded
 from d2f_runtime.decoding.window import Window
@@ -26,7 +24,7 @@ from d2f_runtime.models.facts import ModelInfo
 
 __all__ = ["Layout", "Placement", "StepPlan", "plan_step"]
 
-NO_BORDER: Final = 2**31 - 1
+NO_BORDER: Final = 2**31 - 1  # all K/V of a session lie in one span
 NOBODY: Final = MAX_SLOTS  # the index of no slot
 
 
@@ -65,9 +63,6 @@ class Placement(NamedTuple):
         num_rows: of the window that run.
         slot_index: of its slot.
         offset: pool place of canvas position 0.
-        border: canvas position from which K/V lie in scratch places.
-        elsewhere: pool place that canvas position 0 would have there.
-        is_first: of the windows of its slot, so that it writes what they share.
     """
 
     row: StepRow
@@ -76,9 +71,6 @@ class Placement(NamedTuple):
     num_rows: int
     slot_index: int
     offset: int
-    border: int
-    elsewhere: int
-    is_first: bool
 
 
 class StepPlan(NamedTuple):
@@ -88,14 +80,12 @@ class StepPlan(NamedTuple):
         placements: of its windows.
         num_rows: that run through the layers.
         num_masks: rows that run through the head.
-        num_scratch: scratch places in use.
         shift: whether a state predicts the position after its own.
     """
 
     placements: Sequence[Placement]
     num_rows: int
     num_masks: int
-    num_scratch: int
     shift: bool
 
     @property
@@ -122,7 +112,7 @@ class StepPlan(NamedTuple):
             same_geometry: what the array holds is of a step of this geometry.
         """
         heads: list[int] = []
-        for row, masks, first, num_rows, slot_index, *_ in self.placements:
+        for row, masks, first, num_rows, slot_index, _ in self.placements:
             pack_into(f"{num_rows}i", flat, 4 * first, *row.window.tokens[:num_rows])
             if shift := first - self.shift:
                 heads += [shift + position for position in masks]
@@ -149,7 +139,7 @@ class StepPlan(NamedTuple):
             start, stop = window.start, window.start + placement.num_rows
             end = first + placement.num_rows
             positions[first:end] = _counting(start, stop)
-            _fill_places(places[first:end], placement)
+            places[first:end] = _counting(placement.offset + start, placement.offset + stop)
             before = start
             for edge in window.block_stops:
                 at, until = first + before - start, min(end, first + edge - start)
@@ -157,8 +147,7 @@ class StepPlan(NamedTuple):
                 before = edge
             for at in range(0, placement.num_rows, per_tile):
                 count = min(per_tile, placement.num_rows - at)
-                tiles += (first + at, count, placement.offset, placement.border)
-                tiles.append(placement.elsewhere)
+                tiles += (first + at, count, placement.offset, NO_BORDER, 0)
             if window.num_to_cache:
                 last[placement.slot_index] = first + window.num_to_cache - 1
         rest = size - self.num_rows
@@ -174,53 +163,25 @@ def _shape_of(window: Window) -> tuple[object, ...]:
     return window.start, window.num_to_cache, window.block_stops
 
 
-def plan_step(
-    rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo, *, scratch: int
-) -> StepPlan:
+def plan_step(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> StepPlan:
     """Lay the rows out.
 
     Args:
-        rows: checked; those of one slot agree up to what they cache.
+        rows: checked.
         spans: of their slots.
         info: of the model.
-        scratch: the first scratch place of the pool.
     """
-    seen: set[Slot] = set()
     placements: list[Placement] = []
-    first = num_masks = num_scratch = 0
+    first = num_masks = 0
     mask_id = info.mask_id
     for row, span in zip(rows, spans, strict=True):
         window = row.window
         num_rows = num_forwarded(window, info)
-        is_first = row.slot not in seen
-        seen.add(row.slot)
-        border, elsewhere = NO_BORDER, 0
-        if not is_first or window.start + num_rows > span.capacity:
-            border = window.start + window.num_to_cache
-            elsewhere = scratch + num_scratch - border
-            num_scratch += num_rows - window.num_to_cache
         masks = [at for at, token in enumerate(window.tokens) if token == mask_id]
-        placements.append(
-            Placement(
-                row, masks, first, num_rows, span.index, span.offset, border, elsewhere, is_first
-            )
-        )
+        placements.append(Placement(row, masks, first, num_rows, span.index, span.offset))
         first += num_rows
         num_masks += len(masks)
-    return StepPlan(placements, first, num_masks, num_scratch, info.shift_logits)
-
-
-def _fill_places(places: memoryview, placement: Placement) -> None:
-    """Write where the K/V of a window go."""
-    window = placement.row.window
-    start, stop = window.start, window.start + placement.num_rows
-    own = min(stop, placement.border) - start
-    if placement.is_first:
-        places[:own] = _counting(start + placement.offset, start + own + placement.offset)
-    else:  # the slot's first window writes what they share
-        places[:own] = array("i", (-1,)) * own
-    if own < placement.num_rows:
-        places[own:] = _counting(start + own + placement.elsewhere, stop + placement.elsewhere)
+    return StepPlan(placements, first, num_masks, info.shift_logits)
 
 
 _COUNTING = memoryview(array("i", range(1 << 14)))

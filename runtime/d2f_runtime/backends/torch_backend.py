@@ -18,7 +18,7 @@ from d2f_runtime.backends.capability import RunnerChoice, choose_runner
 from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
 from d2f_runtime.backends.quantization_choice import QUANTIZATIONS, choose_quantization
-from d2f_runtime.backends.rows import check_row, to_proposals
+from d2f_runtime.backends.rows import check_rows, to_proposals
 from d2f_runtime.backends.runner import Runner
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.kernels.language import HAS_TRITON
@@ -33,8 +33,6 @@ from d2f_stream.core.params import GenerationParams
 __all__ = ["DTYPES", "QUANTIZED", "TorchBackend", "load"]
 
 logger = logging.getLogger("d2f_stream.torch_backend")
-
-NUM_SCRATCH: Final = 256  # places for the windows of lookahead branches
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,8 +92,7 @@ class TorchBackend:
                     *(name, max_tokens, config.max_len, (free or 0) / 2**30),
                 )
         self.info = replace(info, max_len=min(config.max_len, max_tokens))
-        num_scratch = NUM_SCRATCH if self.choice.name == "fast" else 0
-        self._pool = KVPool(config, max_tokens, self._device, dtype, num_scratch=num_scratch)
+        self._pool = KVPool(config, max_tokens, self._device, dtype)
         self._runner: Runner | None
         if self.choice.name == "fast":
             from d2f_runtime.backends.fast_runner import FastRunner
@@ -123,13 +120,13 @@ class TorchBackend:
         self._runner.warm_up()
 
     @torch.inference_mode()
-    def open_slot(self, capacity: int, *, prefix: Slot | None = None) -> Slot:
-        """Reserve K/V storage for `capacity` tokens, optionally starting as a copy of `prefix`.
+    def open_slot(self, capacity: int) -> Slot:
+        """Reserve K/V storage for `capacity` tokens.
 
         Raises:
             OutOfCapacity: the pool has no span that long, or all slots are open.
         """
-        return self._pool.open(capacity, prefix)
+        return self._pool.open(capacity)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
@@ -137,8 +134,7 @@ class TorchBackend:
         if not rows:
             return []
         spans = [self._pool[row.slot] for row in rows]
-        for row, span in zip(rows, spans, strict=True):
-            check_row(row, num_cached=span.num_cached, capacity=span.capacity)
+        check_rows(rows, spans)
         assert self._runner is not None, "the backend is closed"
         masks, answers = self._runner.run(rows, spans)
         for row, span in zip(rows, spans, strict=True):

@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, SubBlocks
-from d2f_runtime.decoding.lookahead import BranchPolicy, Candidate, Lookahead
 from d2f_runtime.decoding.partition import Partition
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
 from d2f_runtime.decoding.window import Proposals, Window, check_proposals
@@ -25,7 +24,7 @@ __all__ = ["Accepted", "BlockDecoder", "BlockView", "Committed"]
 class BlockDecoder:
     """Decodes one answer, step by step.
 
-    Call `next_windows`, run them, hand the proposals to `apply`; until `next_windows` returns ().
+    Call `next_window`, run it, hand the proposals to `apply`; until `next_window` returns None.
 
     Args:
         prompt_tokens: canvas positions 0..P.
@@ -40,9 +39,7 @@ class BlockDecoder:
             (`params.block_size` plays no part): the prompt's whole blocks are cached, the rest
             stands filled at the head of the first answer block.
         native_block_size: of the grid; unused otherwise.
-        num_cached: leading positions whose K/V the slot already holds; on an attention block edge.
         policy: what to accept; by default the fixed count or the threshold of `params`.
-        branch_policy: what to try beside the canvas; by default the lookahead of `params`.
 
     Raises:
         InvalidPrompt: the prompt holds the mask id, or is empty where position 0 cannot be filled.
@@ -60,71 +57,63 @@ class BlockDecoder:
         shift_logits: bool = False,
         prompt_attention: Literal["full", "causal", "grid"] = "full",
         native_block_size: int | None = None,
-        num_cached: int = 0,
         policy: AcceptancePolicy | None = None,
-        branch_policy: BranchPolicy | None = None,
     ) -> None:
         self._params = params
         self._mask_id = mask_id
         self._eos_ids = frozenset(eos_ids)
         self._policy = policy or policy_of(params)
-        if branch_policy is None and params.lookahead:
-            branch_policy = Lookahead(params.lookahead)
-        self._branch_policy = branch_policy
         first_alone = shift_logits and params.sub_block_size > 0
         self._sub_blocks = SubBlocks(params.sub_block_size, first_alone)
         self._truncates = params.stop_at_eos == "truncate"
         self._sees_all = params.attention == "full"
         # With full attention what comes before an EOS sees what comes after: all goes on as it was.
         self._drops = self._truncates and not self._sees_all
-        if self._sees_all and (prompt_attention != "full" or num_cached):
-            allowed = f"'blocks' for a model with {prompt_attention} attention or a cached prefix"
+        if self._sees_all and prompt_attention != "full":
+            allowed = f"'blocks' for a model with {prompt_attention} attention"
             raise InvalidParams("attention", params.attention, allowed)
         self._canvas = list(prompt_tokens)
         self._check_prompt(shift_logits)
         self._partition = Partition.of(
             len(self._canvas), params, prompt_attention, native_block_size
         )
-        if not self._partition.is_prompt_edge(num_cached):
-            edge = "an edge of the prompt's attention blocks"
-            raise ValueError(f"num_cached is {num_cached} but must be {edge}")
         self._num_prompt = len(self._canvas)
-        self._num_cached = num_cached
+        self._num_cached = 0
         self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
         self._committed = self._num_prompt  # canvas position up to which all is final
         self._eos: int | None = None  # canvas position of the first EOS so far
         self._num_steps = 0
-        self._pending: tuple[Window, ...] = ()
-        self._branches: tuple[Candidate, ...] = ()  # of the pending windows but the first
+        self._pending: Window | None = None
 
-    def next_windows(self, *, max_active_blocks: int | None = None) -> tuple[Window, ...]:
-        """Begin a step: return the windows to run, () once finished.
+    def next_window(self, *, max_active_blocks: int | None = None) -> Window | None:
+        """Begin a step: return the window to run, None once finished.
 
-        The first is the canvas as it is, the others are lookahead branches of it. May append a
-        block first. Called again before `apply`, it returns the same windows.
+        May append a block first. Called again before `apply`, it returns the same window.
 
         Args:
             max_active_blocks: tightens the bound of the request for this step; None leaves it.
         """
-        if not self._pending and not self.finished:
+        if self._pending is None and not self.finished:
             if self._may_append(max_active_blocks):
                 self._append_block()
-            self._pending = self._windows()
+            self._pending = self._window()
         return self._pending
 
-    def apply(self, proposals: Sequence[Proposals]) -> list[Accepted | Committed]:
-        """End the step: take the proposals for the pending windows, one for each.
+    def apply(self, proposals: Proposals) -> list[Accepted | Committed]:
+        """End the step: accept from the proposals for the pending window.
 
         Returns what was accepted, by position, followed by the blocks that became final, in order.
 
         Raises:
-            RuntimeError: an internal error: the proposals do not belong to the windows, or name the
+            RuntimeError: an internal error: the proposals do not belong to the window, or name the
                 mask id; or the policy broke its contract. The decoder is unusable after it.
         """
-        self._check_proposals(proposals)
+        window = self._pending
+        if window is None:
+            raise RuntimeError("proposals came, but no window is pending")
+        check_proposals(window, proposals, mask_id=self._mask_id, rank=self._params.rank)
         accepted: list[Accepted] = []
-        window, row = self._take_branch(proposals, accepted)
-        self._pending = ()
+        self._pending = None
         self._num_steps += 1
         self._num_cached += window.num_to_cache
         fully_activated = True  # what precedes the first unfilled block is filled
@@ -132,20 +121,11 @@ class BlockDecoder:
             activated = fully_activated
             fully_activated = block.progress >= self._params.activate_threshold
             if block.masked:
-                self._accept(block, row, window.start, activated, accepted)
+                self._accept(block, proposals, window.start, activated, accepted)
             if self._drops and self._eos is not None and self._eos < block.stop:
                 self._drop_after(block)
                 break
-        if self._branch_policy is not None:
-            accepted.sort()  # what the branch had filled stands first
-            self._branches = self._next_branches(row, window.start)
         return [*accepted, *self._commit()]
-
-    def forget_cache(self) -> None:
-        """Start the next window at position 0: the slot was lost. Accepted tokens stay."""
-        self._num_cached = 0
-        if self._pending:
-            self._pending = self._windows()
 
     @property
     def finished(self) -> bool:
@@ -185,11 +165,6 @@ class BlockDecoder:
     def active_blocks(self) -> tuple[BlockView, ...]:
         """The blocks not committed yet, filled ones that wait for an earlier one included."""
         return () if self._ended else tuple(map(self._view, self._blocks))
-
-    @property
-    def num_active_blocks(self) -> int:
-        """Number of `active_blocks`; the waiting ones do not count against `max_active_blocks`."""
-        return 0 if self._ended else len(self._blocks)
 
     @property
     def _ended(self) -> bool:
@@ -243,59 +218,17 @@ class BlockDecoder:
         """Whether only the first position may accept, which sees nothing of the rest."""
         return self._sub_blocks.first_alone and block.is_untouched
 
-    def _windows(self) -> tuple[Window, ...]:
-        anchor = self._window()
-        return (anchor, *(anchor.filled(c.position, c.token) for c in self._branches))
-
-    def _take_branch(
-        self, proposals: Sequence[Proposals], accepted: list[Accepted]
-    ) -> tuple[Window, Proposals]:
-        """Make the winning branch the canvas; return its window and proposals."""
-        chosen = 0
-        if self._branch_policy is not None and len(proposals) > 1:
-            chosen = self._branch_policy.choose(self._pending, proposals, self._mask_id)
-        if chosen:
-            candidate = self._branches[chosen - 1]
-            block = next(b for b in self._blocks if b.start <= candidate.position < b.stop)
-            self._fill(candidate.position, candidate.token, accepted)
-            block.unmask((candidate.position - block.start,))
-        return self._pending[chosen], proposals[chosen]
-
-    def _next_branches(self, row: Proposals, base: int) -> tuple[Candidate, ...]:
-        """Choose what to try beside the canvas in the next step, from this step's proposals."""
-        assert self._branch_policy is not None
-        if sum(len(block.masked) for block in self._blocks) < 2:
-            return ()  # every branch needs a mask
-        positions = [
-            block.start + offset
-            for block in self._blocks
-            if block.masked and not self._awaits_first(block)
-            for offset in self._sub_blocks.open(block.masked)
-        ]
-        proposed = [p for p in positions if p - base < len(row.tokens)]
-        return tuple(
-            self._branch_policy.branches(
-                [Candidate(p, row.tokens[p - base], row.confidence[p - base]) for p in proposed]
-            )
-        )
-
-    def _check_proposals(self, proposals: Sequence[Proposals]) -> None:
-        if len(proposals) != len(self._pending) or not proposals:
-            raise RuntimeError(f"{len(proposals)} proposals for {len(self._pending)} windows")
-        for window, row in zip(self._pending, proposals, strict=True):
-            check_proposals(window, row, mask_id=self._mask_id, rank=self._params.rank)
-
     def _accept(
         self,
         block: Block,
-        row: Proposals,
+        proposals: Proposals,
         base: int,
         fully_activated: bool,
         accepted: list[Accepted],
     ) -> None:
         first, stop = block.start - base, block.stop - base
-        confidence = row.confidence[first:stop]
-        rank = confidence if row.rank is None else row.rank[first:stop]
+        confidence = proposals.confidence[first:stop]
+        rank = confidence if proposals.rank is None else proposals.rank[first:stop]
         masked = self._sub_blocks.open(block.masked)
         offsets = self._policy.accept(masked, confidence, rank, fully_activated=fully_activated)
         if not offsets:
@@ -303,7 +236,7 @@ class BlockDecoder:
                 raise RuntimeError("the policy accepted nothing in a fully activated block")
             return
         for offset in offsets:
-            self._fill(block.start + offset, row.tokens[first + offset], accepted)
+            self._fill(block.start + offset, proposals.tokens[first + offset], accepted)
         block.unmask(offsets)
 
     def _fill(self, position: int, token: int, accepted: list[Accepted]) -> None:

@@ -63,10 +63,6 @@ class Partition:
             raise InvalidParams("max_new_tokens", params.max_new_tokens, allowed)
         return cls(num_prompt, origin, block_size, end, prompt_stops)
 
-    def is_prompt_edge(self, position: int) -> bool:
-        """Whether an attention block of the prompt begins or ends at the position."""
-        return position == 0 or position in self.prompt_stops
-
     def block_at(self, position: int) -> tuple[int, int, int]:
         """Return index, start and stop of the answer block that holds the position."""
         index = (position - self.origin) // self.block_size

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from heapq import nsmallest
 from typing import Protocol
 
-from d2f_runtime.decoding.adaptive import JointThresholdPolicy
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["AcceptancePolicy", "FixedCountPolicy", "ThresholdPolicy", "policy_of"]
@@ -92,6 +91,4 @@ def policy_of(params: GenerationParams) -> AcceptancePolicy:
     """Return the rule that a request asks for."""
     if params.num_per_step:
         return FixedCountPolicy(params.num_per_step)
-    if params.acceptance == "joint":
-        return JointThresholdPolicy(params.confidence_threshold)
     return ThresholdPolicy(params.confidence_threshold)

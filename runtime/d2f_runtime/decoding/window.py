@@ -38,12 +38,6 @@ class Window:
         """One past the canvas position of the last row."""
         return self.start + len(self.tokens)
 
-    def filled(self, position: int, token: int) -> "Window":
-        """Return a copy with a token at a canvas position."""
-        at = position - self.start
-        tokens = (*self.tokens[:at], token, *self.tokens[at + 1 :])
-        return Window(self.start, tokens, self.num_to_cache, self.block_stops)
-
     def visible_until(self) -> list[int]:
         """[W] for each row, one past the last canvas position that it sees."""
         visible: list[int] = []
@@ -70,7 +64,7 @@ class Proposals:
     rank: Sequence[float] | None = None
 
 
-def check_proposals(window: Window, row: Proposals, *, mask_id: int, rank: str) -> None:
+def check_proposals(window: Window, proposals: Proposals, *, mask_id: int, rank: str) -> None:
     """Refuse proposals that do not answer the window; a mistake of the backend.
 
     Raises:
@@ -78,11 +72,11 @@ def check_proposals(window: Window, row: Proposals, *, mask_id: int, rank: str) 
             proposed.
     """
     width = len(window.tokens)
-    for values in (row.tokens, row.confidence, row.rank):
+    for values in (proposals.tokens, proposals.confidence, proposals.rank):
         if values is not None and len(values) != width:
             raise RuntimeError(f"{len(values)} proposed values for a window of {width}")
-    if row.rank is None and rank != "confidence":
+    if proposals.rank is None and rank != "confidence":
         raise RuntimeError(f"proposals without rank, but the request ranks by {rank}")
-    if mask_id in row.tokens:
-        at = window.start + list(row.tokens).index(mask_id)
+    if mask_id in proposals.tokens:
+        at = window.start + list(proposals.tokens).index(mask_id)
         raise RuntimeError(f"proposal at canvas position {at} names the mask id {mask_id}")

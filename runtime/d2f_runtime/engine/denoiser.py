@@ -38,7 +38,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
 
 
 class Denoiser:
-    """Decodes one answer, step by step: `rows`, run them, `apply`.
+    """Decodes one answer, step by step: `row`, run it, `apply`.
 
     Raises:
         InvalidRequest: the decoder refuses prompt or parameters.
@@ -55,21 +55,24 @@ class Denoiser:
             self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
         self._num_joined = 0
 
-    def rows(self, slot: Slot, max_active_blocks: int | None) -> list[StepRow]:
-        """Begin a step: one row for each window, none once the answer is finished."""
+    def row(self, slot: Slot, max_active_blocks: int | None) -> StepRow:
+        """Begin a step: return its row.
+
+        Raises:
+            RuntimeError: an internal error: the answer is finished.
+        """
         params, noise = self._params, self._noise
-        step = self._decoder.num_steps
-        return [
-            StepRow(
-                slot=slot,
-                window=window,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                rank=params.rank,
-                uniforms=None if noise is None else noise.uniforms(window, step),
-            )
-            for window in self._decoder.next_windows(max_active_blocks=max_active_blocks)
-        ]
+        window = self._decoder.next_window(max_active_blocks=max_active_blocks)
+        if window is None:
+            raise RuntimeError("a step was asked of an answer that is finished")
+        return StepRow(
+            slot=slot,
+            window=window,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            rank=params.rank,
+            uniforms=None if noise is None else noise.uniforms(window, self._decoder.num_steps),
+        )
 
     def joined(self) -> Sequence[BlockView]:
         """Return the blocks that joined since the last call, all masks; () unless drafts."""
@@ -80,7 +83,7 @@ class Denoiser:
             self._num_joined = new[-1].index + 1
         return new
 
-    def apply(self, proposals: Sequence[Proposals]) -> Progress:
+    def apply(self, proposals: Proposals) -> Progress:
         """End the step; see `BlockDecoder.apply`."""
         decoder = self._decoder
         events = decoder.apply(proposals)

@@ -80,37 +80,36 @@ class PlannedStep:
         if self.withdrawn or not (after is None or after._lets_next):
             return None
         began = time.perf_counter()
-        rows: list[StepRow] = []
-        shares = [self._begin(rows, *each) for each in self._parts]
+        begun = [self._begin(*each) for each in self._parts]
+        rows = [row for row in begun if isinstance(row, StepRow)]
         if self._joined:
             self._show(self._joined)
-        proposals = model.do_step(rows) if rows else []
-        if len(proposals) != len(rows):
-            raise RuntimeError(f"the backend answered {len(rows)} rows with {len(proposals)}")
+        answers = model.do_step(rows) if rows else []
+        if len(answers) != len(rows):
+            raise RuntimeError(f"the backend answered {len(rows)} rows with {len(answers)}")
+        answer = iter(answers)
         progress: list[Progress | Exception] = []
         lets_next = True
-        for stream, share in zip(self.streams, shares, strict=True):
-            made = share if isinstance(share, Exception) else _end(stream, proposals[share])
+        for stream, row in zip(self.streams, begun, strict=True):
+            made = row if isinstance(row, Exception) else _end(stream, next(answer))
             progress.append(made)
             lets_next = lets_next and isinstance(made, Progress) and made.reason is None
         self._lets_next = lets_next
         return StepResult(time.perf_counter() - began, len(rows), progress)
 
-    def _begin(self, rows: list[StepRow], stream: Stream, bound: int | None) -> slice | Exception:
-        """Add a stream's rows; return where they lie, or the error that is the stream's own."""
+    def _begin(self, stream: Stream, bound: int | None) -> StepRow | Exception:
+        """Return a stream's row, or the error that is the stream's own."""
         assert stream.slot is not None
-        first = len(rows)
         try:
-            rows += stream.denoiser.rows(stream.slot, bound)
+            row = stream.denoiser.row(stream.slot, bound)
             if joined := stream.denoiser.joined():
                 self._joined.append((stream, joined))
         except Exception as error:
-            del rows[first:]
             return error
-        return slice(first, len(rows))
+        return row
 
 
-def _end(stream: Stream, proposals: Sequence[Proposals]) -> Progress | Exception:
+def _end(stream: Stream, proposals: Proposals) -> Progress | Exception:
     try:
         return stream.denoiser.apply(proposals)
     except Exception as error:

@@ -38,16 +38,13 @@ class _Session:
     prompt_tokens: int
     block_size: int
     max_active_blocks: int | None
-    num_rows: int
     may_narrow: bool
     num_runs: int = 0
 
     def bound(self, share: int) -> int | None:
         if not self.may_narrow:
             return self.max_active_blocks
-        fitting = max(
-            1, share // (self.block_size * self.num_rows) - 1
-        )  # one more may wait to be cached
+        fitting = max(1, share // self.block_size - 1)  # one more may wait to be cached
         return fitting if self.max_active_blocks is None else min(fitting, self.max_active_blocks)
 
     def window_tokens(self, max_active_blocks: int | None) -> int:
@@ -55,8 +52,8 @@ class _Session:
             return self.prompt_tokens + self.block_size
         if max_active_blocks is None:
             answer_tokens = self.capacity_tokens - self.prompt_tokens
-            return max(answer_tokens, 2 * self.block_size) * self.num_rows
-        return (max_active_blocks + 1) * self.block_size * self.num_rows  # an estimate
+            return max(answer_tokens, 2 * self.block_size)
+        return (max_active_blocks + 1) * self.block_size  # an estimate
 
 
 class Scheduler(Generic[Id]):
@@ -90,15 +87,13 @@ class Scheduler(Generic[Id]):
         prompt_tokens: int,
         block_size: int,
         max_active_blocks: int | None,
-        num_rows: int = 1,
         may_narrow: bool = False,
     ) -> None:
         """Queue a session under an id that is not in use.
 
         `capacity_tokens` is the K/V storage it needs at most, `prompt_tokens` are the uncached ones
         (its first window is longer by them), `max_active_blocks` is the request's own bound,
-        `num_rows` what it takes of a step after the first: its lookahead branches and itself,
-        `may_narrow` whether others may lower that bound.
+        `may_narrow` whether others may lower that.
 
         Raises:
             OutOfCapacity: it could not be admitted even alone.
@@ -111,7 +106,7 @@ class Scheduler(Generic[Id]):
                 f"{self._capacity_tokens}; shorten the prompt or lower max_new_tokens"
             )
         self._waiting[session_id] = _Session(
-            capacity_tokens, prompt_tokens, block_size, max_active_blocks, num_rows, may_narrow
+            capacity_tokens, prompt_tokens, block_size, max_active_blocks, may_narrow
         )
 
     def remove(self, session_id: Id) -> None:

@@ -283,16 +283,14 @@ class StepLoop:
             self.failure.__cause__ = error
 
     def _add(self, stream: Stream) -> None:
-        params = stream.params
         prompt_tokens, block_size = stream.shares
         self._scheduler.add(
             stream.id,
             capacity_tokens=stream.capacity,
             prompt_tokens=prompt_tokens,
             block_size=block_size,
-            max_active_blocks=params.max_active_blocks,
-            num_rows=1 + params.lookahead,
-            may_narrow=params.may_narrow,
+            max_active_blocks=stream.params.max_active_blocks,
+            may_narrow=stream.params.may_narrow,
         )
         self._streams[stream.id] = stream
         logger.debug("stream %s: %s prompt tokens", stream.id, stream.num_prompt_tokens)
