@@ -104,7 +104,7 @@ def settings() -> Iterator[Setting]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of python -m d2f_export thresholds."""
+    """Declare the arguments of python -m lab.ablations thresholds."""
     parser.add_argument("model", type=Path, help="a checkpoint or, on the CPU, an ONNX artefact")
     parser.add_argument("--tokenizer", type=Path, help="where the folder has none")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; goes on from there")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from d2f_export.__main__ import main
 from d2f_export.embedded_model.tokenizer_training import train_tokenizer
+from lab.ablations.__main__ import main
 from lab.ablations.laboratory import Lab
 from lab.ablations.processes import Job, Places
 from lab.ablations.queue import Queue, Teachers, run_queue
@@ -191,7 +191,7 @@ def test_a_study_goes_on_from_what_is_recorded_to_figures(tmp_path: Path) -> Non
     weights = (output / "teacher-0" / "model.safetensors").stat().st_size
     assert weights < (output / fresh.folder / "model.safetensors").stat().st_size  # bf16
     origin = json.loads((output / "records.runs.jsonl").read_text().splitlines()[0])
-    assert origin["command"].startswith("python -m d2f_export")
+    assert origin["command"].startswith("python -m lab.ablations")
 
 
 def test_an_unknown_study_and_a_missing_file_end_with_one_sentence(tmp_path: Path) -> None:

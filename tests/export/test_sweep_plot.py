@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_export.__main__ import main
 from d2f_stream.core.params import GenerationParams
+from lab.ablations.__main__ import main
 from lab.bench.sweep import COLUMNS
 from lab.bench.sweep_grid import SYSTEMS, Grid, settings_of
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_export.__main__ import main
 from d2f_export.embedded_model.recipe import RECIPES
 from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from d2f_export.onnx.quantize import pack_int8
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
+from lab.ablations.__main__ import main
 from lab.ablations.thresholds import FactorPolicy, round_weights, settings
 
 pytestmark = pytest.mark.torch
@@ -65,7 +65,7 @@ def test_command_runs_what_the_file_lacks(tmp_path: Path) -> None:
     [tokens], [steps] = record["tokens"], record["steps"]
     assert record["tokens_per_step"] == pytest.approx(tokens / steps, abs=1e-4)
     origin = json.loads((tmp_path / "records.runs.jsonl").read_text())
-    assert origin["command"].startswith("python -m d2f_export")
+    assert origin["command"].startswith("python -m lab.ablations")
 
 
 def test_rules_are_drawn_for_each_block_size(tmp_path: Path) -> None:
