@@ -1,0 +1,339 @@
+"""Chat: a conversation with a model in a terminal, and the commands that a person gives it.
+
+Owns the loop of questions and answers. Lines are read by prompt_toolkit, answers drawn by rich;
+needs both, so that the command line imports this module on demand.
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.text import Text
+
+from d2f_stream.core.errors import D2FError, InvalidParams, InvalidRequest, PromptTooLong
+from d2f_stream.core.events import Block, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Engine, Session
+from d2f_stream.terminal.markdown_stream import MarkdownStream
+from d2f_stream.terminal.transcript import Transcript
+from d2f_stream.terminal.views import printable
+
+__all__ = ["COMMANDS", "Chat"]
+
+Open = Callable[[str | None], AbstractAsyncContextManager[Engine]]
+ReadLine = Callable[[], Awaitable[str]]
+
+COMMANDS: Final = {
+    "/new": "begin a new chat; the system prompt stays",
+    "/system [TEXT]": "show or set the system prompt, and begin anew",
+    "/model [NAME]": "show or change the model; the chat goes on",
+    "/set [NAME VALUE]": "show or set a decoding parameter, such as temperature 0.7",
+    "/retry": "ask the last question again",
+    "/save FILE": "write the chat as JSON",
+    "/help": "show this",
+    "/quit": "leave; so does Ctrl-D",
+}
+FRAMES_PER_S: Final = 12
+
+
+class Chat:
+    """One person, one terminal, one model at a time.
+
+    Args:
+        open_model: opens a model by its name; None is the default one.
+        read_line: gives the next line; raises EOFError at the end, KeyboardInterrupt to discard.
+        console: what is drawn on.
+        overrides: decoding parameters given at the start.
+        system: the system prompt.
+    """
+
+    def __init__(
+        self,
+        open_model: Open,
+        read_line: ReadLine,
+        *,
+        console: Console,
+        overrides: ParamOverrides | None = None,
+        system: str = "",
+    ) -> None:
+        self._open = open_model
+        self._read_line = read_line
+        self._console = console
+        self._overrides: ParamOverrides = overrides or {}
+        self._transcript = Transcript(system)
+        self._engine: Engine | None = None
+        self._stack = AsyncExitStack()
+
+    async def run(self, model: str | None) -> None:
+        """Open the model and talk until the person leaves.
+
+        Raises:
+            D2FError: the first model cannot be opened. Later errors are shown in the chat.
+        """
+        async with self._stack:
+            await self._change_model(model)
+            self._say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the chat.")
+            while True:
+                try:
+                    line = (await self._read_line()).strip()
+                except KeyboardInterrupt:
+                    continue
+                except EOFError:
+                    return
+                if line == "/quit":
+                    return
+                if line:
+                    await self._take(line)
+
+    async def _take(self, line: str) -> None:
+        try:
+            if line.startswith("/"):
+                await self._command(line)
+            else:
+                await self._ask(line)
+        except D2FError as error:
+            self._complain(str(error))
+        except OSError as error:
+            self._complain(f"{error.strerror}: {error.filename}")
+
+    async def _command(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/new":
+                self._transcript.clear()
+                self._say("a new chat")
+            case "/system":
+                self._set_system(rest)
+            case "/model":
+                await (self._change_model(rest) if rest else self._show_model())
+            case "/set":
+                self._set(rest)
+            case "/retry":
+                await self._ask(self._transcript.retry())
+            case "/save":
+                self._save(rest)
+            case "/help":
+                width = max(map(len, COMMANDS))
+                self._say("\n".join(f"{n:{width}}  {text}" for n, text in COMMANDS.items()))
+            case _:
+                raise InvalidRequest(f"there is no command {name}; /help lists what there is")
+
+    def _set_system(self, text: str) -> None:
+        if text:
+            self._transcript.system = text
+            self._transcript.clear()
+        self._say(self._transcript.system or "no system prompt is set")
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if not name:
+            self._say(_listed(self._current.defaults.with_overrides(self._overrides)))
+            return
+        if name not in ParamOverrides.__annotations__:
+            known = ", ".join(ParamOverrides.__annotations__)
+            raise InvalidRequest(f"there is no parameter {name!r}; there are {known}")
+        given: ParamOverrides = {**self._overrides, name: _value(value)}  # type: ignore[misc]
+        self._current.defaults.with_overrides(given)  # refuses what does not fit
+        self._overrides = given
+        self._say(f"{name} = {value}")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise InvalidRequest("/save needs a file name")
+        path = Path(name).expanduser()
+        path.write_text(self._transcript.to_json(), encoding="utf-8")
+        self._say(f"wrote {path}")
+
+    @property
+    def _current(self) -> Engine:
+        assert self._engine is not None
+        return self._engine
+
+    async def _change_model(self, name: str | None) -> None:
+        stack = AsyncExitStack()
+        with self._console.status("loading the model ..."):
+            engine = await stack.enter_async_context(self._open(name))
+        await self._stack.aclose()  # only now: a model that cannot be opened leaves the old one
+        self._stack.push_async_exit(stack)
+        self._engine = engine
+        await self._show_model()
+
+    async def _show_model(self) -> None:
+        info = self._current.info
+        about = f" - {info.description}" if info.description else ""
+        self._say(f"{info.name}, {info.max_len:,} tokens of context{about}")
+
+    async def _ask(self, question: str) -> None:
+        transcript = self._transcript
+        transcript.ask(question)
+        while True:
+            try:
+                text = await self._stream()
+            except PromptTooLong:
+                if not transcript.forget():
+                    transcript.withdraw()
+                    raise
+                self._say(
+                    f"the context of {self._current.info.max_len:,} tokens is full: the oldest "
+                    f"{transcript.num_forgotten} messages are left out from now on"
+                )
+                continue
+            except D2FError:
+                transcript.withdraw()
+                raise
+            break
+        if text:
+            transcript.answer(text)
+        else:
+            transcript.withdraw()
+
+    async def _stream(self) -> str:
+        """Show one answer, and return it; Ctrl-C ends it early, and keeps what was final."""
+        session = self._current.generate(self._transcript.messages, **self._overrides)
+        async with session, _interruptible(session):
+            drawing = Answer(self._console)
+            with drawing:
+                async for event in session.events():
+                    drawing.apply(event)
+            if drawing.failure is not None:
+                await session.result()  # raises it
+            return session.text
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text, style="dim"))
+
+    def _complain(self, text: str) -> None:
+        self._console.print(Text(f"error: {text}", style="red"))
+
+
+class Answer:
+    """One answer on the console: settled Markdown above, what may still change below it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._markdown = MarkdownStream()
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._is_empty = True
+        self.failure: StreamFailed | None = None
+
+    def __enter__(self) -> None:
+        self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._settle()
+
+    def apply(self, event: object) -> None:
+        """Draw an event of the stream."""
+        match event:
+            case StreamStarted():
+                self._live.update(Text("...", style="dim"), refresh=True)
+            case Block():
+                self._is_empty = self._is_empty and not event.text
+                if settled := self._markdown.append(printable(event.text)):
+                    self._live.console.print(Markdown(settled))
+                self._live.update(self._draw_tail(), refresh=True)
+            case StreamFinished():
+                self._settle()
+                self._console.print(Text(self._figures(event), style="dim"))
+            case StreamFailed():
+                self.failure = event
+            case _:
+                pass
+
+    def _draw_tail(self) -> Markdown | Text:
+        """Return what may still change; of what is higher than the terminal, the end."""
+        tail, room = self._markdown.tail, self._console.height - 2
+        lines = tail.splitlines()
+        return Markdown(tail) if len(lines) <= room else Text("\n".join(lines[-room:]))
+
+    def _settle(self) -> None:
+        """Draw the rest for good. Idempotent."""
+        if self._live.is_started:
+            self._live.stop()
+        if rest := self._markdown.finish():
+            self._console.print(Markdown(rest))
+
+    def _figures(self, event: StreamFinished) -> str:
+        usage, seconds = event.usage, max(event.timings.total_ms / 1000, 1e-3)
+        told = f"{usage.completion_tokens} tokens, {usage.tokens_per_step:.1f} a step"
+        told += f", {usage.completion_tokens / seconds:,.0f} a second"
+        if event.reason == "length":
+            told += "; cut off at max_new_tokens"
+        elif event.reason == "cancelled":
+            told += "; stopped"
+        if self._is_empty and event.reason != "cancelled":
+            told = "the model ended its answer at once, without a word; " + told
+        return told
+
+
+@contextlib.asynccontextmanager
+async def _interruptible(session: Session) -> AsyncIterator[None]:
+    """Make Ctrl-C cancel the session, not the program."""
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(signal.SIGINT, session.cancel)
+    except (NotImplementedError, RuntimeError, ValueError):  # no such handlers here
+        yield
+        return
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+def _value(text: str) -> object:
+    """Return a parameter's value as JSON means it, a string where it is none."""
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(params: GenerationParams) -> str:
+    values = msgspec.structs.asdict(params)
+    width = max(map(len, values))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())
+
+
+def reader(history: Path) -> ReadLine:
+    """Return a reader of lines with history; Alt-Enter begins another line.
+
+    Raises:
+        InvalidParams: the history's folder cannot be written.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    try:
+        history.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidParams(
+            "history", str(history), f"a file that can be written ({error})"
+        ) from error
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    commands = WordCompleter([name.partition(" ")[0] for name in COMMANDS], sentence=True)
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(history)),
+        key_bindings=keys,
+        completer=commands,
+        complete_while_typing=False,
+        prompt_continuation="... ",
+    )
+    return lambda: session.prompt_async(">>> ")

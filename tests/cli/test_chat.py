@@ -1,0 +1,159 @@
+"""The terminal chat: what a person types, what is asked of the model, what is shown."""
+
+import io
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
+from d2f_runtime.engine import LocalEngine
+from d2f_stream import Engine, ModelNotFound
+from d2f_stream.terminal.chat import Chat
+from d2f_stream.terminal.markdown_stream import MarkdownStream
+from d2f_stream.terminal.transcript import Transcript
+
+
+class Typed:
+    """Lines as if typed one after the other; an exception among them is raised instead."""
+
+    def __init__(self, lines: Iterable[str | type[BaseException]]) -> None:
+        self._lines = iter(lines)
+
+    async def __call__(self) -> str:
+        line = next(self._lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+
+class Recorded(ByteCodec):
+    """A codec with a template that tells what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        self.asked.append([dict(message) for message in messages])
+        return super().render(messages)
+
+
+async def talk(
+    *lines: str | type[BaseException], backend: ScriptedBackend | None = None, system: str = ""
+) -> tuple[str, Recorded]:
+    codec = Recorded()
+    running = backend or ScriptedBackend("It is **eight**.\n")
+
+    @asynccontextmanager
+    async def opened(model: str | None) -> AsyncIterator[Engine]:
+        if model == "missing":
+            raise ModelNotFound("there is no model named missing")
+        async with LocalEngine.over(running, codec) as engine:
+            yield engine
+
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    await Chat(opened, Typed(lines), console=console, system=system).run(None)
+    assert isinstance(console.file, io.StringIO)
+    assert not running.open_slots
+    return console.file.getvalue(), codec
+
+
+async def test_turns_add_up_and_markdown_is_rendered() -> None:
+    shown, codec = await talk("Six and two?", "Why?", system="Be brief.")
+    assert shown.count("It is eight.") == 2
+    assert codec.asked[-1] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Six and two?"},
+        {"role": "assistant", "content": "It is **eight**.\n"},
+        {"role": "user", "content": "Why?"},
+    ]
+
+
+async def test_new_forgets_and_retry_asks_again() -> None:
+    _, codec = await talk("One?", "/retry", "/new", "Two?")
+    assert [[m["content"] for m in asked] for asked in codec.asked] == [
+        ["One?"],
+        ["One?"],
+        ["Two?"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/retry", "nothing was asked yet"),
+        ("/noise", "there is no command /noise"),
+        ("/set heat 3", "there is no parameter 'heat'"),
+        ("/set temperature hot", "temperature"),
+        ("/model missing", "there is no model named missing"),
+        ("/save", "/save needs a file name"),
+        ("/save /nowhere/chat.json", "/nowhere/chat.json"),
+    ],
+)
+async def test_mistake_is_told_and_the_chat_goes_on(line: str, said: str) -> None:
+    shown, codec = await talk(line, KeyboardInterrupt, "Still there?")
+    assert f"error: {said}" in shown or said in shown
+    assert len(codec.asked) == 1
+
+
+async def test_full_context_leaves_the_oldest_turns_out_and_says_so() -> None:
+    info = replace(SCRIPTED_INFO, max_len=128)
+    backend = ScriptedBackend("A" * 20 + "\n", info=info)
+    shown, codec = await talk("/set max_new_tokens 24", *["B" * 20] * 5, backend=backend)
+    assert "messages are left out from now on" in shown
+    assert codec.asked[-1][-1]["content"] == "B" * 20
+    assert len(codec.asked[-1]) < 9
+
+
+async def test_empty_answer_is_told() -> None:
+    shown, _ = await talk("Anything?", backend=ScriptedBackend(""))
+    assert "the model ended its answer at once" in shown
+
+
+async def test_chat_is_saved_as_json(tmp_path: Path) -> None:
+    await talk("Six and two?", f"/save {tmp_path / 'chat.json'}")
+    assert '"content": "Six and two?"' in (tmp_path / "chat.json").read_text()
+
+
+@given(
+    st.lists(
+        st.sampled_from(["# a\n", "b\n", "\n", "```\n", "| a |\n", "|---|\n", "- c\n", "1. d"])
+    ),
+    st.integers(min_value=1, max_value=7),
+)
+def test_settled_markdown_adds_up_and_ends_at_a_block(pieces: list[str], size: int) -> None:
+    text, stream, settled = "".join(pieces), MarkdownStream(), ""
+    for start in range(0, len(text), size):
+        settled += stream.append(text[start : start + size])
+    assert settled + stream.finish() == text
+
+
+def test_open_fence_is_not_settled() -> None:
+    stream = MarkdownStream()
+    assert stream.append("Look:\n\n```python\nprint(1)\n\n") == "Look:\n\n"
+    assert stream.append("print(2)\n```\n") == ""
+    assert stream.append("\nDone.") == "```python\nprint(1)\n\nprint(2)\n```\n\n"
+
+
+@given(st.lists(st.sampled_from(["ask", "answer", "forget", "retry", "withdraw", "clear"])))
+def test_transcript_always_ends_where_a_person_is(steps: list[str]) -> None:
+    chat = Transcript("s")
+    for step in steps:
+        is_asked = bool(chat.turns) and chat.turns[-1]["role"] == "user"
+        if step == "ask" and not is_asked:
+            chat.ask("q")
+        elif step == "answer" and is_asked:
+            chat.answer("a")
+        elif step == "retry" and chat.turns:
+            chat.retry()
+        elif step in {"forget", "withdraw", "clear"}:
+            getattr(chat, step)()
+        roles = [turn["role"] for turn in chat.turns]
+        assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
+        assert 0 <= chat.num_forgotten <= max(0, len(roles))
+        assert not chat.turns or len(chat.messages) >= 2 or roles[-1] == "assistant"
