@@ -1,0 +1,153 @@
+"""The command `d2f-stream models`: what is known, what is here, what fits, and getting it.
+
+Owns arguments and tables; names and sizes are the catalogue's, files the shelf's.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from d2f_runtime.models.catalogue import CATALOGUE, Entry, find, suggest
+from d2f_runtime.models.shelf import Kept, kept, pull, remove
+from d2f_stream.core.errors import ModelNotFound
+
+__all__ = ["add_arguments", "run"]
+
+GIB: Final = 2**30
+ORDER: Final = ("bf16", "fp8", "int8", "nf4")  # best first
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommands."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    commands.add_parser("list", help="the known models, and those that are on this machine")
+    show = commands.add_parser("show", help="one model: where it comes from, what it needs")
+    show.add_argument("name", help="a short name or a hub id, such as sdar:4b")
+    fetch = commands.add_parser("pull", help="fetch a model, and its adapter; resumes")
+    fetch.add_argument("name", help="a short name or a hub id")
+    drop = commands.add_parser("rm", help="delete a model from the hub's cache")
+    drop.add_argument("name", help="a short name or a hub id")
+    commands.add_parser("recommend", help="which models fit this machine, and how")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Run one subcommand; return what it says.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    match arguments.action:
+        case "list":
+            return listed(CATALOGUE, kept())
+        case "show":
+            return shown(_entry(arguments.name), {item.repo for item in kept()})
+        case "pull":
+            return _pull(arguments.name)
+        case "rm":
+            return _remove(arguments.name)
+        case _:
+            return recommended(CATALOGUE, gpu=_gpu_memory(), host=_host_memory())
+
+
+def listed(entries: Iterable[Entry], here: Sequence[Kept]) -> str:
+    """Return the table of known models and of others in the cache."""
+    sizes = {item.repo: item.size for item in here}
+    rows = [("name", "parameters", "on disk", "licence", "repository")]
+    known: set[str] = set()
+    for entry in entries:
+        known |= {entry.repo, entry.adapter or entry.repo}
+        at = sizes.get(entry.repo)
+        size = f"{at / 1e9:.1f} GB" if at is not None else "-"
+        rows.append((entry.name, f"{entry.parameters:.3g} B", size, entry.licence, entry.repo))
+    rows += [
+        ("-", "-", f"{item.size / 1e9:.1f} GB", "-", item.repo)
+        for item in here
+        if item.repo not in known
+    ]
+    return _table(rows)
+
+
+def shown(entry: Entry, here: set[str]) -> str:
+    """Return what is known of one model, a line each."""
+    facts = [
+        ("name", entry.name),
+        ("repository", entry.repo + (" (on this machine)" if entry.repo in here else "")),
+        ("family", entry.family),
+        ("licence", entry.licence),
+        ("parameters", f"{entry.parameters:.3g} billion"),
+        ("download", f"{entry.download():.1f} GB"),
+    ]
+    if entry.adapter is not None:
+        facts.append(("adapter", entry.adapter))
+    if entry.preset is not None:
+        facts.append(("preset", entry.preset))
+    facts += [
+        (f"memory, {name}", f"{entry.memory(name) / GIB:.1f} GiB with 4,096 tokens of context")
+        for name in ORDER
+    ]
+    return _table(facts)
+
+
+def recommended(entries: Iterable[Entry], *, gpu: int | None, host: int) -> str:
+    """Return which models fit, and in which quantisation.
+
+    Args:
+        entries: to choose from.
+        gpu: memory of the GPU, bytes; None is none.
+        host: memory of the machine, bytes.
+    """
+    room = host if gpu is None else gpu
+    rows = [("name", "runs as", "needs", "of")]
+    for entry in sorted(entries, key=lambda entry: -entry.parameters):
+        names = ORDER if gpu is not None else ("bf16",)
+        fitting = next((name for name in names if entry.memory(name) <= room), None)
+        needs = entry.memory(fitting or names[-1])
+        verdict = fitting or "does not fit"
+        rows.append((entry.name, verdict, f"{needs / GIB:.1f} GiB", f"{room / GIB:.1f} GiB"))
+    where = "this machine's memory (no CUDA GPU was found)" if gpu is None else "the GPU's memory"
+    return f"{_table(rows)}\n\nComputed from the models' sizes, against {where}; not measured."
+
+
+def _pull(name: str) -> str:
+    entry = find(name)
+    repos = [name] if entry is None else [entry.repo] + ([entry.adapter] if entry.adapter else [])
+    return "\n".join(f"{repo}: {pull(repo)}" for repo in repos)
+
+
+def _remove(name: str) -> str:
+    entry = find(name)
+    repo = name if entry is None else entry.repo
+    others = [e.name for e in CATALOGUE if e.repo == repo and e.name != (entry and entry.name)]
+    told = f"; {', '.join(others)} used the same files" if others else ""
+    return f"removed {repo}: {remove(repo) / 1e9:.1f} GB are free again{told}"
+
+
+def _entry(name: str) -> Entry:
+    entry = find(name)
+    if entry is None:
+        raise ModelNotFound(f"nothing is known of {name}{suggest(name)}")
+    return entry
+
+
+def _gpu_memory() -> int | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

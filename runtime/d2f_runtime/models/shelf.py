@@ -1,0 +1,83 @@
+"""Shelf: the models of the local hub cache, listed, fetched and removed. Knows huggingface_hub."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights
+from d2f_stream.core.errors import MissingExtra, ModelNotFound
+
+__all__ = ["Kept", "kept", "pull", "remove"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A repository in the cache: its id, its size in bytes, and when it was last read."""
+
+    repo: str
+    size: int
+    last_read: datetime
+
+
+def kept() -> list[Kept]:
+    """Return what the cache holds, by id; an empty list where there is no cache. Blocks.
+
+    Raises:
+        MissingExtra: huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+    except ImportError as error:
+        raise MissingExtra("the hub's cache", "huggingface_hub", "torch") from error
+    try:
+        found = scan_cache_dir()
+    except CacheNotFound:
+        return []
+    return sorted(
+        (
+            Kept(info.repo_id, info.size_on_disk, datetime.fromtimestamp(info.last_accessed, UTC))
+            for info in found.repos
+            if info.repo_type == "model"
+        ),
+        key=lambda item: item.repo.lower(),
+    )
+
+
+def pull(repo: str) -> str:
+    """Fetch a repository's description and weights; return its folder. Blocks; resumes.
+
+    What is already there is not fetched again. huggingface_hub shows the progress.
+
+    Raises:
+        ModelNotFound: there is no such repository, or it is not within reach.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    model = HubModel(*repo.split("@", 1))
+    folder = fetch_description(model)
+    fetch_weights(model, folder)
+    return str(folder)
+
+
+def remove(repo: str) -> int:
+    """Delete a repository from the cache; return the bytes that became free. Blocks.
+
+    Raises:
+        ModelNotFound: the cache does not hold it.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    if repo not in {item.repo for item in kept()}:
+        raise ModelNotFound(
+            f"the cache holds no {repo}; `d2f-stream models list` shows what it has"
+        )
+    from huggingface_hub import scan_cache_dir
+
+    found = scan_cache_dir()
+    commits = [
+        revision.commit_hash
+        for info in found.repos
+        if info.repo_id == repo and info.repo_type == "model"
+        for revision in info.revisions
+    ]
+    plan = found.delete_revisions(*commits)
+    plan.execute()
+    return plan.expected_freed_size

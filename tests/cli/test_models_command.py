@@ -1,0 +1,99 @@
+"""`d2f-stream models`: names, what fits, and the hub's cache on this machine."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from d2f_runtime.models.catalogue import BITS, CATALOGUE, find
+from d2f_runtime.models.shelf import Kept
+from d2f_stream import PRESETS, ModelNotFound
+from d2f_stream.terminal.models_command import listed, recommended, shown
+
+GIB = 2**30
+
+
+def test_names_are_unique_and_lower_case_and_what_they_name_exists() -> None:
+    assert len({entry.name for entry in CATALOGUE}) == len(CATALOGUE)
+    for entry in CATALOGUE:
+        assert entry.name == entry.name.lower()
+        assert entry.preset is None or entry.preset in PRESETS
+
+
+def test_less_exact_weights_take_less_memory() -> None:
+    for entry in CATALOGUE:
+        assert entry.memory("nf4") < entry.memory("fp8") == entry.memory("int8")
+        assert entry.memory("fp8") < entry.memory("bf16")
+    assert set(BITS) == {"bf16", "fp8", "int8", "nf4"}
+
+
+def test_llada_in_bf16_takes_what_its_tensors_add_up_to() -> None:
+    # 32 layers of 4 x 4096^2 + 3 x 4096 x 12288 and two tables of 126,464 rows, 2 bytes each.
+    weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 12288) + 2 * 126464 * 4096)
+    entry = find("llada:8b")
+    assert entry is not None
+    assert entry.memory("bf16", context=0) - (3 << 29) == pytest.approx(weights, rel=0.01)
+    assert entry.kv_bytes == 32 * 2 * 4096 * 2
+
+
+def test_name_is_found_whatever_its_case_and_by_its_repository() -> None:
+    assert find("SDAR:4B") == find("JetLM/SDAR-4B-Chat")
+    assert find("my/model") is None
+    assert find("./folder") is None
+
+
+def test_misspelt_name_is_answered_with_those_like_it() -> None:
+    with pytest.raises(ModelNotFound, match=r"'lada:8b'; did you mean .*llada:8b"):
+        find("lada:8b")
+    with pytest.raises(ModelNotFound, match="models list"):
+        find("zzz:99b")
+
+
+def test_list_tells_what_is_on_disk_known_or_not() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    here = [Kept("JetLM/SDAR-4B-Chat", 8_800_000_000, now), Kept("my/own", 1_000_000_000, now)]
+    lines = listed(CATALOGUE, here).splitlines()
+    assert any(line.startswith("sdar:4b") and "8.8 GB" in line for line in lines)
+    assert any(line.startswith("-") and line.endswith("my/own") for line in lines)
+
+
+def test_show_names_the_adapter_and_the_memory() -> None:
+    entry = find("d2f-llada:8b")
+    assert entry is not None
+    text = shown(entry, {entry.repo})
+    assert "SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora" in text
+    assert "(on this machine)" in text
+    assert "memory, nf4" in text
+
+
+def test_recommendation_takes_the_most_exact_that_fits() -> None:
+    def verdict(gpu: int | None, host: int = 64 * GIB) -> dict[str, str]:
+        rows = recommended(CATALOGUE, gpu=gpu, host=host).split("\n\n")[0].splitlines()[1:]
+        return {row.split()[0]: " ".join(row.split()[1:-4]) for row in rows}
+
+    assert verdict(80 * GIB)["llada:8b"] == "bf16"
+    assert verdict(16 * GIB)["llada:8b"] == "fp8"
+    assert verdict(10 * GIB)["llada:8b"] == "nf4"
+    assert verdict(6 * GIB)["llada:8b"] == "does not fit"
+    assert verdict(None, host=32 * GIB)["llada:8b"] == "bf16"
+
+
+def test_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from d2f_runtime.models.shelf import kept, remove
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert kept() == []
+    commit = "0" * 40
+    repo = tmp_path / "hub" / "models--my--own"
+    for folder in (repo / "blobs", repo / "snapshots" / commit, repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "blobs" / "abc").write_bytes(b"x" * 100)
+    (repo / "snapshots" / commit / "config.json").symlink_to(repo / "blobs" / "abc")
+    assert [(item.repo, item.size) for item in kept()] == [("my/own", 100)]
+    with pytest.raises(ModelNotFound, match="the cache holds no my/other"):
+        remove("my/other")
+    assert remove("my/own") == 100
+    assert kept() == []
