@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -129,7 +128,8 @@ def _gpus() -> list[str]:
 def note_origin(path: Path) -> None:
     """Append to a file of JSON lines where the next records come from."""
     from d2f_runtime.provenance import environment
+    from lab.records import command_of
 
-    command = shlex.join(["python", "-m", "lab.ablations", *sys.argv[1:]])
+    origin = environment(command_of("lab.ablations", sys.argv[1:]))
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**environment([]), "command": command}) + "\n")
+        file.write(json.dumps(origin) + "\n")

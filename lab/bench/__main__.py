@@ -1,4 +1,4 @@
-"""The benchmarks: d2f-stream bench COMMAND --output FILE, or python -m lab.bench."""
+"""The benchmarks: python -m lab.bench COMMAND --output FILE."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2f_runtime.provenance import write_record
+from lab.records import command_of, write_record
 
 if TYPE_CHECKING:
     from lab.bench.sweep_tasks import SweepTask
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, run the benchmark, print and record its results."""
-    parser = argparse.ArgumentParser(prog="d2f-stream bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     stream = commands.add_parser("stream", help="tokens/s of whole answers, side by side")
@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
     if arguments.output:
         given = sys.argv[1:] if argv is None else argv
-        write_record(arguments.output, arguments.command, results, arguments=given)
+        write_record(
+            arguments.output, arguments.command, results, command=command_of("lab.bench", given)
+        )
 
 
 def _add_stream(stream: argparse.ArgumentParser) -> None:
@@ -135,7 +137,12 @@ def _stream_shapes(arguments: argparse.Namespace) -> dict[str, Any]:
 def _note(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     """Record what there is, in case that the rest never comes."""
     if arguments.output:
-        write_record(arguments.output, arguments.command, results, arguments=sys.argv[1:])
+        write_record(
+            arguments.output,
+            arguments.command,
+            results,
+            command=command_of("lab.bench", sys.argv[1:]),
+        )
 
 
 def _overhead(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from d2f_runtime.backends.base import Backend
 from d2f_runtime.models.manifest import read_manifest
 from d2f_runtime.provenance import environment
 from d2f_runtime.text.tokenizer import Tokenizer
+from lab.records import command_of
 
 __all__ = ["agreement", "main"]
 
@@ -81,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_problems=arguments.problems,
         num_prompts=arguments.prompts,
     )
-    command = " ".join(["python", "-m", "lab.bench.agreement", *given])
-    origin = environment(given) | {"command": command}
+    origin = environment(command_of("lab.bench.agreement", given))
     text = json.dumps({"benchmark": "agreement", **origin, "results": results}, indent=2) + "\n"
     sys.stdout.write(text)
     if arguments.output:

@@ -9,7 +9,6 @@ every position of a sequence once: prompt, answer and padding.
 import argparse
 import itertools
 import json
-import shlex
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from d2f_export.distill.trainer import Trainer, available_bytes, open_accelerato
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.provenance import environment
 from lab.bench.step_models import SHAPES, random_model
+from lab.records import command_of
 
 __all__ = ["main"]
 
@@ -63,10 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(json.dumps(results[-1]), soft_wrap=True, highlight=False)
     if args.output is not None:
         given = list(argv) if argv is not None else []
-        origin = environment(given) | {
-            "command": shlex.join(["python", "-m", "lab.bench.distill", *given]),
-            "device": bench.device_name,
-        }
+        origin = environment(command_of("lab.bench.distill", given))
+        origin |= {"device": bench.device_name}
         record = {"benchmark": "distill", **origin, "results": results}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -18,8 +18,8 @@ from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.models.facts import ModelInfo
-from d2f_runtime.provenance import spread
 from d2f_stream.core.params import GenerationParams
+from lab.records import spread
 
 __all__ = ["overhead"]
 

@@ -16,10 +16,10 @@ from d2f_runtime.backends.fast_runner import FastRunner
 from d2f_runtime.backends.quantization_choice import QUANTIZATIONS
 from d2f_runtime.backends.torch_backend import QUANTIZED, TorchBackend
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.provenance import spread
 from d2f_stream.core.errors import InvalidParams
 from lab.bench.step_engine import time_engine
 from lab.bench.step_models import SHAPES, floor_bytes, random_model
+from lab.records import spread
 
 __all__ = ["StepSettings", "time_steps"]
 

@@ -17,8 +17,8 @@ from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.models.facts import ModelInfo
-from d2f_runtime.provenance import spread
 from d2f_stream.core.params import GenerationParams
+from lab.records import spread
 
 __all__ = ["time_engine"]
 

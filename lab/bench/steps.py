@@ -14,7 +14,7 @@ from pathlib import Path
 from d2f_runtime.backends import choose_backend, open_backend
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.provenance import spread
+from lab.records import spread
 
 __all__ = ["SHAPES", "Shape", "compare_steps", "step_times"]
 

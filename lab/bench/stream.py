@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import d2f_stream
-from d2f_runtime.provenance import spread
 from d2f_stream.core.params import ParamOverrides
+from lab.records import spread
 
 __all__ = ["Contender", "compare", "read_prompts"]
 

@@ -19,6 +19,7 @@ from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.session import Engine
 from lab.bench.sweep_grid import Setting
 from lab.bench.sweep_tasks import SweepTask
+from lab.records import command_of
 
 __all__ = ["COLUMNS", "Table", "sweep"]
 
@@ -125,7 +126,7 @@ async def sweep(
 
 def _note_origin(path: Path, command: Sequence[str]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment(command)) + "\n")
+        file.write(json.dumps(environment(command_of("lab.bench", command))) + "\n")
 
 
 def _progress(

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2f_runtime.provenance import environment
+from lab.records import command_of, write_record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,11 +82,7 @@ def _large(arguments: argparse.Namespace, note: Any) -> dict[str, Any]:
 
 
 def _record(path: Path, name: str, results: dict[str, Any], given: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "lab.onnx_bench", *given])
-    origin = environment([]) | {"command": command}
-    record = {"benchmark": f"onnx-{name}", **origin, "results": results}
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(path, f"onnx-{name}", results, command=command_of("lab.onnx_bench", given))
 
 
 if __name__ == "__main__":

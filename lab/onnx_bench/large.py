@@ -27,9 +27,9 @@ from d2f_runtime.backends.onnx_session import GRAPH_FILE, GRAPH_INTERFACE, nodes
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.manifest import FILE_NAME, FileInfo, OnnxInfo
-from d2f_runtime.provenance import spread
 from lab.bench.step import StepSettings, time_steps
 from lab.bench.step_models import SHAPES
+from lab.records import spread
 
 __all__ = ["LargeSettings", "time_large", "write_random"]
 

@@ -153,7 +153,7 @@ def _report(
     from d2f_runtime.models.manifest import FILE_NAME, VerificationInfo
     from d2f_runtime.provenance import environment
 
-    report = environment([]) | {"command": command, **found.to_dict()}
+    report = environment(command) | found.to_dict()
     text = page(report)
     sys.stdout.write(text)
     if arguments.output is not None:

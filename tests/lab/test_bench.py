@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.provenance import spread
 from lab.bench.__main__ import main
+from lab.records import spread
 
 
 def scripted_model(folder: Path, tokens_per_step: int) -> Path:
