@@ -20,6 +20,7 @@ from d2f_stream.core.events import (
     Draft,
     StreamFailed,
     StreamFinished,
+    StreamNames,
     StreamStarted,
 )
 from d2f_stream.wire.codec import JSON
@@ -86,9 +87,9 @@ class Conversation:
 
     # The reader's side: requests come and are given up.
 
-    def ask(self, request: Generate, buffer: EventBuffer) -> None:
+    def ask(self, request: Generate, buffer: EventBuffer, names: StreamNames | None = None) -> None:
         """Take a request on; `buffer` gets its events."""
-        self._asked[request.request_id] = _Asked(RemoteStream(request, buffer))
+        self._asked[request.request_id] = _Asked(RemoteStream(request, buffer, names))
         if self.up:
             self._post(request)
         else:

@@ -24,6 +24,7 @@ from d2f_stream.core.errors import (
     EngineClosed,
     Unauthorized,
 )
+from d2f_stream.core.events import StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 from d2f_stream.wire.codec import JSON, MSGPACK
@@ -153,6 +154,8 @@ class MqttEngine:
         self,
         prompt: Prompt,
         params: GenerationParams | None = None,
+        *,
+        names: StreamNames | None = None,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
@@ -167,7 +170,7 @@ class MqttEngine:
         defaults = None if self._card is None else self._card.params
         request = new_request(prompt, params, overrides, defaults=defaults)
         self._start()
-        session = self._exchange.ask(request)
+        session = self._exchange.ask(request, names)
         self._watch()
         return session
 

@@ -28,7 +28,15 @@ from d2f_stream.core.errors import (
     WorkerLost,
     error_from,
 )
-from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.events import (
+    Block,
+    Draft,
+    Event,
+    StreamFailed,
+    StreamFinished,
+    StreamNames,
+    StreamStarted,
+)
 from d2f_stream.core.session import Session
 from d2f_stream.wire.codec import Codec
 from d2f_stream.wire.protocol import Cancel, Generate, Operation, RequestRejected, Resume
@@ -75,7 +83,7 @@ class Exchange:
         """Requests that are not over."""
         return len(self._requests)
 
-    def ask(self, request: Generate) -> Session:
+    def ask(self, request: Generate, names: StreamNames | None = None) -> Session:
         """Send a request; the session reads its stream.
 
         Raises:
@@ -89,7 +97,7 @@ class Exchange:
             )
         cancel = partial(self._cancel, request.request_id)
         buffer = EventBuffer(cancel=cancel, pause=_go_on, resume=_go_on)
-        self._requests[request.request_id] = record = RemoteRequest(request, buffer)
+        self._requests[request.request_id] = record = RemoteRequest(request, buffer, names)
         self._send_request(record)
         return Session(buffer)
 

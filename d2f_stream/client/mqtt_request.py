@@ -13,6 +13,7 @@ from d2f_stream.core.events import (
     Event,
     StreamFailed,
     StreamFinished,
+    StreamNames,
     StreamStarted,
 )
 from d2f_stream.wire.protocol import Generate
@@ -32,8 +33,10 @@ class RemoteRequest:
         deadline: when a cancelled stream is ended on this side; None if it was not cancelled.
     """
 
-    def __init__(self, request: Generate, buffer: EventBuffer) -> None:
-        self.stream = RemoteStream(request, buffer)
+    def __init__(
+        self, request: Generate, buffer: EventBuffer, names: StreamNames | None = None
+    ) -> None:
+        self.stream = RemoteStream(request, buffer, names)
         self.node: str | None = None
         self.asked_after: int | None = None
         self.deadline: asyncio.TimerHandle | None = None

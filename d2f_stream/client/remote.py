@@ -17,6 +17,7 @@ from d2f_stream.core.events import (
     Event,
     StreamFailed,
     StreamFinished,
+    StreamNames,
     StreamStarted,
     Timings,
     Usage,
@@ -39,13 +40,17 @@ class RemoteStream:
     Args:
         request: what was asked.
         buffer: gets the events.
+        names: that the events are to carry instead of the server's and the request's.
     """
 
-    def __init__(self, request: Generate, buffer: EventBuffer) -> None:
+    def __init__(
+        self, request: Generate, buffer: EventBuffer, names: StreamNames | None = None
+    ) -> None:
         self.request = request
         self.stream_id: str | None = None
         self.last_seq = -1
         self._buffer = buffer
+        self._names = names
         self._prompt_tokens = 0
         self._first_block: Block | None = None
         self._last_block: Block | None = None
@@ -75,7 +80,7 @@ class RemoteStream:
             # The beginning of our own stream may be missing; that of a second one is not ours.
             return self.started
         if isinstance(event, Draft):
-            self._buffer.put(event)
+            self._put(event)
             return True
         if event.seq <= self.last_seq:
             return True
@@ -87,7 +92,7 @@ class RemoteStream:
         elif isinstance(event, Block):
             self._first_block = self._first_block or event
             self._last_block = event
-        self._buffer.put(event)
+        self._put(event)
         return True
 
     def fail(self, error: D2FError) -> None:
@@ -98,7 +103,7 @@ class RemoteStream:
             self._buffer.reject(error)
             return
         self.last_seq += 1
-        self._buffer.put(
+        self._put(
             StreamFailed(
                 stream=self.stream_id, seq=self.last_seq, code=error.code, message=str(error)
             )
@@ -107,7 +112,7 @@ class RemoteStream:
     def end(self, finished: StreamFinished) -> None:
         """End the stream with an event made on this side. Idempotent."""
         if not self.ended:
-            self._buffer.put(finished)
+            self._put(finished)
 
     def end_cancelled(self) -> None:
         """End the stream as cancelled from this side, with what has come. Idempotent."""
@@ -129,6 +134,13 @@ class RemoteStream:
                 ),
             )
         )
+
+    def _put(self, event: Event) -> None:
+        if self._names is not None:
+            event = msgspec.structs.replace(event, stream=self._names.stream)
+            if isinstance(event, StreamStarted):
+                event = msgspec.structs.replace(event, request_id=self._names.request)
+        self._buffer.put(event)
 
 
 def new_request(

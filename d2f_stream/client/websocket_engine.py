@@ -26,6 +26,7 @@ from d2f_stream.core.errors import (
     ProtocolError,
     ServerShuttingDown,
 )
+from d2f_stream.core.events import StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 from d2f_stream.wire.protocol import (
@@ -109,6 +110,8 @@ class RemoteEngine:
         self,
         prompt: Prompt,
         params: GenerationParams | None = None,
+        *,
+        names: StreamNames | None = None,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
@@ -116,6 +119,7 @@ class RemoteEngine:
         Args:
             prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
+            names: that the events carry instead of the server's.
             overrides: single fields, on top of either.
 
         Raises:
@@ -139,7 +143,7 @@ class RemoteEngine:
             pause=_go_on,
             resume=_go_on,
         )
-        self._conversation.ask(request, buffer)
+        self._conversation.ask(request, buffer, names)
         self._start()
         return Session(buffer)
 

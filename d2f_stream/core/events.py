@@ -4,7 +4,8 @@ Durable events carry a gapless `seq` from 0 per stream and can be replayed; draf
 may be dropped and carry none. The texts of a stream's `Block` events concatenate to its final text.
 """
 
-from typing import Literal
+import uuid
+from typing import Literal, NamedTuple, Self
 
 import msgspec
 
@@ -15,12 +16,29 @@ __all__ = [
     "FinishReason",
     "StreamFailed",
     "StreamFinished",
+    "StreamNames",
     "StreamStarted",
     "Timings",
     "Usage",
 ]
 
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
+
+
+class StreamNames(NamedTuple):
+    """What the events of one stream call it, and the request that it answers.
+
+    Whoever knows the stream's may read it from a server, so it must be hard to guess.
+    """
+
+    stream: str
+    request: str
+
+    @classmethod
+    def fresh(cls) -> Self:
+        """Return names that nobody else has."""
+        name = uuid.uuid4().hex
+        return cls(name, name)
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from d2f_stream.core.events import (
     FinishReason,
     StreamFailed,
     StreamFinished,
+    StreamNames,
     Timings,
     Usage,
 )
@@ -89,9 +90,11 @@ class Engine(Protocol):
         self,
         prompt: Prompt,
         params: GenerationParams | None = None,
+        *,
+        names: StreamNames | None = None,
         **overrides: Unpack[ParamOverrides],
     ) -> "Session":
-        """Start a request; the session streams its answer."""
+        """Start a request; the session streams its answer, under the given names."""
         ...
 
     async def __aenter__(self) -> Self:

@@ -8,7 +8,7 @@ import pytest
 from d2f_runtime.backends.scripted import EOS_ID, MASK_ID, ByteCodec, ScriptedBackend, StepGate
 from d2f_runtime.engine.local import Limits
 from d2f_stream.core.errors import InvalidParams, InvalidPrompt, PromptTooLong
-from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
+from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamNames, StreamStarted
 from d2f_stream.core.session import Prompt, Session
 from fakes import ANSWER, engine_over, info, params, texts
 
@@ -40,6 +40,20 @@ async def test_stream_starts_commits_and_finishes() -> None:
     assert (end.usage.prompt_tokens, end.usage.completion_tokens) == (2, 13)
     assert end.usage.steps == second.steps
     assert end.timings.first_block_ms == first.elapsed_ms
+
+
+async def test_events_carry_the_names_that_the_request_brings() -> None:
+    names = StreamNames("stream-1", "request-1")
+    gate = StepGate()
+    async with engine_over(ScriptedBackend("twelve bytes", gate=gate)) as engine:
+        session = engine.generate("hi", names=names, drafts=True)
+        with pytest.raises(ValueError, match="another stream of this engine is called 'stream-1'"):
+            engine.generate("hi", names=names)
+        gate.open()
+        first, *rest = await every_event(session)
+    assert isinstance(first, StreamStarted)
+    assert (first.stream, first.request_id) == names
+    assert {event.stream for event in rest} == {"stream-1"}
 
 
 async def test_answer_that_does_not_end_is_cut_at_max_new_tokens() -> None:

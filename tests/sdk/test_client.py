@@ -25,7 +25,7 @@ from d2f_stream.core.errors import (
     TooManyStreams,
     Unauthorized,
 )
-from d2f_stream.core.events import Draft
+from d2f_stream.core.events import Draft, StreamNames, StreamStarted
 from d2f_stream.core.session import Session
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
@@ -122,6 +122,15 @@ async def test_stream_goes_on_where_its_connection_broke() -> None:
         assert first.text + "".join(await texts(session)) == ANSWER
         assert len(net.dialled) == 2
         assert list(net.notes.started.values()) == [1]
+
+
+async def test_events_carry_the_names_that_the_request_brings() -> None:
+    async with connected(ScriptedBackend(ANSWER)) as engine:
+        session = engine.generate("hi", names=StreamNames("mine", "asked"), drafts=True)
+        first, *rest = [event async for event in session.events()]
+    assert isinstance(first, StreamStarted)
+    assert (first.stream, first.request_id) == ("mine", "asked")
+    assert {event.stream for event in rest} == {"mine"}
 
 
 async def test_request_that_had_not_started_is_sent_again_under_its_id() -> None:

@@ -42,7 +42,6 @@ def test_overrides_are_exactly_the_fields() -> None:
         ("stop_at_eos", "later"),
         ("tail", "keep"),
         ("sub_block_size", -1),
-        ("acceptance", "each"),
         ("sub_block_size", 1025),
     ],
 )

@@ -19,7 +19,7 @@ from d2f_stream.core.errors import (
     StreamLost,
     TooManyStreams,
 )
-from d2f_stream.core.events import Event, StreamStarted
+from d2f_stream.core.events import Event, StreamNames
 from d2f_stream.core.session import Engine, Prompt, Session
 from d2f_stream.server.limits import RateLimit, ServeLimits
 from d2f_stream.server.streams.served_stream import ServedStream
@@ -185,7 +185,8 @@ class StreamRegistry:
         self._rate.take(client, asyncio.get_running_loop().time())
         stream = ServedStream(request, client=client, max_new_tokens=params.max_new_tokens)
         # Not the parameters as a whole: what a request leaves open may yield to what must fit.
-        session = self.engine.generate(_prompt_of(request), **overrides)
+        names = StreamNames(stream.id, stream.request_id)
+        session = self.engine.generate(_prompt_of(request), names=names, **overrides)
         stream.begin(session)
         self._evict(excess)  # only now: a request that is refused must cost others nothing
         self._streams[stream.id] = stream
@@ -242,10 +243,9 @@ class StreamRegistry:
         """Drain a session into its stream's log; return why it was turned away, if it was."""
         try:
             async for event in session.events():
-                named = _named(event, stream)
-                stream.put(named)
+                stream.put(event)
                 if self._observer is not None:
-                    self._observer.on_event(stream, named)
+                    self._observer.on_event(stream, event)
         except D2FError as error:
             return error
         return None
@@ -274,13 +274,6 @@ class StreamRegistry:
         if self._streams.pop(stream.id, None) is not None:
             del self._requests[stream.client, stream.request_id]
             self._retained_tokens -= stream.max_new_tokens
-
-
-def _named(event: Event, stream: ServedStream) -> Event:
-    """Return an engine's event under the names that clients know."""
-    if isinstance(event, StreamStarted):
-        return msgspec.structs.replace(event, stream=stream.id, request_id=stream.request_id)
-    return msgspec.structs.replace(event, stream=stream.id)
 
 
 def _prompt_of(request: Generate) -> Prompt:

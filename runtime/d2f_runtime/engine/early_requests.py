@@ -31,6 +31,9 @@ class EarlyRequests:
     def __len__(self) -> int:
         return len(self._requests)
 
+    def __contains__(self, stream_id: StreamId) -> bool:
+        return stream_id in self._requests
+
     def put(self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer) -> None:
         """Take a request on."""
         self._requests[stream_id] = _Request(prepare, buffer)

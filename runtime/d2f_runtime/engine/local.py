@@ -7,7 +7,6 @@ model runs on is behind `backends.base`.
 import asyncio
 import logging
 import operator
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -29,6 +28,7 @@ from d2f_stream.core.errors import (
     MessageTooLarge,
     PromptTooLong,
 )
+from d2f_stream.core.events import StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 
@@ -110,6 +110,8 @@ class LocalEngine:
         self,
         prompt: Prompt,
         params: GenerationParams | None = None,
+        *,
+        names: StreamNames | None = None,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
@@ -117,6 +119,7 @@ class LocalEngine:
         Args:
             prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
+            names: that the events carry; no other stream of the engine may have them.
             overrides: single fields, on top of either. Where neither says max_new_tokens, the
                 model's default is what the answer gets at most: less where the prompt leaves less.
 
@@ -127,7 +130,8 @@ class LocalEngine:
             EngineFailed: the backend failed before.
         """
         self._check_open()
-        stream_id = StreamId(uuid.uuid4().hex)
+        given = names or StreamNames.fresh()
+        stream_id = StreamId(given.stream)
         steps = self._steps
         buffer = EventBuffer(
             cancel=partial(steps.cancel, stream_id),
@@ -141,7 +145,7 @@ class LocalEngine:
             tokens = _encode(prompt, parts.codec, parts.info)
             fitted = _fitted(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
             return Stream(
-                stream_id,
+                given,
                 prompt_tokens=tokens,
                 params=fitted,
                 info=parts.info,

@@ -96,7 +96,10 @@ class StepLoop:
 
         Raises:
             D2FError: the request is refused; while the model is loading, `buffer` gets that.
+            ValueError: another stream has the id.
         """
+        if stream_id in self._streams or stream_id in self._early:
+            raise ValueError(f"another stream of this engine is called {stream_id!r}")
         if self.parts is None:
             self._early.put(stream_id, prepare, buffer)
         else:

@@ -23,6 +23,7 @@ from d2f_stream.core.events import (
     FinishReason,
     StreamFailed,
     StreamFinished,
+    StreamNames,
     StreamStarted,
     Timings,
     Usage,
@@ -40,7 +41,7 @@ class Stream:
     """Decodes one answer and puts its events into a buffer.
 
     Attributes:
-        id: also the request's id.
+        id: the stream's name.
         denoiser: for the device thread.
         slot: the backend's storage, while it has one; kept by the step loop.
         outcome: why the stream is to end, once that is decided; the terminal event follows.
@@ -51,7 +52,7 @@ class Stream:
 
     def __init__(
         self,
-        stream_id: StreamId,
+        names: StreamNames,
         *,
         prompt_tokens: Sequence[int],
         params: GenerationParams,
@@ -59,11 +60,12 @@ class Stream:
         decode: Decode,
         buffer: EventBuffer,
     ) -> None:
-        self.id = stream_id
+        self.id = StreamId(names.stream)
         self.slot: Slot | None = None
         self.outcome: FinishReason | D2FError | None = None
         self.params = params
         self.num_prompt_tokens = len(prompt_tokens)
+        self._request_id = names.request
         self._info = info
         self._buffer = buffer
         self.denoiser = Denoiser(prompt_tokens=prompt_tokens, params=params, info=info)
@@ -109,7 +111,7 @@ class Stream:
             StreamStarted(
                 stream=self.id,
                 seq=self._next_seq(),
-                request_id=self.id,
+                request_id=self._request_id,
                 model=self._info.name,
                 block_size=self.block_size,
                 prompt_tokens=self.num_prompt_tokens,
