@@ -1,8 +1,8 @@
-"""The command line: `d2f-stream generate`, `serve`, `doctor` and the offline commands.
+"""The command line: what `d2f-stream` does, command by command.
 
-Owns arguments, output and exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody
-reads the output. Generation is left to the SDK, output to views.py and canvas.py, serving to
-server/command.py, diagnosis to doctor.py.
+Owns output and exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads the
+output. Arguments are those of terminal/arguments.py; generation is left to the SDK, output to
+terminal/views.py and canvas.py, serving to server/command.py, diagnosis to terminal/doctor.py.
 """
 
 import argparse
@@ -13,18 +13,27 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Final, Protocol, cast
+from functools import partial
+from typing import Final, Protocol
 
 import msgspec
 
-from d2f_stream import __version__
-from d2f_stream.core.errors import D2FError, InvalidPrompt, InvalidRequest
-from d2f_stream.core.events import StreamFailed
+from d2f_stream.core.errors import (
+    D2FError,
+    InvalidPrompt,
+    InvalidRequest,
+    MissingExtra,
+    NoChatTemplate,
+)
+from d2f_stream.core.events import Event, StreamFailed
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine
 from d2f_stream.server import command
+from d2f_stream.terminal import models_command
+from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, check_command, overrides_of
+from d2f_stream.terminal.config import Config, config_path, data_folder
 from d2f_stream.terminal.pacing import paced
 from d2f_stream.terminal.views import JsonView, TextView, View
 
@@ -34,13 +43,6 @@ FAILED: Final = 1
 BAD_INPUT: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
-
-ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
-    "eval": "d2f_runtime.evaluation.__main__:main",
-    "distill": "d2f_export.distill.command:main",
-    "export": "d2f_export.onnx.command:run_export",
-    "verify": "d2f_export.onnx.command:run_verify",
-}
 
 
 class Loader(Protocol):
@@ -70,7 +72,9 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
     given = list(sys.argv[1:] if argv is None else argv)
     if given and given[0] in ELSEWHERE:  # their arguments are their own
         return _run_elsewhere(given[0], given[1:])
-    args = build_parser().parse_args(given)
+    parser = build_parser()
+    check_command(given, parser)
+    args = parser.parse_args(given)
     # What the SDK logs comes back as an error, which is one line here.
     logging.getLogger("d2f_stream").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
@@ -79,8 +83,23 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
     try:
         if args.command == "doctor":
             return _doctor(as_json=args.json)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        if args.command == "completion":
+            return _completion(args.shell, parser)
+        if args.command == "models":
+            print(models_command.run(args))
+            return 0
+        config = Config(config_path(os.environ))
+        if args.command == "config":
+            return _config(args, config)
+        if args.model is None:
+            args.model = config.get("server") or config.get("model")
         if args.command == "serve":
             return command.run(args)
+        if args.command == "chat":
+            return asyncio.run(_chat(args, load or _default_load()))
         return asyncio.run(_generate(args, _prompt(args.prompt), load or _default_load()))
     except D2FError as exc:
         _complain(str(exc))
@@ -109,6 +128,19 @@ def _run_elsewhere(command: str, arguments: list[str]) -> int:
         return INTERRUPTED
 
 
+def _opened(
+    args: argparse.Namespace, load: Loader, model: str | None = None
+) -> AbstractAsyncContextManager[Engine]:
+    return load(
+        model or args.model,
+        adapter=args.adapter,
+        backend=args.backend,
+        quantization=args.quantization,
+        device=args.device,
+        kv_tokens=args.kv_tokens,
+    )
+
+
 async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
     overrides = overrides_of(args)
     GenerationParams().with_overrides(overrides)  # complain before the model loads
@@ -117,25 +149,70 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
         overrides["drafts"] = True
     failure: StreamFailed | None = None
     with view:
-        opening = load(
-            args.model,
-            adapter=args.adapter,
-            backend=args.backend,
-            quantization=args.quantization,
-            device=args.device,
-            kv_tokens=args.kv_tokens,
-        )
-        async with opening as engine, engine.generate(prompt, **overrides) as session:
-            events = session.events()
-            if args.pace and not isinstance(view, TextView | JsonView):
-                events = paced(events, args.pace)
-            async for event in events:
-                view.apply(event)
-                if isinstance(event, StreamFailed):
-                    failure = event
+        async with _opened(args, load) as engine:
+            answer = _answer(engine, prompt, overrides, raw=args.raw, system=args.system)
+            async with contextlib.aclosing(answer) as events:
+                shown: AsyncIterator[Event] = events
+                if args.pace and not isinstance(view, TextView | JsonView):
+                    shown = paced(events, args.pace)
+                async for event in shown:
+                    view.apply(event)
+                    if isinstance(event, StreamFailed):
+                        failure = event
     if failure is not None:
         _complain(failure.message)
     return FAILED if failure else 0
+
+
+async def _answer(
+    engine: Engine, prompt: str, overrides: ParamOverrides, *, raw: bool, system: str
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of an answer: through the chat template where the model has one."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    if not raw:
+        try:
+            async with engine.generate(messages, **overrides) as session:
+                async for event in session.events():
+                    yield event
+            return
+        except NoChatTemplate:
+            if system:
+                raise
+    async with engine.generate(prompt, **overrides) as session:
+        async for event in session.events():
+            yield event
+
+
+async def _chat(args: argparse.Namespace, load: Loader) -> int:
+    try:
+        from d2f_stream.terminal.chat import Chat, console_and_reader
+    except ModuleNotFoundError as error:
+        raise MissingExtra("the chat", error.name or "prompt_toolkit", "chat") from error
+    overrides = overrides_of(args)
+    GenerationParams().with_overrides(overrides)  # complain before the model loads
+    console, read_line = console_and_reader(data_folder(os.environ) / "history")
+    opened = partial(_opened, args, load)
+    chat = Chat(opened, read_line, console=console, overrides=overrides, system=args.system)
+    await chat.run(None)
+    return 0
+
+
+def _config(args: argparse.Namespace, config: Config) -> int:
+    if args.action == "show":
+        print(config.describe())
+    else:
+        config.set(args.key, args.value if args.action == "set" else None)
+    return 0
+
+
+def _completion(shell: str, parser: argparse.ArgumentParser) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise MissingExtra("shell completion", "shtab", "chat") from error
+    print(shtab.complete(parser, shell=shell))
+    return 0
 
 
 def _doctor(*, as_json: bool) -> int:
@@ -165,93 +242,11 @@ def _view(args: argparse.Namespace, prompt: str) -> View:
     return TextView()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands that exist."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream",
-        description="Stream whole blocks of text from block-diffusion language models.",
-    )
-    parser.add_argument("--version", action="version", version=f"d2f-stream {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_generate(commands.add_parser("generate", help="answer a prompt, block by block"))
-    command.add_arguments(commands.add_parser("serve", help="serve a model to many clients"))
-    doctor = commands.add_parser("doctor", help="say what is installed and which backends work")
-    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    commands.add_parser("eval", help="run tasks of lm-evaluation-harness", add_help=False)
-    commands.add_parser("distill", help="train a D2F student of a diffusion model", add_help=False)
-    commands.add_parser("export", help="write a model as a folder for onnxruntime", add_help=False)
-    commands.add_parser("verify", help="compare such a folder with its checkpoint", add_help=False)
-    return parser
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="the prompt, verbatim; - reads it from standard input")
-    parser.add_argument(
-        "--model", help="a folder, a hub id or a server's address (default: the embedded model)"
-    )
-    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
-    parser.add_argument("--backend", choices=("auto", "onnx", "torch"), default="auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quantization", default="auto", metavar="NAME")
-    parser.add_argument(
-        "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON event per line")
-    output.add_argument("--no-canvas", action="store_true", help="plain text in a terminal too")
-    output.add_argument(
-        "--pace",
-        type=_seconds,
-        default=0.0,
-        metavar="S",
-        help="show each step on the canvas for S seconds; the figures stay the real ones",
-    )
-    _add_params(parser.add_argument_group("decoding (the defaults are the model's own)"))
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 60.0:  # False for NaN too
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 60 seconds")
-    return value
-
-
-def _add_params(group: "argparse._ArgumentGroup") -> None:
-    def add(flag: str, kind: type, field: str, metavar: str, text: str) -> None:
-        group.add_argument(
-            flag, type=kind, dest=field, metavar=metavar, help=text, default=argparse.SUPPRESS
-        )
-
-    add("--max-new-tokens", int, "max_new_tokens", "N", "upper bound of the answer")
-    add("--block-size", int, "block_size", "N", "positions denoised together")
-    add("--confidence", float, "confidence_threshold", "X", "accept proposals above this")
-    add("--add", float, "add_threshold", "X", "share of a block filled before the next joins")
-    add("--activate", float, "activate_threshold", "X", "share filled before the next must accept")
-    add("--max-active-blocks", int, "max_active_blocks", "N", "blocks at once; 0 is unbounded")
-    add("--temperature", float, "temperature", "X", "0 is greedy")
-    add("--top-p", float, "top_p", "X", "nucleus mass")
-    add("--seed", int, "seed", "N", "of the sampling noise")
-    group.add_argument(
-        "--stop",
-        action="append",
-        metavar="S",
-        default=argparse.SUPPRESS,
-        help="a string that ends the answer; may be given several times",
-    )
-
-
-def overrides_of(args: argparse.Namespace) -> ParamOverrides:
-    """Return the generation parameters that were given, and only those."""
-    given = vars(args)
-    fields = {name: given[name] for name in ParamOverrides.__annotations__ if name in given}
-    if fields.get("max_active_blocks") == 0:
-        fields["max_active_blocks"] = None
-    return cast(ParamOverrides, fields)
-
-
-def _prompt(given: str) -> str:
+def _prompt(given: str | None) -> str:
+    if given is None and sys.stdin.isatty():
+        raise InvalidPrompt("no prompt was given; pass one, or pipe a text in")
     try:
-        prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        prompt = sys.stdin.read().removesuffix("\n") if given in (None, "-") else given
         prompt.encode()  # bytes that are no text reach Python as lone surrogates
     except UnicodeError as exc:
         raise InvalidPrompt(f"the prompt is not valid text: {exc}") from exc

@@ -17,6 +17,6 @@ test_python() {
     return
   fi
   make_venv "$root/.venv-test" "$torch" hatchling hatch-fancy-pypi-readme \
-    -e "${root}[dev,edge,torch,export,serve,client,mqtt,eval]" >&2 || return
+    -e "${root}[dev,chat,edge,torch,export,serve,client,mqtt,eval]" >&2 || return
   printf '%s\n' "$root/.venv-test/bin/python"
 }

@@ -46,6 +46,7 @@ __all__ = [
     "ModelDamaged",
     "ModelError",
     "ModelNotFound",
+    "NoChatTemplate",
     "OutOfCapacity",
     "PromptTooLong",
     "ProtocolError",
@@ -90,6 +91,12 @@ class InvalidPrompt(InvalidRequest):
     """The prompt is empty or not of a supported shape."""
 
     code = "invalid_prompt"
+
+
+class NoChatTemplate(InvalidPrompt):
+    """Messages were given to a model without a chat template; it takes one string."""
+
+    code = "no_chat_template"
 
 
 class PromptTooLong(InvalidRequest):

@@ -26,7 +26,7 @@ from d2f_stream.terminal.markdown_stream import MarkdownStream
 from d2f_stream.terminal.transcript import Transcript
 from d2f_stream.terminal.views import printable
 
-__all__ = ["COMMANDS", "Chat"]
+__all__ = ["COMMANDS", "Chat", "console_and_reader"]
 
 Open = Callable[[str | None], AbstractAsyncContextManager[Engine]]
 ReadLine = Callable[[], Awaitable[str]]
@@ -305,8 +305,8 @@ def _listed(params: GenerationParams) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())
 
 
-def reader(history: Path) -> ReadLine:
-    """Return a reader of lines with history; Alt-Enter begins another line.
+def console_and_reader(history: Path) -> tuple[Console, ReadLine]:
+    """Return the terminal to draw on, and a reader of lines; Alt-Enter begins another line.
 
     Raises:
         InvalidParams: the history's folder cannot be written.
@@ -336,4 +336,4 @@ def reader(history: Path) -> ReadLine:
         complete_while_typing=False,
         prompt_continuation="... ",
     )
-    return lambda: session.prompt_async(">>> ")
+    return Console(highlight=False), lambda: session.prompt_async(">>> ")

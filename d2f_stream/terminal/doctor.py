@@ -25,6 +25,7 @@ BRINGS: Final = {
     "export": "training, distillation and ONNX export (d2f-stream export, verify)",
     "serve": "d2f-stream serve: websocket, OpenAI's API, metrics, the chat page",
     "client": "connect() to a server's websocket",
+    "chat": "d2f-stream chat, shell completion",
     "mqtt": "servers and clients behind an MQTT broker",
     "eval": "d2f-stream eval: tasks of lm-evaluation-harness",
 }

@@ -4,15 +4,17 @@ import io
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
+from d2f_runtime.engine import LocalEngine
 from d2f_stream import __version__, cli
-from d2f_stream.core.errors import MissingExtra, ModelNotFound
+from d2f_stream.core.errors import MissingExtra, ModelNotFound, NoChatTemplate
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
 from scripted_cli import ANSWER, ScriptedLoad
 
@@ -76,7 +78,7 @@ def test_dash_reads_the_prompt_from_standard_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("What now?\n"))
     load = ScriptedLoad(ScriptedBackend({"What now?": "Rest."}))
-    assert generate("-", load=load) == 0
+    assert generate("-", "--raw", load=load) == 0
     assert capsys.readouterr().out == "Rest.\n"
 
 
@@ -210,7 +212,7 @@ def test_version(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["sing"], ["generate"], ["generate", "?", "--seed", "x"]]
+    "arguments", [["sing"], ["generate", "--model"], ["generate", "?", "--seed", "x"]]
 )
 def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -219,9 +221,98 @@ def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: Capture)
     assert capsys.readouterr().err.startswith("usage: d2f-stream")
 
 
+def test_no_command_prints_the_help(capsys: Capture) -> None:
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: d2f-stream")
+
+
+def test_misspelt_command_is_answered_with_the_one_that_was_meant(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generat", "?"])
+    assert "there is no command 'generat'; did you mean generate?" in capsys.readouterr().err
+
+
+def test_prompt_goes_through_the_chat_template_unless_it_is_raw(capsys: Capture) -> None:
+    templated = "system: Be brief.\nuser: How many?\nassistant: "
+    load = ScriptedLoad(ScriptedBackend({templated: "Eight.", "How many?": "Raw."}))
+    generate("How many?", "--system", "Be brief.", load=load)
+    generate("How many?", "--raw", load=load)
+    assert capsys.readouterr().out == "Eight.\nRaw.\n"
+
+
+def test_model_without_a_template_gets_the_prompt_itself(capsys: Capture) -> None:
+    class Plain(ByteCodec):
+        def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+            raise NoChatTemplate("the model has no chat template")
+
+    class Load(ScriptedLoad):
+        def __call__(self, *arguments: Any, **options: Any) -> LocalEngine:
+            return LocalEngine.over(self.backend, Plain())
+
+    backend = ScriptedBackend({"How many?": "Eight."})
+    assert generate("How many?", load=Load(backend)) == 0
+    assert capsys.readouterr().out == "Eight.\n"
+    assert generate("How many?", "--system", "Be brief.", load=Load(backend)) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_pipe_is_read_without_a_dash(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
+    assert generate("--raw", load=ScriptedLoad(ScriptedBackend({"How many?": "Eight."}))) == 0
+    assert capsys.readouterr().out == "Eight.\n"
+
+
+def test_default_model_is_that_of_the_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert cli.main(["config", "set", "model", "some/model"]) == 0
+    assert cli.main(["config", "set", "token", "secret"]) == 0
+    capsys.readouterr()
+    cli.main(["config", "show"])
+    shown = capsys.readouterr().out
+    assert "some/model" in shown
+    assert "secret" not in shown
+    assert (tmp_path / "d2f-stream" / "config.toml").stat().st_mode & 0o077 == 0
+    load = ScriptedLoad()
+    generate("?", load=load)
+    generate("?", "-m", "other", load=load)
+    cli.main(["config", "unset", "model"])
+    generate("?", load=load)
+    assert [asked[0] for asked in load.asked] == ["some/model", "other", None]
+
+
+@pytest.mark.parametrize("text", ["model = ", "model = 3\n", 'modle = "x"\n'])
+def test_broken_config_file_is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "d2f-stream").mkdir()
+    (tmp_path / "d2f-stream" / "config.toml").write_text(text)
+    assert generate("?") == 2
+    assert "config.toml" in capsys.readouterr().err
+
+
+def test_completion_script_knows_the_commands(capsys: Capture) -> None:
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", "bash"]) == 0
+    assert "recommend" in capsys.readouterr().out
+
+
 def test_help_lists_the_commands_that_exist(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     output = capsys.readouterr().out
-    names = ("generate", "serve", "doctor", "eval", "distill", "export", "verify")
+    names = (
+        "chat",
+        "generate",
+        "models",
+        "config",
+        "serve",
+        "doctor",
+        "eval",
+        "distill",
+        "export",
+        "verify",
+    )
     assert [name for name in names if f"\n    {name} " not in output] == []

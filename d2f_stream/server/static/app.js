@@ -60,7 +60,7 @@ async function run(turn, view) {
   try {
     for await (const event of mine.stream) receive(event, mine);
   } catch (error) {
-    if (error.code === "invalid_prompt" && takesMessages) {
+    if (error.code === "no_chat_template" && takesMessages) {
       takesMessages = false;
       turn.requestId = newRequestId();
       conversation.save();

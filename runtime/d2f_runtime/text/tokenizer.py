@@ -17,6 +17,7 @@ from d2f_stream.core.errors import (
     MissingExtra,
     ModelDamaged,
     ModelNotFound,
+    NoChatTemplate,
     UnsupportedModel,
 )
 
@@ -109,10 +110,11 @@ class Tokenizer:
         """Return the prompt for an answer to the messages.
 
         Raises:
-            InvalidPrompt: the model has no chat template, or it refuses these messages.
+            NoChatTemplate: the model has none.
+            InvalidPrompt: its template refuses these messages.
         """
         if self._render is None:
-            raise InvalidPrompt("the model has no chat template; pass the prompt as one string")
+            raise NoChatTemplate("the model has no chat template; pass the prompt as one string")
         from jinja2 import TemplateError
 
         try:
