@@ -47,7 +47,8 @@ ROOMS: dict[str, set[str]] = {
     | SDK
     | RUNTIME
     | {"d2f_export"},
-    "d2f_stream.terminal": {"d2f_stream", "d2f_stream.api", CORE} | RUNTIME,
+    "d2f_stream.__main__": {"d2f_stream.cli"},
+    "d2f_stream.terminal": {"d2f_stream", "d2f_stream.api", "d2f_stream.server", CORE} | RUNTIME,
     "d2f_stream": {CORE, "d2f_stream.api"},
     "d2f_runtime.decoding": {CORE},
     "d2f_runtime.kernels": MODEL,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import d2f_runtime.models
-from d2f_runtime.engine.opening import embedded_folder, open_engine, shared_engine
+from d2f_runtime.engine.opening import _key, embedded_folder, open_engine, shared_engine
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound
 
 SCRIPT = json.dumps({"answers": "abc"}).encode()
@@ -86,3 +86,20 @@ async def test_shared_engine_that_was_closed_is_replaced(tmp_path: Path) -> None
     closed = shared_engine(write_model(tmp_path))
     await closed.close()
     assert (await shared_engine(tmp_path).generate("hi").result()).text == "abc"
+
+
+async def test_embedded_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(d2f_runtime.models, "__path__", [str(tmp_path)])
+    (tmp_path / "embedded").mkdir()
+    write_model(tmp_path / "embedded")
+    assert (await shared_engine("word-problems").generate("hi").result()).text == "abc"
+
+
+def test_name_stands_for_a_repository_and_its_adapter() -> None:
+    key = _key("d2f-llada:8b", backend="auto", quantization="auto", device="auto")
+    assert str(key.path) == "GSAI-ML/LLaDA-8B-Instruct"
+    assert str(key.adapter) == "SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora"
+    plain = _key("GSAI-ML/LLaDA-8B-Instruct", backend="auto", quantization="auto", device="auto")
+    assert plain.adapter is None
+    with pytest.raises(ModelNotFound, match="did you mean d2f-llada:8b"):
+        _key("d2f-lada:8b", backend="auto", quantization="auto", device="auto")

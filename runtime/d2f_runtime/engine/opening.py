@@ -13,6 +13,7 @@ from d2f_runtime.backends import check_backend, choose_backend, open_backend
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
+from d2f_runtime.models.catalogue import named
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.manifest import FILE_NAME, read_manifest, verify_files
@@ -23,6 +24,7 @@ from d2f_stream.core.params import GenerationParams
 
 __all__ = ["embedded_folder", "open_engine", "shared_engine"]
 
+EMBEDDED: Final = "word-problems"  # its name, where another model is the default
 MAX_HASH_BYTES: Final = 1 << 28  # larger files take longer to hash than to load
 
 _shared: Final[dict[asyncio.AbstractEventLoop, dict[ModelKey, LocalEngine]]] = {}
@@ -122,7 +124,12 @@ def _key(
 ) -> ModelKey:
     if isinstance(model, str) and "://" in model:
         raise UnsupportedModel(f"{model} is a server; what runs here is a folder or a hub id")
+    if model == EMBEDDED and not Path(model).exists():
+        model = None
     path = embedded_folder() if model is None else locate(model)
+    if adapter is None and isinstance(path, HubModel) and isinstance(model, str):
+        entry = named(model)  # a name stands for a model with the adapter it is meant to have
+        adapter = None if entry is None else entry.adapter
     if isinstance(path, HubModel):
         check_backend(backend)
         name = backend  # "auto" is decided by the files, once they are here

@@ -10,7 +10,7 @@ from typing import Final
 
 from d2f_stream.core.errors import ModelNotFound
 
-__all__ = ["CATALOGUE", "Entry", "find", "suggest"]
+__all__ = ["CATALOGUE", "Entry", "find", "named", "suggest"]
 
 BITS: Final = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.127}
 """Bits of a weight in a layer; nf4 with its block scales, themselves quantised."""
@@ -92,19 +92,27 @@ CATALOGUE: Final[tuple[Entry, ...]] = (
 )  # fmt: skip
 
 
+def named(name: str) -> Entry | None:
+    """Return the entry of a short name; None for what is no short name.
+
+    Raises:
+        ModelNotFound: it looks like a short name ("word:size"), and none is called so.
+    """
+    entry = next((entry for entry in CATALOGUE if entry.name == name.lower()), None)
+    if entry is None and ":" in name and "/" not in name and "\\" not in name:
+        raise ModelNotFound(f"there is no model called {name!r}{suggest(name)}")
+    return entry
+
+
 def find(name: str) -> Entry | None:
     """Return the entry of a short name or of a repository; None where there is none.
 
     Raises:
         ModelNotFound: the name looks like a short one ("word:size"), and none is called so.
     """
-    wanted = name.lower()
-    for entry in CATALOGUE:
-        if wanted in (entry.name, entry.repo.lower()):
-            return entry
-    if ":" in name and "/" not in name:
-        raise ModelNotFound(f"there is no model called {name!r}{suggest(name)}")
-    return None
+    entry = named(name)
+    by_repo = (entry for entry in CATALOGUE if entry.repo.lower() == name.lower())
+    return entry or next(by_repo, None)
 
 
 def suggest(name: str) -> str:
