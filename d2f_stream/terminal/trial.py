@@ -112,18 +112,9 @@ def _step(device: str) -> str:
     """Say which step a model in bf16 would take there, and why."""
     import torch
 
-    from d2f_runtime.backends.capability import choose_runner
-    from d2f_runtime.backends.kernel_trust import kernel_fault
-    from d2f_runtime.kernels.language import HAS_TRITON
+    from d2f_runtime.backends.choice import DeviceFacts, choose_runner
 
-    capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    choice = choose_runner(
-        device=device,
-        compute_capability=capability,
-        has_triton=HAS_TRITON,
-        quantization="bf16",
-        fault=kernel_fault(torch.device(device), "bf16"),
-    )
+    choice = choose_runner(DeviceFacts.of(torch.device(device)), quantization="bf16")
     return f"{choice.name} step: {choice.reason}"
 
 

@@ -12,8 +12,8 @@ import torch
 
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.buckets import bucket_for
+from d2f_runtime.backends.choice import QUANTIZATIONS
 from d2f_runtime.backends.fast_runner import FastRunner
-from d2f_runtime.backends.quantization_choice import QUANTIZATIONS
 from d2f_runtime.backends.torch_backend import QUANTIZED, TorchBackend
 from d2f_runtime.decoding.window import Window
 from d2f_stream.core.errors import InvalidParams

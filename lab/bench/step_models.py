@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from d2f_runtime.backends.quantization_choice import weight_bytes
+from d2f_runtime.backends.choice import weight_bytes
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.int8 import Int8Weight

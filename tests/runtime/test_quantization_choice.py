@@ -2,11 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from d2f_runtime.backends.quantization_choice import (
-    QuantizationChoice,
-    choose_quantization,
-    weight_bytes,
-)
+from d2f_runtime.backends.choice import Choice, DeviceFacts, choose_quantization, weight_bytes
 from d2f_runtime.models.config import TransformerConfig
 
 LLADA = TransformerConfig(
@@ -24,15 +20,9 @@ def choose(
     stored: str = "bf16",
     triton: bool = True,
     config: TransformerConfig = LLADA,
-) -> QuantizationChoice:
-    return choose_quantization(
-        config,
-        stored=stored,
-        device="cpu" if capability is None else "cuda",
-        compute_capability=capability,
-        has_triton=triton,
-        free=None if free is None else int(free * GIB),
-    )
+) -> Choice:
+    room = None if free is None else int(free * GIB)
+    return choose_quantization(config, DeviceFacts(capability, triton, room), stored=stored)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,17 @@ from typing import Final, Literal
 import torch
 
 from d2f_runtime.backends.base import Slot, StepRow
-from d2f_runtime.backends.capability import RunnerChoice, choose_runner
+from d2f_runtime.backends.choice import (
+    QUANTIZATIONS,
+    DeviceFacts,
+    choose_quantization,
+    choose_runner,
+)
 from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
-from d2f_runtime.backends.quantization_choice import QUANTIZATIONS, choose_quantization
 from d2f_runtime.backends.rows import check_rows, to_proposals
 from d2f_runtime.backends.runner import Runner
 from d2f_runtime.decoding.window import Proposals
-from d2f_runtime.kernels.language import HAS_TRITON
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.facts import ModelInfo
@@ -81,7 +84,12 @@ class TorchBackend:
             consume = True
         named = {value: key for key, value in DTYPES.items()}[dtype]
         info = _model_info(config, name, str(self._device), dtype, quantization or named)
-        self.choice = _choose(config, self._device, quantization or named, runner)
+        self.choice = choose_runner(
+            DeviceFacts.of(self._device),
+            quantization=quantization or named,
+            head_dim=config.head_dim,
+            wanted=runner,
+        )
         if max_tokens is None:
             free = free_bytes(self._device)
             max_tokens = pool_tokens(config.max_len, info.kv_bytes_per_token, free)
@@ -179,7 +187,12 @@ def load(
         raise UnsupportedModel(f"quantization is {quantization!r} but torch offers {allowed}")
     chosen = "fp32" if quantization == "none" else quantization
     if quantization == "auto":
-        chosen = _choose_quantization(path, torch.device(device))
+        stored = stored_as(path)
+        choice = choose_quantization(
+            stored.config, DeviceFacts.of(torch.device(device)), stored=stored.quantization
+        )
+        logger.info("%s takes its weights as %s: %s", path.name, choice.name, choice.reason)
+        chosen = choice.name
     dtype = DTYPES.get(chosen, torch.bfloat16)
     if chosen in LOW_BIT and device == "cpu":
         dtype = torch.float32
@@ -199,43 +212,6 @@ def load(
         max_tokens=kv_tokens,
         consume=True,
     )
-
-
-def _choose_quantization(path: Path, device: torch.device) -> str:
-    from d2f_runtime.backends.kernel_trust import kernel_fault  # which imports all kernels
-
-    stored = stored_as(path)
-    is_cuda = device.type == "cuda"
-    choice = choose_quantization(
-        stored.config,
-        stored=stored.quantization,
-        device=device.type,
-        compute_capability=torch.cuda.get_device_capability(device) if is_cuda else None,
-        has_triton=HAS_TRITON and not kernel_fault(device, "bf16"),
-        free=free_bytes(device) if is_cuda else None,
-    )
-    logger.info("%s takes its weights as %s: %s", path.name, choice.name, choice.reason)
-    return choice.name
-
-
-def _choose(
-    config: TransformerConfig, device: torch.device, quantization: str, runner: str
-) -> RunnerChoice:
-    from d2f_runtime.backends.kernel_trust import kernel_fault
-
-    is_cuda = device.type == "cuda"
-    choice = choose_runner(
-        device=device.type,
-        compute_capability=torch.cuda.get_device_capability(device) if is_cuda else None,
-        has_triton=HAS_TRITON,
-        quantization=quantization,
-        head_dim=config.head_dim,
-        wanted=runner,
-        fault=kernel_fault(device, quantization),
-    )
-    if choice.name is None:
-        raise UnsupportedModel(choice.reason)
-    return choice
 
 
 def _model_info(

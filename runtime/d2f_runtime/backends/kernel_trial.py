@@ -1,7 +1,4 @@
-"""Whether the kernels can be trusted on a device: they are known to work there, or pass a trial.
-
-The trial is one step of a tiny random model, against the kernels' references on a CPU.
-"""
+"""A trial of the kernels on a device: one step of a tiny random model, against their references."""
 
 import copy
 import functools
@@ -11,9 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from d2f_runtime.backends.capability import is_proven
 from d2f_runtime.kernels.attention import rows_per_tile
-from d2f_runtime.kernels.language import HAS_TRITON, TRITON_VERSION
+from d2f_runtime.kernels.language import TRITON_VERSION
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.fast_transformer import (
     KERNELS,
@@ -24,9 +20,9 @@ from d2f_runtime.models.fast_transformer import (
 )
 from d2f_runtime.models.transformer import Transformer
 
-__all__ = ["kernel_fault", "trial"]
+__all__ = ["fault_of_trial", "trial"]
 
-logger = logging.getLogger("d2f_stream.kernel_trust")
+logger = logging.getLogger("d2f_stream.kernel_trial")
 
 # of relative errors: a wrong index anywhere gives 1
 BOUND: Final = 0.1  # bf16 gives 0.015
@@ -51,25 +47,17 @@ TINY: Final = TransformerConfig(
 )
 
 
-def kernel_fault(device: torch.device, quantization: str) -> str:
-    """Return what is wrong with the kernels on a device, as a clause; empty where nothing is.
+@functools.cache
+def fault_of_trial(device: torch.device, quantization: str) -> str:
+    """Return what a trial finds wrong with the kernels, as a clause; empty where nothing is.
 
-    Takes no time where they are known to work; else a trial, whose kernels Triton must compile
-    once: seconds, and later some tenths of one. A trial is held once in a process.
+    Triton must compile its kernels once: seconds, and later some tenths of one. Held once in a
+    process.
 
     Args:
-        device: a CUDA device, or any other, where there are no kernels to be at fault.
-        quantization: of the model that wants them.
+        device: a CUDA device.
+        quantization: "fp8", or anything else for bf16.
     """
-    if device.type != "cuda" or not HAS_TRITON:
-        return ""
-    if is_proven(TRITON_VERSION, torch.cuda.get_device_capability(device)):
-        return ""
-    return _fault_of_trial(device, "fp8" if quantization == "fp8" else "bf16")
-
-
-@functools.cache
-def _fault_of_trial(device: torch.device, quantization: str) -> str:
     try:
         with torch.cuda.device(device):
             error = trial(device, quantization, KERNELS)

@@ -1,6 +1,7 @@
 import pytest
 
-from d2f_runtime.backends.capability import RunnerChoice, choose_runner, is_proven
+from d2f_runtime.backends.choice import Choice, DeviceFacts, choose_runner, is_proven
+from d2f_stream.core.errors import UnsupportedModel
 
 HOPPER, ADA, AMPERE, TURING = (9, 0), (8, 9), (8, 0), (7, 5)
 
@@ -13,14 +14,11 @@ def choose(
     head_dim: int = 128,
     fault: str = "",
     wanted: str = "auto",
-) -> RunnerChoice:
+) -> Choice:
     return choose_runner(
-        device="cpu" if capability is None else "cuda",
-        compute_capability=capability,
-        has_triton=triton,
+        DeviceFacts(capability, triton, fault_of=lambda _: fault),
         quantization=quantization,
         head_dim=head_dim,
-        fault=fault,
         wanted=wanted,
     )
 
@@ -42,7 +40,7 @@ def test_cuda_with_triton_is_fast(capability: tuple[int, int], quantization: str
         (choose(wanted="plain"), "asked for"),
     ],
 )
-def test_anything_else_is_plain_and_says_why(choice: RunnerChoice, why: str) -> None:
+def test_anything_else_is_plain_and_says_why(choice: Choice, why: str) -> None:
     assert choice.name == "plain"
     assert why in choice.reason
 
@@ -50,14 +48,13 @@ def test_anything_else_is_plain_and_says_why(choice: RunnerChoice, why: str) -> 
 def test_fp8_needs_the_fast_step_on_a_gpu_that_knows_it() -> None:
     assert choose(HOPPER, quantization="fp8").name == "fast"
     assert choose(ADA, quantization="fp8").name == "fast"
-    for refused in (
-        choose(AMPERE, quantization="fp8"),
-        choose(None, quantization="fp8"),
-        choose(quantization="fp8", wanted="plain"),
+    for capability, wanted, why in (
+        (AMPERE, "auto", "the GPU is of compute capability 8.0, not 8.9"),
+        (None, "auto", "there is no CUDA device"),
+        (HOPPER, "plain", "the plain step was asked for"),
     ):
-        assert refused.name is None
-        assert "fp8 needs the fast step, but" in refused.reason
-    assert "8.0, not 8.9" in choose(AMPERE, quantization="fp8").reason
+        with pytest.raises(UnsupportedModel, match=f"^fp8 needs the fast step, but {why}"):
+            choose(capability, quantization="fp8", wanted=wanted)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -76,7 +73,10 @@ def test_low_bits_run_anywhere_but_dequantised_on_the_plain_step(quantization: s
 def test_the_fast_step_can_be_insisted_on() -> None:
     assert choose(None, wanted="fast", quantization="fp32").name == "fast"
     assert choose(HOPPER, wanted="fast", quantization="fp32").name == "fast"
-    assert choose(TURING, wanted="fast").name is None
+    with pytest.raises(UnsupportedModel, match="asked for, but the GPU is of compute capability"):
+        choose(TURING, wanted="fast")
+    with pytest.raises(UnsupportedModel, match=r"8\.0, not 8\.9"):
+        choose(AMPERE, wanted="fast", quantization="fp8")
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_kernels_are_proven_where_they_were_run(
 
 def test_kernels_at_fault_are_not_used() -> None:
     fault = "a trial of the fast step with Triton 3.9.0 errs by 0.3"
-    assert choose(fault=fault) == RunnerChoice("plain", fault)
-    refused = choose(fault=fault, quantization="fp8")
-    assert refused.name is None
-    assert fault in refused.reason
-    assert fault in choose(fault=fault, wanted="fast").reason
+    assert choose(fault=fault) == Choice("plain", fault)
+    with pytest.raises(UnsupportedModel, match=fault):
+        choose(fault=fault, quantization="fp8")
+    with pytest.raises(UnsupportedModel, match=fault):
+        choose(fault=fault, wanted="fast")
     assert "no CUDA device" in choose(None, fault=fault).reason
