@@ -14,6 +14,7 @@ from d2f_stream.core.errors import InvalidParams
 __all__ = [
     "MAX_BLOCK_SIZE",
     "Attention",
+    "Commit",
     "GenerationParams",
     "ParamOverrides",
     "Rank",
@@ -26,6 +27,7 @@ MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16
 
 Attention = Literal["blocks", "full"]
+Commit = Literal["filled", "verify"]
 Rank = Literal["confidence", "margin", "neg_entropy"]
 Stop = str | Sequence[str]
 StopAtEos = Literal["truncate", "drain"]
@@ -52,6 +54,7 @@ class ParamOverrides(TypedDict, total=False):
     sub_block_size: int
     attention: Attention
     may_narrow: bool
+    commit: Commit
     drafts: bool
 
 
@@ -92,6 +95,11 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             engine's steps. Many sessions are then served faster, but the answer, a greedy one too,
             depends on what else runs. Without it windows never change for others' sake: sessions
             that do not fit into a step take turns. Limits.may_narrow is the default of an engine.
+        commit: when a block is final. "filled": as soon as no position of it is masked. "verify": once
+            the model's own next-token predictions say the same; from the first difference on they
+            replace what was drafted. The answer, greedy or sampled, is then that of
+            `block_size=1`, and the thresholds decide its speed alone (`activate_threshold` not even
+            that). For models converted from autoregressive ones, whose default it is.
         drafts: also emit provisional events while a block is being denoised.
 
     Raises:
@@ -115,6 +123,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     sub_block_size: int = 0
     attention: Attention = "blocks"
     may_narrow: bool = False
+    commit: Commit = "filled"
     drafts: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +145,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_choice("attention", self.attention, ("blocks", "full"))
         if not isinstance(self.may_narrow, bool):
             raise InvalidParams("may_narrow", self.may_narrow, "True or False")
+        _check_choice("commit", self.commit, ("filled", "verify"))
         if self.tail == "drop" and self.max_new_tokens < self.block_size:
             allowed = f"at least block_size ({self.block_size}) when tail is 'drop'"
             raise InvalidParams("max_new_tokens", self.max_new_tokens, allowed)

@@ -24,6 +24,7 @@ from d2f_stream.core.errors import D2FError, InvalidRequest, LimitExceeded
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.core.params import (
     Attention,
+    Commit,
     GenerationParams,
     ParamOverrides,
     Rank,
@@ -79,6 +80,7 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sub_block_size: int | UnsetType = UNSET
     attention: Attention | UnsetType = UNSET
     may_narrow: bool | UnsetType = UNSET
+    commit: Commit | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET
 
     def to_dict(self) -> ParamOverrides:

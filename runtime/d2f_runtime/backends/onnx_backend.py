@@ -145,7 +145,7 @@ class OnnxBackend:
         window = row.window
         num_rows = num_forwarded(window, self.info)
         length = max(1, num_rows)  # a graph needs a row; instead of a lone placeholder, any token
-        masks = [i for i, token in enumerate(window.tokens) if token == self.info.mask_id]
+        masks = window.asked(self.info.mask_id)
         head_rows = self._head_rows(masks, window.num_to_cache)
         session = self._session_for(length)
         width, num_heads = length, len(head_rows)

@@ -133,7 +133,7 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
         ids = row.window.tokens
         tokens[index, :length] = ids[:length]
         visible[index, :length] = row.window.visible_until()[:length]
-        masks.append([i for i, token in enumerate(ids) if token == info.mask_id])
+        masks.append(row.window.asked(info.mask_id))
     mask_rows = np.repeat(np.arange(len(rows)), [len(positions) for positions in masks])
     mask_columns = np.array(list(chain.from_iterable(masks)), dtype=np.int64)
     head_rows = mask_rows * shape[1] + mask_columns

@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 Masks = Sequence[Sequence[int]]
-"""For each row of a step the window positions that hold a mask."""
+"""For each row of a step the window positions to predict: masks, and what is to be verified."""
 
 
 class Stored(Protocol):
@@ -62,12 +62,12 @@ def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:
     """Refuse rows that do not continue their slots; a mistake of the caller.
 
     Raises:
-        ValueError: a window starts elsewhere, ends past the capacity or lacks its uniforms, or two
+        ValueError: a window starts behind what is stored, ends past the capacity or lacks its uniforms, or two
             rows have the same slot.
     """
     for row, slot in zip(rows, slots, strict=True):
         window, held = row.window, slot.num_cached
-        if window.start not in (0, held):
+        if window.start > held:
             raise ValueError(f"window starts at {window.start} but the slot holds {held} tokens")
         if window.stop > slot.capacity:
             raise ValueError(
@@ -84,11 +84,11 @@ def to_proposals(
     masks: Masks,
     answers: npt.NDArray[np.floating],
 ) -> list[Proposals]:
-    """Spread the answers at masks over the windows.
+    """Spread the answers over the windows.
 
     Args:
         rows: B rows.
-        masks: for each row the window positions that hold a mask; N in all.
+        masks: see Masks; N in all.
         answers: [4, N] token, confidence, margin, neg_entropy.
     """
     tokens, confidence = answers[0].astype(np.int64).tolist(), answers[1].tolist()

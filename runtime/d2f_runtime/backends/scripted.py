@@ -231,18 +231,15 @@ class ScriptedBackend:
             self._read_prompt(state, window)
         answer = state.answer
         assert answer is not None
-        tokens, confidence, num_masks = [], [], 0
-        for position, token in enumerate(window.tokens, window.start - state.num_prompt):
-            if token != self.info.mask_id:
-                tokens.append(NO_TOKEN)
-                confidence.append(0.0)
-                continue
-            tokens.append(answer[position] if position < len(answer) else self.info.eos_ids[0])
+        tokens = [NO_TOKEN] * len(window.tokens)
+        confidence = [0.0] * len(window.tokens)
+        for index, at in enumerate(window.asked(self.info.mask_id), -window.num_to_verify):
+            position = window.start + at - state.num_prompt
+            tokens[at] = answer[position] if position < len(answer) else self.info.eos_ids[0]
             if self.confidence is not None:
-                confidence.append(self.confidence(position, state.num_steps))
+                confidence[at] = self.confidence(position, state.num_steps)
             else:
-                confidence.append(1.0 if num_masks < self.tokens_per_step else 0.0)
-            num_masks += 1
+                confidence[at] = 1.0 if index < self.tokens_per_step else 0.0
         return Proposals(tokens, confidence, None if row.rank == "confidence" else confidence)
 
     def _read_prompt(self, state: _SlotState, window: Window) -> None:

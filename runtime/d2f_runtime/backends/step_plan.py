@@ -177,7 +177,7 @@ def plan_step(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -
     for row, span in zip(rows, spans, strict=True):
         window = row.window
         num_rows = num_forwarded(window, info)
-        masks = [at for at, token in enumerate(window.tokens) if token == mask_id]
+        masks = window.asked(mask_id)
         placements.append(Placement(row, masks, first, num_rows, span.index, span.offset))
         first += num_rows
         num_masks += len(masks)

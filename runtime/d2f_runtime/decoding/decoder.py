@@ -6,6 +6,11 @@ public code runs it, with these departures, each behind a field of GenerationPar
 stops at its first EOS (`stop_at_eos`), the last block is cut instead of left out (`tail`), and the
 number of unfilled blocks is bounded (`max_active_blocks`). What D2F is compared with runs here too:
 with `attention="full"` each window is the whole canvas to come, as one attention block.
+
+With `commit="verify"` nothing is final that the model does not say itself, row by row: the filled
+positions up to the first mask run as the autoregressive model would run them, and each of those
+rows predicts the next token. What differs from that is replaced by it, and all behind it is drafted
+anew. As the last of those rows predicts the first mask, no step brings less than one final token.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,6 +19,7 @@ from typing import Literal
 from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, SubBlocks
 from d2f_runtime.decoding.partition import Partition
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
+from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.window import Proposals, Window, check_proposals
 from d2f_stream.core.errors import InvalidParams, InvalidPrompt
 from d2f_stream.core.params import GenerationParams
@@ -38,13 +44,16 @@ class BlockDecoder:
             all blocks, of attention and of decoding, lie on multiples of `native_block_size`
             (`params.block_size` plays no part): the prompt's whole blocks are cached, the rest
             stands filled at the head of the first answer block.
+        commit_attention: "block" caches answer blocks as they were denoised, "causal" by rows that
+            see what is before them alone.
         native_block_size: of the grid; unused otherwise.
         policy: what to accept; by default the fixed count or the threshold of `params`.
 
     Raises:
         InvalidPrompt: the prompt holds the mask id, or is empty where position 0 cannot be filled.
         InvalidParams: `max_new_tokens` leaves no whole block on the grid and `tail` is "drop"; or
-            full attention is asked of a model that is not bidirectional.
+            full attention is asked of a model that is not bidirectional; or verified commits of
+            one that is not autoregressive.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class BlockDecoder:
         eos_ids: Collection[int],
         shift_logits: bool = False,
         prompt_attention: Literal["full", "causal", "grid"] = "full",
+        commit_attention: Literal["block", "causal"] = "block",
         native_block_size: int | None = None,
         policy: AcceptancePolicy | None = None,
     ) -> None:
@@ -72,6 +82,13 @@ class BlockDecoder:
         if self._sees_all and prompt_attention != "full":
             allowed = f"'blocks' for a model with {prompt_attention} attention"
             raise InvalidParams("attention", params.attention, allowed)
+        self._commits_causally = commit_attention == "causal"
+        self._verifies = params.commit == "verify"
+        is_causal = prompt_attention == "causal" and (
+            self._commits_causally or params.block_size == 1
+        )
+        if self._verifies:
+            check_verifiable(params, is_autoregressive=shift_logits and is_causal)
         self._canvas = list(prompt_tokens)
         self._check_prompt(shift_logits)
         self._partition = Partition.of(
@@ -81,6 +98,7 @@ class BlockDecoder:
         self._num_cached = 0
         self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
         self._committed = self._num_prompt  # canvas position up to which all is final
+        self._verified = self._num_prompt  # the same, block edges or not, where this is verified
         self._eos: int | None = None  # canvas position of the first EOS so far
         self._num_steps = 0
         self._pending: Window | None = None
@@ -116,10 +134,15 @@ class BlockDecoder:
         self._pending = None
         self._num_steps += 1
         self._num_cached += window.num_to_cache
-        fully_activated = True  # what precedes the first unfilled block is filled
+        if self._verifies and not self._verify(window, proposals, accepted):
+            return [*accepted, *self._commit()]
+        # What precedes the first unfilled block is filled; or that block has its token already.
+        fully_activated = not self._verifies
         for block in self._blocks:
             activated = fully_activated
-            fully_activated = block.progress >= self._params.activate_threshold
+            fully_activated = (
+                not self._verifies and block.progress >= self._params.activate_threshold
+            )
             if block.masked:
                 self._accept(block, proposals, window.start, activated, accepted)
             if self._drops and self._eos is not None and self._eos < block.stop:
@@ -210,13 +233,49 @@ class BlockDecoder:
             return Window(0, (*self._canvas, *masks), 0, (end,))
         start, last = self._num_cached, self._blocks[-1]
         stop = last.start + 1 if self._awaits_first(last) else last.stop
-        num_to_cache = self._blocks[0].start - start
-        block_stops = self._partition.stops(start, stop)
-        return Window(start, tuple(self._canvas[start:stop]), num_to_cache, block_stops)
+        clean = self._first_mask if self._verifies else self._blocks[0].start
+        block_stops = self._partition.stops(
+            start, stop, causal_until=clean if self._commits_causally else 0
+        )
+        num_to_verify = clean - self._verified if self._verifies else 0
+        tokens = tuple(self._canvas[start:stop])
+        return Window(start, tokens, clean - start, block_stops, num_to_verify)
 
     def _awaits_first(self, block: Block) -> bool:
         """Whether only the first position may accept, which sees nothing of the rest."""
         return self._sub_blocks.first_alone and block.is_untouched
+
+    def _verify(self, window: Window, proposals: Proposals, accepted: list[Accepted]) -> bool:
+        """Make final what the model says itself, and the token that it says next.
+
+        Returns whether nothing differed, so that the other proposals belong to the canvas.
+        """
+        position, stop = self._verified, window.start + window.num_to_cache
+        while (
+            position < stop and self._canvas[position] == proposals.tokens[position - window.start]
+        ):
+            position += 1
+        if position < stop:
+            self._num_cached = position  # the K/V beyond are of tokens that are no more
+            self._mask_from(position)
+        if position < len(self._canvas):
+            block = next(block for block in self._blocks if position < block.stop)
+            self._fill(position, proposals.tokens[position - window.start], accepted)
+            block.unmask((position - block.start,))
+            self._verified = position + 1
+        else:
+            self._verified = position
+        return position == stop
+
+    def _mask_from(self, position: int) -> None:
+        """Take back all from a canvas position on; the blocks behind the position's leave."""
+        index = next(i for i, block in enumerate(self._blocks) if position < block.stop)
+        block = self._blocks[index]
+        del self._blocks[index + 1 :]
+        self._canvas[position:] = [self._mask_id] * (block.stop - position)
+        block.masked = list(range(position - block.start, block.stop - block.start))
+        if self._eos is not None and self._eos >= position:
+            self._eos = None
 
     def _accept(
         self,
@@ -227,8 +286,10 @@ class BlockDecoder:
         accepted: list[Accepted],
     ) -> None:
         first, stop = block.start - base, block.stop - base
-        confidence = proposals.confidence[first:stop]
-        rank = confidence if proposals.rank is None else proposals.rank[first:stop]
+        confidence = _by_offset(proposals.confidence, first, stop)
+        rank = confidence
+        if proposals.rank is not None:
+            rank = _by_offset(proposals.rank, first, stop)
         masked = self._sub_blocks.open(block.masked)
         offsets = self._policy.accept(masked, confidence, rank, fully_activated=fully_activated)
         if not offsets:
@@ -254,13 +315,18 @@ class BlockDecoder:
 
     def _commit(self) -> list[Committed]:
         committed: list[Committed] = []
-        while self._blocks and not self._blocks[0].masked:
+        final = self._verified if self._verifies else self._first_mask
+        while self._blocks and self._blocks[0].stop <= final:
             self._announce(self._blocks.pop(0), committed)
-        if self._blocks and self._eos is not None:
-            block = self._blocks[0]
-            if self._eos < block.start + block.masked[0]:
-                self._announce(block, committed)
+        if self._blocks and self._eos is not None and self._eos < final:
+            self._announce(self._blocks[0], committed)
         return committed
+
+    @property
+    def _first_mask(self) -> int:
+        """Canvas position of the first mask; without any, where the canvas ends."""
+        masks = (block.start + block.masked[0] for block in self._blocks if block.masked)
+        return next(masks, len(self._canvas))
 
     def _announce(self, block: Block, committed: list[Committed]) -> None:
         if self._ended:
@@ -278,3 +344,8 @@ class BlockDecoder:
         start = max(block.start, num_prompt)
         tokens = tuple(self._canvas[start : block.stop])
         return BlockView(block.index, start - num_prompt, block.stop - num_prompt, tokens)
+
+
+def _by_offset(values: Sequence[float], first: int, stop: int) -> Sequence[float]:
+    """Return a block's part of a window's values; what lies before the window is 0."""
+    return values[first:stop] if first >= 0 else [*[0.0] * -first, *values[:stop]]

@@ -22,13 +22,14 @@ class SamplingNoise:
         self._seed = seed % 2**64
 
     def uniforms(self, window: Window, step: int) -> list[float]:
-        """Return [W] numbers; 0.0 for the positions about to be cached, which draw nothing."""
-        first = window.start + window.num_to_cache
+        """Return [W] numbers; 0.0 for leading positions that are not asked, which draw nothing."""
+        num_known = window.num_to_cache - window.num_to_verify
+        first = window.start + num_known
         start, stop = first // PAGE, -(-window.stop // PAGE)
         numbers = [number for page in range(start, stop) for number in self._page(step, page)]
         skipped = first - start * PAGE
         drawn = numbers[skipped : skipped + window.stop - first]
-        return [0.0] * window.num_to_cache + drawn
+        return [0.0] * num_known + drawn
 
     def _page(self, step: int, page: int) -> list[float]:
         digest = shake_128(struct.pack("<QQQ", self._seed, step, page)).digest(_WORDS.size)

@@ -69,10 +69,20 @@ class Partition:
         start = self.origin + index * self.block_size
         return index, start, min(start + self.block_size, self.end)
 
-    def stops(self, start: int, stop: int) -> tuple[int, ...]:
-        """Return the attention block stops in start:stop, both on edges, stop in the answer."""
-        first = max(start, self.origin) + self.block_size
-        answer_stops = (*range(first, stop, self.block_size), stop)
+    def stops(self, start: int, stop: int, *, causal_until: int = 0) -> tuple[int, ...]:
+        """Return the attention block stops in start:stop, both on edges, stop in the answer.
+
+        Args:
+            start: canvas position; one before `causal_until` is an edge there.
+            stop: canvas position.
+            causal_until: answer positions before it are attention blocks by themselves.
+        """
+        begin = max(start, self.origin)
+        clean = max(begin, causal_until)
+        first = clean - (clean - self.origin) % self.block_size + self.block_size
+        answer_stops = (*range(begin + 1, clean + 1), *range(first, stop, self.block_size))
+        if clean < stop:
+            answer_stops += (stop,)
         if start >= self.origin:
             return answer_stops
         return (*(edge for edge in self.prompt_stops if edge > start), *answer_stops)

@@ -22,21 +22,32 @@ class Window:
     Attributes:
         start: canvas position of the first row; everything before it is cached.
         tokens: [W] token ids, masks included.
-        num_to_cache: how many leading positions are final; the step stores their K/V.
+        num_to_cache: how many leading positions the step stores the K/V of: they are final, or to
+            be verified; the next window begins where they turn out not to be.
         block_stops: ascending canvas positions at which attention blocks end; the last is
             `start + W`. A position sees everything before the stop of its own block, so attention
             is full inside a block and causal across blocks.
+        num_to_verify: how many of the positions to cache, the last of them, are predicted although
+            they are filled.
     """
 
     start: int
     tokens: tuple[int, ...]
     num_to_cache: int
     block_stops: tuple[int, ...]
+    num_to_verify: int = 0
 
     @property
     def stop(self) -> int:
         """One past the canvas position of the last row."""
         return self.start + len(self.tokens)
+
+    def asked(self, mask_id: int) -> list[int]:
+        """Return the window positions to predict, ascending: those to verify, and the masks."""
+        masks = [at for at, token in enumerate(self.tokens) if token == mask_id]
+        if not self.num_to_verify:
+            return masks
+        return [*range(self.num_to_cache - self.num_to_verify, self.num_to_cache), *masks]
 
     def visible_until(self) -> list[int]:
         """[W] for each row, one past the last canvas position that it sees."""
@@ -50,10 +61,10 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """One token and one confidence for each window position, defined at masks.
+    """One token and one confidence for each window position, defined where the window asks.
 
     Attributes:
-        tokens: [W] proposed ids; NO_TOKEN where the window holds no mask. Never the mask id.
+        tokens: [W] proposed ids; NO_TOKEN at positions that are not asked. Never the mask id.
         confidence: [W] probability of the proposed token, in [0, 1]; 0.0 where undefined.
         rank: [W] the score that picks a forced proposal (higher is better), where the request asked
             for margin or neg_entropy; None means the confidence ranks.

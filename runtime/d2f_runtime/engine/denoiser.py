@@ -63,6 +63,8 @@ class Denoiser:
         """
         params, noise = self._params, self._noise
         window = self._decoder.next_window(max_active_blocks=max_active_blocks)
+        # A position that is verified draws the number with which it was drafted.
+        step = 0 if params.commit == "verify" else self._decoder.num_steps
         if window is None:
             raise RuntimeError("a step was asked of an answer that is finished")
         return StepRow(
@@ -71,7 +73,7 @@ class Denoiser:
             temperature=params.temperature,
             top_p=params.top_p,
             rank=params.rank,
-            uniforms=None if noise is None else noise.uniforms(window, self._decoder.num_steps),
+            uniforms=None if noise is None else noise.uniforms(window, step),
         )
 
     def joined(self) -> Sequence[BlockView]:
@@ -119,6 +121,7 @@ def decoder_of(
         eos_ids=info.eos_ids,
         shift_logits=info.shift_logits,
         prompt_attention=info.prompt_attention,
+        commit_attention=info.commit_attention,
         native_block_size=info.native_block_size,
         policy=policy,
     )

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from d2f_runtime.models.facts import FAMILIES, PromptAttention
+from d2f_runtime.models.facts import FAMILIES, CommitAttention, PromptAttention
 from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = ["Llama3Rope", "TransformerConfig"]
@@ -43,6 +43,7 @@ class TransformerConfig:
         tie_embeddings: the head is the embedding.
         shift_logits: row i-1 predicts position i.
         prompt_attention: who sees whom inside a prompt; see ModelInfo.
+        commit_attention: who sees whom when a block is cached; see ModelInfo.
         mask_id: id of the mask token, never produced.
         eos_ids: ids that end an answer.
         native_block_size: block size of training, tokens.
@@ -72,12 +73,15 @@ class TransformerConfig:
     max_block_size: int = 64
     max_len: int = 4096
     rope_scaling: Llama3Rope | None = None
+    commit_attention: CommitAttention = "block"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         values = asdict(self) | {"eos_ids": list(self.eos_ids)}
         if self.rope_scaling is None:
             del values["rope_scaling"]  # so that older builds read it
+        if self.commit_attention == "block":
+            del values["commit_attention"]
         return values
 
     @classmethod

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FAMILIES", "ModelInfo", "PromptAttention"]
+__all__ = ["FAMILIES", "CommitAttention", "ModelInfo", "PromptAttention"]
 
-FAMILIES = ("dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
+FAMILIES = ("a2d", "dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
 """The kinds of model that folders may name; "scripted" has no transformer."""
 
 PromptAttention = Literal["full", "causal", "grid"]
+CommitAttention = Literal["block", "causal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class ModelInfo:
         shift_logits: True where row i-1 predicts position i (Dream and autoregressive models).
         prompt_attention: "full" is one bidirectional block, "causal" one block per position, "grid"
             blocks on multiples of `native_block_size`.
+        commit_attention: how a block's rows attend when its K/V are cached: "block" as they did
+            before, "causal" each position like the autoregressive model that this one is made of.
         native_block_size: what the model was trained for, tokens; 1 for autoregressive models.
         max_block_size: upper bound for a request's block size, tokens.
         max_len: prompt and answer together, tokens.
@@ -47,3 +50,4 @@ class ModelInfo:
     device: str
     quantization: str
     description: str = ""
+    commit_attention: CommitAttention = "block"
