@@ -73,6 +73,15 @@ CONFIGS = {
         native_block_size=1,
         max_block_size=1,
     ),
+    "a2d": replace(
+        _LLADA,
+        family="a2d",
+        num_kv_heads=2,
+        shift_logits=True,
+        tie_embeddings=True,
+        prompt_attention="causal",
+        commit_attention="causal",
+    ),
 }
 
 

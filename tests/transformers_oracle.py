@@ -11,6 +11,7 @@ from torch import Tensor
 from d2f_runtime.models.config import TransformerConfig
 
 CLASSES = {
+    "a2d": "Llama",
     "llada": "Llama",
     "llama": "Llama",
     "dream": "Qwen2",

@@ -95,9 +95,9 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             engine's steps. Many sessions are then served faster, but the answer, a greedy one too,
             depends on what else runs. Without it windows never change for others' sake: sessions
             that do not fit into a step take turns. Limits.may_narrow is the default of an engine.
-        commit: when a block is final. "filled": as soon as no position of it is masked. "verify": once
-            the model's own next-token predictions say the same; from the first difference on they
-            replace what was drafted. The answer, greedy or sampled, is then that of
+        commit: when a block is final. "filled": as soon as no position of it is masked. "verify":
+            once the model's own next-token predictions say the same; the first that differs
+            replaces what was drafted. The answer, greedy or sampled, is then that of
             `block_size=1`, and the thresholds decide its speed alone (`activate_threshold` not even
             that). For models converted from autoregressive ones, whose default it is.
         drafts: also emit provisional events while a block is being denoised.

@@ -79,6 +79,10 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
             confidence_threshold=0.9,
             sub_block_size=8,
         ),
+        # Drafts in blocks, kept where the model's own next tokens agree: for models that were
+        # converted from autoregressive ones, or have a draft adapter. The thresholds decide the
+        # speed alone.
+        "verified": GenerationParams(block_size=8, confidence_threshold=0.7, commit="verify"),
         # One token after the other, for models that know no mask.
         "autoregressive": GenerationParams(block_size=1, add_threshold=1.0, max_active_blocks=1),
     }

@@ -257,6 +257,7 @@ def describe(
         eos_ids=config.eos_ids,
         shift_logits=config.shift_logits,
         prompt_attention=config.prompt_attention,
+        commit_attention=config.commit_attention,
         native_block_size=config.native_block_size,
         max_block_size=config.max_block_size,
         max_len=config.max_len,

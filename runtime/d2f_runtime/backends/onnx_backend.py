@@ -226,6 +226,7 @@ def _model_info(manifest: Manifest, session: StepSession) -> ModelInfo:
         eos_ids=manifest.eos_ids,
         shift_logits=manifest.shift_logits,
         prompt_attention=manifest.prompt_attention,
+        commit_attention=manifest.commit_attention,
         native_block_size=manifest.native_block_size,
         max_block_size=manifest.max_block_size,
         max_len=max_len,

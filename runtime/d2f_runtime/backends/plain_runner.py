@@ -41,11 +41,13 @@ class _Batch:
     store_to: Ints  # [M] pool places
     last_from: Ints  # [S] flattened row of each storing slot's last cached position
     last_to: Ints  # [S]
+    draft_rows: Ints  # [R] rows of flattened hidden that are not to be cached
 
     def integers(self) -> list[Ints]:
         return [
             self.tokens, self.visible, self.start, self.offset, self.slot_index,
             self.head_rows, self.store_from, self.store_to, self.last_from, self.last_to,
+            self.draft_rows,
         ]  # fmt: skip
 
 
@@ -64,6 +66,7 @@ class PlainRunner:
         self._info = info
         self._config = model.config
         self._device = pool.store.device
+        self._drafts = model.draft is not None
 
     def warm_up(self) -> None:
         """Do nothing: torch compiles and captures nothing."""
@@ -77,13 +80,15 @@ class PlainRunner:
         """Return [4, N] token, confidence, margin, neg_entropy; store K/V and last states."""
         parts = self._to_device(batch.integers())
         tokens, visible, start, offset, slot_index = parts[:5]
-        head_rows, store_from, store_to, last_from, last_to = parts[5:]
+        head_rows, store_from, store_to, last_from, last_to, draft_rows = parts[5:]
         last_hidden = self._pool.last_hidden[slot_index]
         if batch.tokens.shape[1]:
             past, num_cached = self._past(batch, offset)
             mask = self._mask(start, visible, num_cached)
             positions = start[:, None] + torch.arange(tokens.shape[1], device=self._device)
-            hidden, new = self._model(tokens, positions, mask, past)
+            hidden, new = self._model(
+                tokens, positions, mask, past, draft_rows=draft_rows if self._drafts else None
+            )
             hidden = hidden.flatten(0, 1)  # [B W, D]
             if len(batch.store_from):
                 fresh = torch.stack([x.flatten(0, 1) for pair in new for x in pair])
@@ -139,6 +144,11 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
     head_rows = mask_rows * shape[1] + mask_columns
     if info.shift_logits:  # position 0 is predicted by the slot's last cached state
         head_rows = np.where(mask_columns == 0, mask_rows, len(rows) + head_rows - 1)
+    drafted = [
+        (index * shape[1] + num, length - num)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        if (num := row.window.num_to_cache) < length
+    ]
     stored = list(_stored(rows, spans, shape[1]))
     return _Batch(
         tokens=tokens,
@@ -152,6 +162,7 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
         store_to=ranges([(place, num) for _, place, num, _ in stored]),
         last_from=np.array([first + num - 1 for first, _, num, _ in stored], dtype=np.int64),
         last_to=np.array([index for _, _, _, index in stored], dtype=np.int64),
+        draft_rows=ranges(drafted),
     )
 
 

@@ -62,8 +62,8 @@ def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:
     """Refuse rows that do not continue their slots; a mistake of the caller.
 
     Raises:
-        ValueError: a window starts behind what is stored, ends past the capacity or lacks its uniforms, or two
-            rows have the same slot.
+        ValueError: a window starts behind what is stored, ends past the capacity or lacks its
+            uniforms, or two rows have the same slot.
     """
     for row, slot in zip(rows, slots, strict=True):
         window, held = row.window, slot.num_cached

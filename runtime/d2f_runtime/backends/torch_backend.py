@@ -27,6 +27,7 @@ from d2f_runtime.backends.runner import Runner
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.stored import LOW_BIT, dequantise_layers
@@ -88,6 +89,7 @@ class TorchBackend:
             DeviceFacts.of(self._device),
             quantization=quantization or named,
             head_dim=config.head_dim,
+            drafts=model.draft is not None,
             wanted=runner,
         )
         if max_tokens is None:
@@ -174,7 +176,7 @@ def load(
         device: "auto" picks CUDA when there is one.
         quantization: "none" and "fp32", "bf16", "fp16", "fp8", "int8", "nf4"; "auto" goes by the
             device and its memory, see `choose_quantization`, and the log says why.
-        adapter: folder of a LoRA adapter to merge into the weights.
+        adapter: folder of a LoRA adapter to merge into the weights, or for the drafts alone.
         kv_tokens: K/V places over all slots; None goes by the memory that is free.
 
     Raises:
@@ -189,7 +191,10 @@ def load(
     if quantization == "auto":
         stored = stored_as(path)
         choice = choose_quantization(
-            stored.config, DeviceFacts.of(torch.device(device)), stored=stored.quantization
+            stored.config,
+            DeviceFacts.of(torch.device(device)),
+            stored=stored.quantization,
+            drafts=adapter is not None and DraftFacts.read(adapter) is not None,
         )
         logger.info("%s takes its weights as %s: %s", path.name, choice.name, choice.reason)
         chosen = choice.name
@@ -224,6 +229,7 @@ def _model_info(
         eos_ids=config.eos_ids,
         shift_logits=config.shift_logits,
         prompt_attention=config.prompt_attention,
+        commit_attention=config.commit_attention,
         native_block_size=config.native_block_size,
         max_block_size=config.max_block_size,
         max_len=config.max_len,

@@ -12,6 +12,8 @@ from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
+import msgspec
+
 from d2f_runtime.backends.base import Backend
 from d2f_runtime.engine.limits import EngineLoad, Limits
 from d2f_runtime.engine.step_loop import StepLoop, StepObserver
@@ -30,9 +32,10 @@ from d2f_stream.core.errors import (
 )
 from d2f_stream.core.events import StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.presets import PRESETS
 from d2f_stream.core.session import Prompt, Session
 
-__all__ = ["Limits", "LocalEngine"]
+__all__ = ["Limits", "LocalEngine", "default_params"]
 
 logger = logging.getLogger("d2f_stream.engine")
 
@@ -72,7 +75,7 @@ class LocalEngine:
     ) -> Self:
         """Return an engine over a backend that nobody else uses, such as a ScriptedBackend."""
         if defaults is None:
-            defaults = GenerationParams(block_size=backend.info.native_block_size)
+            defaults = default_params(backend.info)
         parts = ModelParts(backend, codec, defaults)
         model = MODELS.lease(None, backend.info.name, lambda: parts)
         return cls(model, limits=limits, warm_up=warm_up)
@@ -241,6 +244,13 @@ class LocalEngine:
             raise RuntimeError(
                 "this engine belongs to another event loop; load() one here, the weights are shared"
             )
+
+
+def default_params(info: ModelInfo) -> GenerationParams:
+    """Return the parameters of a request that gives none, for a model that has no defaults."""
+    if info.commit_attention == "causal" and info.shift_logits and info.native_block_size > 1:
+        return msgspec.structs.replace(PRESETS["verified"], block_size=info.native_block_size)
+    return GenerationParams(block_size=info.native_block_size)
 
 
 def _fitted(

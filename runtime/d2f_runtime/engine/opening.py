@@ -11,16 +11,16 @@ from typing import Final
 import d2f_runtime.models
 from d2f_runtime.backends import check_backend, choose_backend, open_backend
 from d2f_runtime.backends.scripted import ByteCodec
-from d2f_runtime.engine.local import Limits, LocalEngine
+from d2f_runtime.engine.local import Limits, LocalEngine, default_params
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.models.catalogue import named
 from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.manifest import FILE_NAME, read_manifest, verify_files
 from d2f_runtime.models.published import Published, is_published, read_published
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
 from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
-from d2f_stream.core.params import GenerationParams
 
 __all__ = ["embedded_folder", "open_engine", "shared_engine"]
 
@@ -46,7 +46,8 @@ def open_engine(
 
     Args:
         model: a folder or a hub id; None is the embedded model.
-        adapter: folder or hub id of a LoRA adapter to merge into the weights.
+        adapter: folder or hub id of a LoRA adapter to merge into the weights, or of a draft
+            adapter, which drafts go through beside them.
         backend: see `d2f_stream.load`, as for the next two.
         quantization: what the backend offers.
         device: "auto", "cpu", "cuda", ...
@@ -154,6 +155,7 @@ def _load(key: ModelKey) -> ModelParts:
     """Load everything. Runs on the model's device thread."""
     path = _fetched(key.path)
     adapter = None if key.adapter is None else _fetched(key.adapter)
+    draft = None if adapter is None else DraftFacts.read(adapter)
     name = choose_backend(path, key.backend, device=key.device)
     manifest = read_manifest(path) if (path / FILE_NAME).exists() else None
     published = _published(path) if manifest is None else None
@@ -173,7 +175,9 @@ def _load(key: ModelKey) -> ModelParts:
     if manifest is not None:
         defaults, description = manifest.params_for(backend.info.device), manifest.description
     elif defaults is None:
-        defaults = GenerationParams(block_size=backend.info.native_block_size)
+        defaults = default_params(backend.info)
+    if draft is not None:
+        defaults = draft.defaults(defaults)
     hub_name = key.path.name if isinstance(key.path, HubModel) else None
     return ModelParts(backend, codec, defaults, description, name=hub_name)
 

@@ -7,7 +7,7 @@ need more than that are refused by name.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.draft_facts import ADAPTER_CONFIG_FILE
 from d2f_runtime.models.shards import Shards
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 
 __all__ = ["Adapter"]
 
-CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 
 _KEY: Final = re.compile(
@@ -68,21 +68,31 @@ class Adapter:
         self.base = base
 
     @classmethod
-    def open(cls, folder: Path, weights: Mapping[str, tuple[int, ...]]) -> "Adapter":
+    def open(
+        cls,
+        folder: Path,
+        weights: Mapping[str, tuple[int, ...]],
+        *,
+        beside: Collection[str] = (),
+    ) -> "Adapter":
         """Read the config and the headers of an adapter for a base with these weights.
 
         Args:
             folder: the adapter's.
-            weights: shapes of the base's weights, by the names that its checkpoint gives them.
+            weights: shapes of the base's weights, by the names that its checkpoint gives them; a
+                "model." before these may be missing or too many.
+            beside: tensors that must be there and are no factors.
 
         Raises:
             ModelNotFound: the folder or one of its files is missing.
             ModelDamaged: a file is truncated, or a tensor is missing or unknown.
             UnsupportedModel: it is no plain LoRA, or for another base.
         """
-        config = ConfigFile.read(folder / CONFIG_FILE)
+        config = ConfigFile.read(folder / ADAPTER_CONFIG_FILE)
         if config is None:
-            raise ModelNotFound(f"no {CONFIG_FILE} in {folder}; is it a LoRA adapter's folder?")
+            raise ModelNotFound(
+                f"no {ADAPTER_CONFIG_FILE} in {folder}; is it a LoRA adapter's folder?"
+            )
         for key, allowed in _ONLY.items():
             if (value := config.values.get(key)) not in allowed:
                 raise UnsupportedModel(
@@ -91,10 +101,10 @@ class Adapter:
         shards = Shards.open(folder, WEIGHTS_FILE)
         base = str(config.values.get("base_model_name_or_path") or "a base that it does not name")
         pairs: dict[str, _Pair] = {}
-        for module, sides in _modules(shards).items():
+        for module, sides in _modules(shards, beside).items():
             rank = shards.headers[sides["A"]].shape[0]
             _check_rank(config, module, rank)
-            name = f"{module}.weight"
+            name = _in_base(f"{module}.weight", weights)
             _check_base(shards, sides, name, weights, base)
             pairs[name] = _Pair(sides["A"], sides["B"], _scale(config, module))
         return cls(shards, pairs, base)
@@ -103,6 +113,24 @@ class Adapter:
     def names(self) -> frozenset[str]:
         """The base's weights that it changes."""
         return frozenset(self._pairs)
+
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Read [rank, in] and [out, rank], the scale in the latter, fp32, by the weights' names."""
+        names = {key: name for name, pair in self._pairs.items() for key in (pair.down, pair.up)}
+        halves: dict[str, Tensor] = {}
+        for key, tensor in self._shards.tensors(names):
+            name, pair = names[key], self._pairs[names[key]]
+            other = halves.pop(name, None)
+            if other is None:
+                halves[name] = tensor.float()
+            else:
+                down, up = (tensor.float(), other) if key == pair.down else (other, tensor.float())
+                yield name, down, up * pair.scale
+
+    def beside(self, name: str) -> Tensor:
+        """Read a tensor that is no factor."""
+        ((_, tensor),) = self._shards.tensors([name])
+        return tensor
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """Return a weight with the adapter's share of it, fp32; unchanged where it has none.
@@ -122,10 +150,18 @@ class Adapter:
         return merged.addmm_(factors[pair.up], factors[pair.down], alpha=pair.scale)
 
 
-def _modules(shards: Shards) -> dict[str, dict[str, str]]:
+def _in_base(name: str, weights: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what the base calls a weight, be it whole or the model inside a causal LM."""
+    names = (name, f"model.{name}", name.removeprefix("model."))
+    return next((n for n in names if n in weights), name)
+
+
+def _modules(shards: Shards, beside: Collection[str]) -> dict[str, dict[str, str]]:
     """Return the names of the two factors for each adapted module."""
     modules: dict[str, dict[str, str]] = {}
-    for name in shards.headers:
+    if missing := set(beside) - set(shards.headers):
+        raise ModelDamaged(f"{shards.path} lacks {min(missing)}")
+    for name in set(shards.headers) - set(beside):
         match = _KEY.fullmatch(name)
         if match is None:
             raise UnsupportedModel(f"{shards.path} has the tensor {name}, which is no LoRA factor")

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.draft_adapter import DraftAdapter
+from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.families import published_name
 from d2f_runtime.models.published import is_published, read_published
 from d2f_runtime.models.shards import Shards
@@ -98,7 +100,7 @@ def load_checkpoint(
 
     Args:
         folder: of the model, in this project's layout or a published one.
-        adapter: folder of a LoRA adapter to merge.
+        adapter: folder of a LoRA adapter to merge; one for drafts is put beside the weights.
         device: where the weights go.
         dtype: of the weights; None keeps the stored one.
         quantization: "nf4" or "int8" for the layers' products, quantised as they come where the
@@ -115,6 +117,11 @@ def load_checkpoint(
         config, layout = published.config, published.family.layout
     else:
         config, layout = TransformerConfig.from_dict(dict(file.values)), None
+    facts = None if adapter is None else DraftFacts.read(adapter)
+    draft = None
+    if facts is not None and adapter is not None:
+        config = facts.adapted(config)
+        draft, adapter = DraftAdapter.open(adapter, facts, config), None
     shards = Shards.open(folder, WEIGHTS_FILE)
     with torch.device("meta"):
         model = Transformer(config)
@@ -137,6 +144,8 @@ def load_checkpoint(
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+    if draft is not None:
+        model.draft = draft.to(device, model.embed_tokens.weight.dtype)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from d2f_runtime.models.facts import FAMILIES, PromptAttention
+from d2f_runtime.models.facts import FAMILIES, CommitAttention, PromptAttention
 from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound, UnsupportedModel
 from d2f_stream.core.params import GenerationParams
 
@@ -111,6 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         eos_ids: every id that ends an answer.
         shift_logits: row i-1 predicts position i.
         prompt_attention: full, causal or grid; see ModelInfo.
+        commit_attention: block or causal; see ModelInfo.
         native_block_size: what the model was trained for, tokens.
         max_block_size: upper bound for a request's block size, tokens.
         max_len: prompt and answer together, tokens.
@@ -142,6 +143,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     verification: VerificationInfo | None = None
     training: TrainingInfo | None = None
     description: str = ""
+    commit_attention: CommitAttention = "block"
 
     def params_for(self, device: str) -> GenerationParams:
         """Return the defaults for a device such as "cpu" or "cuda:0".

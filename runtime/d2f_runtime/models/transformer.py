@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_adapter import DraftAdapter, LayerDraft
 
 __all__ = [
     "KeyValue",
@@ -158,12 +159,18 @@ class Attention(nn.Module):
         past: KeyValue | None,
         *,
         causal: bool = False,
+        draft: LayerDraft | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Return the output [B, W, D] and this window's rotated keys and values."""
         batch, window, _ = x.shape
-        query = self.q_norm(self.q_proj(x).view(batch, window, -1, self.head_dim))
-        key = self.k_norm(self.k_proj(x).view(batch, window, -1, self.head_dim))
-        value = self.v_proj(x).view(batch, window, -1, self.head_dim)
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if draft is not None:
+            draft.add("q_proj", x, query)
+            draft.add("k_proj", x, key)
+            draft.add("v_proj", x, value)
+        query = self.q_norm(query.view(batch, window, -1, self.head_dim))
+        key = self.k_norm(key.view(batch, window, -1, self.head_dim))
+        value = value.view(batch, window, -1, self.head_dim)
         query, key = rotate(query, *rope), rotate(key, *rope)
         new = (key, value)
         if past is not None:
@@ -178,7 +185,11 @@ class Attention(nn.Module):
             out = torch.cat(parts, dim=2)
         else:
             out = _attend(query, key, value, mask, causal=causal)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, window, -1)), new
+        joined = out.transpose(1, 2).reshape(batch, window, -1)
+        out = self.o_proj(joined)
+        if draft is not None:
+            draft.add("o_proj", joined, out)
+        return out, new
 
 
 def _attend(
@@ -204,9 +215,16 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, draft: LayerDraft | None = None) -> Tensor:
         """Map [B, W, D] to [B, W, D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if draft is not None:
+            draft.add("gate_proj", x, gate)
+            draft.add("up_proj", x, up)
+        wide = F.silu(gate) * up
+        out: Tensor = self.down_proj(wide)
+        if draft is not None:
+            draft.add("down_proj", wide, out)
         return out
 
 
@@ -228,15 +246,21 @@ class Layer(nn.Module):
         past: KeyValue | None,
         *,
         causal: bool = False,
+        draft: LayerDraft | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Return the residual stream and this window's keys and values."""
-        out, new = self.self_attn(self.input_layernorm(x), rope, mask, past, causal=causal)
+        normed = self.input_layernorm(x)
+        out, new = self.self_attn(normed, rope, mask, past, causal=causal, draft=draft)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), new
+        return x + self.mlp(self.post_attention_layernorm(x), draft), new
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm and head."""
+    """Embedding, layers, final norm and head.
+
+    Attributes:
+        draft: what draft rows go through as well; no part of the model's own weights.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -247,6 +271,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.draft: DraftAdapter | None = None
 
     def forward(
         self,
@@ -256,6 +281,7 @@ class Transformer(nn.Module):
         past: Past | None = None,
         *,
         causal: bool = False,
+        draft_rows: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Return the final states [B, W, D] and each layer's new keys and values.
 
@@ -266,13 +292,22 @@ class Transformer(nn.Module):
                 None is full.
             causal: with no mask and no past, each position sees itself and those before it.
             past: per layer the cached keys and values, [B, P, KV, hd] each; rotated.
+            draft_rows: [R] int64, which of the B * W rows go through `draft`; None without one.
         """
-        x = self.embed_tokens(tokens)
+        draft = self.draft
+        x = self.embed_tokens(tokens) if draft is None else draft.embed(tokens, self.embed_tokens)
         rope = rotary(positions, self.config)
         new: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             x, key_value = layer(
-                x, rope, mask, None if past is None else past[index], causal=causal
+                x,
+                rope,
+                mask,
+                None if past is None else past[index],
+                causal=causal,
+                draft=None
+                if draft is None or draft_rows is None
+                else draft.layer(index, draft_rows),
             )
             new.append(key_value)
         return self.norm(x), new

@@ -1,0 +1,250 @@
+"""Draft adapters: clean rows are the base's bit for bit, draft rows as an fp64 oracle has them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from d2f_runtime.backends import open_backend
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.backends.torch_backend import TorchBackend, load
+from d2f_runtime.decoding.window import Window
+from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_runtime.models.draft_facts import DraftFacts
+from d2f_runtime.models.transformer import Transformer, block_causal_mask
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
+from d2f_stream.core.params import GenerationParams
+from tiny_drafts import PRODUCTS, draft_adapter, write_draft_adapter
+from tiny_models import CONFIGS, NUM_TOKENS, tiny_folder
+
+pytestmark = pytest.mark.torch
+
+BASE = CONFIGS["llama"]
+MASK = 155  # a padded row: no answer names it
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    write_draft_adapter(tmp_path / "adapter", BASE, mask_id=MASK)
+    return tmp_path / "adapter"
+
+
+def canvas(num_prompt: int, block: int, num_blocks: int) -> tuple[list[int], list[int], list[bool]]:
+    """Tokens, what each row sees, and which rows are drafts: causal ones, then blocks."""
+    generator = torch.Generator().manual_seed(3)
+    length = num_prompt + block * num_blocks
+    tokens = torch.randint(4, NUM_TOKENS, (length,), generator=generator).tolist()
+    visible = list(range(1, num_prompt + 1))
+    for index in range(num_blocks):
+        visible += [num_prompt + (index + 1) * block] * block
+        for at in range(1, block, 2):
+            tokens[num_prompt + index * block + at] = MASK
+    return tokens, visible, [at >= num_prompt for at in range(length)]
+
+
+def oracle(
+    weights: dict[str, Tensor],
+    factors: dict[str, Tensor],
+    scale: float,
+    tokens: list[int],
+    visible: list[int],
+    is_draft: list[bool],
+) -> Tensor:
+    """[W, V] logits in fp64, row by row as the words say: a draft row's weight is W + s B A."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    f = {name: tensor.double() for name, tensor in factors.items()}
+    head_dim, eps = BASE.head_dim, BASE.norm_eps
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean() + eps).sqrt() * w[name]
+
+    def product(row: int, layer: int, part: str, x: Tensor) -> Tensor:
+        name = f"layers.{layer}.{PRODUCTS[part]}"
+        matrix = w[f"{name}.weight"]
+        if is_draft[row]:
+            path = f"base_model.model.model.{name}"
+            up, down = f[f"{path}.lora_B.weight"], f[f"{path}.lora_A.weight"]
+            matrix = matrix + scale * up @ down
+        return matrix @ x
+
+    def turn(x: Tensor, position: int) -> Tensor:
+        half = head_dim // 2
+        angle = position * BASE.rope_theta ** (-torch.arange(half).double() / half)
+        first, second = x[..., :half], x[..., half:]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    states = [
+        f["mask_embedding"] if token == MASK else w["embed_tokens.weight"][token]
+        for token in tokens
+    ]
+    for layer in range(BASE.num_layers):
+        path, queries, keys, values = f"layers.{layer}", [], [], []
+        for row, state in enumerate(states):
+            x = norm(state, f"{path}.input_layernorm.weight")
+            queries.append(turn(product(row, layer, "q", x).view(-1, head_dim), row))
+            keys.append(turn(product(row, layer, "k", x).view(-1, head_dim), row))
+            values.append(product(row, layer, "v", x).view(-1, head_dim))
+        group = BASE.num_heads // BASE.num_kv_heads
+        for row, state in enumerate(list(states)):
+            heads = []
+            for head in range(BASE.num_heads):
+                seen_keys = torch.stack([keys[i][head // group] for i in range(visible[row])])
+                seen = torch.stack([values[i][head // group] for i in range(visible[row])])
+                scores = seen_keys @ queries[row][head] / head_dim**0.5
+                heads.append(scores.softmax(0) @ seen)
+            state = state + product(row, layer, "o", torch.cat(heads))
+            x = norm(state, f"{path}.post_attention_layernorm.weight")
+            wide = F.silu(product(row, layer, "gate", x)) * product(row, layer, "up", x)
+            states[row] = state + product(row, layer, "down", wide)
+    return torch.stack([w["embed_tokens.weight"] @ norm(x, "norm.weight") for x in states])
+
+
+def forward(model: Transformer, tokens: list[int], visible: list[int], rows: Tensor) -> Tensor:
+    mask = block_causal_mask(torch.zeros(1, dtype=torch.long), torch.tensor([visible]), 0)
+    positions = torch.arange(len(tokens))[None]
+    with torch.no_grad():
+        hidden, _ = model(torch.tensor([tokens]), positions, mask, draft_rows=rows)
+    return hidden[0]
+
+
+def test_draft_rows_go_through_base_and_adapter_and_see_clean_rows_of_the_base(
+    adapter: Path,
+) -> None:
+    model = load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
+    tokens, visible, is_draft = canvas(5, 4, 2)
+    rows = torch.tensor([at for at, draft in enumerate(is_draft) if draft])
+    factors = load_file(adapter / "adapter_model.safetensors")
+    wanted = oracle(model.state_dict(), factors, 2.0, tokens, visible, is_draft)
+    found = model.logits(forward(model, tokens, visible, rows))
+    assert torch.allclose(found.double(), wanted, atol=2e-4, rtol=1e-4)
+    plain = oracle(model.state_dict(), factors, 0.0, tokens, visible, is_draft)
+    assert not torch.allclose(wanted[5:], plain[5:], atol=1e-2), "the adapter does something"
+
+
+def test_clean_rows_are_the_bases_bit_for_bit(adapter: Path) -> None:
+    folder = tiny_folder("llama", "torch")
+    drafting, base = load_checkpoint(folder, adapter=adapter), load_checkpoint(folder)
+    tokens, visible, is_draft = canvas(9, 8, 2)
+    rows = torch.tensor([at for at, draft in enumerate(is_draft) if draft])
+    known = [4 if token == MASK else token for token in tokens]
+    found = forward(drafting, tokens, visible, rows)
+    wanted = forward(base, known, visible, rows)
+    assert torch.equal(found[:9], wanted[:9])
+    assert not torch.equal(found[9:], wanted[9:])
+
+
+def test_the_cache_of_a_drafting_model_is_the_bases(adapter: Path) -> None:
+    """Prompt and committed rows beside drafts write the K/V that the base alone writes."""
+    folder = tiny_folder("llama", "torch")
+    stores = []
+    for backend in (load(folder, device="cpu", adapter=adapter), load(folder, device="cpu")):
+        slot = backend.open_slot(24)
+        tokens = tuple(range(10, 20))
+        masks = (backend.info.mask_id,) * 6
+        stops = (*range(1, 11), 16)
+        backend.step([StepRow(slot, Window(0, tokens + masks, 10, stops))])
+        stores.append(backend._pool.store[:, :10].clone())
+    assert torch.equal(*stores)
+
+
+@pytest.mark.parametrize("quantization", ["fp32", "bf16", "int8", "nf4"])
+def test_every_quantisation_of_the_base_drafts(adapter: Path, quantization: str) -> None:
+    backend = load(
+        tiny_folder("llama", "torch"), device="cpu", quantization=quantization, adapter=adapter
+    )
+    assert backend.choice.name == "plain"
+    assert "draft" in backend.choice.reason
+    assert (backend.info.mask_id, backend.info.commit_attention) == (MASK, "causal")
+    assert backend.info.max_block_size == 32
+    slot = backend.open_slot(16)
+    window = Window(0, (10, 11, *[MASK] * 4), 2, (1, 2, 6))
+    (found,) = backend.step([StepRow(slot, window)])
+    assert all(0 <= token < NUM_TOKENS for token in found.tokens[2:])
+
+
+def test_the_fast_step_and_fp8_are_refused_with_a_draft_adapter(adapter: Path) -> None:
+    model = load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
+    with pytest.raises(UnsupportedModel, match="a draft adapter runs in the plain step"):
+        TorchBackend(model, name="tiny", runner="fast")
+    with pytest.raises(UnsupportedModel, match="use bf16 or fp32"):
+        load(tiny_folder("llama", "torch"), device="cpu", quantization="fp8", adapter=adapter)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.model.", "base_model.model.", "model.", ""])
+def test_names_may_be_those_of_the_model_or_of_the_causal_lm(prefix: str, tmp_path: Path) -> None:
+    write_draft_adapter(tmp_path, BASE, mask_id=MASK, prefix=prefix)
+    found = draft_adapter(tmp_path, BASE).state_dict(keep_vars=True)
+    assert found == {}, "no part of the model's weights"
+    layer = draft_adapter(tmp_path, BASE).layer(1, torch.tensor([0]))
+    assert sorted(layer.factors) == sorted(name.rpartition(".")[2] for name in PRODUCTS.values())
+
+
+def test_an_adapter_without_the_block_is_merged(tmp_path: Path) -> None:
+    write_draft_adapter(tmp_path, BASE, mask_id=MASK)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["d2f"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert DraftFacts.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("about", "error", "message"),
+    [
+        ({"kind": "target"}, UnsupportedModel, "'target'"),
+        ({"mask_id": None}, ModelDamaged, "one mask_id"),
+        ({"mask_id": "x"}, ModelDamaged, "token ids"),
+        ({"block_sizes": []}, ModelDamaged, "block_sizes"),
+        ({"block_sizes": [0]}, ModelDamaged, "block_sizes"),
+    ],
+)
+def test_a_wrong_block_is_one_clear_error(
+    adapter: Path, about: dict[str, object], error: type[Exception], message: str
+) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["d2f"] |= about
+    path.write_text(json.dumps(config))
+    with pytest.raises(error, match=message):
+        load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
+
+
+def test_a_missing_or_foreign_mask_embedding_is_refused(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"mask_embedding": torch.zeros(7)}, weights)
+    with pytest.raises(UnsupportedModel, match="mask_embedding of shape"):
+        load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
+    del tensors["mask_embedding"]
+    save_file(tensors, weights)
+    with pytest.raises(ModelDamaged, match="lacks mask_embedding"):
+        load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
+
+
+def test_a_bidirectional_base_is_refused(adapter: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="autoregressive"):
+        load_checkpoint(tiny_folder("dream", "torch"), adapter=adapter)
+
+
+def test_defaults_verify_in_blocks_that_the_adapter_knows(adapter: Path) -> None:
+    facts = DraftFacts.read(adapter)
+    assert facts is not None
+    base = GenerationParams(block_size=1, max_new_tokens=77, temperature=0.5)
+    found = facts.defaults(base)
+    assert (found.commit, found.block_size) == ("verify", 8)
+    assert (found.max_new_tokens, found.temperature) == (77, 0.5)
+    small = replace(facts, block_sizes=(16, 32)).defaults(base)
+    assert small.block_size == 16
+
+
+def test_the_backend_opens_by_name_with_a_draft_adapter(adapter: Path) -> None:
+    backend = open_backend(
+        "torch", tiny_folder("llama", "torch"), device="cpu", quantization="auto", adapter=adapter
+    )
+    assert backend.info.commit_attention == "causal"
+    backend.close()
