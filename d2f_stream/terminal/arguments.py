@@ -3,10 +3,10 @@
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final, cast, get_args
 
 from d2f_stream import __version__
-from d2f_stream.core.params import ParamOverrides
+from d2f_stream.core.params import Commit, ParamOverrides
 from d2f_stream.server import command
 from d2f_stream.terminal import models_command
 from d2f_stream.terminal.config import KEYS
@@ -106,7 +106,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a name (d2f-stream models list), a folder, a hub id, a file or a server's address "
         "(default: that of the config file, else the embedded model)",
     )
-    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter")
+    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with")
     parser.add_argument("--backend", choices=("auto", "onnx", "torch"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")
@@ -169,6 +169,12 @@ def _add_params(group: "argparse._ArgumentGroup") -> None:
     add("--add", float, "add_threshold", "X", "share of a block filled before the next joins")
     add("--activate", float, "activate_threshold", "X", "share filled before the next must accept")
     add("--max-active-blocks", int, "max_active_blocks", "N", "blocks at once; 0 is unbounded")
+    group.add_argument(
+        "--commit",
+        choices=get_args(Commit),
+        default=argparse.SUPPRESS,
+        help="verify keeps what the model's own next tokens say too: its autoregressive answer",
+    )
     add("--temperature", float, "temperature", "X", "0 is greedy")
     add("--top-p", float, "top_p", "X", "nucleus mass")
     add("--seed", int, "seed", "N", "of the sampling noise")

@@ -70,7 +70,8 @@ def oracle(
             path = f"base_model.model.model.{name}"
             up, down = f[f"{path}.lora_B.weight"], f[f"{path}.lora_A.weight"]
             matrix = matrix + scale * up @ down
-        return matrix @ x
+        out: Tensor = matrix @ x
+        return out
 
     def turn(x: Tensor, position: int) -> Tensor:
         half = head_dim // 2

@@ -89,6 +89,8 @@ export interface Params {
   attention?: "blocks" | "full";
   /** Whether fewer blocks may be denoised at once while other answers share the steps. */
   may_narrow?: boolean;
+  /** "verify" keeps of a block what the model's own next tokens say too: its autoregressive answer. */
+  commit?: "filled" | "verify";
   drafts?: boolean;
 }
 

@@ -293,7 +293,8 @@ class StepLoop:
             prompt_tokens=prompt_tokens,
             block_size=block_size,
             max_active_blocks=stream.params.max_active_blocks,
-            may_narrow=stream.params.may_narrow,
+            # what a verified answer says does not depend on its windows
+            may_narrow=stream.params.may_narrow or stream.params.commit == "verify",
         )
         self._streams[stream.id] = stream
         logger.debug("stream %s: %s prompt tokens", stream.id, stream.num_prompt_tokens)

@@ -161,7 +161,7 @@ def _modules(shards: Shards, beside: Collection[str]) -> dict[str, dict[str, str
     modules: dict[str, dict[str, str]] = {}
     if missing := set(beside) - set(shards.headers):
         raise ModelDamaged(f"{shards.path} lacks {min(missing)}")
-    for name in set(shards.headers) - set(beside):
+    for name in (name for name in shards.headers if name not in beside):
         match = _KEY.fullmatch(name)
         if match is None:
             raise UnsupportedModel(f"{shards.path} has the tensor {name}, which is no LoRA factor")
