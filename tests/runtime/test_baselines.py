@@ -240,7 +240,7 @@ def proposer(family: str) -> Callable[[tuple[int, ...], int, int], tuple[int, fl
 
     @cache
     def answers(visible: tuple[int, ...]) -> dict[int, Proposal]:
-        stops = attention_stops(family, len(visible))
+        stops = attention_stops(family, visible)
         found = oracle(family).proposals([swapped(token) for token in visible], stops)
         return {p.position: p for p in found}
 
@@ -251,12 +251,14 @@ def proposer(family: str) -> Callable[[tuple[int, ...], int, int], tuple[int, fl
     return propose
 
 
-def attention_stops(family: str, length: int) -> tuple[int, ...]:
+def attention_stops(family: str, visible: tuple[int, ...]) -> tuple[int, ...]:
     """The edges of a canvas that ends with its last block, from the definitions."""
-    num_prompt, size = len(PROMPT), CONFIGS[family].native_block_size
+    num_prompt, size, length = len(PROMPT), CONFIGS[family].native_block_size, len(visible)
     match CONFIGS[family].prompt_attention:
-        case "causal":
-            return tuple(range(1, length + 1))
+        case "causal":  # ... also of answer blocks once all before them and they are filled
+            filled = (*visible, REFERENCE_MASK).index(REFERENCE_MASK)
+            committed = num_prompt + (filled - num_prompt) // size * size
+            return (*range(1, committed + 1), *range(committed + size, length, size), length)
         case "grid":
             return (*range(size, length, size), length)
         case "full":

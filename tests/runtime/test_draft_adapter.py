@@ -65,7 +65,7 @@ def oracle(
 
     def product(row: int, layer: int, part: str, x: Tensor) -> Tensor:
         name = f"layers.{layer}.{PRODUCTS[part]}"
-        matrix = w[f"{name}.weight"]
+        matrix: Tensor = w[f"{name}.weight"]
         if is_draft[row]:
             path = f"base_model.model.model.{name}"
             up, down = f[f"{path}.lora_B.weight"], f[f"{path}.lora_A.weight"]

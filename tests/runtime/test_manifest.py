@@ -86,7 +86,9 @@ def test_a_newer_format_is_told_so_whatever_it_holds(tmp_path: Path) -> None:
 
 
 def test_unknown_family_is_named_with_those_that_run(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="'mamba', but this build runs dream, fast_dllm_v2"):
+    with pytest.raises(
+        UnsupportedModel, match="'mamba', but this build runs a2d, dream, fast_dllm_v2"
+    ):
         read_manifest(write(tmp_path, manifest(family="mamba")))
 
 
