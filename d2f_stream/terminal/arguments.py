@@ -106,7 +106,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="a name (d2f-stream models list), a folder, a hub id, a file or a server's address "
         "(default: that of the config file, else the embedded model)",
     )
-    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with")
+    parser.add_argument(
+        "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
+    )
     parser.add_argument("--backend", choices=("auto", "onnx", "torch"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")

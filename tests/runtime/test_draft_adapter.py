@@ -111,7 +111,8 @@ def forward(model: Transformer, tokens: list[int], visible: list[int], rows: Ten
     positions = torch.arange(len(tokens))[None]
     with torch.no_grad():
         hidden, _ = model(torch.tensor([tokens]), positions, mask, draft_rows=rows)
-    return hidden[0]
+    states: Tensor = hidden[0]
+    return states
 
 
 def test_draft_rows_go_through_base_and_adapter_and_see_clean_rows_of_the_base(

@@ -41,6 +41,7 @@ def test_overrides_are_exactly_the_fields() -> None:
         ("stop", tuple("abcdefghijklmnopq")),
         ("stop_at_eos", "later"),
         ("tail", "keep"),
+        ("commit", "later"),
         ("sub_block_size", -1),
         ("sub_block_size", 1025),
     ],
