@@ -7,6 +7,7 @@ the offending value, the limit and the way out.
     ├── InvalidRequest (ValueError)      the caller can mend it; nothing was started
     │   ├── InvalidParams                a generation parameter is out of range
     │   ├── InvalidPrompt                empty, or not of a supported shape
+    │   │   └── NoChatTemplate           messages, to a model that takes one string
     │   └── PromptTooLong                prompt plus answer exceed what the model holds
     ├── ModelError                       the model cannot be used
     │   ├── ModelNotFound (FileNotFoundError)
