@@ -105,6 +105,11 @@ class EventBuffer:
 
     # Reader side: called by Session.
 
+    @property
+    def would_wait(self) -> bool:
+        """Whether a reader would have to wait now."""
+        return not self._events and self.error is None and not self.ended
+
     async def get(self) -> Event | None:
         """Take the next event; None after the last. Safe to cancel; no event is lost.
 

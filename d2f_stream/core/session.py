@@ -10,6 +10,8 @@ A session in a variable is held by the traceback of a cancelled task until that 
 `async with` there.
 A session that is still held after a `break` stays alive and can be read on: at the buffer's high
 mark its engine stops working for it, until it is read, cancelled, dropped, or its engine closes.
+A session belongs to one event loop. Elsewhere what it holds can be read, and it can be cancelled;
+where it would have to wait, that is an error, since nobody could wake the one who waits.
 """
 
 import asyncio
@@ -21,7 +23,7 @@ from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError, error_from
+from d2f_stream.core.errors import D2FError, EngineClosed, error_from
 from d2f_stream.core.events import (
     Block,
     Event,
@@ -131,7 +133,8 @@ class Session:
 
     def __init__(self, buffer: EventBuffer) -> None:
         self._buffer = buffer
-        finalizer = weakref.finalize(self, _give_up, asyncio.get_running_loop(), buffer)
+        self._loop = asyncio.get_running_loop()
+        finalizer = weakref.finalize(self, _give_up, self._loop, buffer)
         finalizer.atexit = False
 
     @property
@@ -140,11 +143,14 @@ class Session:
         return self._buffer.text
 
     def cancel(self) -> None:
-        """Give the answer up; its slot is free within one step. Idempotent.
+        """Give the answer up; its slot is free within one step. Idempotent; from any thread.
 
         Blocks that were committed stay readable, then the iteration ends.
         """
-        self._buffer.cancel()
+        if self._is_here():
+            self._buffer.cancel()
+        else:
+            _give_up(self._loop, self._buffer)
 
     async def result(self) -> Result:
         """Wait for the whole answer. Safe to cancel; no event is lost.
@@ -153,9 +159,12 @@ class Session:
         number is bounded by the length of the answer. Any number of tasks may wait.
 
         Raises:
-            D2FError: the request was turned away, or its stream failed.
+            D2FError: the request was turned away, or its stream failed; or the event loop that the
+                session belongs to is closed.
+            RuntimeError: the session belongs to another event loop, and has not ended.
         """
         buffer = self._buffer
+        self._check_loop(waits=not buffer.ended)
         buffer.lift_marks()
         try:
             await buffer.wait_ended()
@@ -182,11 +191,13 @@ class Session:
         """Wait for the next block. Safe to cancel; no event is lost.
 
         Raises:
-            D2FError: the request was turned away, or its stream failed.
+            D2FError: the request was turned away, or its stream failed; or the event loop that the
+                session belongs to is closed.
+            RuntimeError: the session belongs to another event loop, or another task reads it.
         """
         buffer = self._buffer
         try:
-            while (event := await buffer.get()) is not None:
+            while (event := await self._next()) is not None:
                 if isinstance(event, Block):
                     return event
         finally:
@@ -207,7 +218,28 @@ class Session:
     ) -> None:
         """Cancel, and wait until the slot is free. Safe to cancel; it is freed all the same."""
         self.cancel()
-        await self._buffer.wait_ended()
+        if self._is_here():
+            await self._buffer.wait_ended()
+
+    async def _next(self) -> Event | None:
+        buffer = self._buffer
+        self._check_loop(waits=buffer.would_wait)
+        del self  # as in __anext__
+        return await buffer.get()
+
+    def _is_here(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
+    def _check_loop(self, *, waits: bool) -> None:
+        if self._is_here():
+            return
+        if self._loop.is_running() or (waits and not self._loop.is_closed()):
+            raise RuntimeError("this session belongs to another event loop; read it there")
+        if waits:
+            raise EngineClosed("the event loop was closed in which the session was started")
 
 
 class _Events:
@@ -218,9 +250,8 @@ class _Events:
         return self
 
     async def __anext__(self) -> Event:
-        buffer = self._session._buffer
         try:
-            event = await buffer.get()
+            event = await self._session._next()
         finally:
             del self
         if event is None:
@@ -230,9 +261,13 @@ class _Events:
 
 def _give_up(loop: asyncio.AbstractEventLoop, buffer: EventBuffer) -> None:
     # Runs wherever the last reference went: on another thread, or amid the engine's own code.
-    if not buffer.ended:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and the engine's task with it
-            loop.call_soon_threadsafe(buffer.cancel)
+    if buffer.ended:
+        return
+    try:
+        loop.call_soon_threadsafe(buffer.cancel)
+    except RuntimeError:  # the loop is closed: nobody else touches the buffer any more
+        with contextlib.suppress(RuntimeError):
+            buffer.cancel()
 
 
 def _failure_of(event: StreamFailed | None) -> D2FError:

@@ -45,7 +45,7 @@ class MeasuredEngine(Protocol):
         """What it does at this moment."""
         ...
 
-    def on_step(self, observe: Callable[[float, int], None]) -> None:
+    def on_step(self, observe: Callable[[float, int], None]) -> Callable[[], None]:
         """Call `observe` after each step with its wall time, seconds, and its rows."""
         ...
 
@@ -85,6 +85,7 @@ class Metrics:
         self._last_event: dict[str, tuple[float, bool]] = {}  # stream id -> when, a block before?
         self._num_slow_readers = 0
         self._gateway: Gateway | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         self._requests = self._counter(
             "requests",
             "Requests that ended, by outcome: eos, length, stop, cancelled, failed, or refused "
@@ -137,13 +138,18 @@ class Metrics:
     def watch(self, engine: Engine, gateway: Gateway | None = None) -> None:
         """Read the engine's load and steps, where it has them, and the gateway's connections.
 
-        To be called once, when the engine is open.
+        To be called once, when the engine is open; `unwatch` ends it, as an engine may outlive its
+        server.
         """
         self._gateway = gateway
         self.registry.register(_Readings(self._read_connections))
         if isinstance(engine, MeasuredEngine):
-            engine.on_step(self._note_step)
+            self._unwatch = engine.on_step(self._note_step)
             self.registry.register(_Readings(lambda: _read_load(engine.current_load)))
+
+    def unwatch(self) -> None:
+        """Take nothing more from the engine's steps. Idempotent."""
+        self._unwatch()
 
     def route(self, path: str = "/metrics") -> Route:
         """Return the route that Prometheus reads."""

@@ -135,6 +135,7 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         """End what `shut_down` has left: streams, connections and the tasks behind them."""
+        self.metrics.unwatch()
         self.gateway.announce_closing(0.0)
         await self.registry.shut_down(0.0)
         self._uvicorn.ask_exit()

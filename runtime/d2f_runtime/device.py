@@ -12,6 +12,8 @@ which one that waits for a device does at once.
 
 import asyncio
 import contextlib
+import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 __all__ = ["DeviceThread", "on_loop"]
+
+logger = logging.getLogger("d2f_stream.device")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,10 +41,16 @@ class DeviceThread:
         self._jobs: _Jobs = queue.SimpleQueue()
         self._messages: _Jobs = queue.SimpleQueue()
         self._stopped = False
+        self._process = os.getpid()
         self._threads = (
             _start(name, self._jobs),
             _start(f"{name}-messenger", self._messages),
         )
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the thread's own, and has no such thread."""
+        return os.getpid() != self._process
 
     def call(
         self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -50,10 +60,10 @@ class DeviceThread:
         Cancelling the future abandons the result; the call itself runs all the same.
 
         Raises:
-            RuntimeError: the thread was stopped.
+            RuntimeError: the thread was stopped, or did not come along when this process forked.
         """
-        if self._stopped:
-            raise RuntimeError("the device thread was stopped")
+        if self._stopped or self.forked:
+            raise RuntimeError("the device thread was stopped or is in another process")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -68,11 +78,22 @@ class DeviceThread:
         self._jobs.put(job)
         return future
 
+    def post(self, function: Callable[[], object]) -> None:
+        """Queue a call that nobody waits for, from any thread; what it raises is logged.
+
+        Nothing happens once the thread was stopped.
+        """
+        if not self._stopped and not self.forked:
+            self._jobs.put(partial(_run_logged, function))
+
     def stop(self, last: Callable[[], None] | None = None) -> None:
-        """Run what is queued, then `last`, then end the thread. Does not wait."""
+        """Run what is queued, then `last`, then end the thread. Does not wait.
+
+        What `last` raises is logged: the thread ends all the same.
+        """
         self._stopped = True
         if last is not None:
-            self._jobs.put(last)
+            self._jobs.put(partial(_run_logged, last))
         self._jobs.put(partial(self._messages.put, None))
         self._jobs.put(None)
 
@@ -108,6 +129,13 @@ def _serve(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
         job()
         del job  # an idle thread keeps no rows, results or tracebacks alive
+
+
+def _run_logged(function: Callable[[], object]) -> None:
+    try:
+        function()
+    except Exception:
+        logger.exception("a call on the device thread failed")
 
 
 def _post(loop: asyncio.AbstractEventLoop, settle: Callable[..., object], *args: object) -> None:

@@ -7,11 +7,14 @@ The cache is the only state of the package that outlives an event loop; it is cl
 
 import asyncio
 import atexit
+import ctypes
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from d2f_runtime.backends.base import Backend, Slot, StepRow
 from d2f_runtime.decoding.window import Proposals
@@ -22,7 +25,7 @@ from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.errors import EngineFailed, OutOfCapacity
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["MODELS", "LoadedModel", "ModelCache", "ModelKey", "ModelParts"]
+__all__ = ["MODELS", "LoadedModel", "ModelCache", "ModelKey", "ModelParts", "SlotOwner"]
 
 logger = logging.getLogger("d2f_stream.loaded_model")
 
@@ -61,6 +64,14 @@ class ModelParts:
         object.__setattr__(self, "info", info)
 
 
+class SlotOwner(Protocol):
+    """Who opens slots, and may be gone before it has closed them."""
+
+    def is_gone(self) -> bool:
+        """Whether nobody can run it any more. If so, none of its steps that wait is run, ever."""
+        ...
+
+
 class LoadedModel:
     """A model on its device thread. The methods named `do_*` run there and block; others do not.
 
@@ -73,8 +84,8 @@ class LoadedModel:
         self._load = load
         self._parts: ModelParts | None = None
         self._failure: BaseException | None = None
-        self._owners: dict[Slot, object] = {}
-        self._waiting: list[Callable[[], object]] = []
+        self._owners: dict[Slot, SlotOwner] = {}
+        self._waiting: dict[SlotOwner, Callable[[], object]] = {}
 
     def do_load(self) -> ModelParts:
         """Return the parts, loading them first where that was not done yet."""
@@ -104,21 +115,24 @@ class LoadedModel:
             raise
 
     def do_open_slot(
-        self, owner: object, capacity: int, on_free: Callable[[], object]
+        self, owner: SlotOwner, capacity: int, on_free: Callable[[], object]
     ) -> Slot | None:
         """Open a slot of `capacity` tokens; None where it must wait for others to close.
 
-        In that case `on_free` is called once, here, when the next slot was closed.
+        In that case `on_free` is called once, here, when the next slot was closed. Slots of owners
+        that are gone are closed first. An event loop may be closed without a word while others wait
+        for its slots, so they should ask again now and then.
 
         Raises:
             OutOfCapacity: there is no room although no slot is open.
         """
+        self.do_reclaim()
         try:
             slot = self._backend.open_slot(capacity)
         except OutOfCapacity:
             if not self._owners:
                 raise
-            self._waiting.append(on_free)
+            self._waiting[owner] = on_free
             return None
         self._owners[slot] = owner
         return slot
@@ -137,15 +151,31 @@ class LoadedModel:
             raise
 
     def do_close_slots(self, slots: Sequence[Slot]) -> None:
-        """Close slots. Wakes those who wait for room."""
+        """Close slots, all of them even where one fails. Wakes those who wait for room.
+
+        Raises:
+            Exception: what the backend raised for the first that failed.
+        """
+        failures: list[Exception] = []
         for slot in slots:
             self._owners.pop(slot, None)
-            self._backend_of_any_health.close_slot(slot)
-        waiting, self._waiting = self._waiting, []
-        for on_free in waiting:
+            try:
+                self._backend_of_any_health.close_slot(slot)
+            except Exception as error:
+                failures.append(error)
+        waiting, self._waiting = self._waiting, {}
+        for on_free in waiting.values():
             on_free()
+        if failures:
+            raise failures[0]
 
-    def do_close_slots_of(self, owner: object) -> None:
+    def do_reclaim(self) -> None:
+        """Close the slots of owners that are gone."""
+        for owner in {owner for owner in self._owners.values() if owner.is_gone()}:
+            logger.warning("model %s takes slots back: their event loop is gone", self.name)
+            self.do_close_slots_of(owner)
+
+    def do_close_slots_of(self, owner: SlotOwner) -> None:
         """Close every slot that the owner opened, also those it was never told of."""
         self.do_close_slots([slot for slot, known in self._owners.items() if known is owner])
 
@@ -191,6 +221,8 @@ class ModelCache:
     def release(self, model: LoadedModel) -> "asyncio.Future[None] | None":
         """Give a lease back; the last one closes the model, which the future tells the end of."""
         with self._lock:
+            if model not in self._leases:  # leased before this process was forked
+                return None
             self._leases[model] -= 1
             if self._leases[model]:
                 return None
@@ -216,10 +248,28 @@ class ModelCache:
         for model in models:
             model.device.join(EXIT_TIMEOUT_S)
 
+    def follow_forks(self) -> None:
+        """Let a forked process begin with an empty cache: threads do not survive, so loads anew."""
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._lock.acquire,
+                after_in_parent=self._lock.release,
+                after_in_child=self._begin_anew,
+            )
+
+    def _begin_anew(self) -> None:
+        for model in self._leases:
+            # Never freed here: onnxruntime would join threads that only the parent has, and abort.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(model))
+        self._models.clear()
+        self._leases.clear()
+        self._lock.release()
+
     def _forget(self, model: LoadedModel) -> None:
         for key in [key for key, known in self._models.items() if known is model]:
             del self._models[key]
 
 
 MODELS = ModelCache()
+MODELS.follow_forks()
 atexit.register(MODELS.close)

@@ -7,7 +7,7 @@ model runs on is behind `backends.base`.
 import asyncio
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
@@ -100,9 +100,19 @@ class LocalEngine:
         """What the engine does at this moment."""
         return self._steps.current_load
 
-    def on_step(self, observe: StepObserver) -> None:
-        """Call `observe` after each step, on the event loop; it must not wait or raise."""
-        self._steps.observers.append(observe)
+    def on_step(self, observe: StepObserver) -> Callable[[], None]:
+        """Call `observe` after each step, on the event loop; it must not wait or raise.
+
+        Returns:
+            What ends that; idempotent.
+        """
+        observers, key = self._steps.observers, object()
+        observers[key] = observe
+
+        def undo() -> None:
+            observers.pop(key, None)
+
+        return undo
 
     @property
     def usable(self) -> bool:
@@ -229,6 +239,11 @@ class LocalEngine:
         return self._steps.parts
 
     def _check_open(self) -> None:
+        if self._model.device.forked:
+            raise EngineClosed(
+                "the engine belongs to the process that this one was forked from; load() the model "
+                "here, or start processes by spawn"
+            )
         self._check_loop()
         if self._closing:
             raise EngineClosed("the engine was closed; load() the model again")

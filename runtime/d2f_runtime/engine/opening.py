@@ -4,6 +4,7 @@ The one place that joins folder or hub id, manifest or published config, backend
 """
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,17 @@ MAX_HASH_BYTES: Final = 1 << 28  # larger files take longer to hash than to load
 
 _shared: Final[dict[asyncio.AbstractEventLoop, dict[ModelKey, LocalEngine]]] = {}
 _lock: Final = threading.Lock()
+
+
+def _begin_anew() -> None:
+    _shared.clear()  # their threads are the parent's
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_begin_anew
+    )
 
 
 def open_engine(

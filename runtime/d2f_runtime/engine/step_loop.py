@@ -17,7 +17,9 @@ and only then lets the cancellation through.
 """
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -38,6 +40,9 @@ logger = logging.getLogger("d2f_stream.engine")
 
 T = TypeVar("T")
 
+LOOK_AGAIN_S = 1.0
+"""Seconds between two tries for a slot that another event loop holds, which may be gone."""
+
 StepObserver = Callable[[float, int], None]
 """Is given a step's wall time, seconds, and how many rows it had."""
 
@@ -49,14 +54,14 @@ class StepLoop:
         parts: of the model, once it is loaded.
         failure: why nothing is accepted any more, if something broke.
         limits: how much it takes on at once.
-        observers: called after each step.
+        observers: called after each step, in order; each under a key of its own.
     """
 
     def __init__(self, model: LoadedModel, limits: Limits) -> None:
         self.parts: ModelParts | None = None
         self.failure: D2FError | None = None
         self.limits = limits
-        self.observers: list[StepObserver] = []
+        self.observers: dict[object, StepObserver] = {}
         self._model = model
         self._scheduler: Scheduler[StreamId] = Scheduler(
             max_sessions=limits.max_sessions,
@@ -70,6 +75,7 @@ class StepLoop:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._closing = False
+        self._home: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 
     @property
     def current_load(self) -> EngineLoad:
@@ -108,10 +114,28 @@ class StepLoop:
                 self._steps.withdraw()
         self._wake.set()
         if self._task is None or self._task.done():
+            self._home = asyncio.get_running_loop(), threading.current_thread()
             self._task = asyncio.create_task(self._run(), name=f"d2f-steps-{self._model.name}")
+
+    def is_gone(self) -> bool:
+        """Whether the event loop was closed, or left behind by its thread. From any thread.
+
+        If so, what waits for the device is withdrawn, and the streams end should it ever go on.
+        """
+        if self._home is None:
+            return False
+        loop, thread = self._home
+        gone = loop.is_closed() or not (thread.is_alive() or loop.is_running())
+        if gone:
+            self._closing = True
+            self._steps.withdraw()
+        return gone
 
     def cancel(self, stream_id: StreamId) -> None:
         """End a stream; its slot is closed before the next step."""
+        if self.is_gone():
+            self._model.device.post(self._model.do_reclaim)
+            return
         stream = self._streams.get(stream_id)
         if stream is not None and stream.outcome is None:
             stream.outcome = "cancelled"
@@ -126,7 +150,7 @@ class StepLoop:
 
     def resume(self, stream_id: StreamId) -> None:
         """Run steps for the stream again."""
-        if stream_id in self._streams:
+        if stream_id in self._streams and not self.is_gone():
             self._scheduler.resume(stream_id)
             self._wake.set()
 
@@ -163,6 +187,13 @@ class StepLoop:
             if ended or (self._steps and self._scheduler.admits):
                 await self._settle()
             elif not await self._advance():
+                await self._rest()
+
+    async def _rest(self) -> None:
+        """Wait for news; with a stream that waits for others' slots, for a while only."""
+        patience_s = LOOK_AGAIN_S if self._scheduler.num_waiting else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
                 await self._wake.wait()
 
     async def _advance(self) -> bool:
@@ -194,7 +225,7 @@ class StepLoop:
             self._scheduler.take_back(step.batch)
             return
         if result.num_rows:
-            for observe in self.observers:
+            for observe in tuple(self.observers.values()):
                 observe(result.wall_s, result.num_rows)
         for stream, progress in zip(step.streams, result.progress, strict=True):
             self._tell(stream, stream.announce, progress)
