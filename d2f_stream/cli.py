@@ -246,7 +246,9 @@ def _prompt(given: str | None) -> str:
     if given is None and sys.stdin.isatty():
         raise InvalidPrompt("no prompt was given; pass one, or pipe a text in")
     try:
-        prompt = sys.stdin.read().removesuffix("\n") if given in (None, "-") else given
+        prompt = given or ""
+        if given in (None, "-"):
+            prompt = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
         prompt.encode()  # bytes that are no text reach Python as lone surrogates
     except UnicodeError as exc:
         raise InvalidPrompt(f"the prompt is not valid text: {exc}") from exc

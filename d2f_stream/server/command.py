@@ -203,7 +203,7 @@ def _lines_of(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeError) as error:
         raise InvalidRequest(f"the token file {path} cannot be read: {error}") from error
     tokens = [line for line in lines if line and not line.startswith("#")]

@@ -9,7 +9,8 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from d2f_runtime.backends.base import Backend, Slot, StepRow
@@ -104,6 +105,8 @@ class _Borrowed:
 
 class _Silent:
     """A codec for token ids whose text nobody reads."""
+
+    special_tokens: Mapping[str, int] = MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

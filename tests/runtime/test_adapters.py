@@ -1,5 +1,6 @@
 """LoRA adapters: what PEFT writes is merged as PEFT merges it, anything else is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2f_runtime.backends import open_backend
+from d2f_runtime.models.adapter_config import ADAPTER_KEYS
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
-from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
+from tiny_checkpoints import FAMILIES, Tiny, oracle, write_adapter, write_checkpoint, write_model
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
 WEIGHTS = "adapter_model.safetensors"
+SLOW = r"((\w+)*\.?)*!"  # its matches are tried in as many ways as the name can be cut
 FIRST = "base_model.model.model.layers.0.self_attn.k_proj"
 
 
@@ -32,8 +35,8 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "adapter_config.json"
+def change_config(folder: Path, name: str = "adapter_config.json", **changes: object) -> None:
+    path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -43,32 +46,80 @@ PEFT_CASES: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 6, "rank_pattern": {"v_proj": 2, r"layers\.0\.self_attn\.q_proj": 3}},
     {"r": 2, "lora_alpha": 6, "alpha_pattern": {"k_proj": 1, "1.self_attn.o_proj": 9}},
     {"r": 3, "lora_alpha": 5, "target_modules": ["up_proj", "down_proj"]},
+    {"r": 3, "lora_alpha": -5, "target_modules": "all-linear"},
+    {"r": 3, "lora_alpha": 0, "target_modules": r".*\.(?:q|v)_proj"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    {"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.0.mlp.up_proj"]},
+    {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+    {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "alpha_pattern": {"embed_tokens": 3}},
+    {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    {"r": 4, "target_modules": ["q_proj"], "fan_in_fan_out": True},
+    {"r": 4, "rank_pattern": {"(q|k)_proj": 2, r"^model.layers.0.*v_proj": 3}},
 ]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft and transformers of different ages
+@pytest.mark.filterwarnings("ignore:(Setting|fan_in|Could not find|Unable to fetch):UserWarning")
 @pytest.mark.parametrize("settings", PEFT_CASES)
-def test_merged_weights_equal_those_of_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+def test_merged_weights_equal_those_of_peft(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    compare_with_peft(tmp_path, FAMILIES[kind], settings, tie_word_embeddings=False)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:(Could not find|Unable to fetch):UserWarning")
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_stand_for_the_bases(tmp_path: Path, bias: str) -> None:
+    settings = {"r": 4, "target_modules": ["q_proj"], "bias": bias}
+    compare_with_peft(tmp_path, FAMILIES["qwen2"], settings)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:(Could not find|Unable to fetch|Model has|You are|Input and):UserWarning"
+)
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_tied_head_that_is_held_whole_is_tied_no_more(tmp_path: Path, saved: list[str]) -> None:
+    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": saved}
+    ours = compare_with_peft(tmp_path, FAMILIES["qwen2"], settings, tie_word_embeddings=True)
+    assert not torch.equal(ours["lm_head.weight"], ours["embed_tokens.weight"])
+
+
+def compare_with_peft(
+    folder: Path, tiny: Tiny, settings: dict[str, Any], **changes: Any
+) -> dict[str, torch.Tensor]:
+    """Return our merged weights, which were compared with PEFT's own, loaded from its files."""
     peft = pytest.importorskip("peft")
-    theirs = oracle(FAMILIES["qwen3"])
-    write_checkpoint(tmp_path / "base", FAMILIES["qwen3"], theirs)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**{"target_modules": targets} | settings))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": targets} | settings)
+    theirs = oracle(tiny, **changes)
+    write_checkpoint(folder / "base", tiny, theirs)
+    change_config(folder / "base", "config.json", **changes)
+    wrapped = peft.get_peft_model(oracle(tiny, **changes), config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    wanted = wrapped.merge_and_unload().state_dict()
-    ours = load_checkpoint(tmp_path / "base", adapter=tmp_path / "adapter").state_dict()
-    changed = load_checkpoint(tmp_path / "base").state_dict()
-    assert sum(not torch.equal(changed[name], ours[name]) for name in ours) == 2 * len(
-        wrapped.peft_config["default"].target_modules
-    )
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.3
+                parameter.copy_(noise)
+    wrapped.save_pretrained(folder / "adapter")
+    loaded = peft.PeftModel.from_pretrained(theirs, folder / "adapter")
+    wanted = loaded.merge_and_unload().state_dict()
+    ours = load_checkpoint(folder / "base", adapter=folder / "adapter").state_dict()
     for name, tensor in ours.items():
         key = name if name.startswith("lm_head") else f"model.{name}"
-        assert (tensor - wanted[key]).abs().max() <= 1e-6  # one sum in another order
+        assert (tensor - wanted[key]).abs().max() <= 1e-6, name  # one sum in another order
+    plain = load_checkpoint(folder / "base").state_dict()
+    moved = settings.get("lora_alpha") != 0 or any(
+        k in settings for k in ("bias", "modules_to_save")
+    )
+    assert moved == any(not torch.equal(plain[name], ours[name]) for name in ours)
+    return ours
 
 
 def test_older_names_with_the_adapters_own_are_read(base: Path, adapter: Path) -> None:
@@ -120,8 +171,6 @@ def test_adapter_of_a_sibling_is_merged_with_a_warning(
     [
         ("use_dora", True),
         ("peft_type", "IA3"),
-        ("bias", "all"),
-        ("modules_to_save", ["lm_head"]),
         ("init_lora_weights", "pissa"),
         ("lora_bias", True),
         ("trainable_token_indices", [1, 2]),
@@ -150,6 +199,35 @@ def test_adapter_tensors_are_checked(base: Path, adapter: Path) -> None:
     change_config(adapter, rank_pattern={"k_proj": 8})
     with pytest.raises(ModelDamaged, match=r"k_proj the rank 8, but its factors have 4"):
         load_checkpoint(base, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, ModelDamaged, "lacks lm_head, one of modules_to_save"),
+        ({"lora_alpha": 1e308}, ModelDamaged, r"alpha 1e\+308, beyond any float"),
+        ({"lora_alpha": 10**400}, ModelDamaged, "lora_alpha is 1000+.* but must be a number"),
+        ({"lora_alpha": float("nan")}, ModelDamaged, "lora_alpha is nan"),
+        ({"r": 2**70}, ModelDamaged, "r is 1180591620717411303424"),
+        ({"target_modules": ["q_proj"]}, UnsupportedModel, "does not adapt .*k_proj"),
+        ({"layers_to_transform": [1]}, UnsupportedModel, r"does not adapt .*layers\.0"),
+        ({"rank_pattern": {"(": 4}}, ModelDamaged, "rank_pattern is no regular expression"),
+        ({"rank_pattern": {SLOW: 4}}, UnsupportedModel, "more than 5 s to match"),
+        ({"alpha_pattern": {SLOW: 4}}, UnsupportedModel, "more than 5 s to match"),
+        ({"target_modules": SLOW}, UnsupportedModel, "more than 5 s to match"),
+    ],
+)
+def test_config_of_an_adapter_from_elsewhere(
+    base: Path, adapter: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    change_config(adapter, **changes)
+    with pytest.raises(error, match=message):
+        load_checkpoint(base, adapter=adapter)
+
+
+def test_every_key_of_peft_is_known() -> None:
+    peft = pytest.importorskip("peft")
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= ADAPTER_KEYS
 
 
 def test_missing_adapter_files_are_named(tmp_path: Path, base: Path, adapter: Path) -> None:

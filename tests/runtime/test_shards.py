@@ -108,14 +108,72 @@ def test_tensors_are_named_as_the_checkpoint_names_them(folder: Path) -> None:
 def test_buffers_of_older_versions_are_passed_over(tmp_path: Path) -> None:
     write_model(tmp_path, "qwen2")
     path = tmp_path / "model.safetensors"
+    weights = load_file(path)
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        "lm_head.weight": torch.zeros(320, 64),  # the model ties its head
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),  # the model ties its head
     }
-    save_file(load_file(path) | extra, path)
+    save_file(weights | extra, path)
     model = load_checkpoint(tmp_path)
     assert model.lm_head.weight is model.embed_tokens.weight
     assert model.lm_head.weight.std() > 0
+
+
+def oracle_of(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("has_embedding", [True, False])
+def test_tied_head_is_what_transformers_makes_of_it(tmp_path: Path, has_embedding: bool) -> None:
+    write_model(tmp_path, "qwen2")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0)
+    if not has_embedding:
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    ours, theirs = load_checkpoint(tmp_path), oracle_of(tmp_path)
+    assert ours.config.tie_embeddings == (not has_embedding)
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(ours.embed_tokens.weight, theirs.model.embed_tokens.weight)
+
+
+def test_tensor_in_two_shards_is_that_of_the_index(tmp_path: Path) -> None:
+    write_model(tmp_path, "llada", num_shards=3)
+    wanted = load_checkpoint(tmp_path).state_dict()
+    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    for other in sorted(set(index.values())):  # copies in every other shard, zeroed
+        held = load_file(tmp_path / other)
+        stale = {n: torch.zeros_like(t) for n, t in all_tensors(tmp_path, index).items()}
+        save_file({n: t for n, t in stale.items() if index[n] != other} | held, tmp_path / other)
+    found = load_checkpoint(tmp_path).state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def all_tensors(folder: Path, index: dict[str, str]) -> dict[str, torch.Tensor]:
+    files = {file: load_file(folder / file) for file in set(index.values())}
+    return {name: files[file][name] for name, file in index.items()}
+
+
+def test_tensor_that_lies_twice_and_has_no_place_in_the_index(folder: Path) -> None:
+    extra = {"model.transformer.extra.weight": torch.ones(2)}
+    files = sorted(path.name for path in folder.glob("model-*.safetensors"))[:2]
+    for file in files:
+        save_file(load_file(folder / file) | extra, folder / file)
+    error = refusal(folder)
+    assert isinstance(error, ModelDamaged)
+    assert all(file in str(error) for file in files)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_laid_out(folder: Path) -> None:
+    change(folder / "config.json", n_layers=100_000)
+    assert "asks for 100000 layers" in str(refusal(folder))
+    change(folder / "config.json", n_layers=2, d_model=2**62)
+    assert f"d_model is {2**62}" in str(refusal(folder))
+    change(folder / "config.json", d_model=2**30)
+    assert "is no model's" in str(refusal(folder))
 
 
 async def test_pickles_are_refused_by_name(tmp_path: Path) -> None:

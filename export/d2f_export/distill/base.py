@@ -69,7 +69,7 @@ def open_base(model: str) -> Base:
             f"{model} is a {config.family} model, but a teacher must see the whole canvas: "
             f"distillation starts from a model of the families {' and '.join(TEACHERS)}"
         )
-    codec = Tokenizer.from_folder(folder)
+    codec = Tokenizer.from_folder(folder, mask_id=config.mask_id)
     if isinstance(source, HubModel):
         fetch_weights(source, folder)
     end_id, padding_id = _ends(folder, config)

@@ -16,6 +16,7 @@ from d2f_stream.core.errors import InvalidRequest
 
 __all__ = ["Example", "ExampleFiles", "Message"]
 
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 HOW: Final = (
     'a line is {"messages": [..., {"role": "assistant", "content": ...}]} or '
     '{"prompt": ..., "answer": ...} (see prompt_field and answer_field)'
@@ -124,7 +125,7 @@ class ExampleFiles:
                     raise InvalidRequest(f"{where} has no {name!r}; {HOW}")
             prompt = msgspec.json.decode(fields[self._prompt_field], type=str)
             answer = msgspec.json.decode(fields[self._answer_field], type=str)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             reason = (
                 "not valid JSON" if type(error) is not msgspec.ValidationError else "no example"
             )
@@ -147,6 +148,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
                 if line.strip():
                     yield number, line
     except OSError as error:

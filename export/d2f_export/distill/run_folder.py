@@ -94,7 +94,7 @@ class RunFolder:
                 self._checkpoints.mkdir(exist_ok=True)
                 _write(file, to_toml(settings))
                 return
-            old = settings_of(tomllib.loads(file.read_text(encoding="utf-8")))
+            old = settings_of(tomllib.loads(file.read_text(encoding="utf-8-sig")))
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
         has_begun = any(self._checkpoints.glob("step-*"))

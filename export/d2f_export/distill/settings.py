@@ -176,7 +176,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         InvalidRequest: it cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeError) as error:
         raise InvalidRequest(f"the settings {path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:

@@ -107,7 +107,7 @@ def run_verify(argv: Sequence[str]) -> int:
     manifest = read_manifest(arguments.artefact)
     if manifest.onnx is None:
         raise ModelDamaged(f"{arguments.artefact} holds no ONNX graph; there is nothing to verify")
-    codec = Tokenizer.from_folder(arguments.artefact)
+    codec = Tokenizer.from_folder(arguments.artefact, mask_id=manifest.mask_id)
     found = verify_artefact(
         arguments.artefact,
         _questions(arguments, manifest, codec),

@@ -139,7 +139,7 @@ def read_questions(path: Path, codec: TextCodec, number: int) -> list[Question]:
         InvalidRequest: a line is no such object, or there is none; with its number.
     """
     questions: list[Question] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for at, line in enumerate(file, 1):
             if len(questions) == number:
                 break
@@ -149,7 +149,7 @@ def read_questions(path: Path, codec: TextCodec, number: int) -> list[Question]:
                 entry = json.loads(line)
                 text = entry["prompt"] if "prompt" in entry else codec.render(entry["messages"])
                 ids = codec.encode(text)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InvalidRequest(
                     f"{path}, line {at}: each line must be an object with prompt or messages "
                     f"({type(error).__name__}: {error})"

@@ -14,16 +14,10 @@ from torch import Tensor
 
 from d2f_export.onnx.graph import StepGraph
 from d2f_export.onnx.graph_builder import Array, Stored
-from d2f_runtime.models.adapters import Adapter
-from d2f_runtime.models.checkpoints import WEIGHTS_FILE, read_config
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.families import published_name
-from d2f_runtime.models.published import is_published, read_published
-from d2f_runtime.models.shards import Shards
-from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.models.stored_weights import StoredWeights
 from d2f_runtime.quantization.stored import dense
-from d2f_stream.core.errors import UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged
 
 __all__ = ["INLINE_BYTES", "Checkpoint", "Parameters", "num_bytes", "write_graphs"]
 
@@ -34,8 +28,6 @@ INLINE_BYTES: Final = 1 << 28
 """Weights of more than this lie in a file of their own; protobuf ends at 2 GiB."""
 
 ALIGNMENT: Final = 1 << 16  # of large tensors in that file, so that they can be mapped anywhere
-TIED_HEAD: Final = "lm_head.weight"
-ROTARY_BUFFER: Final = ".rotary_emb.inv_freq"
 
 
 class Checkpoint:
@@ -54,39 +46,31 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
-        self.config: TransformerConfig = read_config(folder)
-        file = ConfigFile.read(folder / "config.json")
-        assert file is not None
-        with torch.device("meta"):
-            shapes = Transformer(self.config).state_dict()
-        if is_published(file):
-            layout = read_published(folder).family.layout
-            self._names = {name: published_name(layout, name) for name in shapes}
-        else:
-            self._names = {name: name for name in shapes}
-        self._shards = Shards.open(folder, WEIGHTS_FILE)
-        tied = self._names.pop(TIED_HEAD) if self.config.tie_embeddings else ""
-        expected = {theirs: tuple(shapes[name].shape) for name, theirs in self._names.items()}
-        buffers = {name for name in self._shards.headers if name.endswith(ROTARY_BUFFER)}
-        self._expected = expected
-        self._shards.check(expected, ignored={tied, *buffers})
-        self._adapter = None if adapter is None else Adapter.open(adapter, expected)
-        if self._adapter is not None and tied:
-            embedding = self._names["embed_tokens.weight"]
-            if embedding in self._adapter.names:
-                raise UnsupportedModel(f"{adapter} adapts an embedding that is the head as well")
+        self._stored = StoredWeights.open(folder, adapter=adapter)
+        self.config: TransformerConfig = self._stored.config
 
     def __call__(self, names: Sequence[str]) -> list[Tensor]:
-        """Read parameters by our names, dense where they are quantised, adapter merged in."""
+        """Read parameters by our names, dense where they are quantised, adapter merged in.
+
+        Raises:
+            ModelDamaged: one holds a value that is no number.
+        """
         tensors: list[Tensor] = []
+        shards, adapter = self._stored.shards, self._stored.adapter
         for name in names:
-            ((theirs, tensor),) = self._shards.tensors([self._names[name]])
-            if theirs in self._shards.quantized:
-                outputs, features = self._expected[theirs]
-                weight = self._shards.quantized_weight(theirs, tensor, (outputs, features))
+            parameter = self._stored.parameters[name]
+            ((stored, tensor),) = shards.tensors([parameter.stored])
+            if stored in shards.quantized:
+                outputs, features = parameter.shape
+                weight = shards.quantized_weight(stored, tensor, (outputs, features))
                 tensor = dense(weight, torch.float32)
-            if self._adapter is not None:
-                tensor = self._adapter.merged(theirs, tensor)
+            if adapter is not None:
+                tensor = adapter.merged(parameter.adapted, tensor)
+            if not torch.isfinite(tensor).all():  # integers would hide it
+                raise ModelDamaged(
+                    f"{shards.path}: {stored} holds values that are NaN or infinite; fetch or "
+                    "train it again"
+                )
             tensors.append(tensor)
         return tensors
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from d2f_runtime.models.manifest import FixedWindow, Manifest, OnnxInfo
+from d2f_runtime.text.files import holds_file
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = [
@@ -78,7 +79,7 @@ def open_sessions(folder: Path, manifest: Manifest, device: str) -> list[StepSes
         windows = [(window.file, window) for window in sorted(info.windows, key=lambda w: w.width)]
     sessions = []
     for file, fixed in windows:
-        session = _open(folder / file, manifest, providers)
+        session = _open(folder, file, manifest, providers)
         dtype = _check_inputs(folder / file, session, manifest, fixed)
         sessions.append(StepSession(session, place, dtype, fixed))
     return sessions
@@ -96,8 +97,11 @@ def nodes_by_provider(session: ort.InferenceSession) -> Mapping[str, Mapping[str
     return found
 
 
-def _open(graph: Path, manifest: Manifest, providers: list[Any]) -> ort.InferenceSession:
-    if not graph.is_file():
+def _open(
+    folder: Path, file: str, manifest: Manifest, providers: list[Any]
+) -> ort.InferenceSession:
+    graph = folder / file
+    if not holds_file(graph) or graph.name != file:  # in this folder, not in another
         raise ModelDamaged(f"{graph.parent} has a manifest but no {graph.name}; export it again")
     options = ort.SessionOptions()
     options.intra_op_num_threads = _num_threads(manifest)

@@ -4,17 +4,18 @@ Keeps every rule of the seam that a real backend relies on and raises where a ro
 token is one byte (`ByteCodec`), so texts with multi-byte characters meet partial UTF-8 on the way.
 """
 
-import json
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.text.files import read_object
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, OutOfCapacity
 from d2f_stream.core.params import GenerationParams
 
@@ -45,6 +46,8 @@ Confidence = Callable[[int, int], float]
 
 class ByteCodec:
     """One token per byte; 256 is the EOS and 257 the mask, which decode to nothing."""
+
+    special_tokens: Mapping[str, int] = MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of the text."""
@@ -158,13 +161,12 @@ class ScriptedBackend:
             ModelNotFound: the folder has no script.json.
             ModelDamaged: it cannot be read.
         """
-        try:
-            script = json.loads((path / "script.json").read_bytes())
-            answers, tokens_per_step = script["answers"], script.get("tokens_per_step", 4)
-        except FileNotFoundError as error:
-            raise ModelNotFound(f"no script.json in {path}; a scripted model needs one") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise ModelDamaged(f"{path / 'script.json'} cannot be read: {error!r}") from error
+        script = read_object(path / "script.json")
+        if script is None:
+            raise ModelNotFound(f"no script.json in {path}; a scripted model needs one")
+        answers, tokens_per_step = script.get("answers"), script.get("tokens_per_step", 4)
+        if not isinstance(answers, str | dict) or not isinstance(tokens_per_step, int):
+            raise ModelDamaged(f"{path / 'script.json'} lacks answers, or has some of no use")
         info = replace(SCRIPTED_INFO, name=path.name)
         return cls(answers, info=info, tokens_per_step=tokens_per_step)
 

@@ -162,7 +162,7 @@ class LocalEngine:
                 prompt_tokens=tokens,
                 params=fitted,
                 info=parts.info,
-                decode=parts.codec.decode,
+                codec=parts.codec,
                 buffer=buffer,
             )
 
@@ -321,6 +321,12 @@ def _encode(prompt: Prompt, codec: TextCodec, info: ModelInfo) -> list[int]:
         tokens = _ids(prompt, info)
     if not tokens:
         raise InvalidPrompt("the prompt has no tokens")
+    if max(tokens) >= info.vocab_size:
+        raise InvalidPrompt(
+            f"the prompt's text holds the token {codec.decode([max(tokens)]) or max(tokens)!r} of "
+            f"the tokenizer, which model {info.name} does not embed: its ids go from 0 to "
+            f"{info.vocab_size - 1}"
+        )
     return tokens
 
 

@@ -18,8 +18,9 @@ from d2f_runtime.models.catalogue import named
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
-from d2f_runtime.models.manifest import FILE_NAME, read_manifest, verify_files
+from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
 from d2f_runtime.models.published import Published, is_published, read_published
+from d2f_runtime.text.files import holds_file
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
 from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
 
@@ -169,12 +170,14 @@ def _load(key: ModelKey) -> ModelParts:
     adapter = None if key.adapter is None else _fetched(key.adapter)
     draft = None if adapter is None else DraftFacts.read(adapter)
     name = choose_backend(path, key.backend, device=key.device)
-    manifest = read_manifest(path) if (path / FILE_NAME).exists() else None
+    manifest = read_manifest(path) if holds_file(path / FILE_NAME) else None
     published = _published(path) if manifest is None else None
     if manifest is not None:
         verify_files(path, manifest, max_hash_bytes=MAX_HASH_BYTES)
     defaults = None if published is None else published.defaults(adapted=adapter is not None)
-    codec: TextCodec = ByteCodec() if name == "scripted" else Tokenizer.from_folder(path)
+    codec: TextCodec = ByteCodec()
+    if name != "scripted":
+        codec = Tokenizer.from_folder(path, mask_id=_mask_id(path, manifest, published, draft))
     backend = open_backend(  # last, so that memory is taken for nothing that is wrong
         name,
         path,
@@ -192,6 +195,21 @@ def _load(key: ModelKey) -> ModelParts:
         defaults = draft.defaults(defaults)
     hub_name = key.path.name if isinstance(key.path, HubModel) else None
     return ModelParts(backend, codec, defaults, description, name=hub_name)
+
+
+def _mask_id(
+    path: Path, manifest: Manifest | None, published: Published | None, draft: DraftFacts | None
+) -> int | None:
+    """Return the mask's id; None where the backend, which comes later, has to say what is wrong."""
+    if draft is not None:
+        return draft.mask_id
+    if manifest is not None:
+        return manifest.mask_id
+    if published is not None:
+        return published.config.mask_id
+    config = ConfigFile.read(path / "config.json")
+    mask_id = None if config is None else config.values.get("mask_id")
+    return mask_id if isinstance(mask_id, int) else None
 
 
 def _fetched(source: Path | HubModel) -> Path:

@@ -7,7 +7,7 @@ way. The step loop drives both: `start`, then `announce` after each step, and `e
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NewType
 
 from d2f_runtime.backends.base import Slot
@@ -15,6 +15,7 @@ from d2f_runtime.decoding.decoder import BlockView, Committed
 from d2f_runtime.engine.denoiser import Denoiser, Progress
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.detokenizer import Detokenizer
+from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import D2FError
 from d2f_stream.core.events import (
@@ -33,8 +34,6 @@ from d2f_stream.core.params import GenerationParams
 __all__ = ["Stream", "StreamId", "cancelled_unstarted"]
 
 StreamId = NewType("StreamId", str)
-
-Decode = Callable[[Sequence[int]], str]
 
 
 class Stream:
@@ -57,7 +56,7 @@ class Stream:
         prompt_tokens: Sequence[int],
         params: GenerationParams,
         info: ModelInfo,
-        decode: Decode,
+        codec: TextCodec,
         buffer: EventBuffer,
     ) -> None:
         self.id = StreamId(names.stream)
@@ -69,8 +68,10 @@ class Stream:
         self._info = info
         self._buffer = buffer
         self.denoiser = Denoiser(prompt_tokens=prompt_tokens, params=params, info=info)
-        self._detokenizer = Detokenizer(decode=decode, stop=tuple(params.stop))
-        self._piece = functools.lru_cache(maxsize=4096)(lambda token: decode((token,)))
+        self._detokenizer = Detokenizer(
+            decode=codec.decode, stop=tuple(params.stop), special_tokens=codec.special_tokens
+        )
+        self._piece = functools.lru_cache(maxsize=4096)(lambda token: codec.decode((token,)))
         self._drafts: dict[int, tuple[int, ...]] = {}
         self._seq = 0
         self._text_length = 0

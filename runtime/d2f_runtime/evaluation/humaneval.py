@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("samples", type=Path, help="samples_humaneval_*.jsonl of --log_samples")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines for human-eval")
     arguments = parser.parse_args(argv)
-    entries = [json.loads(line) for line in arguments.samples.read_text().splitlines()]
+    lines = arguments.samples.read_text(encoding="utf-8-sig").split("\n")
+    entries = [json.loads(line) for line in lines if line.strip()]
     with arguments.output.open("w", encoding="utf-8") as file:
         for entry in entries:
             task = entry["doc"]

@@ -1,8 +1,10 @@
 """LoRA adapters in PEFT's format, merged into the weights while these are loaded.
 
-A folder holds adapter_config.json and adapter_model.safetensors, whose tensors are called
-base_model.model.{module}.lora_A.weight, with the module's name in the base model. The merged weight
-is W + scale * B @ A in fp32, as PEFT's merge_and_unload computes it for fp32 weights. Variants that
+A folder holds adapter_config.json and adapter_model.safetensors. Its tensors are the factors of
+modules, base_model.model.{module}.lora_A.weight and lora_B.weight (lora_embedding_A and _B of an
+embedding), and whole parameters that stand instead of the base's: trained biases, `modules_to_save`
+and what PEFT stores beside the factors of an embedding or a head. The merged weight is
+W + scale * B @ A in fp32, as PEFT's merge_and_unload computes it for fp32 weights. Variants that
 need more than that are refused by name.
 """
 
@@ -15,37 +17,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from d2f_runtime.models.adapter_config import module_scales, read_adapter_config, saved_modules
 from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.draft_facts import ADAPTER_CONFIG_FILE
 from d2f_runtime.models.shards import Shards
-from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = ["Adapter"]
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+PREFIX: Final = "base_model.model."
 
-_KEY: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+_FACTOR: Final = re.compile(
+    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
 )
-_ONLY: Final[Mapping[str, tuple[object, ...]]] = {
-    "peft_type": ("LORA",),
-    "bias": (None, "none"),
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None, {}),
-    "kasa_config": (None, {}),
-    "layer_replication": (None, []),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "monteclora_config": (None, {}),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "velora_config": (None, {}),
-}
-"""The values with which an adapter is plain LoRA; others change the base or the forward."""
+_WHOLE: Final = re.compile(
+    r"(?P<module>.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)?\.(?P<kind>weight|bias)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +40,7 @@ class _Pair:
     down: str  # lora_A, [rank, in]
     up: str  # lora_B, [out, rank]
     scale: float
+    turned: bool  # of an embedding: the weight is [in, out]
 
 
 class Adapter:
@@ -60,59 +48,62 @@ class Adapter:
 
     Attributes:
         base: what it was made for, as its config says; for people.
+        factored: the base's parameters to which it adds.
+        replaced: those for which it holds others.
     """
 
-    def __init__(self, shards: Shards, pairs: Mapping[str, _Pair], base: str) -> None:
+    def __init__(
+        self, shards: Shards, pairs: Mapping[str, _Pair], whole: Mapping[str, str], base: str
+    ) -> None:
         self._shards = shards
         self._pairs = pairs
+        self._whole = whole
         self.base = base
+        self.factored = frozenset(pairs)
+        self.replaced = frozenset(whole)
 
     @classmethod
     def open(
         cls,
         folder: Path,
-        weights: Mapping[str, tuple[int, ...]],
+        parameters: Mapping[str, tuple[int, ...]],
         *,
         beside: Collection[str] = (),
     ) -> "Adapter":
-        """Read the config and the headers of an adapter for a base with these weights.
+        """Read the config and the headers of an adapter for a base with these parameters.
 
         Args:
             folder: the adapter's.
-            weights: shapes of the base's weights, by the names that its checkpoint gives them; a
+            parameters: shapes of the base's, by the names that its checkpoint gives them; a
                 "model." before these may be missing or too many.
-            beside: tensors that must be there and are no factors.
+            beside: tensors that must be there and are none of the base's.
 
         Raises:
             ModelNotFound: the folder or one of its files is missing.
             ModelDamaged: a file is truncated, or a tensor is missing or unknown.
             UnsupportedModel: it is no plain LoRA, or for another base.
         """
-        config = ConfigFile.read(folder / ADAPTER_CONFIG_FILE)
-        if config is None:
-            raise ModelNotFound(
-                f"no {ADAPTER_CONFIG_FILE} in {folder}; is it a LoRA adapter's folder?"
-            )
-        for key, allowed in _ONLY.items():
-            if (value := config.values.get(key)) not in allowed:
-                raise UnsupportedModel(
-                    f"{config.path} asks for {key} {value!r}, but only plain LoRA can be merged"
-                )
+        config = read_adapter_config(folder)
         shards = Shards.open(folder, WEIGHTS_FILE)
         base = str(config.values.get("base_model_name_or_path") or "a base that it does not name")
+        factors, whole = _sorted_out(shards, parameters, beside)
+        _check_saved(config, shards, whole)
+        ranks = {name: shards.headers[down].shape[:1] for name, (down, _, _) in factors.items()}
+        scales = module_scales(config, ranks)
         pairs: dict[str, _Pair] = {}
-        for module, sides in _modules(shards, beside).items():
-            rank = shards.headers[sides["A"]].shape[0]
-            _check_rank(config, module, rank)
-            name = _in_base(f"{module}.weight", weights)
-            _check_base(shards, sides, name, weights, base)
-            pairs[name] = _Pair(sides["A"], sides["B"], _scale(config, module))
-        return cls(shards, pairs, base)
+        for module, (down, up, turned) in factors.items():
+            name = _in_base(f"{module}.weight", parameters)
+            shapes = shards.headers[down].shape, shards.headers[up].shape
+            _check_base(shards, name, shapes, turned, parameters, base)
+            pairs[name] = _Pair(down, up, scales[module], turned)
+        for name, stored in whole.items():
+            _check_shape(shards, name, shards.headers[stored].shape, parameters[name], base)
+        return cls(shards, pairs, whole, base)
 
     @property
     def names(self) -> frozenset[str]:
-        """The base's weights that it changes."""
-        return frozenset(self._pairs)
+        """The base's parameters that it changes."""
+        return self.factored | self.replaced
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Read [rank, in] and [out, rank], the scale in the latter, fp32, by the weights' names."""
@@ -133,88 +124,108 @@ class Adapter:
         return tensor
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return a weight with the adapter's share of it, fp32; unchanged where it has none.
+        """Return a parameter as the adapter has it, fp32; unchanged where it has nothing of it.
 
         Args:
-            name: of the weight, as the checkpoint gives it.
-            weight: [out, in] on the device where the sum is to be made.
+            name: of the parameter, as the checkpoint gives it.
+            weight: the base's, on the device where the sum is to be made.
         """
-        pair = self._pairs.get(name)
-        if pair is None:
+        pair, stored = self._pairs.get(name), self._whole.get(name)
+        if stored is not None:
+            ((_, held),) = self._shards.tensors([stored])
+            weight = held.to(weight.device)
+        elif pair is None:
             return weight
+        merged = weight.to(torch.float32, copy=True)
+        if pair is None:
+            return merged
         factors = {
             key: tensor.to(weight.device).float()
             for key, tensor in self._shards.tensors((pair.down, pair.up))
         }
-        merged = weight.to(torch.float32, copy=True)
-        return merged.addmm_(factors[pair.up], factors[pair.down], alpha=pair.scale)
+        down, up = factors[pair.down], factors[pair.up]
+        if pair.turned:
+            down, up = up.T, down.T
+        return merged.addmm_(up, down, alpha=pair.scale)
 
 
-def _in_base(name: str, weights: Mapping[str, tuple[int, ...]]) -> str:
-    """Return what the base calls a weight, be it whole or the model inside a causal LM."""
+def _in_base(name: str, parameters: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what the base calls a parameter, be it whole or the model inside a causal LM."""
     names = (name, f"model.{name}", name.removeprefix("model."))
-    return next((n for n in names if n in weights), name)
+    return next((n for n in names if n in parameters), name)
 
 
-def _modules(shards: Shards, beside: Collection[str]) -> dict[str, dict[str, str]]:
-    """Return the names of the two factors for each adapted module."""
-    modules: dict[str, dict[str, str]] = {}
-    if missing := set(beside) - set(shards.headers):
-        raise ModelDamaged(f"{shards.path} lacks {min(missing)}")
+def _sorted_out(
+    shards: Shards, parameters: Mapping[str, tuple[int, ...]], beside: Collection[str]
+) -> tuple[dict[str, tuple[str, str, bool]], dict[str, str]]:
+    """Return the two factors of each adapted module, and the tensors of whole parameters by these.
+
+    The last of the factors' three says whether they are an embedding's.
+    """
+    sides: dict[str, dict[str, str]] = {}
+    turned: dict[str, bool] = {}
+    whole: dict[str, str] = {}
+    if lacking := set(beside) - set(shards.headers):
+        raise ModelDamaged(f"{shards.path} lacks {min(lacking)}")
     for name in (name for name in shards.headers if name not in beside):
-        match = _KEY.fullmatch(name)
-        if match is None:
-            raise UnsupportedModel(f"{shards.path} has the tensor {name}, which is no LoRA factor")
-        sides = modules.setdefault(match["module"], {})
-        if match["side"] in sides:
-            raise ModelDamaged(f"{shards.path} has {name} for two adapters; one is expected")
-        sides[match["side"]] = name
-    for module, sides in modules.items():
-        if missing := {"A", "B"} - set(sides):
+        short = name.removeprefix(PREFIX)
+        if match := _FACTOR.fullmatch(short):
+            found = sides.setdefault(match["module"], {})
+            if match["side"] in found:
+                raise ModelDamaged(f"{shards.path} has {name} for two adapters; one is expected")
+            found[match["side"]] = name
+            turned[match["module"]] = match["kind"] is not None
+            continue
+        match = _WHOLE.fullmatch(short)
+        of = "" if match is None else _in_base(f"{match['module']}.{match['kind']}", parameters)
+        if of not in parameters:
+            raise UnsupportedModel(
+                f"{shards.path} has the tensor {name}, which is no LoRA factor and no parameter of "
+                "this model"
+            )
+        if of in whole:
+            raise ModelDamaged(f"{shards.path} has both {whole[of]} and {name}; one is expected")
+        whole[of] = name
+    for module, found in sides.items():
+        if missing := {"A", "B"} - set(found):
             raise ModelDamaged(f"{shards.path} lacks lora_{min(missing)} of {module}")
-    if not modules:
+    if not sides and not whole:
         raise ModelDamaged(f"{shards.path} adapts nothing")
-    return modules
+    return {name: (s["A"], s["B"], turned[name]) for name, s in sides.items()}, whole
+
+
+def _check_saved(config: ConfigFile, shards: Shards, whole: Mapping[str, str]) -> None:
+    """Refuse an adapter that lacks a module which it says to hold whole."""
+    for module in saved_modules(config):
+        if not any(f".{name}".endswith((f".{module}.weight", f".{module}.bias")) for name in whole):
+            raise ModelDamaged(f"{shards.path} lacks {module}, one of modules_to_save")
 
 
 def _check_base(
     shards: Shards,
-    sides: Mapping[str, str],
     name: str,
-    weights: Mapping[str, tuple[int, ...]],
+    factors: tuple[tuple[int, ...], tuple[int, ...]],
+    turned: bool,
+    parameters: Mapping[str, tuple[int, ...]],
     base: str,
 ) -> None:
-    down, up = shards.headers[sides["A"]].shape, shards.headers[sides["B"]].shape
-    wrong = f"{shards.path} is an adapter for another model, made for {base}: it"
-    if name not in weights:
-        raise UnsupportedModel(f"{wrong} adapts {name}, which this one does not have")
+    down, up = factors
+    if name not in parameters:
+        raise UnsupportedModel(
+            f"{shards.path} is an adapter for another model, made for {base}: it adapts {name}, "
+            "which this one does not have"
+        )
     if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
         raise ModelDamaged(f"{shards.path}: the factors of {name} have shapes {up} and {down}")
-    if (up[0], down[1]) != weights[name]:
+    shape = (down[1], up[0]) if turned else (up[0], down[1])
+    _check_shape(shards, name, shape, parameters[name], base)
+
+
+def _check_shape(
+    shards: Shards, name: str, found: tuple[int, ...], wanted: tuple[int, ...], base: str
+) -> None:
+    if found != wanted:
         raise UnsupportedModel(
-            f"{wrong} adapts {name} of shape {(up[0], down[1])}, which is {weights[name]} here"
+            f"{shards.path} is an adapter for another model, made for {base}: it adapts {name} of "
+            f"shape {found}, which is {wanted} here"
         )
-
-
-def _check_rank(config: ConfigFile, module: str, rank: int) -> None:
-    expected = _by_pattern(config, "rank_pattern", module, config.number("r"))
-    if rank != expected:
-        raise ModelDamaged(
-            f"{config.path} gives {module} the rank {expected:g}, but its factors have {rank}"
-        )
-
-
-def _scale(config: ConfigFile, module: str) -> float:
-    rank = _by_pattern(config, "rank_pattern", module, config.number("r"))
-    alpha = _by_pattern(config, "alpha_pattern", module, config.number("lora_alpha"))
-    divisor: float = rank**0.5 if config.flag("use_rslora", False) else rank
-    return alpha / divisor
-
-
-def _by_pattern(config: ConfigFile, key: str, module: str, default: float) -> float:
-    """Return the value of the first pattern that the module's name ends with, as PEFT does."""
-    patterns = config.section(key)
-    for pattern in patterns.values:
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return patterns.number(pattern)
-    return default

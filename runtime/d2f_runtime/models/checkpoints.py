@@ -6,7 +6,6 @@ config.json has a model_type; see `families`.
 """
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,17 @@ from torch import Tensor, nn
 
 from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_adapter import DraftAdapter
 from d2f_runtime.models.draft_facts import DraftFacts
-from d2f_runtime.models.families import published_name
-from d2f_runtime.models.published import is_published, read_published
 from d2f_runtime.models.shards import Shards
+from d2f_runtime.models.stored_weights import (
+    CONFIG_FILE,
+    EMBEDDING,
+    HEAD,
+    WEIGHTS_FILE,
+    StoredWeights,
+    read_config,
+)
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.stored import (
     QuantizedLinear,
@@ -30,7 +34,7 @@ from d2f_runtime.quantization.stored import (
     dense,
     quantise,
 )
-from d2f_stream.core.errors import ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = [
     "CONFIG_FILE",
@@ -42,13 +46,7 @@ __all__ = [
     "stored_as",
 ]
 
-logger = logging.getLogger("d2f_stream.checkpoints")
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-TIED_HEAD = "lm_head.weight"
 PROJECTION = "_proj.weight"  # what is quantised: the products of the layers
-ROTARY_BUFFER = ".rotary_emb.inv_freq"  # stored by older versions of transformers
 
 
 def save_checkpoint(folder: Path, model: Transformer, *, dtype: torch.dtype | None = None) -> None:
@@ -63,26 +61,11 @@ def save_checkpoint(folder: Path, model: Transformer, *, dtype: torch.dtype | No
     weights = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
-        if not (name == TIED_HEAD and model.config.tie_embeddings)
+        if not (name == HEAD and model.config.tie_embeddings)
     }
     save_file(weights, folder / WEIGHTS_FILE)
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-
-
-def read_config(folder: Path) -> TransformerConfig:
-    """Read config.json; of a published model, also what names its mask and EOS.
-
-    Raises:
-        ModelNotFound: no such folder or file.
-        ModelDamaged: the file is not a JSON object, or nothing names the mask or the EOS.
-        UnsupportedModel: it is of a family or holds a key that this build does not know, or lacks
-            one.
-    """
-    file = _config_file(folder)
-    if is_published(file):
-        return read_published(folder).config
-    return TransformerConfig.from_dict(dict(file.values))
 
 
 def load_checkpoint(
@@ -111,78 +94,27 @@ def load_checkpoint(
         ModelDamaged: a file is truncated, or a tensor is missing, unknown or of the wrong shape.
         UnsupportedModel: config, weights or adapter are not for this build or for each other.
     """
-    file = _config_file(folder)
-    if is_published(file):
-        published = read_published(folder)
-        config, layout = published.config, published.family.layout
-    else:
-        config, layout = TransformerConfig.from_dict(dict(file.values)), None
     facts = None if adapter is None else DraftFacts.read(adapter)
-    draft = None
+    stored = StoredWeights.open(folder, adapter=adapter if facts is None else None)
+    config, draft = stored.config, None
     if facts is not None and adapter is not None:
         config = facts.adapted(config)
-        draft, adapter = DraftAdapter.open(adapter, facts, config), None
-    shards = Shards.open(folder, WEIGHTS_FILE)
+        draft = DraftAdapter.open(adapter, facts, config)
     with torch.device("meta"):
         model = Transformer(config)
-    names = {  # those in the checkpoint, by ours
-        name: name if layout is None else published_name(layout, name)
-        for name in model.state_dict()
-    }
-    tied = names.pop(TIED_HEAD) if config.tie_embeddings else ""
-    expected = {names[n]: tuple(t.shape) for n, t in model.state_dict().items() if n in names}
-    buffers = {name for name in shards.headers if name.endswith(ROTARY_BUFFER)}
-    shards.check(expected, ignored={tied, *buffers})
-    merge = None if adapter is None else _open_adapter(adapter, file, config, names, expected)
-    weights = _read(shards, names, expected, merge, torch.device(device), dtype, quantization)
+    weights = _read(stored, torch.device(device), dtype, quantization)
     for name, weight in list(weights.items()):
         if not isinstance(weight, Tensor):
             del weights[name]
             _set_quantized(model, name.removesuffix(".weight"), weight)
     if config.tie_embeddings:
-        weights[TIED_HEAD] = weights["embed_tokens.weight"]
+        weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     if draft is not None:
         model.draft = draft.to(device, model.embed_tokens.weight.dtype)
     return model
-
-
-def _config_file(folder: Path) -> ConfigFile:
-    if not folder.is_dir():
-        raise ModelNotFound(f"no model folder at {folder}")
-    file = ConfigFile.read(folder / CONFIG_FILE)
-    if file is None:
-        raise ModelNotFound(f"{folder} has no {CONFIG_FILE}; is it a model folder?")
-    return file
-
-
-def _open_adapter(
-    folder: Path,
-    base: ConfigFile,
-    config: TransformerConfig,
-    names: dict[str, str],
-    expected: dict[str, tuple[int, ...]],
-) -> Adapter:
-    if not folder.is_dir():
-        raise ModelNotFound(f"no adapter folder at {folder}")
-    adapter = Adapter.open(folder, expected)
-    if config.tie_embeddings and names["embed_tokens.weight"] in adapter.names:
-        raise UnsupportedModel(f"{folder} adapts an embedding that is the head as well")
-    name = _published_as(base)
-    if name is not None and name != adapter.base.rpartition("/")[2]:  # such as Base and Instruct
-        logger.warning("%s was made for %s, but is merged into %s", folder, adapter.base, name)
-    return adapter
-
-
-def _published_as(config: ConfigFile) -> str | None:
-    """Return the name of a model's repository, where its folder or its config tells."""
-    for part in config.path.parts:
-        if part.startswith("models--"):  # the cache of huggingface_hub
-            return part.rpartition("--")[2]
-    name = str(config.values.get("_name_or_path") or "")
-    return name.rpartition("/")[2] or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,34 +148,32 @@ def stored_as(folder: Path) -> StoredAs:
 
 @torch.no_grad()
 def _read(
-    shards: Shards,
-    names: dict[str, str],
-    expected: dict[str, tuple[int, ...]],
-    adapter: Adapter | None,
+    stored: StoredWeights,
     device: torch.device,
     dtype: torch.dtype | None,
     quantization: str | None,
 ) -> dict[str, StoredWeight]:
     """Return the weights by our names, on the device."""
-    ours = {theirs: name for name, theirs in names.items()}
+    shards = stored.shards
     weights: dict[str, StoredWeight] = {}
-    for name, stored in shards.tensors(ours):
-        wanted = quantization if ours[name].endswith(PROJECTION) else None
-        tensor = stored.to(device)  # converted there
+    for name, held in stored.tensors():
+        parameter = stored.parameters[name]
+        wanted = quantization if name.endswith(PROJECTION) else None
+        tensor = held.to(device)  # converted there
         weight: StoredWeight = tensor
-        kept = dtype or stored.dtype
-        beside = shards.quantized.get(name)
+        kept = dtype or held.dtype
+        beside = shards.quantized.get(parameter.stored)
         if beside is not None:
             if wanted not in (None, beside.kind):
                 raise UnsupportedModel(
                     f"{shards.path} holds {beside.kind} weights, which are not made {wanted}; "
                     f"load it as {beside.kind}, or fetch the bf16 checkpoint"
                 )
-            outputs, features = expected[name]
-            weight = shards.quantized_weight(name, tensor, (outputs, features))
+            outputs, features = parameter.shape
+            weight = shards.quantized_weight(parameter.stored, tensor, (outputs, features))
             kept = dtype or _dense_dtype(shards)
-        weights[ours[name]] = _converted(weight, name, adapter, kept, wanted)
-        del stored, tensor, weight  # or they would hold one shard while the next is read
+        weights[name] = _converted(weight, parameter.adapted, stored.adapter, kept, wanted)
+        del held, tensor, weight  # or they would hold one shard while the next is read
     return weights
 
 

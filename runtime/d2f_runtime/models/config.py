@@ -1,12 +1,23 @@
 """The shape of a block-causal transformer, for every supported family. Plain Python, no torch."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Final
+
+import msgspec
 
 from d2f_runtime.models.facts import FAMILIES, CommitAttention, PromptAttention
-from d2f_stream.core.errors import UnsupportedModel
+from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = ["Llama3Rope", "TransformerConfig"]
+
+MAX_SIZE: Final = 2**31 - 1  # of any count; what is larger is no model's
+_COUNTS: Final = (
+    "vocab_size", "num_tokens", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
+    "head_dim", "ffn_size", "native_block_size", "max_block_size", "max_len",
+)  # fmt: skip
+MAX_WEIGHT: Final = 2**40  # elements of one matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,10 @@ class TransformerConfig:
         native_block_size: block size of training, tokens.
         max_block_size: largest block size to be asked for, tokens.
         max_len: prompt and answer, tokens.
+        unnamed_ids: ids below `num_tokens` that the tokenizer has no text for; never produced.
+
+    Raises:
+        ModelDamaged: no transformer has such sizes, or an id is of none of its tokens.
     """
 
     family: str
@@ -74,6 +89,42 @@ class TransformerConfig:
     max_len: int = 4096
     rope_scaling: Llama3Rope | None = None
     commit_attention: CommitAttention = "block"
+    unnamed_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not 1 <= value <= MAX_SIZE:
+                raise ModelDamaged(f"model config: {name} is {value}, not from 1 to {MAX_SIZE}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelDamaged(
+                f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key and "
+                "value heads evenly"
+            )
+        if self.head_dim % 2:
+            raise ModelDamaged(
+                f"model config: a head of {self.head_dim} has no halves for rotary positions"
+            )
+        widest = max(self.vocab_size, self.ffn_size, self.num_heads * self.head_dim)
+        if widest * self.hidden_size > MAX_WEIGHT:
+            raise ModelDamaged(
+                f"model config: a matrix of {widest} x {self.hidden_size} is no model's"
+            )
+        for number in (self.rope_theta, self.norm_eps):
+            if not (math.isfinite(number) and number > 0):
+                raise ModelDamaged(f"model config: rope_theta or norm_eps is {number}")
+        if self.num_tokens > self.vocab_size:
+            raise ModelDamaged(
+                f"model config: {self.num_tokens} ids may be produced, but {self.vocab_size} are "
+                "embedded"
+            )
+        if not self.eos_ids or not 0 <= min(self.eos_ids) <= max(self.eos_ids) < self.vocab_size:
+            raise ModelDamaged(
+                f"model config: the EOS ids are {self.eos_ids}, but the model embeds "
+                f"{self.vocab_size} ids and needs one that ends an answer"
+            )
+        if not 0 <= self.mask_id <= MAX_SIZE:  # a draft adapter's lies beyond the vocabulary
+            raise ModelDamaged(f"model config: the mask id is {self.mask_id}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -82,16 +133,21 @@ class TransformerConfig:
             del values["rope_scaling"]  # so that older builds read it
         if self.commit_attention == "block":
             del values["commit_attention"]
+        del values["unnamed_ids"]
+        if self.unnamed_ids:
+            values["unnamed_ids"] = list(self.unnamed_ids)
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "TransformerConfig":
         """Build a config from `to_dict`'s values.
 
         Raises:
             UnsupportedModel: for a family or a key that this build does not know, or a key that is
                 missing.
+            ModelDamaged: for a value of the wrong kind.
         """
+        values = {key: value for key, value in values.items() if value is not None}
         family = values.get("family")
         if family not in FAMILIES:
             families = ", ".join(FAMILIES)
@@ -99,13 +155,18 @@ class TransformerConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r}")
-        scaling = values.get("rope_scaling")
         try:
-            rope = None if scaling is None else Llama3Rope(**scaling)
-            changed = {"eos_ids": tuple(values["eos_ids"]), "rope_scaling": rope}
-            return cls(**(values | changed))
-        except (KeyError, TypeError) as exc:
-            raise UnsupportedModel(f"model config is incomplete: {exc}") from exc
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            if "missing required field" in str(error):
+                raise UnsupportedModel(f"model config is incomplete: {error}") from error
+            raise ModelDamaged(f"model config: {error}") from error
+
+    @property
+    def forbidden_ids(self) -> tuple[int, ...]:
+        """Ids below `num_tokens` that must never be produced."""
+        mask = (self.mask_id,) if self.mask_id < self.num_tokens else ()
+        return (*mask, *self.unnamed_ids)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -32,6 +32,7 @@ class Family:
         eos_tokens: texts and published ids of the tokens that end an answer.
         qkv_bias: biases on q, k and v; None goes by the config.
         qk_norm: RMSNorm on queries and keys.
+        head_dim: where the config names none; None shares the hidden size out.
         defaults: the preset of a request that asks for nothing, for the model as it is.
         adapted: the same with a D2F adapter; None where there are none.
     """
@@ -46,6 +47,7 @@ class Family:
     eos_tokens: Mapping[str, int]
     qkv_bias: bool | None = None
     qk_norm: bool = False
+    head_dim: int | None = None
     defaults: str
     adapted: str | None = None
 
@@ -91,6 +93,7 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         mask_id=151669,
         eos_tokens=_QWEN_ENDS,
         qk_norm=True,
+        head_dim=128,
         defaults="sdar",
     ),
     "Fast_dLLM_Qwen": Family(
@@ -128,6 +131,7 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         block_size=1,
         eos_tokens=_QWEN_ENDS,
         qk_norm=True,
+        head_dim=128,
         defaults="autoregressive",
     ),
 }

@@ -12,8 +12,9 @@ from typing import Final
 import msgspec
 
 from d2f_runtime.models.facts import FAMILIES, CommitAttention, PromptAttention
+from d2f_runtime.text.files import holds_file, read_bytes
 from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound, UnsupportedModel
-from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.params import MAX_BLOCK_SIZE, GenerationParams
 
 __all__ = [
     "FILE_NAME",
@@ -32,6 +33,9 @@ __all__ = [
 FORMAT_VERSION: Final = 1
 FILE_NAME: Final = "manifest.json"
 HASH_BYTES: Final = 1 << 20
+MAX_SIZE: Final = 2**31 - 1
+
+_COUNTS: Final = ("native_block_size", "max_block_size", "max_len", "vocab_size")
 
 JsonValue = str | int | float | bool | None
 
@@ -172,8 +176,13 @@ def read_manifest(folder: Path) -> Manifest:
         UnsupportedModel: the model is of a family that this build does not know.
     """
     path = folder / FILE_NAME
+    content = read_bytes(path)
+    if content is None:
+        raise ModelNotFound(
+            f"no {FILE_NAME} in {folder}; a model folder holds {FILE_NAME}, tokenizer.json and "
+            "model.onnx or *.safetensors"
+        )
     try:
-        content = path.read_bytes()
         version = msgspec.json.decode(content, type=_Version).format_version
         if version != FORMAT_VERSION:  # before the rest, which may mean something else there
             raise ModelDamaged(
@@ -181,13 +190,9 @@ def read_manifest(folder: Path) -> Manifest:
                 "export the model again or update d2f-stream"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ModelNotFound(
-            f"no {FILE_NAME} in {folder}; a model folder holds {FILE_NAME}, tokenizer.json and "
-            "model.onnx or *.safetensors"
-        ) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelDamaged(f"{path} cannot be read: {error}") from error
+    _check(path, manifest)
     if manifest.family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnsupportedModel(
@@ -210,7 +215,7 @@ def verify_files(folder: Path, manifest: Manifest, *, max_hash_bytes: int | None
     """
     for name, expected in manifest.files.items():
         path = _inside(folder, name)
-        if not path.is_file():
+        if not holds_file(path):
             raise ModelDamaged(f"{path} is missing; {FILE_NAME} expects {expected.bytes} bytes")
         found = path.stat().st_size
         if found != expected.bytes:
@@ -225,6 +230,26 @@ def verify_files(folder: Path, manifest: Manifest, *, max_hash_bytes: int | None
             raise ModelDamaged(
                 f"{folder / name} has SHA-256 {sha256}, but {FILE_NAME} expects {expected.sha256}"
             )
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """Refuse sizes and ids that no model has, which everything after this relies on."""
+    sizes = msgspec.structs.asdict(manifest.transformer)
+    sizes |= {name: getattr(manifest, name) for name in _COUNTS}
+    for name, value in sizes.items():
+        if not 1 <= value <= MAX_SIZE:
+            raise ModelDamaged(f"{path}: {name} is {value}, not from 1 to {MAX_SIZE}")
+    if manifest.native_block_size > MAX_BLOCK_SIZE:
+        raise UnsupportedModel(
+            f"{path} has blocks of {manifest.native_block_size} tokens, but this build runs at "
+            f"most {MAX_BLOCK_SIZE}"
+        )
+    ids = (*manifest.eos_ids, manifest.mask_id)
+    if not manifest.eos_ids or not 0 <= min(ids) <= max(ids) <= MAX_SIZE:
+        raise ModelDamaged(
+            f"{path}: the EOS ids are {manifest.eos_ids} and the mask id is {manifest.mask_id}; "
+            "there must be one that ends an answer, and none below 0"
+        )
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -5,9 +5,10 @@ model can be refused before anything heavy is loaded.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -24,7 +25,45 @@ __all__ = ["Published", "is_published", "read_published"]
 
 logger = logging.getLogger("d2f_stream.published")
 
-_UNKNOWN = ("min_p", "repetition_penalty", "top_k", "typical_p")  # sampling that we do not offer
+_SAMPLING: Final[Mapping[str, tuple[object, ...]]] = {
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "top_k": (0,),
+    "typical_p": (1,),
+}
+"""What narrows sampling and is not offered here, with the values that ask for nothing."""
+
+_ALWAYS: Final[Mapping[str, tuple[object, ...]]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "max_length": (20,),  # the default, which transformers writes out
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "remove_invalid_values": (False,),
+    "repetition_penalty": (1,),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "watermarking_config": ({},),
+}
+"""The same of what changes greedy answers too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +77,8 @@ class Published:
     def defaults(self, *, adapted: bool) -> GenerationParams:
         """Return the parameters of a request that gives none.
 
-        Those of generation_config.json (temperature, top_p, max_new_tokens), and beneath them the
-        family's.
+        Those of generation_config.json (temperature, top_p, max_new_tokens, stop_strings), and
+        beneath them the family's. What else it asks for is not done, and logged.
 
         Args:
             adapted: whether a D2F adapter is merged in.
@@ -55,8 +94,8 @@ class Published:
         try:
             return msgspec.structs.replace(PRESETS[preset], **changes)
         except InvalidParams as error:
-            assert self.generation is not None
-            raise ModelDamaged(f"{self.generation.path}: {error}") from error
+            where = "the model" if self.generation is None else str(self.generation.path)
+            raise ModelDamaged(f"{where}: {error}") from error
 
 
 def is_published(config: ConfigFile) -> bool:
@@ -100,14 +139,18 @@ def _sampling(generation: ConfigFile, *, is_autoregressive: bool) -> dict[str, A
     changes: dict[str, Any] = {}
     if "max_new_tokens" in generation:
         changes["max_new_tokens"] = generation.integer("max_new_tokens")
+    if "stop_strings" in generation:
+        stop = values["stop_strings"]
+        changes["stop"] = tuple(stop) if isinstance(stop, list) else (stop,)
     samples = generation.flag("do_sample", not is_autoregressive)
     if samples:
         given = "do_sample" in generation
         changes["temperature"] = values.get("temperature", 1.0 if given else 0.0)
         if "top_p" in generation:
             changes["top_p"] = generation.number("top_p")
-        ignored = [key for key in _UNKNOWN if key in generation]
-        if ignored:
-            shown = ", ".join(f"{key} {values[key]}" for key in ignored)
-            logger.info("%s also asks for %s, which is not done here", generation.path, shown)
+    wanted = {**_ALWAYS, **(_SAMPLING if samples else {})}
+    ignored = [key for key, neutral in wanted.items() if values.get(key) not in (None, *neutral)]
+    if ignored:
+        shown = ", ".join(f"{key} {values[key]!r:.40}" for key in sorted(ignored))
+        logger.warning("%s also asks for %s, which is not done here", generation.path, shown)
     return changes

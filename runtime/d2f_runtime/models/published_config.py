@@ -17,6 +17,10 @@ from d2f_stream.core.params import MAX_BLOCK_SIZE
 
 __all__ = ["transformer_config"]
 
+WINDOWLESS: Final = ("llada", "llama")  # whose classes know no windows
+DEFAULT_WINDOW: Final = 4096  # of transformers' Qwen2Config and Qwen3Config, as the next one
+DEFAULT_WINDOW_LAYERS: Final = 28
+
 
 def transformer_config(
     config: ConfigFile, *, generation: ConfigFile | None, vocabulary: Vocabulary | None
@@ -37,29 +41,36 @@ def transformer_config(
     _refuse_variants(config)
     sizes = _llada_sizes(config) if family.layout == "llada" else _llama_sizes(config, family)
     vocab_size = sizes.vocab_size
-    if vocabulary is not None and vocabulary.size > vocab_size:
+    # Tokens may have been added beyond what is embedded: a text that names one is refused.
+    if vocabulary is not None and vocabulary.base_size > vocab_size:
         raise ModelDamaged(
-            f"the tokenizer in {config.path.parent} has {vocabulary.size} ids, but the model "
-            f"embeds {vocab_size}; it belongs to another model"
+            f"the tokenizer in {config.path.parent} has a vocabulary of {vocabulary.base_size} "
+            f"ids, but the model embeds {vocab_size}; it belongs to another model"
         )
     block_size = family.block_size
     if family.prompt_attention == "grid":
         block_size = config.integer("bd_size", config.integer("block_size", block_size))
+        if block_size > MAX_BLOCK_SIZE:
+            raise UnsupportedModel(
+                f"{config.path} has blocks of {block_size} tokens, but this build runs at most "
+                f"{MAX_BLOCK_SIZE}"
+            )
     is_free = family.prompt_attention == "full"  # to cut the answer as the request likes
     return TransformerConfig(
         family=family.label,
         vocab_size=vocab_size,
-        num_tokens=vocab_size if vocabulary is None else vocabulary.size,
+        num_tokens=vocab_size if vocabulary is None else min(vocab_size, vocabulary.size),
+        unnamed_ids=() if vocabulary is None else vocabulary.gaps(vocab_size),
         hidden_size=sizes.hidden_size,
         num_layers=sizes.num_layers,
         num_heads=sizes.num_heads,
         num_kv_heads=sizes.num_kv_heads,
         head_dim=sizes.head_dim,
         ffn_size=sizes.ffn_size,
-        mask_id=_mask_id(config, family, vocabulary, vocab_size),
+        mask_id=_mask_id(config, generation, family, vocabulary, vocab_size),
         eos_ids=_eos_ids(config, generation, family, vocabulary, vocab_size),
         rope_theta=sizes.rope_theta,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.number("rms_norm_eps", 1e-5 if family.layout == "llada" else 1e-6),
         qkv_bias=sizes.qkv_bias,
         qk_norm=family.qk_norm,
         tie_embeddings=sizes.tie_embeddings,
@@ -92,43 +103,59 @@ class _Sizes:
 
 def _llada_sizes(config: ConfigFile) -> _Sizes:
     hidden_size, num_heads = config.integer("d_model"), config.integer("n_heads")
-    num_kv_heads = 1 if config.flag("multi_query_attention", False) else num_heads
+    is_multi_query = config.flag("multi_query_attention", False)
+    num_kv_heads = 1 if is_multi_query else num_heads
+    if config.integer("n_kv_heads", num_kv_heads) != num_kv_heads and (
+        "multi_query_attention" in config
+    ):
+        raise ModelDamaged(
+            f"{config.path}: n_kv_heads is {config.values['n_kv_heads']}, but "
+            f"multi_query_attention {is_multi_query} says {num_kv_heads}"
+        )
     return _Sizes(
-        vocab_size=config.integer("embedding_size", config.integer("vocab_size")),
+        vocab_size=config.integer("embedding_size", config.values.get("vocab_size")),
         hidden_size=hidden_size,
         num_layers=config.integer("n_layers"),
         num_heads=num_heads,
         num_kv_heads=config.integer("n_kv_heads", num_kv_heads),
-        head_dim=hidden_size // num_heads,
-        ffn_size=config.integer("mlp_hidden_size"),
+        head_dim=max(1, hidden_size // num_heads),
+        ffn_size=config.integer("mlp_hidden_size", config.integer("mlp_ratio", 4) * hidden_size),
         max_len=config.integer("max_sequence_length"),
-        rope_theta=config.number("rope_theta"),
+        rope_theta=config.number("rope_theta", 10_000.0),
         rope_scaling=None,
         qkv_bias=config.flag("include_qkv_bias", False),
-        tie_embeddings=config.flag("weight_tying", False),
+        tie_embeddings=config.flag("weight_tying", "weight_tying" not in config.nulls),
     )
 
 
 def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    rope = config.section("rope_parameters" if "rope_parameters" in config else "rope_scaling")
+    rope = config.section(
+        "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    )
+    head_dim = family.head_dim or max(1, hidden_size // num_heads)
     return _Sizes(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
         num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),
-        head_dim=config.integer("head_dim", hidden_size // num_heads),
+        head_dim=config.integer("head_dim", head_dim),
         ffn_size=config.integer("intermediate_size"),
         max_len=config.integer("max_position_embeddings"),
         rope_theta=rope.number("rope_theta", config.number("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope),
+        rope_scaling=_rope_scaling(rope, config),
         qkv_bias=bool(family.qkv_bias),
         tie_embeddings=config.flag("tie_word_embeddings", False),
     )
 
 
-def _rope_scaling(rope: ConfigFile) -> Llama3Rope | None:
+def _rope_scaling(rope: ConfigFile, config: ConfigFile) -> Llama3Rope | None:
+    if nested := sorted(key for key, value in rope.values.items() if isinstance(value, dict)):
+        raise UnsupportedModel(
+            f"{rope.path} has rotary positions of their own for {nested[0]}, but this build has "
+            "the same for all layers"
+        )
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind == "default":
         return None
@@ -136,41 +163,56 @@ def _rope_scaling(rope: ConfigFile) -> Llama3Rope | None:
         raise UnsupportedModel(
             f"{rope.path} scales its rotary positions by {kind!r}, but this build knows llama3 only"
         )
+    for where in (rope, config):
+        if where.number("partial_rotary_factor", 1.0) != 1.0:
+            raise UnsupportedModel(
+                f"{rope.path} rotates a part of each head, by partial_rotary_factor"
+            )
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if not low < high:
+        raise ModelDamaged(f"{rope.path}: low_freq_factor is {low} but high_freq_factor is {high}")
+    trained = "original_max_position_embeddings"  # beside the others, or in the file itself
+    default = config.values.get(trained, config.values.get("max_position_embeddings"))
     return Llama3Rope(
         factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        trained_len=rope.integer("original_max_position_embeddings"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        trained_len=config.integer(trained, rope.values.get(trained, default)),
     )
 
 
 _ONLY: Final[Mapping[str, tuple[object, ...]]] = {
     # of all
     "quantization_config": (None,),
-    "hidden_act": (None, "silu"),
+    "hidden_act": (None, "silu", "swish"),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
-    "use_sliding_window": (None, False),
     "use_mrope": (None, False),
-    # of LLaDA
-    "activation_type": (None, "silu"),
+}
+"""The values of options that the transformer is written for; None is an absent key."""
+
+_ONLY_LLADA: Final[Mapping[str, tuple[object, ...]]] = {
+    "activation_type": ("silu",),
     "alibi": (None, False),
     "attention_layer_norm": (None, False),
     "bias_for_layer_norm": (None, False),
     "block_group_size": (None, 1),
-    "block_type": (None, "llama"),
+    "block_type": ("llama",),
     "include_bias": (None, False),
     "input_emb_norm": (None, False),
-    "layer_norm_type": (None, "rms"),
-    "rope": (None, True),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (None, True),
+    "quantization_config": (None,),
+    "rope": (True,),
     "scale_logits": (None, False),
 }
-"""The values of options that the transformer is written for; None is an absent key."""
+"""The same of LLaDA, whose classes are a GPT-2's where the config says nothing."""
 
 
 def _refuse_variants(config: ConfigFile) -> None:
     values = config.values
-    for key, allowed in _ONLY.items():
+    is_llada = values["model_type"] == "llada"
+    for key, allowed in (_ONLY_LLADA if is_llada else _ONLY).items():
         value = values.get(key)
         # Qwen2's and Dream's biases on q, k and v go without saying
         if key == "attention_bias" and values["model_type"] in ("Dream", "Fast_dLLM_Qwen", "qwen2"):
@@ -180,13 +222,38 @@ def _refuse_variants(config: ConfigFile) -> None:
         if value not in allowed:
             shown = "a quantization" if key == "quantization_config" else f"{key} {value!r}"
             raise UnsupportedModel(f"{config.path} asks for {shown}, which this build does not run")
-    kinds = values.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
-        raise UnsupportedModel(f"{config.path} asks for layers other than full_attention")
+    _refuse_windows(config)
     if values["model_type"] == "Dream" and "block_size" in config:
         raise UnsupportedModel(
             f"{config.path} is a Dream with a block_size of its own, a block diffusion model that "
             "this build does not run"
+        )
+
+
+def _refuse_windows(config: ConfigFile) -> None:
+    """Refuse layers that see a part of the canvas only, by what transformers makes of the keys."""
+    values = config.values
+    if values["model_type"] in WINDOWLESS:
+        return
+    number = config.integer("num_hidden_layers")
+    kinds = values.get("layer_types")
+    window: int | None = None
+    if config.flag("use_sliding_window", False) and "sliding_window" not in config.nulls:
+        window = config.integer("sliding_window", DEFAULT_WINDOW)
+    if kinds is None:
+        first = values.get("max_window_layers", DEFAULT_WINDOW_LAYERS)
+        if not isinstance(first, int):
+            raise ModelDamaged(f"{config.path}: max_window_layers is {first!r}, not an integer")
+        has_windows = window is not None and first < number
+        kinds = ["sliding_attention"] if has_windows else []
+    elif not isinstance(kinds, list) or len(kinds) != number:
+        raise ModelDamaged(f"{config.path}: layer_types must name each of the {number} layers")
+    others = [kind for kind in kinds if kind != "full_attention"]
+    wide_enough = window is not None and window >= config.integer("max_position_embeddings")
+    if any(kind != "sliding_attention" for kind in others) or (others and not wide_enough):
+        raise UnsupportedModel(
+            f"{config.path} asks for layers of {others[0]!r} (sliding_window {window}), but this "
+            "build runs full_attention only"
         )
 
 
@@ -195,11 +262,18 @@ def _is_bitsandbytes(quantization: object) -> bool:
 
 
 def _mask_id(
-    config: ConfigFile, family: Family, vocabulary: Vocabulary | None, vocab_size: int
+    config: ConfigFile,
+    generation: ConfigFile | None,
+    family: Family,
+    vocabulary: Vocabulary | None,
+    vocab_size: int,
 ) -> int:
     if family.mask_token is None or family.mask_id is None:
         return vocab_size  # no id at all, so that every id may be produced
-    mask_id: int | None = next(iter(config.ids("mask_token_id")), None)
+    named = config.ids("mask_token_id")
+    if not named and generation is not None:
+        named = generation.ids("mask_token_id")
+    mask_id: int | None = next(iter(named), None)
     if vocabulary is None:
         mask_id = family.mask_id if mask_id is None else mask_id
     else:
@@ -239,9 +313,10 @@ def _eos_ids(
             f"nothing in {config.path.parent} says which token ends an answer: neither config.json "
             "nor generation_config.json has an eos_token_id, and the tokenizer names no eos_token"
         )
-    if max(found) >= vocab_size:
+    embedded = {token for token in found if token < vocab_size}  # others cannot be produced
+    if not embedded:
         raise ModelDamaged(
             f"{config.path.parent}: the EOS id is {max(found)} but the model embeds {vocab_size} "
             "ids"
         )
-    return tuple(sorted(found))
+    return tuple(sorted(embedded))

@@ -18,12 +18,14 @@ from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.pickles import refuse_pickles
 from d2f_runtime.quantization.bitsandbytes import Beside, find_quantized, read_quantized
 from d2f_runtime.quantization.stored import QuantizedWeight
+from d2f_runtime.text.files import holds_file
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
 
 __all__ = ["Shards", "TensorHeader"]
 
 INDEX_SUFFIX: Final = ".index.json"
 DTYPES: Final = ("F64", "F32", "F16", "BF16")
+ROWS_AT_ONCE: Final = 4096  # of two tensors that are compared
 QUANTIZED: Final = ("U8", "I8")  # of weights beside which bitsandbytes put what they mean
 
 
@@ -71,7 +73,7 @@ class Shards:
             ModelDamaged: a file is truncated or missing, or lacks what the index promises.
         """
         index = ConfigFile.read(folder / (name + INDEX_SUFFIX))
-        if (folder / name).is_file():
+        if holds_file(folder / name):
             return cls(folder / name, _headers(folder / name))
         if index is None:
             refuse_pickles(folder)
@@ -79,15 +81,41 @@ class Shards:
         headers: dict[str, TensorHeader] = {}
         promised = _weight_map(index)
         for file in sorted(set(promised.values())):
-            if not (folder / file).is_file():
+            if not holds_file(folder / file):
                 raise ModelDamaged(
-                    f"{index.path} names {file}, which {folder} does not hold; fetch it again"
+                    f"{index.path} names {file:.100}, which {folder} does not hold; fetch it again"
                 )
-            headers |= _headers(folder / file)
+            for tensor, header in _headers(folder / file).items():
+                wanted = promised.get(tensor)
+                if wanted is None and tensor in headers:
+                    raise ModelDamaged(
+                        f"{tensor} lies in {headers[tensor].file.name} and in {file}, and "
+                        f"{index.path} does not say which is meant"
+                    )
+                if wanted in (None, file):  # the index decides where a tensor lies twice
+                    headers[tensor] = header
         for tensor, file in promised.items():
-            if tensor not in headers or headers[tensor].file.name != file:
+            if tensor not in headers:
                 raise ModelDamaged(f"{index.path} says that {file} holds {tensor}; it does not")
         return cls(index.path, headers)
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors have equal values; reads some rows at a time.
+
+        Raises:
+            ModelDamaged: a file cannot be read any more.
+        """
+        one, other = self.headers[first], self.headers[second]
+        if one.shape != other.shape or {first, second} & self.quantized.keys():
+            return False
+        length = one.shape[0] if one.shape else 0
+        with _opened(one.file) as file, _opened(other.file) as beside:
+            ours, theirs = file.get_slice(first), beside.get_slice(second)
+            for start in range(0, length, ROWS_AT_ONCE):
+                stop = min(start + ROWS_AT_ONCE, length)
+                if not torch.equal(ours[start:stop].float(), theirs[start:stop].float()):
+                    return False
+        return True
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], *, ignored: Collection[str] = ()
@@ -170,7 +198,9 @@ def _weight_map(index: ConfigFile) -> Mapping[str, str]:
     promised = index.section("weight_map").values
     for tensor, file in promised.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ModelDamaged(f"{index.path} says that {tensor} lies in {file!r}, no file name")
+            raise ModelDamaged(
+                f"{index.path} says that {tensor:.100} lies in {file!r:.100}, no file name"
+            )
     if not promised:
         raise ModelDamaged(f"{index.path} has no weight_map")
     return promised

@@ -5,11 +5,12 @@ string. Knows no tokenizer, only a decode function. Decoding a little context be
 and taking the difference is the approach of Hugging Face TGI and vLLM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["Detokenizer"]
 
 REPLACEMENT = "\ufffd"
+FIRST_STAND_IN = 0xD800  # half a pair in UTF-16, which no text holds
 
 
 class Detokenizer:
@@ -20,14 +21,25 @@ class Detokenizer:
     U+FFFD aside. Sentencepiece byte fallback is none where a run of byte tokens is broken UTF-8
     (it turns the whole run into U+FFFD); such a run keeps the characters released before.
 
+    A special token has no text of its own; where a stop string holds its name, the token is found
+    as well as the same characters.
+
     Args:
         decode: text of a token sequence; may treat the beginning of one in a special way.
         stop: non-empty strings that end the text.
+        special_tokens: ids by name of the tokens that `decode` leaves out.
     """
 
-    def __init__(self, *, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> None:
         self._decode = decode
-        self._stop = tuple(stop)
+        self._stand_ins: dict[int, str] = {}  # one character for each special token that may stop
+        self._stop = self._with_stand_ins(stop, special_tokens or {})
         self._max_held = max(map(len, self._stop), default=1) - 1
         self._tokens: list[int] = []  # context, then what is not read yet
         self._num_context = 0
@@ -42,6 +54,18 @@ class Detokenizer:
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take final tokens, without EOS and other special ones; return the newly stable text."""
+        released: list[str] = []
+        text: list[int] = []
+        for token in tokens:
+            if (stand_in := self._stand_ins.get(token)) is None:
+                text.append(token)
+                continue
+            released += self._push(text), self._release(stand_in, is_last=False)
+            text = []
+        released.append(self._push(text))
+        return "".join(released)
+
+    def _push(self, tokens: Sequence[int]) -> str:
         if self._stopped or not tokens:
             return ""
         self._tokens.extend(tokens)
@@ -68,16 +92,33 @@ class Detokenizer:
         self._num_context = len(self._tokens)
         self._num_released = len(self._decode(self._tokens))
 
+    def _with_stand_ins(self, stop: Sequence[str], special_tokens: Mapping[str, int]) -> list[str]:
+        """Return the strings, and those that name special tokens with these in their place too."""
+        replaced = list(stop)
+        for name in sorted(special_tokens, key=len, reverse=True):
+            if name and any(name in text for text in replaced):
+                stand_in = chr(FIRST_STAND_IN + len(self._stand_ins))
+                self._stand_ins[special_tokens[name]] = stand_in
+                replaced = [text.replace(name, stand_in) for text in replaced]
+        return [*stop, *(text for text in replaced if text not in stop)]
+
     def _release(self, new: str, *, is_last: bool) -> str:
+        if self._stopped:
+            return ""
         text = self._held + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         open_at = len(text) if is_last else self._first_open(text)
         if found and min(found) <= open_at:  # else an earlier, longer one may still come true
             self._stopped = True
             self._held = ""
-            return text[: min(found)]
+            return self._visible(text[: min(found)])
         self._held = text[open_at:]
-        return text[:open_at]
+        return self._visible(text[:open_at])
+
+    def _visible(self, text: str) -> str:
+        for stand_in in self._stand_ins.values():
+            text = text.replace(stand_in, "")
+        return text
 
     def _first_open(self, text: str) -> int:
         """Return where the first beginning of a stop string lies that reaches the end."""

@@ -5,12 +5,15 @@ with models from anywhere, so they run in jinja2's immutable sandbox, with the s
 that transformers gives them.
 """
 
+import functools
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
+from d2f_runtime.text.files import holds_file, read_bytes, read_object, read_text
 from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import (
     InvalidPrompt,
@@ -35,6 +38,11 @@ QWEN_WORDS: Final = (  # how Qwen2's tokenizer cuts text into words; transformer
 class TextCodec(Protocol):
     """Turns text into token ids and back. Safe to call from several threads at once."""
 
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens that `decode` leaves out: ids by text."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of exactly this text: nothing is added to it."""
         ...
@@ -52,31 +60,44 @@ class Tokenizer:
     """A model folder's tokenizer, and its chat template where it has one.
 
     Nothing is added to a text: a BOS that a model wants stands in its template, or in the prompt,
-    and the names of special tokens are read as those tokens.
+    and the names of special tokens are read as those tokens; that of the mask is read as text.
 
     Args:
         source: a tokenizer.json, or all files of a folder.
         chat_template: its source.
+        mask_id: never what a text is read as; None where there is no mask.
 
     Attributes:
         special_names: texts of bos_token, eos_token and so on, as the folder's files give them.
+        special_tokens: ids of all special tokens, by text.
     """
 
-    def __init__(self, source: Path | TokenizerFiles, *, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        source: Path | TokenizerFiles,
+        *,
+        chat_template: str | None = None,
+        mask_id: int | None = None,
+    ) -> None:
         self.special_names: Mapping[str, str] = {}
         if isinstance(source, TokenizerFiles):
             self._tokens = _build_tokenizer(source)
             self.special_names = source.special_names()
-        elif source.is_file():
+        elif holds_file(source):
             self._tokens = _read_tokenizer(source)
         else:
             raise ModelNotFound(f"no tokenizer at {source}; a model folder needs a tokenizer.json")
+        added = self._tokens.get_added_tokens_decoder()
+        self.special_tokens: Mapping[str, int] = {
+            token.content: number for number, token in added.items() if token.special
+        }
+        self._mask_id = mask_id
         self._render: Callable[..., str] | None = None
         if chat_template is not None:
             self._render = _compile_template(chat_template)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path, *, mask_id: int | None = None) -> Self:
         """Read a folder's tokenizer files and its chat template.
 
         The tokenizer is tokenizer.json or, as the Dream models publish it, vocab.json with
@@ -94,12 +115,20 @@ class Tokenizer:
                 f"no tokenizer in {folder}; a model folder needs a tokenizer.json, or a vocab.json "
                 "and a merges.txt"
             )
-        return cls(files, chat_template=files.chat_template())
+        return cls(files, chat_template=files.chat_template(), mask_id=mask_id)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of exactly this text."""
         ids: list[int] = self._tokens.encode(text, add_special_tokens=False).ids
+        if self._mask_id is not None and self._mask_id in ids:
+            ids = self._without_mask.encode(text, add_special_tokens=False).ids
         return ids
+
+    @functools.cached_property
+    def _without_mask(self) -> Any:
+        """The same tokenizer, in which no text is the mask's; made where a text names the mask."""
+        assert self._mask_id is not None
+        return _nameless(self._tokens, self._mask_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, special tokens left out."""
@@ -130,18 +159,48 @@ class Tokenizer:
 
 
 def _build_tokenizer(files: TokenizerFiles) -> Any:
-    tokens = _read_tokenizer(files.whole) if files.whole.is_file() else _build_byte_level(files)
-    _add_tokens(tokens, files)
+    tokens = _read_tokenizer(files.whole) if holds_file(files.whole) else _build_byte_level(files)
+    try:
+        _add_tokens(tokens, files)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelDamaged(f"the added tokens of {files.folder} are damaged: {error}") from error
+    tokens.encode_special_tokens = files.splits_special_tokens
     return tokens
 
 
 def _read_tokenizer(path: Path) -> Any:
+    content = read_bytes(path) or b""
     try:
-        return _library().Tokenizer.from_file(str(path))
+        tokens = _library().Tokenizer.from_buffer(content)
     except MissingExtra:
         raise
     except Exception as error:  # tokenizers raises bare Exception for every kind of damage
         raise ModelDamaged(f"{path} is not a tokenizer.json: {error}") from error
+    # What a trainer stored is of its batches. transformers sets both anew with every call, too.
+    tokens.no_truncation()
+    tokens.no_padding()
+    return tokens
+
+
+def _nameless(tokens: Any, token_id: int) -> Any:
+    """Return a copy in which a token has a name that no text can hold, so that none is read so."""
+    old, new = tokens.id_to_token(token_id), f"<{secrets.token_hex(16)}>"
+    content = json.loads(tokens.to_str())
+    for added in content["added_tokens"]:
+        if added["content"] == old:
+            added["content"] = new
+    model = content["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [[new, *more] if text == old else [text, *more] for text, *more in vocab]
+    elif old in vocab:
+        vocab[new] = vocab.pop(old)
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if old not in (*pair, "".join(pair))]
+    renamed = _library().Tokenizer.from_str(json.dumps(content))
+    renamed.encode_special_tokens = tokens.encode_special_tokens
+    return renamed
 
 
 def _build_byte_level(files: TokenizerFiles) -> Any:
@@ -154,8 +213,10 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
             f"reads those of {known} only"
         )
     parts = _library()
+    vocab, merges = read_object(files.vocab) or {}, read_text(files.merges) or ""
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     try:
-        model = parts.models.BPE.from_file(str(files.vocab), str(files.merges))
+        model = parts.models.BPE(vocab, [tuple(line.split(" ")) for line in lines])
     except Exception as error:  # see above
         raise ModelDamaged(
             f"{files.vocab} and {files.merges.name} are not a BPE vocabulary: {error}"
@@ -172,11 +233,15 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
 def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
     """Add what the other files name and the tokenizer lacks, under the ids that they give.
 
-    Tokens with a name, such as eos_token, become special even where they are in the vocabulary.
+    Tokens with a name, such as eos_token, become special even where they are in the vocabulary, or
+    were added as others.
     """
-    known = set(tokens.get_added_tokens_decoder())
+    known = tokens.get_added_tokens_decoder()
+    special = files.special_texts()
     for token in files.added_tokens():
         if token.id in known:
+            if token.special:
+                special.add(known[token.id].content)
             continue
         added = _library().AddedToken(
             token.text,
@@ -193,9 +258,10 @@ def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
                 f"the added token {token.text!r} of {files.folder} should have the id {token.id}, "
                 f"but the vocabulary gives it {found}"
             )
-    known = set(tokens.get_added_tokens_decoder())
-    for text in files.special_names().values():
-        if tokens.token_to_id(text) not in {None, *known}:
+    known = tokens.get_added_tokens_decoder()
+    for text in sorted(special):
+        found = tokens.token_to_id(text)
+        if found is not None and not (found in known and known[found].special):
             tokens.add_special_tokens([text])
 
 

@@ -1,7 +1,8 @@
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ END, EOS = 9, 8
 
 class Letters:
     """One id for each letter; a template that puts a 1 before and a 2 behind."""
+
+    special_tokens: Mapping[str, int] = MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]

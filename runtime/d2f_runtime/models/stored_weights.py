@@ -1,0 +1,214 @@
+"""StoredWeights: which tensor on disk each parameter of a model is, checked by the files' headers.
+
+Joins config, shards, the names of the family and an adapter, and decides what a tied head is. Reads
+no weight, except to compare a head that is stored beside the embedding which it is tied to.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from d2f_runtime.models.adapters import Adapter
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.families import Layout, published_name
+from d2f_runtime.models.published import is_published, read_published
+from d2f_runtime.models.shards import Shards
+from d2f_runtime.models.transformer import Transformer
+from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+
+__all__ = [
+    "CONFIG_FILE",
+    "EMBEDDING",
+    "HEAD",
+    "WEIGHTS_FILE",
+    "Parameter",
+    "StoredWeights",
+    "read_config",
+]
+
+logger = logging.getLogger("d2f_stream.checkpoints")
+
+CONFIG_FILE: Final = "config.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+EMBEDDING: Final = "embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+ROTARY_BUFFER: Final = ".rotary_emb.inv_freq"  # stored by older versions of transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """Where a parameter comes from.
+
+    Attributes:
+        stored: the tensor on disk.
+        adapted: what an adapter calls it; another name where a head is stored as the embedding.
+        shape: that the config asks for.
+    """
+
+    stored: str
+    adapted: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """A model's parameters on disk.
+
+    Attributes:
+        config: of the model; its head is tied only where it is the embedding indeed.
+        shards: the tensors.
+        parameters: by our names; a tied head has none of its own.
+        adapter: to be merged.
+    """
+
+    config: TransformerConfig
+    shards: Shards
+    parameters: dict[str, Parameter]
+    adapter: Adapter | None
+
+    @classmethod
+    def open(cls, folder: Path, *, adapter: Path | None = None) -> "StoredWeights":
+        """Check a folder's weights, and an adapter's, by their headers.
+
+        Raises:
+            ModelNotFound: a folder or one of its files is missing.
+            ModelDamaged: a file is truncated, or a tensor is missing, unknown or of the wrong
+                shape.
+            UnsupportedModel: config, weights or adapter are not for this build or for each other.
+        """
+        file = _config_file(folder)
+        config, layout = _config(folder, file)
+        shards = Shards.open(folder, WEIGHTS_FILE)
+        if config.num_layers > len(shards.headers):  # before a model of that size is laid out
+            raise ModelDamaged(
+                f"{file.path} asks for {config.num_layers} layers, but {shards.path} has "
+                f"{len(shards.headers)} tensors"
+            )
+        with torch.device("meta"):
+            shapes = {
+                name: tuple(tensor.shape)
+                for name, tensor in Transformer(config).state_dict().items()
+            }
+        names = {n: n if layout is None else published_name(layout, n) for n in shapes}
+        theirs = {published: shapes[name] for name, published in names.items()}
+        stored = dict(names)
+        if config.tie_embeddings:
+            config, stored = _untied(config, shards, stored)
+        expected = {stored[name]: shape for name, shape in shapes.items() if name in stored}
+        buffers = {name for name in shards.headers if name.endswith(ROTARY_BUFFER)}
+        shards.check(expected, ignored={names[HEAD], names[EMBEDDING], *buffers})
+        merge = None if adapter is None else _open_adapter(adapter, file, theirs)
+        if merge is not None and config.tie_embeddings:
+            config, stored = _untied_by(merge, config, names, stored)
+        return cls(
+            config,
+            shards,
+            {name: Parameter(stored[name], names[name], shapes[name]) for name in stored},
+            merge,
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield our names and what is stored, in host memory and file by file; see `Shards`."""
+        ours: dict[str, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            ours.setdefault(parameter.stored, []).append(name)
+        for stored, tensor in self.shards.tensors(ours):
+            for name in ours[stored]:
+                yield name, tensor
+            del tensor  # or it would hold one shard while the next is read
+
+
+def read_config(folder: Path) -> TransformerConfig:
+    """Read config.json; of a published model, also what names its mask and EOS.
+
+    Raises:
+        ModelNotFound: no such folder or file.
+        ModelDamaged: the file is not a JSON object, or nothing names the mask or the EOS.
+        UnsupportedModel: it is of a family or holds a key that this build does not know, or lacks
+            one.
+    """
+    return _config(folder, _config_file(folder))[0]
+
+
+def _config_file(folder: Path) -> ConfigFile:
+    if not folder.is_dir():
+        raise ModelNotFound(f"no model folder at {folder}")
+    file = ConfigFile.read(folder / CONFIG_FILE)
+    if file is None:
+        raise ModelNotFound(f"{folder} has no {CONFIG_FILE}; is it a model folder?")
+    return file
+
+
+def _config(folder: Path, file: ConfigFile) -> tuple[TransformerConfig, Layout | None]:
+    """Return the config, and whose names the tensors have: None is this project's own."""
+    if not is_published(file):
+        return TransformerConfig.from_dict(file.values), None
+    published = read_published(folder)
+    return published.config, published.family.layout
+
+
+def _untied(
+    config: TransformerConfig, shards: Shards, stored: dict[str, str]
+) -> tuple[TransformerConfig, dict[str, str]]:
+    """Return the config and the tensors of a model whose config ties the head to the embedding.
+
+    As in transformers: where one of the two is stored it is both, and where both are and differ,
+    the config is wrong.
+    """
+    head, embedding = stored[HEAD], stored[EMBEDDING]
+    if embedding not in shards.headers and head in shards.headers:
+        stored = stored | {EMBEDDING: head}
+    elif {embedding, head} <= shards.headers.keys() and not shards.same(embedding, head):
+        logger.warning(
+            "%s holds a head that is not the embedding, although the config ties them; both are "
+            "read as they are",
+            shards.path,
+        )
+        return replace(config, tie_embeddings=False), stored
+    return config, {name: tensor for name, tensor in stored.items() if name != HEAD}
+
+
+def _untied_by(
+    adapter: Adapter, config: TransformerConfig, names: dict[str, str], stored: dict[str, str]
+) -> tuple[TransformerConfig, dict[str, str]]:
+    """Return the config and the tensors of a tied model once an adapter has been merged.
+
+    An embedding or a head that the adapter holds whole is tied no more. To one that it adds to,
+    PEFT adds in one place while the adapter is apart, and in both once it is merged.
+    """
+    tied = {names[HEAD], names[EMBEDDING]}
+    if both := sorted(tied & adapter.factored):
+        raise UnsupportedModel(
+            f"the adapter adds to {both[0]}, but the model's embedding is its head as well; merge "
+            "it with PEFT, or untie the model"
+        )
+    if not tied & adapter.replaced:
+        return config, stored
+    return replace(config, tie_embeddings=False), stored | {HEAD: stored[EMBEDDING]}
+
+
+def _open_adapter(
+    folder: Path, base: ConfigFile, parameters: dict[str, tuple[int, ...]]
+) -> Adapter:
+    if not folder.is_dir():
+        raise ModelNotFound(f"no adapter folder at {folder}")
+    adapter = Adapter.open(folder, parameters)
+    name = _published_as(base)
+    if name is not None and name != adapter.base.rpartition("/")[2]:  # such as Base and Instruct
+        logger.warning("%s was made for %s, but is merged into %s", folder, adapter.base, name)
+    return adapter
+
+
+def _published_as(config: ConfigFile) -> str | None:
+    """Return the name of a model's repository, where its folder or its config tells."""
+    for part in config.path.parts:
+        if part.startswith("models--"):  # the cache of huggingface_hub
+            return part.rpartition("--")[2]
+    name = str(config.values.get("_name_or_path") or "")
+    return name.rpartition("/")[2] or None

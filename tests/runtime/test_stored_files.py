@@ -1,0 +1,145 @@
+"""Files from other systems and other libraries: read as transformers reads them, or refused."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import d2f_stream
+from d2f_runtime.models.published import read_published
+from d2f_runtime.text.files import read_object, read_text
+from d2f_runtime.text.tokenizer import Tokenizer
+from d2f_stream.core.errors import InvalidPrompt, ModelDamaged
+from tiny_checkpoints import FAMILIES, added_tokens, config_of, write_model, write_tokenizer
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.torch
+
+MARK = "\ufeff".encode()
+TEXT = "How many apples has Ann? <|im_end|> Ann has 3."
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The files of a Qwen2 beside its weights."""
+    tiny = FAMILIES["qwen2"]
+    write_tokenizer(tmp_path, tiny)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tiny)))
+    # else transformers rebuilds Qwen2's own tokenizer and leaves most of the file unread
+    edit(tmp_path / "tokenizer_config.json", as_stored)
+    return tmp_path
+
+
+def as_stored(values: dict[str, Any]) -> None:
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+
+
+def test_stored_truncation_and_padding_are_of_a_trainers_batches(folder: Path) -> None:
+    stored = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    wanted = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    stored.enable_truncation(max_length=3)
+    stored.enable_padding(length=64)
+    stored.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_folder(folder).encode(TEXT) == wanted
+    assert Tokenizer(folder / "tokenizer.json").encode(TEXT) == wanted
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "Dream"])  # tokenizer.json; vocab.json and merges.txt
+def test_byte_order_marks_and_line_ends_mean_nothing(tmp_path: Path, kind: str) -> None:
+    tiny = FAMILIES[kind]
+    write_tokenizer(tmp_path, tiny)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tiny)))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    (tmp_path / "chat_template.jinja").write_text(tiny.template)
+    chat = [{"role": "user", "content": "two\nlines"}]
+    plain = Tokenizer.from_folder(tmp_path)
+    wanted = plain.encode(TEXT), plain.render(chat), read_published(tmp_path).config
+    for path in tmp_path.iterdir():
+        path.write_bytes(MARK + path.read_bytes().replace(b"\n", b"\r\n"))
+    marked, published = Tokenizer.from_folder(tmp_path), read_published(tmp_path)
+    assert (marked.encode(TEXT), marked.render(chat), published.config) == wanted
+    assert published.defaults(adapted=False).max_new_tokens == 7
+
+
+def test_tokens_that_are_named_are_special_as_in_transformers(folder: Path) -> None:
+    stored = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    token = tokenizers.AddedToken("<|tool|>", special=False, normalized=False)
+    stored.add_tokens([token])
+    stored.save(str(folder / "tokenizer.json"))
+    for more in ({}, {"extra_special_tokens": ["<|tool|>"]}, {"pad_token": "<|tool|>"}):
+        change = partial(dict.update, **more)
+        edit(folder / "tokenizer_config.json", change)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = theirs("a<|tool|>b")["input_ids"]
+        ours = Tokenizer.from_folder(folder)
+        assert ours.encode("a<|tool|>b") == ids
+        wanted = theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids) == wanted
+        assert ("<|tool|>" in ours.special_tokens) == (wanted == "ab")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "Dream"])
+def test_name_of_the_mask_in_a_text_is_text(tmp_path: Path, kind: str) -> None:
+    tiny = FAMILIES[kind]
+    write_tokenizer(tmp_path, tiny)
+    name = tiny.mask or "<|im_start|>"
+    mask_id = added_tokens(tiny)[name]
+    plain, ours = Tokenizer.from_folder(tmp_path), Tokenizer.from_folder(tmp_path, mask_id=mask_id)
+    text = f"What does {name} mean, {name}? <|im_end|>"
+    ids = ours.encode(text)
+    assert mask_id in plain.encode(text)
+    assert mask_id not in ids
+    assert ours.decode(ids) == text.replace("<|im_end|>", "")
+    assert added_tokens(tiny)["<|im_end|>"] in ids
+    assert ours.encode(TEXT) == plain.encode(TEXT)
+
+
+async def test_token_that_was_added_beyond_the_embedding(tmp_path: Path) -> None:
+    write_model(tmp_path, "qwen2")
+    stored = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    size = config_of(FAMILIES["qwen2"])["vocab_size"]
+    stored.add_tokens([f"<extra{i}>" for i in range(size - stored.get_vocab_size() + 3)])
+    stored.save(str(tmp_path / "tokenizer.json"))
+    async with d2f_stream.load(tmp_path, device="cpu") as engine:
+        answer = await engine.generate("Ann has 3 <extra0>", max_new_tokens=4).result()
+        assert max(answer.token_ids) < size
+        last = stored.get_vocab_size() - 1
+        with pytest.raises(
+            InvalidPrompt, match=rf"does not embed: its ids go from 0 to {size - 1}"
+        ):
+            await engine.generate(f"Ann has {stored.id_to_token(last)}", max_new_tokens=4).result()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b"\xff\xfe{", "is not valid JSON"),
+        (b"[1]", "holds no JSON object"),
+    ],
+)
+def test_what_is_no_json_object(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ModelDamaged, match=message):
+        read_object(tmp_path / "x.json")
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ModelDamaged, match=r"folder\.json is not a file"):
+        read_object(tmp_path / "folder.json")
+    with pytest.raises(ModelDamaged, match="cannot be read"):
+        read_text(tmp_path / ("long" * 1000))
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ModelDamaged, match="is not UTF-8"):
+        read_text(tmp_path / "latin.jinja")
