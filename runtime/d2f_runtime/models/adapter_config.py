@@ -42,8 +42,8 @@ _ONLY: Final[Mapping[str, tuple[object, ...]]] = {
 """The values with which an adapter is plain LoRA; others change the base or the forward."""
 
 _OBEYED: Final = (
-    "alpha_pattern", "d2f", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "modules_to_save", "r", "rank_pattern", "target_modules", "use_rslora",
+    "alpha_pattern", "d2f", "exclude_modules", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "modules_to_save", "r", "rank_pattern", "target_modules", "use_rslora",
 )  # fmt: skip
 _WITHOUT_EFFECT: Final = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",

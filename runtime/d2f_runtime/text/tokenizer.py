@@ -233,15 +233,15 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
 def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
     """Add what the other files name and the tokenizer lacks, under the ids that they give.
 
-    Tokens with a name, such as eos_token, become special even where they are in the vocabulary, or
-    were added as others.
+    Tokens with a name, such as eos_token, become special even where they were added as others, and
+    those that are listed without one where they are in the vocabulary; as in transformers.
     """
     known = tokens.get_added_tokens_decoder()
-    special = files.special_texts()
+    named = set(files.special_names().values())
     for token in files.added_tokens():
         if token.id in known:
             if token.special:
-                special.add(known[token.id].content)
+                named.add(known[token.id].content)
             continue
         added = _library().AddedToken(
             token.text,
@@ -259,9 +259,10 @@ def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
                 f"but the vocabulary gives it {found}"
             )
     known = tokens.get_added_tokens_decoder()
-    for text in sorted(special):
+    for text in sorted(named | files.special_texts()):
         found = tokens.token_to_id(text)
-        if found is not None and not (found in known and known[found].special):
+        is_plain = found in known and not known[found].special
+        if found is not None and (found not in known or (is_plain and text in named)):
             tokens.add_special_tokens([text])
 
 
