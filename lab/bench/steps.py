@@ -41,7 +41,7 @@ SHAPES = {
 def step_times(backend: Backend, *, repeats: int = 50) -> dict[str, dict[str, float]]:
     """Return milliseconds per step for each of SHAPES, one session."""
     rng = random.Random(0)
-    size = backend.info.vocab_size
+    size = backend.info.num_tokens
     tokens = [rng.randrange(size) for _ in range(256)]
     other = (backend.info.mask_id + 1) % size
     tokens = [other if token == backend.info.mask_id else token for token in tokens]

@@ -339,7 +339,7 @@ def test_sampling_without_uniform_numbers_is_refused(rig: Rig) -> None:
 def test_info_names_the_model(rig: Rig, family: str) -> None:
     config, info = CONFIGS[family], rig.backend.info
     assert (info.family, info.mask_id, info.eos_ids) == (family, MASK, (1, 2))
-    assert info.vocab_size == NUM_TOKENS
+    assert info.num_tokens == NUM_TOKENS
     assert info.prompt_attention == config.prompt_attention
     assert info.kv_bytes_per_token == 2 * 2 * config.num_kv_heads * config.head_dim * 4
     assert info.device in ("cpu", "cuda")

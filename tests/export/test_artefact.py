@@ -197,7 +197,7 @@ def test_the_manifest_describes_the_folder(tmp_path: Path) -> None:
     assert set(manifest.files) == {"model.onnx", "tokenizer.json", "chat_template.jinja"}
     assert manifest.params_for("cpu").stop == ("\n",)
     assert manifest.training == training
-    assert manifest.vocab_size == NUM_TOKENS
+    assert manifest.num_tokens == NUM_TOKENS
     assert manifest.onnx is not None
     assert (manifest.onnx.opset, manifest.onnx.quantization) == (23, "fp32")
     assert (manifest.onnx.target, manifest.onnx.interface) == ("cpu", 2)

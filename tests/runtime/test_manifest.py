@@ -10,6 +10,7 @@ from d2f_runtime.models.manifest import (
     Manifest,
     OnnxInfo,
     TransformerShape,
+    encode_manifest,
     read_manifest,
     verify_files,
 )
@@ -31,7 +32,7 @@ def manifest(**changes: Any) -> Manifest:
         "native_block_size": 16,
         "max_block_size": 32,
         "max_len": 512,
-        "vocab_size": 1024,
+        "num_tokens": 1024,
         "transformer": TransformerShape(
             hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
         ),
@@ -42,8 +43,14 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**fields | changes)
 
 
+def stored() -> dict[str, Any]:
+    """The fields as the file has them."""
+    values: dict[str, Any] = msgspec.json.decode(encode_manifest(manifest()))
+    return values
+
+
 def write(folder: Path, content: Manifest | bytes) -> Path:
-    encoded = content if isinstance(content, bytes) else msgspec.json.encode(content)
+    encoded = content if isinstance(content, bytes) else encode_manifest(content)
     (folder / "manifest.json").write_bytes(encoded)
     (folder / "model.onnx").write_bytes(CONTENT)
     return folder
@@ -55,7 +62,7 @@ def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_unknown_fields_are_ignored(tmp_path: Path) -> None:
-    fields = msgspec.to_builtins(manifest()) | {"added_later": [1, 2]}
+    fields = stored() | {"added_later": [1, 2]}
     assert read_manifest(write(tmp_path, msgspec.json.encode(fields))) == manifest()
 
 
@@ -67,11 +74,25 @@ def test_folder_without_a_manifest_is_told_what_it_must_hold(tmp_path: Path) -> 
 
 
 def test_broken_manifest_names_the_field(tmp_path: Path) -> None:
-    fields = msgspec.to_builtins(manifest()) | {"prompt_attention": "sideways"}
+    fields = stored() | {"prompt_attention": "sideways"}
     with pytest.raises(ModelDamaged, match="prompt_attention"):
         read_manifest(write(tmp_path, msgspec.json.encode(fields)))
     with pytest.raises(ModelDamaged, match=r"manifest\.json cannot be read"):
         read_manifest(write(tmp_path, b'{"format_version": 1'))
+
+
+def test_every_fact_is_in_the_file() -> None:
+    assert list(stored())[:2] == ["format_version", "name"]
+    assert stored()["vocab_size"] == manifest().num_tokens
+    assert stored().keys() >= manifest().facts.keys() - {"num_tokens"}
+
+
+@pytest.mark.parametrize("fact", ["family", "shift_logits", "max_len", "vocab_size"])
+def test_manifest_that_lacks_a_fact_names_it(tmp_path: Path, fact: str) -> None:
+    fields = stored()
+    del fields[fact]
+    with pytest.raises(ModelDamaged, match=f"it lacks {fact}"):
+        read_manifest(write(tmp_path, msgspec.json.encode(fields)))
 
 
 def test_other_format_version_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.backends.onnx_session import nodes_by_provider, open_sessions
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.models.manifest import OnnxInfo, read_manifest
+from d2f_runtime.models.manifest import OnnxInfo, encode_manifest, read_manifest
 from d2f_stream.core.errors import (
     InvalidParams,
     ModelDamaged,
@@ -38,8 +39,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:
-    manifest = msgspec.structs.replace(read_manifest(folder), **changes)
-    (folder / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    manifest = replace(read_manifest(folder), **changes)
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
 def onnx(**changes: Any) -> OnnxInfo:

@@ -1,10 +1,13 @@
 import contextlib
-from typing import get_args
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import UNSET, UnsetType
 
 from d2f_stream.core.errors import InvalidRequest, ProtocolError
 from d2f_stream.core.params import GenerationParams
@@ -77,6 +80,15 @@ def test_json_may_come_as_text() -> None:
 
 def test_overrides_are_the_fields_of_the_parameters() -> None:
     assert Overrides.__struct_fields__ == GenerationParams.__struct_fields__
+    fields, overrides = get_type_hints(GenerationParams), get_type_hints(Overrides)
+    for name in GenerationParams.__struct_fields__:
+        assert set(get_args(overrides[name])) == {*_alternatives(fields[name]), UnsetType}
+    assert set(Overrides.__struct_defaults__) == {UNSET}
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+    return tuple(tuple[str, ...] if kind == Sequence[str] else kind for kind in kinds)
 
 
 def test_only_fields_that_were_set_override() -> None:

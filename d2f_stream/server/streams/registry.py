@@ -86,16 +86,10 @@ class StreamRegistry:
     @property
     def card(self) -> ModelCard:
         """What is told of the engine's model."""
-        info = self.engine.info
-        return ModelCard(
-            name=info.name,
-            family=info.family,
-            native_block_size=info.native_block_size,
-            max_block_size=info.max_block_size,
-            max_len=info.max_len,
-            defaults=ModelDefaults(**msgspec.structs.asdict(self.engine.defaults)),
-            description=info.description,
-        )
+        defaults = ModelDefaults(**msgspec.structs.asdict(self.engine.defaults))
+        names = set(ModelCard.__struct_fields__) - {"defaults"}
+        told = {name: getattr(self.engine.info, name) for name in names}
+        return ModelCard(defaults=defaults, **told)
 
     @property
     def num_active(self) -> int:

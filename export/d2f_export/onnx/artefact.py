@@ -29,6 +29,7 @@ from d2f_runtime.models.manifest import (
     OnnxInfo,
     TrainingInfo,
     TransformerShape,
+    encode_manifest,
 )
 from d2f_stream.core.errors import InvalidParams, ModelNotFound
 
@@ -238,7 +239,7 @@ def write_checkpoint_manifest(folder: Path, description: Description) -> Manifes
 def _encoded(manifest: Manifest) -> bytes:
     for device in manifest.defaults:
         manifest.params_for(device)  # raises where they are no valid parameters
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    return encode_manifest(manifest)
 
 
 def describe(
@@ -250,25 +251,10 @@ def describe(
 ) -> Manifest:
     """Return the manifest of a model with this config."""
     return Manifest(
+        **config.facts,
         format_version=FORMAT_VERSION,
         name=description.name,
-        family=config.family,
-        mask_id=config.mask_id,
-        eos_ids=config.eos_ids,
-        shift_logits=config.shift_logits,
-        prompt_attention=config.prompt_attention,
-        commit_attention=config.commit_attention,
-        native_block_size=config.native_block_size,
-        max_block_size=config.max_block_size,
-        max_len=config.max_len,
-        vocab_size=config.num_tokens,
-        transformer=TransformerShape(
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-        ),
+        transformer=msgspec.convert(config, TransformerShape, from_attributes=True),
         defaults=description.defaults,
         files=files,
         onnx=onnx,

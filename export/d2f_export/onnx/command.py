@@ -7,6 +7,7 @@ import random
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ def _questions(
             for problem in held_out(arguments.number)
         ]
     rng = random.Random(0)
-    allowed = [i for i in range(manifest.vocab_size) if i != manifest.mask_id]
+    allowed = [i for i in range(manifest.num_tokens) if i != manifest.mask_id]
     allowed = [token for token in allowed if token not in manifest.eos_ids]
     lengths = [max(1, min(manifest.max_len // 4, 64) * (i + 1) // NUM_RANDOM) for i in range(8)]
     return [Question(rng.choices(allowed, k=length)) for length in lengths]
@@ -150,7 +151,7 @@ def _report(
     found: "Verification", manifest: "Manifest", arguments: argparse.Namespace, command: str
 ) -> None:
     from d2f_export.onnx.report_page import page
-    from d2f_runtime.models.manifest import FILE_NAME, VerificationInfo
+    from d2f_runtime.models.manifest import FILE_NAME, VerificationInfo, encode_manifest
     from d2f_runtime.provenance import environment
 
     report = environment(command) | found.to_dict()
@@ -168,10 +169,10 @@ def _report(
                 if not isinstance(value, tuple | list):
                     figures[f"{part}.{key}"] = value
         verification = VerificationInfo(command=command, passed=found.passed, figures=figures)
-        changed = msgspec.structs.replace(manifest, verification=verification)
+        changed = replace(manifest, verification=verification)
         path = arguments.artefact / FILE_NAME
         unfinished = path.with_name(f".{FILE_NAME}")
-        unfinished.write_bytes(msgspec.json.format(msgspec.json.encode(changed), indent=2) + b"\n")
+        unfinished.write_bytes(encode_manifest(changed))
         unfinished.replace(path)
 
 

@@ -82,7 +82,7 @@ def compare_backends(
     Raises:
         ValueError: the backends are not of the same model family, or there is no prompt.
     """
-    for name in ("mask_id", "eos_ids", "shift_logits", "prompt_attention", "vocab_size"):
+    for name in ("mask_id", "eos_ids", "shift_logits", "prompt_attention", "num_tokens"):
         expected, found = getattr(reference.info, name), getattr(candidate.info, name)
         if expected != found:
             raise ValueError(f"{name} is {expected} in the reference but {found} in the candidate")

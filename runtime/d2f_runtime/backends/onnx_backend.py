@@ -220,17 +220,8 @@ def _model_info(manifest: Manifest, session: StepSession) -> ModelInfo:
     if session.fixed is not None:
         max_len = min(max_len, session.fixed.capacity, session.fixed.width)
     return ModelInfo(
+        **manifest.facts | {"max_len": max_len},
         name=manifest.name,
-        family=manifest.family,
-        mask_id=manifest.mask_id,
-        eos_ids=manifest.eos_ids,
-        shift_logits=manifest.shift_logits,
-        prompt_attention=manifest.prompt_attention,
-        commit_attention=manifest.commit_attention,
-        native_block_size=manifest.native_block_size,
-        max_block_size=manifest.max_block_size,
-        max_len=max_len,
-        vocab_size=manifest.vocab_size,
         kv_bytes_per_token=elements * session.dtype.itemsize,
         device=kind if kind == "cpu" else f"{kind}:{index}",
         quantization="fp32" if manifest.onnx is None else manifest.onnx.quantization,

@@ -223,17 +223,8 @@ def _model_info(
     config: TransformerConfig, name: str, device: str, dtype: torch.dtype, quantization: str
 ) -> ModelInfo:
     return ModelInfo(
+        **config.facts,
         name=name,
-        family=config.family,
-        mask_id=config.mask_id,
-        eos_ids=config.eos_ids,
-        shift_logits=config.shift_logits,
-        prompt_attention=config.prompt_attention,
-        commit_attention=config.commit_attention,
-        native_block_size=config.native_block_size,
-        max_block_size=config.max_block_size,
-        max_len=config.max_len,
-        vocab_size=config.num_tokens,
         kv_bytes_per_token=config.kv_bytes_per_token * dtype.itemsize // 4,
         device=device,
         quantization=quantization,

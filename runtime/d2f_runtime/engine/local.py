@@ -321,11 +321,11 @@ def _encode(prompt: Prompt, codec: TextCodec, info: ModelInfo) -> list[int]:
         tokens = _ids(prompt, info)
     if not tokens:
         raise InvalidPrompt("the prompt has no tokens")
-    if max(tokens) >= info.vocab_size:
+    if max(tokens) >= info.num_tokens:
         raise InvalidPrompt(
             f"the prompt's text holds the token {codec.decode([max(tokens)]) or max(tokens)!r} of "
             f"the tokenizer, which model {info.name} does not embed: its ids go from 0 to "
-            f"{info.vocab_size - 1}"
+            f"{info.num_tokens - 1}"
         )
     return tokens
 
@@ -346,9 +346,9 @@ def _ids(prompt: Sequence[object], info: ModelInfo) -> list[int]:
             ids.append(operator.index(token))  # type: ignore[arg-type]
         except TypeError:
             raise InvalidPrompt(f"prompt token {number} is {token!r}, not an integer") from None
-        if not 0 <= ids[-1] < info.vocab_size:
+        if not 0 <= ids[-1] < info.num_tokens:
             raise InvalidPrompt(
                 f"prompt token {number} is {ids[-1]} but the ids of model {info.name} go from 0 "
-                f"to {info.vocab_size - 1}"
+                f"to {info.num_tokens - 1}"
             )
     return ids

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from d2f_runtime.models.facts import FAMILIES, CommitAttention, PromptAttention
+from d2f_runtime.models.facts import FAMILIES, ModelFacts
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = ["Llama3Rope", "TransformerConfig"]
@@ -37,14 +37,12 @@ class Llama3Rope:
     trained_len: int
 
 
-@dataclass(frozen=True, slots=True)
-class TransformerConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig(ModelFacts):
     """Sizes and switches of one decoder-only transformer (RMSNorm, rotary positions, SwiGLU).
 
     Attributes:
-        family: one of FAMILIES; a label only, the switches decide.
         vocab_size: rows of the embedding and the head.
-        num_tokens: ids that may be produced; rows beyond are padding and forbidden.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched beyond the first training; None leaves them.
@@ -52,43 +50,25 @@ class TransformerConfig:
         qkv_bias: biases on the q, k and v projections (Qwen2, Dream).
         qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3, SDAR).
         tie_embeddings: the head is the embedding.
-        shift_logits: row i-1 predicts position i.
-        prompt_attention: who sees whom inside a prompt; see ModelInfo.
-        commit_attention: who sees whom when a block is cached; see ModelInfo.
-        mask_id: id of the mask token, never produced.
-        eos_ids: ids that end an answer.
-        native_block_size: block size of training, tokens.
-        max_block_size: largest block size to be asked for, tokens.
-        max_len: prompt and answer, tokens.
         unnamed_ids: ids below `num_tokens` that the tokenizer has no text for; never produced.
 
     Raises:
         ModelDamaged: no transformer has such sizes, or an id is of none of its tokens.
     """
 
-    family: str
     vocab_size: int
-    num_tokens: int
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     ffn_size: int
-    mask_id: int
-    eos_ids: tuple[int, ...]
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
-    shift_logits: bool = False
-    prompt_attention: PromptAttention = "full"
-    native_block_size: int = 32
-    max_block_size: int = 64
-    max_len: int = 4096
     rope_scaling: Llama3Rope | None = None
-    commit_attention: CommitAttention = "block"
     unnamed_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
-"""ModelInfo: what the decoder and the engine must know of a model, whoever runs it. Pure values."""
+"""What must be known of a model, whoever runs it: ModelFacts, and ModelInfo of a loaded one."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-__all__ = ["FAMILIES", "CommitAttention", "ModelInfo", "PromptAttention"]
+__all__ = ["FAMILIES", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
 
 FAMILIES = ("a2d", "dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
 """The kinds of model that folders may name; "scripted" has no transformer."""
@@ -12,15 +12,15 @@ PromptAttention = Literal["full", "causal", "grid"]
 CommitAttention = Literal["block", "causal"]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the decoder and the engine must know of a loaded model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a model's config, its manifest and a loaded model tell alike.
 
     Attributes:
-        name: for people and `stream.started`.
-        family: "dream", "llada", "sdar", "llama", "scripted", ...
+        family: one of FAMILIES; a label only, the switches decide.
         mask_id: id of the mask token; for autoregressive models any id that is never produced.
         eos_ids: every id that ends an answer.
+        num_tokens: ids that may be produced; rows beyond are padding and forbidden.
         shift_logits: True where row i-1 predicts position i (Dream and autoregressive models).
         prompt_attention: "full" is one bidirectional block, "causal" one block per position, "grid"
             blocks on multiples of `native_block_size`.
@@ -29,7 +29,31 @@ class ModelInfo:
         native_block_size: what the model was trained for, tokens; 1 for autoregressive models.
         max_block_size: upper bound for a request's block size, tokens.
         max_len: prompt and answer together, tokens.
-        vocab_size: number of ids that may be produced; padded rows lie beyond.
+    """
+
+    family: str
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    num_tokens: int
+    shift_logits: bool = False
+    prompt_attention: PromptAttention = "full"
+    commit_attention: CommitAttention = "block"
+    native_block_size: int = 32
+    max_block_size: int = 64
+    max_len: int = 4096
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """These fields alone, as keyword arguments of another class that has them."""
+        return {field.name: getattr(self, field.name) for field in fields(ModelFacts)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo(ModelFacts):
+    """What the decoder and the engine must know of a loaded model.
+
+    Attributes:
+        name: for people and `stream.started`.
         kv_bytes_per_token: K/V storage of one position over all layers.
         device: "cpu", "cuda:0", ...
         quantization: "fp32", "bf16", "int8", ...
@@ -37,17 +61,7 @@ class ModelInfo:
     """
 
     name: str
-    family: str
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    shift_logits: bool
-    prompt_attention: PromptAttention
-    native_block_size: int
-    max_block_size: int
-    max_len: int
-    vocab_size: int
     kv_bytes_per_token: int
     device: str
     quantization: str
     description: str = ""
-    commit_attention: CommitAttention = "block"

@@ -6,12 +6,13 @@ no backend.
 """
 
 import hashlib
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from d2f_runtime.models.facts import FAMILIES, CommitAttention, PromptAttention
+from d2f_runtime.models.facts import FAMILIES, ModelFacts
 from d2f_runtime.text.files import holds_file, read_bytes
 from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound, UnsupportedModel
 from d2f_stream.core.params import MAX_BLOCK_SIZE, GenerationParams
@@ -26,6 +27,7 @@ __all__ = [
     "TrainingInfo",
     "TransformerShape",
     "VerificationInfo",
+    "encode_manifest",
     "read_manifest",
     "verify_files",
 ]
@@ -35,7 +37,13 @@ FILE_NAME: Final = "manifest.json"
 HASH_BYTES: Final = 1 << 20
 MAX_SIZE: Final = 2**31 - 1
 
-_COUNTS: Final = ("native_block_size", "max_block_size", "max_len", "vocab_size")
+_COUNTS: Final = ("native_block_size", "max_block_size", "max_len", "num_tokens")
+
+STORED_AS: Final = {"num_tokens": "vocab_size"}
+"""Facts that have another name in the file."""
+
+ADDED_LATER: Final = ("commit_attention",)
+"""Facts that older files lack."""
 
 JsonValue = str | int | float | bool | None
 
@@ -104,22 +112,13 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(ModelFacts):
     """The content of manifest.json. Unknown fields are ignored: the format may grow.
 
     Attributes:
         format_version: of this file; a reader refuses those that it does not know.
         name: for people and `StreamStarted.model`.
-        family: dream, llada, sdar, ...
-        mask_id: id of the mask token.
-        eos_ids: every id that ends an answer.
-        shift_logits: row i-1 predicts position i.
-        prompt_attention: full, causal or grid; see ModelInfo.
-        commit_attention: block or causal; see ModelInfo.
-        native_block_size: what the model was trained for, tokens.
-        max_block_size: upper bound for a request's block size, tokens.
-        max_len: prompt and answer together, tokens.
-        vocab_size: number of ids that may be produced.
         transformer: the shape that the K/V storage follows from.
         defaults: GenerationParams fields for a kind of device, "cpu" or "cuda".
         files: name, relative to the folder, to hash and size.
@@ -131,23 +130,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     format_version: int
     name: str
-    family: str
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    shift_logits: bool
-    prompt_attention: PromptAttention
-    native_block_size: int
-    max_block_size: int
-    max_len: int
-    vocab_size: int
     transformer: TransformerShape
-    defaults: dict[str, dict[str, JsonValue | list[str]]] = msgspec.field(default_factory=dict)
-    files: dict[str, FileInfo] = msgspec.field(default_factory=dict)
+    defaults: dict[str, dict[str, JsonValue | list[str]]] = field(default_factory=dict)
+    files: dict[str, FileInfo] = field(default_factory=dict)
     onnx: OnnxInfo | None = None
     verification: VerificationInfo | None = None
     training: TrainingInfo | None = None
     description: str = ""
-    commit_attention: CommitAttention = "block"
 
     def params_for(self, device: str) -> GenerationParams:
         """Return the defaults for a device such as "cpu" or "cuda:0".
@@ -159,10 +148,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             ModelDamaged: they are not valid parameters.
         """
         kind = device.partition(":")[0]
-        fields = {"block_size": self.native_block_size}
         chosen = self.defaults.get(kind, self.defaults.get("cpu", {}))
+        values = {"block_size": self.native_block_size, **chosen}
         try:
-            return msgspec.convert({**fields, **chosen}, GenerationParams)
+            return msgspec.convert(values, GenerationParams)
         except (msgspec.ValidationError, InvalidParams) as error:
             raise ModelDamaged(f"the {kind} defaults of model {self.name}: {error}") from error
 
@@ -189,7 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format version {version}, but this build reads {FORMAT_VERSION}; "
                 "export the model again or update d2f-stream"
             )
-        manifest = msgspec.json.decode(content, type=Manifest)
+        manifest = _decode(content)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelDamaged(f"{path} cannot be read: {error}") from error
     _check(path, manifest)
@@ -199,6 +188,25 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} names the model family {manifest.family!r}, but this build runs {known}"
         )
     return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the content of manifest.json."""
+    values: dict[str, Any] = msgspec.to_builtins(manifest)
+    named = {STORED_AS.get(name, name): value for name, value in values.items()}
+    head = {name: named[name] for name in ("format_version", "name")}
+    return msgspec.json.format(msgspec.json.encode(head | named), indent=2) + b"\n"
+
+
+def _decode(content: bytes) -> Manifest:
+    values = msgspec.json.decode(content, type=dict[str, Any])
+    for name in (fact.name for fact in fields(ModelFacts)):
+        stored = STORED_AS.get(name, name)
+        if stored in values:
+            values[name] = values[stored]
+        elif name not in ADDED_LATER:
+            raise msgspec.ValidationError(f"it lacks {stored}")
+    return msgspec.convert(values, Manifest)
 
 
 def verify_files(folder: Path, manifest: Manifest, *, max_hash_bytes: int | None = None) -> None:
