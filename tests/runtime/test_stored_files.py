@@ -1,8 +1,6 @@
 """Files from other systems and other libraries: read as transformers reads them, or refused."""
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,6 @@ pytestmark = pytest.mark.torch
 
 MARK = "\ufeff".encode()
 TEXT = "How many apples has Ann? <|im_end|> Ann has 3."
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
 
 
 @pytest.fixture
@@ -75,9 +67,11 @@ def test_tokens_that_are_named_are_special_as_in_transformers(folder: Path) -> N
     token = tokenizers.AddedToken("<|tool|>", special=False, normalized=False)
     stored.add_tokens([token])
     stored.save(str(folder / "tokenizer.json"))
-    for more in ({}, {"extra_special_tokens": ["<|tool|>"]}, {"pad_token": "<|tool|>"}):
-        change = partial(dict.update, **more)
-        edit(folder / "tokenizer_config.json", change)
+    plain = json.loads((folder / "tokenizer_config.json").read_text())
+    extra, named = {"extra_special_tokens": ["<|tool|>"]}, {"pad_token": "<|tool|>"}
+    bare = {key: value for key, value in plain.items() if key != "added_tokens_decoder"}
+    for config in (plain, plain | extra, plain | named, bare, bare | extra, bare | named):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
         theirs = oracle_of(folder)
         ids = theirs("a<|tool|>b")["input_ids"]
         ours = Tokenizer.from_folder(folder)

@@ -233,11 +233,12 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
 def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
     """Add what the other files name and the tokenizer lacks, under the ids that they give.
 
-    Tokens with a name, such as eos_token, become special even where they were added as others, and
-    those that are listed without one where they are in the vocabulary; as in transformers.
+    Special tokens that are in the vocabulary become special; such as were added as others only
+    where they have a name, such as eos_token, and no file describes the added ones. So transformers
+    has it.
     """
     known = tokens.get_added_tokens_decoder()
-    named = set(files.special_names().values())
+    named = set() if files.describes_added else set(files.special_names().values())
     for token in files.added_tokens():
         if token.id in known:
             if token.special:

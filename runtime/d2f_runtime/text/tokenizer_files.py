@@ -121,6 +121,11 @@ class TokenizerFiles:
         return texts
 
     @property
+    def describes_added(self) -> bool:
+        """Whether tokenizer_config.json says all about the added tokens."""
+        return self.config.get("added_tokens_decoder") is not None
+
+    @property
     def splits_special_tokens(self) -> bool:
         """Whether the names of special tokens in a text are read as any other text."""
         return bool(self.config.get("split_special_tokens"))
