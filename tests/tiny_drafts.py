@@ -1,6 +1,7 @@
 """Draft adapters with tiny random factors, as folders and as plain tensors."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -47,12 +48,14 @@ def write_draft_adapter(
     seed: int = 0,
     trained: bool = True,
     prefix: str = "base_model.model.model.",
+    products: Collection[str] = tuple(PRODUCTS),
 ) -> dict[str, Tensor]:
     """Write an adapter and return its tensors; untrained, B is zero as PEFT begins."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {"mask_embedding": torch.randn(config.hidden_size, generator=generator) * 0.3}
     for index in range(config.num_layers):
-        for product, name in PRODUCTS.items():
+        for product in products:
+            name = PRODUCTS[product]
             num_in, num_out = sizes(config, product)
             module = f"{prefix}layers.{index}.{name}"
             down = torch.randn(rank, num_in, generator=generator) * 0.2

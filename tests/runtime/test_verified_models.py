@@ -4,7 +4,7 @@ The oracle is one forward over prompt and answer, nothing cached, by transformer
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,21 +12,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from d2f_export.onnx.artefact import Description, write_artefact
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.decoder import Committed
 from d2f_runtime.engine.denoiser import Denoiser, decoder_of
-from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_stream.core.params import GenerationParams
 from tiny_drafts import write_draft_adapter
-from tiny_models import CONFIGS, MASK, NUM_TOKENS, tiny_folder
+from tiny_models import CONFIGS, MASK, NUM_TOKENS, tiny_model
 from transformers_oracle import oracle_model
 
 pytestmark = pytest.mark.torch
 
-BASE = CONFIGS["llama"]
-KINDS = ["torch", "onnx", "fast-references", "draft adapter", "untrained adapter"]
+FEW = 8  # ids that may be produced: a draft is often right by chance
+STUDENT = replace(CONFIGS["a2d"], num_tokens=FEW)
+BASE = replace(CONFIGS["llama"], num_tokens=FEW)
+NO_ID = 160  # the mask of the adapters, beyond the table
+KINDS = ["torch", "onnx", "fast-references", "adapter", "untrained adapter", "onnx adapter"]
 
 
 @dataclass(frozen=True)
@@ -54,28 +58,30 @@ class Rig:
 
 @pytest.fixture(scope="module", params=KINDS)
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    kind, backend = request.param, None
-    if kind.endswith("adapter"):
-        root = tmp_path_factory.mktemp("drafts")
-        folder = tiny_folder("llama", "torch")
-        write_draft_adapter(root / "adapter", BASE, mask_id=160, trained=kind == "draft adapter")
-        model = load_checkpoint(folder)
-        backend = open_backend(
-            "torch", folder, device="cpu", quantization="auto", adapter=root / "adapter"
-        )
-        padded = range(NUM_TOKENS, BASE.vocab_size)
-        yield Rig(backend, oracle_model(BASE, model.state_dict()), tuple(padded))
+    kind, root = request.param, tmp_path_factory.mktemp("verified")
+    drafts = kind.endswith("adapter")
+    config = BASE if drafts else STUDENT
+    save_checkpoint(root / "checkpoint", tiny_model(config))
+    model = load_checkpoint(root / "checkpoint")
+    adapter = root / "adapter" if drafts else None
+    if adapter is not None:
+        write_draft_adapter(adapter, BASE, mask_id=NO_ID, trained=kind != "untrained adapter")
+    backend: Backend
+    if kind == "fast-references":
+        backend = TorchBackend(model, name="fast", runner="fast", graphs="off")
+    elif kind.startswith("onnx"):
+        (root / "tokenizer.json").write_text("{}")
+        about = Description(name="tiny", tokenizer=root / "tokenizer.json")
+        stored = root / "artefact"
+        write_artefact(root / "checkpoint", stored, about, quantization="fp32", adapter=adapter)
+        backend = open_backend("onnx", stored, device="cpu", quantization="auto")
     else:
-        config = CONFIGS["a2d"]
-        model = load_checkpoint(tiny_folder("a2d", "torch"))
-        forbidden = (MASK, *range(NUM_TOKENS, config.vocab_size))
-        twin = oracle_model(config, model.state_dict())
-        if kind == "fast-references":
-            backend = TorchBackend(model, name="fast", runner="fast", graphs="off")
-        else:
-            stored = tiny_folder("a2d", "torch" if kind == "torch" else "fp32")
-            backend = open_backend(kind, stored, device="cpu", quantization="auto")
-        yield Rig(backend, twin, forbidden)
+        backend = open_backend(
+            "torch", root / "checkpoint", device="cpu", quantization="auto", adapter=adapter
+        )
+    padded = range(FEW, config.vocab_size)
+    forbidden = tuple(padded) if drafts else (MASK, *padded)
+    yield Rig(backend, oracle_model(config, model.state_dict()), forbidden)
     backend.close()
 
 
@@ -176,3 +182,15 @@ def test_rows_of_several_sessions_are_verified_in_one_step(rig: Rig) -> None:
     for slot in slots:
         rig.backend.close_slot(slot)
     assert answers == [rig.answer(prompt, 20) for prompt in prompts]
+
+
+def test_right_drafts_save_steps(rig: Rig) -> None:
+    params = GenerationParams(
+        commit="verify",
+        max_new_tokens=60,
+        block_size=8,
+        confidence_threshold=0.02,
+        add_threshold=0.2,
+    )
+    found = [decode(rig.backend, [seed, 9, 12], params) for seed in range(20, 25)]
+    assert sum(steps for _, steps in found) < sum(len(answer) for answer, _ in found)

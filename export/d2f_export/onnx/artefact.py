@@ -114,7 +114,8 @@ def write_artefact(
         description: of the artefact.
         target: "cpu" and "cuda" are one graph with symbolic shapes, "device" two with static ones.
         quantization: of the weights; None is the target's.
-        adapter: folder of a LoRA adapter to merge.
+        adapter: folder of a LoRA adapter to merge, or of a draft adapter, which the graph keeps
+            beside the base.
         window: positions of the narrower graph for "device"; the other one holds `capacity`.
         capacity: prompt and answer for "device", tokens.
 
@@ -136,7 +137,7 @@ def write_artefact(
         raise InvalidParams("window", window, f"between 1 and the capacity of {capacity} tokens")
     _check_output(output_folder, checkpoint_folder)
     copied = _tokenizer_files(checkpoint_folder, description)
-    graphs, onnx = _graphs(config, target, quantization, window, capacity)
+    graphs, onnx = _graphs(checkpoint, target, quantization, window, capacity)
     with whole_or_absent(output_folder) as unfinished:
         _check_room(graphs, unfinished)
         _write_graphs(graphs, checkpoint, unfinished)
@@ -160,7 +161,7 @@ def _check_output(folder: Path, checkpoint: Path) -> None:
 
 
 def _graphs(
-    config: TransformerConfig,
+    checkpoint: Checkpoint,
     target: Target,
     quantization: Quantization,
     window: int,
@@ -171,7 +172,11 @@ def _graphs(
     if target == "device":
         wide = f"model-{capacity}.onnx"
         fixed = {GRAPH_FILE: FixedShape(window, capacity), wide: FixedShape(capacity, capacity)}
-    graphs = {file: step_graph(config, quantization, fixed=f) for file, f in fixed.items()}
+    config, ranks = checkpoint.config, checkpoint.draft_ranks
+    graphs = {
+        file: step_graph(config, quantization, fixed=f, draft_ranks=ranks)
+        for file, f in fixed.items()
+    }
     onnx = OnnxInfo(
         opset=OPSET,
         min_onnxruntime=MIN_ONNXRUNTIME,
@@ -183,6 +188,7 @@ def _graphs(
             for file, f in fixed.items()
             if f is not None
         ),
+        drafts=ranks is not None,
     )
     return graphs, onnx
 

@@ -34,7 +34,9 @@ def run_export(argv: Sequence[str]) -> int:
         prog="d2f-stream export", description="Write a model as a folder that onnxruntime runs."
     )
     parser.add_argument("--model", required=True, help="a checkpoint's folder or a hub id")
-    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
+    parser.add_argument(
+        "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
+    )
     parser.add_argument("--target", choices=("cpu", "cuda", "device"), default="cpu")
     parser.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
     parser.add_argument("--quantize", metavar="NAME", help="fp32, fp16, int8, int4 or int4-fp16")
@@ -58,7 +60,7 @@ def run_export(argv: Sequence[str]) -> int:
     training = TrainingInfo(command=arguments.training, figures=arguments.figures)
     description = Description(
         name=arguments.name or name,
-        defaults=arguments.defaults or _defaults(checkpoint, adapted=adapter is not None),
+        defaults=arguments.defaults or _defaults(checkpoint, adapter),
         training=training if arguments.training or arguments.figures else None,
         text=arguments.description,
         tokenizer=arguments.tokenizer,
@@ -88,7 +90,7 @@ def run_verify(argv: Sequence[str]) -> int:
     )
     parser.add_argument("artefact", type=Path, help="the exported folder")
     parser.add_argument("--model", help="the checkpoint; without it only the files are checked")
-    parser.add_argument("--adapter", help="that was merged in")
+    parser.add_argument("--adapter", help="that was exported with it")
     parser.add_argument(
         "--questions", type=Path, help="JSON lines with prompt or messages, and ending to be scored"
     )
@@ -194,18 +196,24 @@ def _fetched(model: str) -> tuple[Path, str]:
     return source, source.name
 
 
-def _defaults(checkpoint: Path, *, adapted: bool) -> "Defaults":
+def _defaults(checkpoint: Path, adapter: Path | None) -> "Defaults":
     """Return a published model's own request defaults, or those of its folder's manifest."""
     from d2f_runtime.models.config_file import ConfigFile
+    from d2f_runtime.models.draft_facts import DraftFacts
     from d2f_runtime.models.manifest import FILE_NAME, read_manifest
     from d2f_runtime.models.published import is_published, read_published
 
-    if (checkpoint / FILE_NAME).is_file():
+    draft = None if adapter is None else DraftFacts.read(adapter)
+    if (checkpoint / FILE_NAME).is_file() and draft is None:
         return read_manifest(checkpoint).defaults
     config = ConfigFile.read(checkpoint / "config.json")
-    if config is None or not is_published(config):
+    params = GenerationParams()
+    if config is not None and is_published(config):
+        params = read_published(checkpoint).defaults(adapted=adapter is not None)
+    elif draft is None:
         return {}
-    params = read_published(checkpoint).defaults(adapted=adapted)
+    if draft is not None:
+        params = draft.defaults(params)
     plain = msgspec.to_builtins(GenerationParams())
     changed = {k: v for k, v in msgspec.to_builtins(params).items() if v != plain[k]}
     changed.pop("top_p", None)  # the graph samples without it

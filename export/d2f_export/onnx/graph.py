@@ -16,6 +16,7 @@ Inputs, in order:
     temperature: [B] fp32.
     uniforms: [B, R] fp32 in [0, 1).
     past.{i}.k, past.{i}.v: per layer keys and values, [B, P, KV hd] each.
+    With a draft adapter, is_draft: [B, W] bool, the rows that go through it.
     With shifted logits, last_hidden: [B, D], final state of position start - 1; and keep: [B]
         int64, which of `head_rows` has the state to be kept.
 
@@ -29,6 +30,7 @@ Shapes: B rows, W window, P columns of the cache, R predicted positions, KV key/
 size, D hidden size, V vocabulary. Floats are fp32 unless the weights are in fp16.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +39,7 @@ import torch
 from onnx import helper
 
 from d2f_export.onnx.graph_builder import OPSET, GraphBuilder, Stored, Value, Weights
-from d2f_export.onnx.graph_layers import Sight, add_layer, norm
+from d2f_export.onnx.graph_layers import Draft, Sight, add_layer, norm
 from d2f_export.onnx.graph_sampler import add_sampler
 from d2f_export.onnx.quantize import QUANTIZATIONS, Linear, Quantization
 from d2f_runtime.kernels.sampling import FORBIDDEN
@@ -77,6 +79,7 @@ def step_graph(
     quantization: Quantization,
     *,
     fixed: FixedShape | None = None,
+    draft_ranks: Mapping[str, int] | None = None,
 ) -> StepGraph:
     """Return the graph of a model's step.
 
@@ -84,10 +87,11 @@ def step_graph(
         config: of the model.
         quantization: of its matrices.
         fixed: static shapes; None is symbolic batch, window, past and rows.
+        draft_ranks: of a draft adapter's factors, see `Draft`; None is without one.
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}, not one of {QUANTIZATIONS}")
-    step = _Step(config, quantization, fixed)
+    step = _Step(config, quantization, fixed, draft_ranks)
     step.build()
     return StepGraph(step.graph.model(step.inputs, step.outputs), step.graph.weights)
 
@@ -98,8 +102,9 @@ class _Step:
         config: TransformerConfig,
         quantization: Quantization,
         fixed: FixedShape | None,
+        draft_ranks: Mapping[str, int] | None,
     ) -> None:
-        self.config, self.fixed = config, fixed
+        self.config, self.fixed, self.draft_ranks = config, fixed, draft_ranks
         self.graph = GraphBuilder()
         self.linear = Linear(self.graph, quantization)
         self.inputs: list[Any] = []
@@ -113,7 +118,7 @@ class _Step:
         config, graph = self.config, self.graph
         for name, dtype, shape in self._declared_inputs():
             self.inputs.append(_info(name, dtype, shape))
-        x = graph.op("Gather", self._embedding(), "tokens", axis=0)
+        x, draft = self._embedded(), self._draft()
         sight = self._sight()
         head_rows = "head_rows"
         if config.shift_logits:
@@ -124,7 +129,9 @@ class _Step:
         for index in range(config.num_layers):
             past = f"past.{index}.k", f"past.{index}.v"
             rows = head_rows if index == config.num_layers - 1 else None
-            x, key, value = add_layer(self.linear, config, index, x, sight, past, rows=rows)
+            x, key, value = add_layer(
+                self.linear, config, index, x, sight, past, rows=rows, draft=draft
+            )
             new.append((key, value))
         self._predict(x)
         self._name_new(new)
@@ -144,10 +151,35 @@ class _Step:
         ]
         layers = range(config.num_layers)
         declared += [(f"past.{i}.{part}", dtype, cache) for i in layers for part in "kv"]
+        if self.draft_ranks is not None:
+            declared.append(("is_draft", "bool", [batch, window]))
         if self.config.shift_logits:
             declared.append(("last_hidden", dtype, [batch, config.hidden_size]))
             declared.append(("keep", "int64", [batch]))
         return declared
+
+    def _embedded(self) -> Value:
+        """Return [B, W, D] what the tokens are to the first layer."""
+        graph, config = self.graph, self.config
+        if self.draft_ranks is None:
+            return graph.op("Gather", self._embedding(), "tokens", axis=0)
+        stored = Stored("mask_embedding", self.linear.dtype, (config.hidden_size,))
+        weights = Weights(
+            ("draft.mask_embedding",), (stored,), lambda w: [w.float().numpy().astype(stored.dtype)]
+        )
+        (mask,) = graph.store(weights)
+        is_mask = graph.op("Equal", "tokens", graph.constant(config.mask_id))
+        known = graph.op("Where", is_mask, graph.constant(0), "tokens")  # the table may lack it
+        known = graph.op("Gather", self._embedding(), known, axis=0)
+        return graph.op("Where", graph.op("Unsqueeze", is_mask, graph.constant([2])), mask, known)
+
+    def _draft(self) -> Draft | None:
+        if self.draft_ranks is None:
+            return None
+        to = helper.np_dtype_to_tensor_dtype(np.dtype(self.linear.dtype))
+        rows = self.graph.op("Cast", "is_draft", to=to)
+        rows = self.graph.op("Unsqueeze", rows, self.graph.constant([2]))
+        return Draft(rows, self.draft_ranks)
 
     def _embedding(self) -> Value:
         config, name, dtype = self.config, "embed_tokens.weight", self.linear.dtype

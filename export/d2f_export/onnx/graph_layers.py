@@ -8,8 +8,8 @@ Shapes: B rows, W window, P columns of the cache, S selected rows, H heads, KV k
 head size, D hidden size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.quantize import Linear
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_adapter import PARENTS
 
-__all__ = ["Sight", "add_layer", "norm", "select_rows"]
+__all__ = ["Draft", "Sight", "add_layer", "norm", "select_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,25 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft adapter's part in the layers.
+
+    Attributes:
+        rows: [B, W, 1], 1 for the rows that go through it and 0 for the others.
+        ranks: of the factors by the parameter's name, such as "layers.0.mlp.up_proj".
+    """
+
+    rows: Value
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
     graph: GraphBuilder
     linear: Linear
     config: TransformerConfig
     index: int
+    draft: Draft | None = None
 
     def path(self, name: str) -> str:
         return f"layers.{self.index}.{name}"
@@ -48,11 +63,65 @@ class _Layer:
     def norm(self, x: Value, name: str) -> Value:
         return norm(self.graph, x, self.path(name), self.config, self.linear.dtype)
 
+    def product(self, x: Value, joined: str, parts: Sequence[str]) -> Value:
+        """Multiply with the joined matrices of some products; draft rows with their factors too."""
+        names = [self.path(f"{PARENTS[f'{part}_proj']}.{part}_proj") for part in parts]
+        sizes = [self.num_outputs(part) for part in parts]
+        shape = (sum(sizes), self.num_inputs(parts[0]))
+        out = self.linear(x, self.path(joined), [f"{name}.weight" for name in names], shape)
+        if self.draft is None or not any(name in self.draft.ranks for name in names):
+            return out
+        ranks = [self.draft.ranks.get(name, 0) for name in names]
+        share = self.share(x, self.draft, joined, names, sizes, ranks, shape[1])
+        return self.graph.op("Add", out, share)
+
+    def share(
+        self,
+        x: Value,
+        draft: Draft,
+        joined: str,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        ranks: Sequence[int],
+        num_in: int,
+    ) -> Value:
+        """Return the factors' share of a product: zeros in the rows that are no drafts."""
+        graph, shape = self.graph, (sum(ranks), num_in)
+        adapted = [name for name, rank in zip(names, ranks, strict=True) if rank]
+        downs = [f"draft.{name}.down" for name in adapted]
+        narrow = self.linear(x, self.path(f"{joined}.draft_down"), downs, shape)
+        narrow = graph.op("Mul", narrow, draft.rows)
+        parts = [narrow]
+        if len(adapted) > 1:
+            split = graph.constant([rank for rank in ranks if rank])
+            parts = graph.ops("Split", len(adapted), narrow, split, axis=2)
+        shares: list[Value] = []
+        for name, size, rank in zip(names, sizes, ranks, strict=True):
+            if rank:
+                up = f"draft.{name}.up"
+                shares.append(self.linear(parts.pop(0), up, [up], (size, rank)))
+            else:
+                nothing = graph.constant(np.zeros((1, 1, size)), self.linear.dtype)
+                shares.append(graph.op("Mul", nothing, draft.rows))
+        return shares[0] if len(shares) == 1 else graph.op("Concat", *shares, axis=2)
+
+    def num_inputs(self, part: str) -> int:
+        config = self.config
+        wide = {"o": config.num_heads * config.head_dim, "down": config.ffn_size}
+        return wide.get(part, config.hidden_size)
+
+    def num_outputs(self, part: str) -> int:
+        config = self.config
+        queries, keys = config.num_heads, config.num_kv_heads
+        heads = {"q": queries, "k": keys, "v": keys}
+        if part in heads:
+            return heads[part] * config.head_dim
+        return config.ffn_size if part in ("gate", "up") else config.hidden_size
+
     def project(self, x: Value, joined: str, parts: str, num_out: int) -> Value:
         """Multiply with the joined matrices of q, k and v, or some of them; add their biases."""
         names = [self.path(f"self_attn.{part}_proj") for part in parts]
-        shape = (num_out, self.config.hidden_size)
-        out = self.linear(x, self.path(joined), [f"{name}.weight" for name in names], shape)
+        out = self.product(x, joined, parts)
         if not self.config.qkv_bias:
             return out
         dtype = self.linear.dtype
@@ -71,17 +140,12 @@ class _Layer:
         return graph.op("RotaryEmbedding", x, sight.cos, sight.sin, num_heads=num_heads)
 
     def feed_forward(self, x: Value) -> Value:
-        config, graph = self.config, self.graph
+        graph = self.graph
         normed = self.norm(x, "post_attention_layernorm")
-        wide, back = (config.ffn_size, config.hidden_size), (config.hidden_size, config.ffn_size)
-
-        def product(x: Value, part: str, shape: tuple[int, int]) -> Value:
-            name = self.path(f"mlp.{part}_proj")
-            return self.linear(x, name, [f"{name}.weight"], shape)
-
-        gate, up = product(normed, "gate", wide), product(normed, "up", wide)
+        gate, up = (self.product(normed, f"mlp.{part}_proj", [part]) for part in ("gate", "up"))
         gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
-        return graph.op("Add", x, product(graph.op("Mul", gate, up), "down", back))
+        down = self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])
+        return graph.op("Add", x, down)
 
 
 def add_layer(
@@ -93,6 +157,7 @@ def add_layer(
     past: tuple[Value, Value],
     *,
     rows: Value | None = None,
+    draft: Draft | None = None,
 ) -> tuple[Value, Value, Value]:
     """Return the residual stream and the window's keys and values.
 
@@ -104,11 +169,12 @@ def add_layer(
         sight: of the rows.
         past: keys and values, [B, P, KV hd] each.
         rows: [B, S] window positions to go on with; None is all.
+        draft: the adapter for draft rows.
 
     Returns:
         [B, W or S, D], and keys and values [B, W, KV hd] each.
     """
-    graph, layer = linear.graph, _Layer(linear.graph, linear, config, index)
+    graph, layer = linear.graph, _Layer(linear.graph, linear, config, index, draft)
     query_size = config.num_heads * config.head_dim
     key_size = config.num_kv_heads * config.head_dim
     normed = layer.norm(x, "input_layernorm")
@@ -126,6 +192,8 @@ def add_layer(
     if rows is not None:
         x, normed = (select_rows(graph, states, rows) for states in (x, normed))
         seen = _selected(graph, sight, rows)
+        if draft is not None:
+            layer = replace(layer, draft=Draft(select_rows(graph, draft.rows, rows), draft.ranks))
         query = layer.project(normed, "self_attn.q_proj", "q", query_size)
     query = layer.rotate(query, "q", config.num_heads, seen)
     keys = graph.op("Concat", past[0], key, axis=1)
@@ -133,8 +201,7 @@ def add_layer(
     heads, key_heads = config.num_heads, config.num_kv_heads
     inputs = query, keys, values, seen.mask
     out = graph.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=key_heads)
-    name = layer.path("self_attn.o_proj")
-    out = linear(out, name, [f"{name}.weight"], (config.hidden_size, query_size))
+    out = layer.product(out, "self_attn.o_proj", ["o"])
     return layer.feed_forward(graph.op("Add", x, out)), key, value
 
 

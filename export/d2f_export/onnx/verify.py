@@ -152,6 +152,7 @@ def compare_logits(
         while window := decoder.next_window():
             row = StepRow(slot, window)
             canvas = (*prompt, *decoder.answer_tokens)[: window.start]
+            stops = [stop for stop in stops if stop <= window.start]
             wanted, found = both = _both(model, candidate, canvas, stops, row)[..., allowed]
             errors.append((found - wanted).abs())
             if errors[-1].max() > exact:
@@ -192,15 +193,17 @@ def _recomputed(
     stops: Sequence[int],
     window: Window,
 ) -> Tensor:
-    """Return [masks, V] logits of a window by one forward over the whole canvas."""
+    """Return [asked, V] logits of a window by one forward over the whole canvas."""
     canvas = Window(0, (*cached, *window.tokens), 0, (*stops, *window.block_stops))
     length = window.start + num_forwarded(window, info)
     visible = torch.tensor([canvas.visible_until()[:length]])
     mask = block_causal_mask(torch.zeros(1, dtype=torch.long), visible, 0)
     tokens = torch.tensor([canvas.tokens[:length]])
-    hidden, _ = model(tokens, torch.arange(length)[None], mask)
-    masked = [i for i, token in enumerate(window.tokens) if token == model.config.mask_id]
-    rows = torch.tensor(masked) + window.start - int(model.config.shift_logits)
+    first = window.start + window.num_to_cache
+    drafts = None if model.draft is None else torch.arange(first, max(first, length))
+    hidden, _ = model(tokens, torch.arange(length)[None], mask, draft_rows=drafts)
+    asked = torch.tensor(window.asked(model.config.mask_id), dtype=torch.long)
+    rows = asked + window.start - int(model.config.shift_logits)
     return model.logits(hidden[0, rows]).float()
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from d2f_export.onnx.graph import StepGraph
 from d2f_export.onnx.graph_builder import Array, Stored
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_adapter import DraftAdapter
+from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.stored_weights import StoredWeights
 from d2f_runtime.quantization.stored import dense
 from d2f_stream.core.errors import ModelDamaged
@@ -37,7 +39,7 @@ class Checkpoint:
 
     Args:
         folder: in this project's layout or a published one.
-        adapter: folder of a LoRA adapter to merge.
+        adapter: folder of a LoRA adapter to merge, or of a draft adapter.
 
     Raises:
         ModelNotFound: a folder or one of its files is missing.
@@ -46,11 +48,24 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
-        self._stored = StoredWeights.open(folder, adapter=adapter)
+        facts = None if adapter is None else DraftFacts.read(adapter)
+        self._stored = StoredWeights.open(folder, adapter=adapter if facts is None else None)
         self.config: TransformerConfig = self._stored.config
+        self._draft: DraftAdapter | None = None
+        if facts is not None and adapter is not None:
+            self.config = facts.adapted(self.config)
+            self._draft = DraftAdapter.open(adapter, facts, self.config)
+
+    @property
+    def draft_ranks(self) -> dict[str, int] | None:
+        """The ranks of a draft adapter's factors by product; None without one."""
+        return None if self._draft is None else self._draft.ranks
 
     def __call__(self, names: Sequence[str]) -> list[Tensor]:
         """Read parameters by our names, dense where they are quantised, adapter merged in.
+
+        Those of a draft adapter begin with "draft.": its mask_embedding, and down and up of a
+        product.
 
         Raises:
             ModelDamaged: one holds a value that is no number.
@@ -58,6 +73,9 @@ class Checkpoint:
         tensors: list[Tensor] = []
         shards, adapter = self._stored.shards, self._stored.adapter
         for name in names:
+            if self._draft is not None and name.startswith("draft."):
+                tensors.append(self._draft.tensor(name.removeprefix("draft.")))
+                continue
             parameter = self._stored.parameters[name]
             ((stored, tensor),) = shards.tensors([parameter.stored])
             if stored in shards.quantized:

@@ -166,6 +166,9 @@ class OnnxBackend:
         host["head_rows"][0, : len(head_rows)] = head_rows
         if row.uniforms:
             host["uniforms"][0, : len(masks)] = [row.uniforms[i] for i in masks]
+        if self._manifest.onnx is not None and self._manifest.onnx.drafts:
+            host["is_draft"] = np.zeros((1, width), np.bool_)
+            host["is_draft"][0, window.num_to_cache : num_rows] = True
         if self.info.shift_logits:
             keep = head_rows.index(window.num_to_cache) if window.num_to_cache else 0
             host["keep"] = np.array([keep], np.int64)

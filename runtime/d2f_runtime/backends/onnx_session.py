@@ -213,6 +213,8 @@ def _check_inputs(
     expected: dict[str, object] = dict.fromkeys(
         ("tokens", "start", "visible_until", "head_rows", "in_full", "temperature", "uniforms")
     )
+    if manifest.onnx is not None and manifest.onnx.drafts:
+        expected["is_draft"] = None
     if manifest.shift_logits:
         expected |= {"last_hidden": shape.hidden_size, "keep": None}
     expected |= {f"past.{i}.{x}": width for i in range(shape.num_layers) for x in "kv"}

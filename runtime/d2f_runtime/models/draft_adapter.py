@@ -20,9 +20,14 @@ from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_stream.core.errors import UnsupportedModel
 
-__all__ = ["DraftAdapter", "LayerDraft"]
+__all__ = ["PARENTS", "DraftAdapter", "LayerDraft"]
 
 MASK_EMBEDDING: Final = "mask_embedding"
+PARENTS: Final = {
+    f"{part}_proj": "self_attn" if part in "qkvo" else "mlp"
+    for part in ("q", "k", "v", "o", "gate", "up", "down")
+}
+"""Where a layer has each product that can be adapted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,11 @@ class DraftAdapter(nn.Module):
                 embedding of the base's size.
         """
         adapter = Adapter.open(folder, _products(config), beside=(MASK_EMBEDDING,))
+        if adapter.replaced:
+            raise UnsupportedModel(
+                f"{folder} holds {min(adapter.replaced)} whole, but a draft adapter leaves the base "
+                "as it is"
+            )
         embedding = adapter.beside(MASK_EMBEDDING)
         if embedding.shape != (config.hidden_size,):
             raise UnsupportedModel(
@@ -103,6 +113,22 @@ class DraftAdapter(nn.Module):
             layer, _, product = name.removesuffix(".weight").partition(".")[2].partition(".")
             layers[int(layer)][product.rpartition(".")[2]] = down, up
         return cls(facts, embedding.float(), layers)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of the factors by product, such as "layers.0.mlp.up_proj"."""
+        return {
+            f"layers.{index}.{PARENTS[name]}.{name}": len(self.get_buffer(f"{index}_{name}_down"))
+            for index, names in enumerate(self._names)
+            for name in names
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """Return "mask_embedding", or a factor such as "layers.0.mlp.up_proj.down"."""
+        if name == MASK_EMBEDDING:
+            return self.mask_embedding
+        _, index, _, product, side = name.split(".")
+        return self.get_buffer(f"{index}_{product}_{side}")
 
     def embed(self, tokens: Tensor, table: nn.Embedding) -> Tensor:
         """Return [..., D] what tokens are to the first layer, masks included."""

@@ -83,6 +83,7 @@ class OnnxInfo(msgspec.Struct, frozen=True, kw_only=True):
         target: what it was exported for: cpu, cuda or device.
         quantization: of the weights.
         windows: graphs with static shapes; none where model.onnx has symbolic ones.
+        drafts: whether the graphs hold a draft adapter, and take which rows go through it.
     """
 
     opset: int
@@ -91,6 +92,7 @@ class OnnxInfo(msgspec.Struct, frozen=True, kw_only=True):
     target: str = "cpu"
     quantization: str = "fp32"
     windows: tuple[FixedWindow, ...] = ()
+    drafts: bool = False
 
 
 class TrainingInfo(msgspec.Struct, frozen=True, kw_only=True):
