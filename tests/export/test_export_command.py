@@ -193,7 +193,7 @@ def test_questions_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--quantize", "int3"], 2, "quantize is 'int3' but must be one of fp32, fp16, int8, int4"),
         (["--target", "device", "--window", "600"], 2, "window is 600 but must be between 1 and"),
-        (["--adapter", "/nowhere"], 1, "no adapter_config.json in /nowhere"),
+        (["--adapter", "/nowhere"], 1, "no adapter folder at /nowhere"),
     ],
 )
 def test_bad_settings_are_one_line(

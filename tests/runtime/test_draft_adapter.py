@@ -228,6 +228,16 @@ def test_a_missing_or_foreign_mask_embedding_is_refused(adapter: Path) -> None:
         load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
 
 
+def test_an_adapter_that_replaces_a_weight_is_refused(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    whole = torch.zeros(BASE.ffn_size, BASE.hidden_size)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.weight"] = whole
+    save_file(tensors, weights)
+    with pytest.raises(UnsupportedModel, match="leaves the base as it is"):
+        load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
+
+
 def test_a_bidirectional_base_is_refused(adapter: Path) -> None:
     with pytest.raises(UnsupportedModel, match="autoregressive"):
         load_checkpoint(tiny_folder("dream", "torch"), adapter=adapter)

@@ -99,8 +99,8 @@ class DraftAdapter(nn.Module):
         adapter = Adapter.open(folder, _products(config), beside=(MASK_EMBEDDING,))
         if adapter.replaced:
             raise UnsupportedModel(
-                f"{folder} holds {min(adapter.replaced)} whole, but a draft adapter leaves the base "
-                "as it is"
+                f"{folder} holds {min(adapter.replaced)} whole, but a draft adapter leaves the "
+                "base as it is"
             )
         embedding = adapter.beside(MASK_EMBEDDING)
         if embedding.shape != (config.hidden_size,):
