@@ -92,6 +92,7 @@ async def load(
     kv_tokens: int | None = None,
     limits: Limits | None = None,
     warm_up: bool = False,
+    token: str | None = None,
 ) -> AsyncIterator[Engine]:
     """Load a model and open an engine over it; leaving the context ends its sessions.
 
@@ -101,7 +102,7 @@ async def load(
     Args:
         model: None is the embedded model; a path is a model folder; "org/name" or
             "org/name@revision" is a Hugging Face repository, unless there is a folder of that name;
-            an address is a server, which has chosen all that follows itself.
+            an address is a server, which has chosen all that follows itself, save the token.
         adapter: folder or repository of a LoRA adapter (PEFT), merged into the weights.
         backend: "auto", "onnx", "torch" or "scripted".
         quantization: what the backend offers; "auto" is its own choice.
@@ -114,8 +115,10 @@ async def load(
             narrow; by default they do not: an answer is the same whatever else runs.
         warm_up: prepare the steps of one session beforehand (on a GPU: compile kernels, capture
             graphs; some 20 s where nothing is compiled yet), so that no request waits for that.
+        token: of a server that asks for one, as of `connect`.
 
     Raises:
+        InvalidRequest: a token for a model that runs here, or anything else for one that does not.
         InvalidParams: kv_tokens is no positive number.
         ModelError: there is no such model, or it cannot be used.
         MissingExtra: the backend's library is not installed.
@@ -128,9 +131,14 @@ async def load(
                 "adapter, backend, quantization, device, kv_tokens, limits and warm_up are the "
                 "server's own choice; leave them out"
             )
-        async with connect(model) as remote:
+        async with connect(model, token=token) as remote:
             yield remote
         return
+    if token is not None:
+        raise InvalidRequest(
+            "a token is for a server, and this model runs here; give a server's address as the "
+            "model, or leave the token out"
+        )
     from d2f_runtime.engine.opening import open_engine
 
     async with open_engine(

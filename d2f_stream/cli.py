@@ -27,7 +27,7 @@ from d2f_stream.core.errors import (
     MissingExtra,
     NoChatTemplate,
 )
-from d2f_stream.core.events import Event, StreamFailed
+from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine
 from d2f_stream.server import command
@@ -35,7 +35,7 @@ from d2f_stream.terminal import models_command
 from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, check_command, overrides_of
 from d2f_stream.terminal.config import Config, config_path, data_folder
 from d2f_stream.terminal.pacing import paced
-from d2f_stream.terminal.views import JsonView, TextView, View
+from d2f_stream.terminal.views import JsonView, TextView, View, about_silence
 
 __all__ = ["Loader", "build_parser", "main", "overrides_of"]
 
@@ -57,6 +57,7 @@ class Loader(Protocol):
         quantization: str,
         device: str,
         kv_tokens: int | None = None,
+        token: str | None = None,
     ) -> AbstractAsyncContextManager[Engine]:
         """Return the engine as an async context manager."""
         ...
@@ -94,10 +95,12 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         config = Config(config_path(os.environ))
         if args.command == "config":
             return _config(args, config)
-        if args.model is None:
-            args.model = config.get("server") or config.get("model")
         if args.command == "serve":
+            args.model = args.model or config.get("model")
             return command.run(args)
+        args.model = args.model or config.get("server") or config.get("model")
+        if "://" in (args.model or ""):
+            args.token = args.token or _token(args.model, config)
         if args.command == "chat":
             return asyncio.run(_chat(args, load or _default_load()))
         return asyncio.run(_generate(args, _prompt(args.prompt), load or _default_load()))
@@ -133,12 +136,19 @@ def _opened(
 ) -> AbstractAsyncContextManager[Engine]:
     return load(
         model or args.model,
+        token=args.token if model in (None, args.model) else None,
         adapter=args.adapter,
         backend=args.backend,
         quantization=args.quantization,
         device=args.device,
         kv_tokens=args.kv_tokens,
     )
+
+
+def _token(server: str, config: Config) -> str | None:
+    """Return the token that a server gets where none is on the command line."""
+    kept = config.get("token") if server == config.get("server") else None
+    return os.environ.get("D2F_TOKEN") or kept
 
 
 async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
@@ -148,6 +158,7 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
     if not isinstance(view, TextView | JsonView):
         overrides["drafts"] = True
     failure: StreamFailed | None = None
+    has_text, silence = False, ""
     with view:
         async with _opened(args, load) as engine:
             answer = _answer(engine, prompt, overrides, raw=args.raw, system=args.system)
@@ -159,8 +170,14 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
                     view.apply(event)
                     if isinstance(event, StreamFailed):
                         failure = event
+                    elif isinstance(event, Block):
+                        has_text = has_text or bool(event.text.strip())
+                    elif isinstance(event, StreamFinished) and not has_text:
+                        silence = about_silence(event.reason, engine.info.description)
     if failure is not None:
         _complain(failure.message)
+    elif silence:
+        print(f"d2f-stream: {silence}", file=sys.stderr)
     return FAILED if failure else 0
 
 

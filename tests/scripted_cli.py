@@ -27,6 +27,7 @@ class ScriptedLoad:
     def __init__(self, backend: ScriptedBackend | None = None) -> None:
         self.backend = backend or ScriptedBackend(ANSWER, tokens_per_step=4)
         self.asked: list[tuple[str | int | None, ...]] = []
+        self.tokens: list[str | None] = []
 
     def __call__(
         self,
@@ -37,7 +38,9 @@ class ScriptedLoad:
         quantization: str,
         device: str,
         kv_tokens: int | None = None,
+        token: str | None = None,
     ) -> LocalEngine:
+        self.tokens.append(token)
         self.asked.append((model, adapter, backend, quantization, device, kv_tokens))
         return LocalEngine.over(self.backend, ByteCodec())
 

@@ -61,6 +61,15 @@ class BrokerAddress:
             )
         return cls(host, port or (8883 if tls else 1883), tls, username, password)
 
+    @property
+    def credentials(self) -> str:
+        """Say which of user and password were given, without telling them."""
+        if self.username is None:
+            return "no user was given; write mqtt://user@host, with the password as token="
+        if self.password is None:
+            return "a user was given and no password; pass that as token="
+        return "a user and a password were given"
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"

@@ -5,6 +5,8 @@ nowhere else: a URL ends up in logs, histories and tracebacks.
 """
 
 import ipaddress
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -29,17 +31,27 @@ MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
 MAX_REASON_BYTES: Final = 123
 """Of a close frame: RFC 6455 allows 125 bytes for code and reason."""
 CLOSE_TIMEOUT_S: Final = 2.0
+UNAUTHORIZED: Final = 4401
 SECRETS: Final = frozenset(
     {"token", "access_token", "auth_token", "auth", "api_key", "apikey", "key", "password"}
 )
 
 
 class WebSocketChannel:
-    """A Channel over an open connection."""
+    """A Channel over an open connection.
 
-    def __init__(self, socket: "ClientConnection", codec: Codec) -> None:
+    Args:
+        socket: open.
+        codec: that was agreed on.
+        refused: tells what the server's refusal means, given its reason.
+    """
+
+    def __init__(
+        self, socket: "ClientConnection", codec: Codec, *, refused: Callable[[str], str]
+    ) -> None:
         self.codec = codec
         self._socket = socket
+        self._refused = refused
 
     async def receive(self) -> bytes | str:
         """Wait for the next message. Safe to cancel; no message is lost.
@@ -52,7 +64,7 @@ class WebSocketChannel:
         try:
             return await self._socket.recv()
         except ConnectionClosed as error:
-            raise _closed(error) from error
+            raise self._closed(error) from error
 
     async def send(self, data: bytes) -> None:
         """Send a message; waits while the write buffer is full.
@@ -67,12 +79,23 @@ class WebSocketChannel:
         try:
             await self._socket.send(data, text=self.codec.is_text)
         except ConnectionClosed as error:
-            raise _closed(error) from error
+            raise self._closed(error) from error
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close both directions; waits for the other side a short while. Idempotent."""
         short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         await self._socket.close(code, short)
+
+    def _closed(self, error: Exception) -> ChannelClosed:
+        """Return why the connection ended: what the server said, else what went wrong here."""
+        from websockets.exceptions import ConnectionClosed
+
+        assert isinstance(error, ConnectionClosed)
+        close = error.rcvd or error.sent
+        if close is None:
+            return ChannelClosed()
+        reason = self._refused(close.reason) if close.code == UNAUTHORIZED else close.reason
+        return ChannelClosed(close.code, reason)
 
 
 def check_url(url: str) -> str:
@@ -138,7 +161,7 @@ async def open_websocket(url: str, *, token: str | None = None) -> WebSocketChan
             close_timeout=CLOSE_TIMEOUT_S,
         )
     except InvalidStatus as error:
-        raise _refused(url, error.response.status_code) from error
+        raise _refused(url, error.response.status_code, token) from error
     except InvalidMessage as error:  # it hung up instead of answering
         raise ConnectionLost(f"{_host(url)} does not answer: {error}") from error
     except InvalidHandshake as error:
@@ -149,20 +172,32 @@ async def open_websocket(url: str, *, token: str | None = None) -> WebSocketChan
     if codec is None:
         await socket.close()
         raise ProtocolError(f"{_host(url)} speaks none of {', '.join(SUBPROTOCOLS)}")
-    channel = WebSocketChannel(socket, codec)
+    channel = WebSocketChannel(socket, codec, refused=partial(_refusal, _host(url), token))
     if token is None:
         # A server that wants a token says so now, instead of waiting for one to come.
         await channel.send(codec.encode(Authenticate(token="")))
     return channel
 
 
-def _refused(url: str, status: int) -> Exception:
+def _refused(url: str, status: int, token: str | None) -> Exception:
     host = _host(url)
-    if status in (401, 403):  # 403 is also what the server has for a path that it does not know
-        return Unauthorized(f"{host} does not accept the token, or not this path (HTTP {status})")
+    if status == 401:
+        return Unauthorized(_refusal(host, token, f"HTTP {status}"))
+    if status == 403:  # which is also what the server has for a path that it does not know
+        given = "the token that was given" if token else "clients without a token"
+        return Unauthorized(f"{host} does not know this path, or refuses {given} (HTTP {status})")
     if status == 429 or status >= 500:
         return ChannelClosed(1013, f"HTTP {status}")
     return ProtocolError(f"{url} is not the address of a d2f server (HTTP {status})")
+
+
+def _refusal(host: str, token: str | None, said: str) -> str:
+    if token:
+        return f"{host} does not accept the token that was given ({said})"
+    return (
+        f"{host} wants a token and none was given ({said}); pass it as token=, on the command line "
+        "as --token or in D2F_TOKEN"
+    )
 
 
 def _host(url: str) -> str:
@@ -176,12 +211,3 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _closed(error: Exception) -> ChannelClosed:
-    """Return why the connection ended: what the server said, else what went wrong here."""
-    from websockets.exceptions import ConnectionClosed
-
-    assert isinstance(error, ConnectionClosed)
-    close = error.rcvd or error.sent
-    return ChannelClosed(close.code, close.reason) if close else ChannelClosed()

@@ -279,7 +279,9 @@ class MqttEngine:
             if "certificate" in reason:
                 self._refusal = ConnectionLost(f"{where} is not trusted: {reason}")
             else:
-                self._refusal = Unauthorized(f"{where} does not let us in: {reason}")
+                self._refusal = Unauthorized(
+                    f"{where} does not let us in: {reason}; {self._address.credentials}"
+                )
             self._known.set()
             self._exchange.fail(self._refusal)
             self._rest()

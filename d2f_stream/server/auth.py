@@ -55,7 +55,7 @@ class Auth:
             if hmac.compare_digest(known.encode(), given):
                 found = client
         if found is None:
-            raise Unauthorized("no token was given" if token is None else "the token is wrong")
+            raise Unauthorized("the token is wrong" if token else "no token was given")
         return found
 
     def allows_origin(self, origin: str | None, host: str | None) -> bool:

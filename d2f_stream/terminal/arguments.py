@@ -115,6 +115,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
     )
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="of the server that --model names; D2F_TOKEN is not seen by others on this machine",
+    )
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine, Session
 from d2f_stream.terminal.markdown_stream import MarkdownStream
 from d2f_stream.terminal.transcript import Transcript
-from d2f_stream.terminal.views import printable
+from d2f_stream.terminal.views import about_silence, printable
 
 __all__ = ["COMMANDS", "Chat", "console_and_reader"]
 
@@ -200,7 +200,7 @@ class Chat:
         """Show one answer, and return it; Ctrl-C ends it early, and keeps what was final."""
         session = self._current.generate(self._transcript.messages, **self._overrides)
         async with session, _interruptible(session):
-            drawing = Answer(self._console)
+            drawing = Answer(self._console, self._current.info.description)
             with drawing:
                 async for event in session.events():
                     drawing.apply(event)
@@ -218,8 +218,9 @@ class Chat:
 class Answer:
     """One answer on the console: settled Markdown above, what may still change below it."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, description: str = "") -> None:
         self._console = console
+        self._description = description
         self._markdown = MarkdownStream()
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._is_empty = True
@@ -237,7 +238,7 @@ class Answer:
             case StreamStarted():
                 self._live.update(Text("...", style="dim"), refresh=True)
             case Block():
-                self._is_empty = self._is_empty and not event.text
+                self._is_empty = self._is_empty and not event.text.strip()
                 if settled := self._markdown.append(printable(event.text)):
                     self._live.console.print(Markdown(settled))
                 self._live.update(self._draw_tail(), refresh=True)
@@ -270,8 +271,8 @@ class Answer:
             told += "; cut off at max_new_tokens"
         elif event.reason == "cancelled":
             told += "; stopped"
-        if self._is_empty and event.reason != "cancelled":
-            told = "the model ended its answer at once, without a word; " + told
+        if self._is_empty and (silence := about_silence(event.reason, self._description)):
+            told = f"{silence}\n{told}"
         return told
 
 

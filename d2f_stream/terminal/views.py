@@ -8,13 +8,13 @@ terminal back whatever ended the stream.
 import re
 import sys
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, assert_never
 
 import msgspec
 
-from d2f_stream.core.events import Block, Event
+from d2f_stream.core.events import Block, Event, FinishReason
 
-__all__ = ["JsonView", "TextView", "View", "printable"]
+__all__ = ["JsonView", "TextView", "View", "about_silence", "printable"]
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -22,6 +22,27 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """Drop control characters, so that a model cannot write escape sequences to the terminal."""
     return _CONTROL.sub("", text)
+
+
+def about_silence(reason: FinishReason, description: str) -> str:
+    """Say why an answer has no text; "" where it was cancelled.
+
+    Args:
+        reason: of its end.
+        description: what the model is for; may be empty.
+    """
+    match reason:
+        case "cancelled":
+            return ""
+        case "stop":
+            return "a stop string ended the answer before its first word"
+        case "length":
+            return "the answer reached its length without a word"
+        case "eos":
+            told = "the model ended its answer at once, without a word"
+            return f"{told}. What it is for: {description}" if description else told
+        case _:
+            assert_never(reason)
 
 
 class View(Protocol):

@@ -103,6 +103,7 @@ class ScriptedServer(PageServer):
         is_held: whether steps wait for `gate`.
         max_new_tokens: the model's default.
         codec: of the model's texts.
+        description: of what the model is for.
         settings: as of `ServeSettings`.
     """
 
@@ -113,6 +114,7 @@ class ScriptedServer(PageServer):
         is_held: bool = True,
         max_new_tokens: int = 128,
         codec: ByteCodec | None = None,
+        description: str = "",
         **settings: Any,
     ) -> None:
         self.gate = StepGate()
@@ -120,6 +122,7 @@ class ScriptedServer(PageServer):
         self._is_held = is_held
         self._defaults = fakes.params(max_new_tokens=max_new_tokens)
         self._codec = codec or ByteCodec()
+        self._info = fakes.info(description=description)
         super().__init__(self._make_scripted, **settings)
 
     @property
@@ -137,5 +140,5 @@ class ScriptedServer(PageServer):
     def _make_scripted(self) -> LocalEngine:
         self.gate = StepGate()
         gate = self.gate if self._is_held else None
-        self._backend = ScriptedBackend(self._answers, gate=gate)
+        self._backend = ScriptedBackend(self._answers, info=self._info, gate=gate)
         return LocalEngine.over(self._backend, self._codec, defaults=self._defaults)

@@ -67,6 +67,17 @@ def test_canvas_shows_each_accepted_token_and_keeps_masks(
     assert first.get_attribute("aria-hidden") is None
 
 
+def test_answer_without_a_word_says_so_and_what_the_model_is_for(open_page: OpenPage) -> None:
+    with ScriptedServer("", is_held=False, description="Adds numbers.") as server:
+        page = open_page(server)
+        ask(page, "Hello!")
+        note = page.locator(".answer .note")
+        expect(note).to_have_text(
+            "The model ended its answer at once, without a word. What it is for: Adds numbers."
+        )
+        expect(note).to_have_attribute("role", "status")
+
+
 def test_without_canvas_only_whole_blocks_are_shown(
     server: ScriptedServer, open_page: OpenPage
 ) -> None:

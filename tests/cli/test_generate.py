@@ -5,17 +5,26 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
+from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
 from d2f_runtime.engine import LocalEngine
 from d2f_stream import __version__, cli
 from d2f_stream.core.errors import MissingExtra, ModelNotFound, NoChatTemplate
-from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.events import (
+    Block,
+    Event,
+    FinishReason,
+    StreamFailed,
+    StreamFinished,
+    StreamStarted,
+)
+from d2f_stream.terminal.views import about_silence
 from scripted_cli import ANSWER, ScriptedLoad
 
 Capture = pytest.CaptureFixture[str]
@@ -93,6 +102,82 @@ def test_options_of_the_model_default_to_auto() -> None:
     load = ScriptedLoad()
     generate("?", load=load)
     assert load.asked == [(None, None, "auto", "auto", "auto", None)]
+
+
+ADDRESS = "ws://host"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "token"),
+    [
+        (["-m", ADDRESS, "--token", "given"], {"D2F_TOKEN": "kept"}, "given"),
+        (["-m", ADDRESS], {"D2F_TOKEN": "kept"}, "kept"),
+        (["-m", ADDRESS], {}, None),
+        (["-m", "folder"], {"D2F_TOKEN": "kept"}, None),
+        (["-m", "folder", "--token", "given"], {}, "given"),  # which load() refuses
+    ],
+)
+def test_token_reaches_a_server_and_nothing_else(
+    arguments: list[str],
+    environment: dict[str, str],
+    token: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("D2F_TOKEN", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    load = ScriptedLoad()
+    assert generate("?", *arguments, load=load) == 0
+    assert load.tokens == [token]
+
+
+@pytest.mark.parametrize(("model", "token"), [(None, "secret"), ("ws://another", None)])
+def test_kept_token_is_for_the_server_that_is_kept_beside_it(
+    model: str | None, token: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("D2F_TOKEN", raising=False)
+    (tmp_path / "d2f-stream").mkdir()
+    config = tmp_path / "d2f-stream" / "config.toml"
+    config.write_text(f'server = "{ADDRESS}"\ntoken = "secret"\n')
+    load = ScriptedLoad()
+    generate("?", *([] if model is None else ["--model", model]), load=load)
+    assert load.asked[0][0] == (model or ADDRESS)
+    assert load.tokens == [token]
+
+
+def test_token_for_a_model_that_runs_here_is_refused(capsys: Capture) -> None:
+    assert cli.main(["generate", "?", "--token", "given"]) == 2
+    assert "a token is for a server, and this model runs here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_empty_answer_is_told_beside_the_output(
+    answer: str, arguments: list[str], capsys: Capture
+) -> None:
+    info = replace(SCRIPTED_INFO, description="Adds numbers.")
+    backend = ScriptedBackend(answer, info=info)
+    assert generate("Hello!", *arguments, load=ScriptedLoad(backend)) == 0
+    assert capsys.readouterr().err == (
+        "d2f-stream: the model ended its answer at once, without a word. "
+        "What it is for: Adds numbers.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "description", "told"),
+    [
+        ("eos", "", "the model ended its answer at once, without a word"),
+        ("stop", "Adds.", "a stop string ended the answer before its first word"),
+        ("length", "Adds.", "the answer reached its length without a word"),
+        ("cancelled", "Adds.", ""),
+    ],
+)
+def test_silence_has_its_reason(reason: FinishReason, description: str, told: str) -> None:
+    assert about_silence(reason, description) == told
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,11 @@ async def test_token_is_sent_and_nobody_else_is_let_in() -> None:
     async with serving(auth=TWO_CLIENTS, limits=limits) as server:
         async with connect(url_of(server), token=ALICE) as engine:
             assert (await engine.generate("hi").result()).text == ANSWER
-        for token in ("another-token-0123456789", None):
-            with pytest.raises(Unauthorized, match="token"):
+        for token, told in (
+            ("another-token-0123456789", "does not accept the token that was given"),
+            (None, r"wants a token and none was given.*token=.*--token.*D2F_TOKEN"),
+        ):
+            with pytest.raises(Unauthorized, match=told):
                 async with connect(url_of(server), token=token):
                     pass
 
@@ -205,6 +208,15 @@ async def test_nobody_listens() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConnectionLost, match=f"127.0.0.1:{port} cannot be reached"):
             async with connect(f"ws://127.0.0.1:{port}"):
+                pass
+
+
+async def test_load_passes_the_token_on() -> None:
+    async with serving(auth=TWO_CLIENTS, limits=ServeLimits(auth_timeout_s=0)) as server:
+        async with d2f_stream.load(url_of(server), token=ALICE) as engine:
+            assert (await engine.generate("hi").result()).text == ANSWER
+        with pytest.raises(Unauthorized, match="none was given"):
+            async with d2f_stream.load(url_of(server)):
                 pass
 
 

@@ -34,9 +34,14 @@ export class AnswerView {
   #foot = element("div", "foot");
   #first = null; // block that was shown
   #blocks = new Map(); // index -> { span, cells, segment }
+  #description; // what the model is for
 
-  /** `turn` is the record of conversation.js; what it holds already is shown at once. */
-  constructor(turn) {
+  /**
+   * `turn` is the record of conversation.js; what it holds already is shown at once.
+   * `description` says what the model is for, where that is known.
+   */
+  constructor(turn, description = "") {
+    this.#description = description;
     this.root = element("article", "answer");
     this.#foot.append(this.#figures);
     this.root.append(element("h3", "unseen", "Answer"), this.#text, this.#rail);
@@ -78,7 +83,8 @@ export class AnswerView {
       this.#blocks.delete(index);
     }
     if (turn.usage) this.#showTotals(turn);
-    const note = turn.error ? turn.error.message : REASONS[turn.reason];
+    const silence = isSilent(turn) ? aboutSilence(turn.reason, this.#description) : "";
+    const note = turn.error?.message ?? (silence || REASONS[turn.reason]);
     this.#note.hidden = !note;
     if (isNew) this.#note.setAttribute("role", turn.error ? "alert" : "status"); // before its text
     this.#note.textContent = note ?? "";
@@ -173,6 +179,18 @@ export class AnswerView {
     this.#figures.replaceChildren(...pairs);
     this.#figures.hidden = false;
   }
+}
+
+function isSilent(turn) {
+  return Boolean(turn.reason) && turn.blocks.every((block) => block.text.trim() === "");
+}
+
+/** Say why an answer has no text. */
+function aboutSilence(reason, description) {
+  if (reason === "stop") return "A stop string ended the answer before its first word.";
+  if (reason !== "eos") return "";
+  const told = "The model ended its answer at once, without a word.";
+  return description ? `${told} What it is for: ${description}` : told;
 }
 
 function speed(tokens, ms) {

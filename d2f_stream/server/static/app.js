@@ -118,7 +118,7 @@ function stop() {
 // The conversation.
 
 function render(turn) {
-  const view = new AnswerView(turn);
+  const view = new AnswerView(turn, client.model?.description);
   $("conversation").append(questionView(turn.question), view.root);
   if (turn.status !== "running") addActions(turn, view);
   showWelcome();
@@ -162,7 +162,7 @@ function remedy(turn, view) {
 
 function readOn(turn, view) {
   conversation.reopen(turn);
-  const fresh = new AnswerView(turn);
+  const fresh = new AnswerView(turn, client.model?.description);
   view.root.replaceWith(fresh.root);
   run(turn, fresh);
 }
