@@ -20,7 +20,7 @@ from browser.reader import (
     expect_idle,
 )
 from d2f_runtime.backends.scripted import ByteCodec
-from d2f_stream.core.errors import InvalidPrompt
+from d2f_stream.core.errors import NoChatTemplate
 from d2f_stream.server.auth import Auth
 
 pytestmark = pytest.mark.browser
@@ -220,7 +220,7 @@ class PlainCodec(ByteCodec):
 
     def render(self, messages: object) -> str:
         del messages
-        raise InvalidPrompt("the model has no chat template; pass the prompt as one string")
+        raise NoChatTemplate("the model has no chat template; pass the prompt as one string")
 
 
 def test_model_without_chat_template_gets_the_plain_question(open_page: OpenPage) -> None:
