@@ -11,7 +11,7 @@ from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.params import GenerationParams, Tail
 from reference_loop import MASK, RefSettings
 
-Attention = Literal["full", "causal", "grid"]
+Attention = Literal["full", "causal", "grid", "prompt_grid"]
 
 LEVELS = 16  # confidences and thresholds share a coarse scale, so that ties and equality happen
 
@@ -92,7 +92,7 @@ class Case:
 
 def random_case(rnd: random.Random) -> Case:
     block_size = rnd.randint(1, 9)
-    prompt_attention: Attention = rnd.choice(("full", "full", "causal", "grid"))
+    prompt_attention: Attention = rnd.choice(("full", "full", "causal", "grid", "prompt_grid"))
     num_prompt = rnd.randint(1, 12)
     tail: Tail = rnd.choice(("cut", "drop"))
     params = GenerationParams(
@@ -188,6 +188,8 @@ def edges(case: Case, stop: int) -> list[int]:
             prompt_edges = set(range(num_prompt + 1))
         case "grid":
             prompt_edges = set(range(0, num_prompt + 1, size))
+        case "prompt_grid":
+            prompt_edges = {0, *range(num_prompt, 0, -size)}
     answer_edges = set(range(case.origin, stop, size)) | {stop}
     return sorted(prompt_edges | answer_edges)
 

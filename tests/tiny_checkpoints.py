@@ -34,6 +34,7 @@ __all__ = [
     "write_weights",
 ]
 
+WITHOUT_MASK_ID = ("Fast_dLLM_Qwen", "a2d-qwen2", "a2d-qwen3")  # in their config.json
 TEXT = "Ann has 3 apples and buys 4 more. How many apples has she now? She has 3 + 4 = 7 apples."
 
 LLADA_NAMES = [
@@ -63,7 +64,7 @@ def config_of(tiny: Tiny, **changes: Any) -> dict[str, Any]:
     config = dict(tiny.config)
     config.setdefault("vocab_size", max(ids.values()) + 1)
     config["eos_token_id"] = ids[tiny.ends[0]]
-    if tiny.mask is not None and tiny.model_type != "Fast_dLLM_Qwen":
+    if tiny.mask is not None and tiny.model_type not in WITHOUT_MASK_ID:
         config["mask_token_id"] = ids[tiny.mask]
     return {key: value for key, value in (config | changes).items() if value is not ...}
 
@@ -174,11 +175,13 @@ def write_tokenizer(folder: Path, tiny: Tiny) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_checkpoint(folder: Path, tiny: Tiny, model: Any, *, num_shards: int = 1) -> None:
+def write_checkpoint(
+    folder: Path, tiny: Tiny, model: Any, *, num_shards: int = 1, **changes: Any
+) -> None:
     """Write everything that the family's repositories hold, with the weights of `model`."""
     write_tokenizer(folder, tiny)
-    changes = {"tie_word_embeddings": model.config.tie_word_embeddings}
-    changes = {} if tiny.model_type == "llada" else changes
+    if tiny.model_type != "llada":
+        changes["tie_word_embeddings"] = model.config.tie_word_embeddings
     (folder / "config.json").write_text(json.dumps(config_of(tiny, **changes)))
     ids = added_tokens(tiny)
     generation = {"eos_token_id": ids[tiny.ends[0]], **tiny.generation}

@@ -35,7 +35,7 @@ class Tiny:
         ends: texts that must end an answer; the first is the config's eos_token_id.
         tokens: further added tokens.
         template: chat template.
-        attention: "full", "causal" or the size of the grid.
+        attention: "full", "causal", "prompt_grid" or the size of the grid.
         parts: vocab.json and merges.txt instead of tokenizer.json.
     """
 
@@ -156,6 +156,41 @@ FAMILIES: Mapping[str, Tiny] = {
         mask="<|MASK|>",
         ends=_ENDS,
         attention=4,
+        shifted=False,
+    ),
+    "a2d-qwen3": Tiny(
+        model_type="a2d-qwen3",
+        classes="Qwen3",
+        config=_QWEN
+        | {
+            "architectures": ["A2DQwen3LMHeadModel"],
+            "attention_bias": False,
+            "auto_map": {
+                "AutoConfig": "modeling_qwen3.A2DQwen3Config",
+                "AutoModelForMaskedLM": "modeling_qwen3.A2DQwen3LMHeadModel",
+            },
+            "head_dim": 32,
+            "layer_types": ["full_attention", "full_attention"],
+            "model_type": "a2d-qwen3",
+            "tie_word_embeddings": True,
+        },
+        mask="<|mask|>",
+        ends=_ENDS,
+        attention="prompt_grid",
+        shifted=False,
+    ),
+    "a2d-qwen2": Tiny(
+        model_type="a2d-qwen2",
+        classes="Qwen2",
+        config=_QWEN
+        | {
+            "architectures": ["A2DQwen2LMHeadModel"],
+            "auto_map": {"AutoModelForMaskedLM": "modeling_qwen2.A2DQwen2LMHeadModel"},
+            "model_type": "a2d-qwen2",
+        },
+        mask="<|MASK|>",
+        ends=_ENDS,
+        attention="prompt_grid",
         shifted=False,
     ),
     "Fast_dLLM_Qwen": Tiny(

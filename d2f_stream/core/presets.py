@@ -70,6 +70,19 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
         "sdar": GenerationParams(
             block_size=4, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.85
         ),
+        # Qwen's models converted by dllm (Tiny-A2D) and OPDLM, one token a step as their samplers
+        # do by default; OPDLM's dynamic decoding is num_per_step=0, confidence_threshold=0.9
+        # (ZHZisZZ/dllm, core/samplers/bd3lm.py, ca17675; divelab/OPDLM, 3bb8bf6).
+        "tiny-a2d": GenerationParams(
+            max_new_tokens=128, add_threshold=1.0, max_active_blocks=1, num_per_step=1
+        ),
+        "opdlm": GenerationParams(
+            max_new_tokens=128,
+            block_size=4,
+            add_threshold=1.0,
+            max_active_blocks=1,
+            num_per_step=1,
+        ),
         # Fast-dLLM v2 as its model card calls it: sub-blocks of 8, threshold 0.9
         # (Efficient-Large-Model/Fast_dLLM_v2_7B; NVlabs/Fast-dLLM, v2/run_chatbot.py, b9cf368).
         "fast-dllm-v2": GenerationParams(

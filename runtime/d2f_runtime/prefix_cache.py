@@ -4,7 +4,8 @@ What stored K/V may stand for depends on who sees whom (`ModelInfo.prompt_attent
 
 - causal: K/V of a position depend on the tokens up to it, so any common beginning can be reused;
 - grid: on the tokens up to the end of its block, so whole blocks of a common beginning can;
-- full: a prompt's K/V depend on all of the prompt, so only the same prompt again can.
+- full: a prompt's K/V depend on all of the prompt, so only the same prompt again can;
+- prompt_grid: on where the prompt ends, too: the same.
 
 Entries belong to a scope, and are found from within it only: how long a first block takes would
 tell one client what another has asked.
@@ -135,7 +136,7 @@ class PrefixCache(Generic[SlotT]):
         return sum(entry.capacity for entry in self._entries.values() if not entry.is_open)
 
     def _usable(self, entry: _Entry, wanted: bytes) -> int:
-        if self._attention == "full":
+        if self._attention in ("full", "prompt_grid"):
             stored = entry.tokens[: 4 * entry.num_prompt]
             return entry.num_prompt if stored == wanted else 0
         number = min(_common(entry.tokens, wanted), len(wanted) // 4 - 1)
@@ -145,7 +146,7 @@ class PrefixCache(Generic[SlotT]):
 
     def _serves(self, entry: _Entry, other: _Entry) -> bool:
         """Whether whatever could be reused of `other` can be reused of `entry`."""
-        if self._attention == "full":
+        if self._attention in ("full", "prompt_grid"):
             size = 4 * other.num_prompt
             return (
                 entry.num_prompt == other.num_prompt and entry.tokens[:size] == other.tokens[:size]

@@ -73,6 +73,40 @@ def test_ids_are_those_of_the_folders_own_tokenizer(tmp_path: Path, model_type: 
     assert config.native_block_size == (grid or (1 if tiny.mask is None else 32))
 
 
+@pytest.mark.parametrize(
+    ("name", "attention", "block_size", "per_step"),
+    [
+        ("Qwen3-0.6B-diffusion-bd3lm-v0.1", "prompt_grid", 32, 1),
+        ("Qwen3-0.6B-diffusion-mdlm-v0.1", "full", 32, 1),
+        ("OPDLM-4B", "grid", 4, 1),
+        ("Qwen3-4B-a2d-init", "grid", 4, 1),
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "config", "hub"])
+def test_converted_models_are_told_by_their_names(
+    tmp_path: Path, name: str, attention: str, block_size: int, per_step: int, place: str
+) -> None:
+    folder, changes = tmp_path / "model", {}
+    if place == "folder":
+        folder = tmp_path / name
+    elif place == "config":
+        changes = {"_name_or_path": f"org/{name}"}
+    else:
+        folder = tmp_path / f"models--org--{name}" / "snapshots" / "abc"
+    published = read(folder, "a2d-qwen3", **changes)
+    config, defaults = published.config, published.defaults(adapted=False)
+    assert (config.family, config.prompt_attention) == ("a2d", attention)
+    assert (config.native_block_size, config.shift_logits) == (block_size, False)
+    assert (defaults.block_size, defaults.num_per_step) == (block_size, per_step)
+    assert (defaults.attention == "full") == (attention == "full")
+    assert defaults.commit == "filled"
+
+
+def test_converted_models_take_the_block_size_that_their_config_is_given(tmp_path: Path) -> None:
+    config = read(tmp_path, "a2d-qwen3", block_size=16).config
+    assert (config.native_block_size, config.max_block_size) == (16, 16)
+
+
 def test_mask_is_found_by_its_text_where_the_config_lacks_it(tmp_path: Path) -> None:
     config = read(tmp_path, "sdar", mask_token_id=...).config
     assert config.mask_id == added_tokens(FAMILIES["sdar"])["<|MASK|>"]

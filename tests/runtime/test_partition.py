@@ -34,6 +34,12 @@ def test_causal_prompt_is_one_attention_block_per_position() -> None:
     assert partition.stops(1, 11) == (2, 3, 7, 11)
 
 
+def test_prompt_grid_ends_with_the_prompt() -> None:
+    assert Partition.of(10, SMALL, "prompt_grid", 4).stops(0, 18) == (2, 6, 10, 14, 18)
+    assert Partition.of(8, SMALL, "prompt_grid", 4).stops(0, 16) == (4, 8, 12, 16)
+    assert Partition.of(3, SMALL, "prompt_grid", 4).stops(0, 11) == (3, 7, 11)
+
+
 def test_grid_blocks_lie_on_absolute_multiples() -> None:
     partition = Partition.of(10, SMALL, "grid", 4)
     assert partition.stops(0, 16) == (4, 8, 12, 16)

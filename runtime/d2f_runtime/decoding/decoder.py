@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, SubBlocks
-from d2f_runtime.decoding.partition import Partition
+from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
 from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.window import Proposals, Window, check_proposals
@@ -43,7 +43,8 @@ class BlockDecoder:
             one per position; answer blocks of `params.block_size` follow from P on. With "grid"
             all blocks, of attention and of decoding, lie on multiples of `native_block_size`
             (`params.block_size` plays no part): the prompt's whole blocks are cached, the rest
-            stands filled at the head of the first answer block.
+            stands filled at the head of the first answer block. "prompt_grid" is a grid that ends
+            with the prompt, whose first block may be shorter.
         commit_attention: "block" caches answer blocks as they were denoised, "causal" by rows that
             see what is before them alone.
         native_block_size: of the grid; unused otherwise.
@@ -64,7 +65,7 @@ class BlockDecoder:
         mask_id: int,
         eos_ids: Collection[int],
         shift_logits: bool = False,
-        prompt_attention: Literal["full", "causal", "grid"] = "full",
+        prompt_attention: PromptAttention = "full",
         commit_attention: Literal["block", "causal"] = "block",
         native_block_size: int | None = None,
         policy: AcceptancePolicy | None = None,

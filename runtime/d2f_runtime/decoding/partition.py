@@ -9,7 +9,9 @@ from typing import Literal
 from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["Partition"]
+__all__ = ["Partition", "PromptAttention"]
+
+PromptAttention = Literal["full", "causal", "grid", "prompt_grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Partition:
         cls,
         num_prompt: int,
         params: GenerationParams,
-        prompt_attention: Literal["full", "causal", "grid"],
+        prompt_attention: PromptAttention,
         native_block_size: int | None,
     ) -> "Partition":
         """Lay out a prompt and the answer that `params` allow.
@@ -45,12 +47,15 @@ class Partition:
             InvalidParams: no whole block fits and `tail` is "drop".
         """
         origin, block_size = num_prompt, params.block_size
-        if prompt_attention == "grid":
+        if prompt_attention in ("grid", "prompt_grid"):
             if native_block_size is None or native_block_size < 1:
                 raise ValueError(f"a grid needs a native_block_size, not {native_block_size!r}")
             block_size = native_block_size
-            origin -= num_prompt % block_size
-            prompt_stops = range(block_size, origin + 1, block_size)
+            rest = num_prompt % block_size
+            if prompt_attention == "grid":
+                origin -= rest
+                rest = 0
+            prompt_stops = range(rest or block_size, origin + 1, block_size)
         elif prompt_attention == "causal":
             prompt_stops = range(1, num_prompt + 1)
         else:

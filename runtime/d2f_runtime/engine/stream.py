@@ -88,7 +88,7 @@ class Stream:
     @property
     def block_size(self) -> int:
         """What the answer is cut into, tokens: a grid has its own."""
-        on_grid = self._info.prompt_attention == "grid"
+        on_grid = self._info.prompt_attention in ("grid", "prompt_grid")
         return self._info.native_block_size if on_grid else self.params.block_size
 
     @property

@@ -8,7 +8,7 @@ __all__ = ["FAMILIES", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAtte
 FAMILIES = ("a2d", "dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
 """The kinds of model that folders may name; "scripted" has no transformer."""
 
-PromptAttention = Literal["full", "causal", "grid"]
+PromptAttention = Literal["full", "causal", "grid", "prompt_grid"]
 CommitAttention = Literal["block", "causal"]
 
 
@@ -23,7 +23,8 @@ class ModelFacts:
         num_tokens: ids that may be produced; rows beyond are padding and forbidden.
         shift_logits: True where row i-1 predicts position i (Dream and autoregressive models).
         prompt_attention: "full" is one bidirectional block, "causal" one block per position, "grid"
-            blocks on multiples of `native_block_size`.
+            blocks on multiples of `native_block_size`, "prompt_grid" blocks of that size that end
+            with the prompt, whose first may be shorter.
         commit_attention: how a block's rows attend when its K/V are cached: "block" as they did
             before, "causal" each position like the autoregressive model that this one is made of.
         native_block_size: what the model was trained for, tokens; 1 for autoregressive models.

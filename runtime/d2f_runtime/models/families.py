@@ -7,16 +7,31 @@ generation_functions.py. Ids follow a folder's own files where these name them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.facts import PromptAttention
 from d2f_stream.core.errors import UnsupportedModel
 
-__all__ = ["PUBLISHED", "Family", "Layout", "family_of", "published_name"]
+__all__ = ["PUBLISHED", "Family", "Layout", "Variant", "family_of", "published_name"]
 
 Layout = Literal["llada", "llama"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Models of a family that differ where no key of their config says so.
+
+    Attributes:
+        named: what their names contain, in lower case.
+        prompt_attention, block_size, defaults: as in Family.
+    """
+
+    named: str
+    prompt_attention: PromptAttention
+    block_size: int
+    defaults: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +43,9 @@ class Family:
         layout: names of tensors and of config keys.
         prompt_attention, shift_logits: see TransformerConfig.
         block_size: what the models were trained for, unless the config names it; tokens.
-        mask_token, mask_id: text and published id of the mask; None for autoregressive models.
+        variants: that only their names tell.
+        mask_token, mask_id: text, in either case, and published id of the mask; None for
+            autoregressive models.
         eos_tokens: texts and published ids of the tokens that end an answer.
         qkv_bias: biases on q, k and v; None goes by the config.
         qk_norm: RMSNorm on queries and keys.
@@ -42,6 +59,7 @@ class Family:
     prompt_attention: PromptAttention
     shift_logits: bool
     block_size: int
+    variants: tuple["Variant", ...] = ()
     mask_token: str | None = None
     mask_id: int | None = None
     eos_tokens: Mapping[str, int]
@@ -58,6 +76,12 @@ class Family:
 
 
 _QWEN_ENDS: Final = {"<|endoftext|>": 151643, "<|im_end|>": 151645}
+
+_A2D_VARIANTS: Final = (
+    Variant(named="opdlm", prompt_attention="grid", block_size=4, defaults="opdlm"),
+    Variant(named="a2d-init", prompt_attention="grid", block_size=4, defaults="opdlm"),
+    Variant(named="mdlm", prompt_attention="full", block_size=32, defaults="llada-vanilla"),
+)
 
 PUBLISHED: Final[Mapping[str, Family]] = {
     "llada": Family(  # LLaDA-8B, LLaDA-1.5, d3LLM-LLaDA
@@ -106,6 +130,30 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         eos_tokens=_QWEN_ENDS,
         qkv_bias=True,
         defaults="fast-dllm-v2",
+    ),
+    "a2d-qwen3": Family(  # Tiny-A2D (bd3lm, mdlm), OPDLM
+        label="a2d",
+        prompt_attention="prompt_grid",
+        shift_logits=False,
+        block_size=32,
+        variants=_A2D_VARIANTS,
+        mask_token="<|mask|>",
+        mask_id=151669,
+        eos_tokens=_QWEN_ENDS,
+        qk_norm=True,
+        defaults="tiny-a2d",
+    ),
+    "a2d-qwen2": Family(  # Tiny-A2D from Qwen2.5-Coder
+        label="a2d",
+        prompt_attention="prompt_grid",
+        shift_logits=False,
+        block_size=32,
+        variants=_A2D_VARIANTS,
+        mask_token="<|mask|>",
+        mask_id=151669,
+        eos_tokens=_QWEN_ENDS,
+        qkv_bias=True,
+        defaults="tiny-a2d",
     ),
     "llama": Family(
         label="llama",
@@ -164,6 +212,22 @@ def family_of(config: ConfigFile) -> Family:
         raise UnsupportedModel(
             f"{config.path} has the model_type {model_type!r}, but this build runs {known}"
         )
+    return _variant_of(family, config)
+
+
+def _variant_of(family: Family, config: ConfigFile) -> Family:
+    """Return the family as the model's name tells: of its config, its folder or its repository."""
+    name = str(config.values.get("_name_or_path") or "")
+    places = [name, config.path.parent.name]
+    places += [part for part in config.path.parts if part.startswith("models--")]  # of the hub
+    for variant in family.variants:
+        if any(variant.named in place.lower() for place in places):
+            return replace(
+                family,
+                prompt_attention=variant.prompt_attention,
+                block_size=variant.block_size,
+                defaults=variant.defaults,
+            )
     return family
 
 

@@ -18,6 +18,7 @@ from d2f_stream.core.params import MAX_BLOCK_SIZE
 __all__ = ["transformer_config"]
 
 WINDOWLESS: Final = ("llada", "llama")  # whose classes know no windows
+WITH_BIASES: Final = ("Dream", "Fast_dLLM_Qwen", "a2d-qwen2", "qwen2")  # on q, k and v
 DEFAULT_WINDOW: Final = 4096  # of transformers' Qwen2Config and Qwen3Config, as the next one
 DEFAULT_WINDOW_LAYERS: Final = 28
 
@@ -48,7 +49,7 @@ def transformer_config(
             f"ids, but the model embeds {vocab_size}; it belongs to another model"
         )
     block_size = family.block_size
-    if family.prompt_attention == "grid":
+    if family.prompt_attention in ("grid", "prompt_grid"):
         block_size = config.integer("bd_size", config.integer("block_size", block_size))
         if block_size > MAX_BLOCK_SIZE:
             raise UnsupportedModel(
@@ -215,7 +216,7 @@ def _refuse_variants(config: ConfigFile) -> None:
     for key, allowed in (_ONLY_LLADA if is_llada else _ONLY).items():
         value = values.get(key)
         # Qwen2's and Dream's biases on q, k and v go without saying
-        if key == "attention_bias" and values["model_type"] in ("Dream", "Fast_dLLM_Qwen", "qwen2"):
+        if key == "attention_bias" and values["model_type"] in WITH_BIASES:
             continue
         if key == "quantization_config" and _is_bitsandbytes(value):
             continue  # the tensors say the rest
@@ -279,6 +280,8 @@ def _mask_id(
     else:
         if mask_id is None:
             mask_id = vocabulary.find(family.mask_token, named="mask_token")
+        if mask_id is None:
+            mask_id = vocabulary.find(family.mask_token.upper())
         if mask_id is None or mask_id not in vocabulary:
             says = "" if mask_id is None else f"; config.json says that its id is {mask_id}"
             raise ModelDamaged(
