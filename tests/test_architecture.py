@@ -16,7 +16,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 CORE = "d2f_stream.core"
 PURE = {"d2f_runtime.decoding"}
 MODEL = {CORE, "d2f_runtime.text"}
-MODEL |= {"d2f_runtime." + n for n in ("kernels", "models", "quantization")}
+MODEL |= {"d2f_runtime." + n for n in ("cpus", "kernels", "models", "quantization")}
 RUN = MODEL | PURE | {"d2f_runtime.backends"}
 SDK = {CORE, "d2f_stream.wire", "d2f_stream.channels"}
 STREAMS = SDK | {"d2f_stream.server.auth", "d2f_stream.server.limits"}
@@ -61,7 +61,8 @@ ROOMS: dict[str, set[str]] = {
     "d2f_runtime.engine": RUN | {"d2f_runtime.device", "d2f_runtime.loaded_model"},
     "d2f_runtime.evaluation": {"d2f_stream"} | RUNTIME,
     "d2f_runtime": set(),
-    "d2f_runtime.provenance": {"d2f_stream", CORE},
+    "d2f_runtime.cpus": set(),
+    "d2f_runtime.provenance": {"d2f_stream", CORE, "d2f_runtime.cpus"},
     "d2f_export": {"d2f_stream"} | RUNTIME,
     "lab": set(),  # anything: no other room names it
 }

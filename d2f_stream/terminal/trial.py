@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from d2f_runtime.backends.devices import devices_of
 from d2f_stream.api import load
 from d2f_stream.core.session import Engine
 
@@ -50,18 +51,6 @@ def try_in_subprocess(backend: str) -> Sequence[Trial]:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         detail = f"crashed with exit code {done.returncode}: {lines[-1] if lines else 'no output'}"
     return [Trial(backend=backend, device="-", works=False, detail=detail)]
-
-
-def _devices(backend: str) -> list[str]:
-    if backend == "onnx":
-        import onnxruntime
-
-        has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    else:
-        import torch
-
-        has_gpu = torch.cuda.is_available()
-    return ["cpu", "cuda"] if has_gpu else ["cpu"]
 
 
 def _open(backend: str, device: str) -> AbstractAsyncContextManager[Engine]:
@@ -123,7 +112,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _main(backend: str) -> None:
-    trials = [asyncio.run(_try(backend, device)) for device in _devices(backend)]
+    devices = [device for device in devices_of(backend) if ":" not in device]
+    trials = [asyncio.run(_try(backend, device)) for device in devices]
     sys.stdout.buffer.write(msgspec.json.encode(trials))
 
 

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from d2f_runtime.cpus import num_cpus
+
 __all__ = ["environment"]
 
 PACKAGES = (
@@ -25,7 +27,7 @@ def environment(command: str) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": num_cpus(),
         "python": platform.python_version(),
         "versions": _versions(),
     }

@@ -102,11 +102,13 @@ def run_verify(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     _require("verify")
     from d2f_export.onnx.verification import verify_artefact
+    from d2f_runtime.backends.devices import check_device
     from d2f_runtime.models.manifest import read_manifest
     from d2f_runtime.text.tokenizer import Tokenizer
 
     if arguments.number < 1:
         raise InvalidParams("number", arguments.number, "at least 1")
+    check_device(arguments.device, backend="onnx")
     manifest = read_manifest(arguments.artefact)
     if manifest.onnx is None:
         raise ModelDamaged(f"{arguments.artefact} holds no ONNX graph; there is nothing to verify")

@@ -4,7 +4,6 @@ Knows nothing of windows or slots.
 """
 
 import importlib.metadata
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from d2f_runtime.backends.devices import check_device
+from d2f_runtime.cpus import num_cpus
 from d2f_runtime.models.manifest import FixedWindow, Manifest, OnnxInfo
 from d2f_runtime.text.files import holds_file
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
@@ -173,15 +174,10 @@ def choose_device(device: str, stored: str) -> tuple[tuple[str, int], list[Any]]
     has_cuda = CUDA in ort.get_available_providers()
     if device == "auto":
         device = "cuda" if has_cuda and stored != "int8" else "cpu"
+    check_device(device, backend="onnx")
     if device == "cpu":
         return ("cpu", 0), [CPU]
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
-        raise UnsupportedModel(f"device is {device!r} but must be auto, cpu, cuda or cuda:N")
-    if not has_cuda:
-        raise UnsupportedModel(
-            f"device is {device!r} but this onnxruntime has no CUDA; install d2f-stream[edge-gpu]"
-        )
+    _, _, index = device.partition(":")
     if _version(ort.__version__) < MIN_CUDA:
         raise UnsupportedModel(
             f"CUDA needs onnxruntime-gpu {'.'.join(map(str, MIN_CUDA))} or newer, but "
@@ -199,9 +195,8 @@ def choose_device(device: str, stored: str) -> tuple[tuple[str, int], list[Any]]
 
 
 def _num_threads(manifest: Manifest) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     size = sum(file.bytes for name, file in manifest.files.items() if name.startswith(GRAPH_FILE))
-    return max(1, min(cores or 1, size // BYTES_PER_THREAD))
+    return max(1, min(num_cpus(), size // BYTES_PER_THREAD))
 
 
 def _check_inputs(

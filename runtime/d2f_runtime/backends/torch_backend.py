@@ -20,6 +20,7 @@ from d2f_runtime.backends.choice import (
     choose_quantization,
     choose_runner,
 )
+from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
 from d2f_runtime.backends.rows import check_rows, to_proposals
@@ -182,6 +183,7 @@ def load(
     Raises:
         ModelNotFound, ModelDamaged, UnsupportedModel: see load_checkpoint.
     """
+    check_device(device, backend="torch")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if quantization not in ("auto", "none", *QUANTIZATIONS):

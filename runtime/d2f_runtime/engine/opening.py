@@ -11,6 +11,7 @@ from typing import Final
 
 import d2f_runtime.models
 from d2f_runtime.backends import check_backend, choose_backend, open_backend
+from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.engine.local import Limits, LocalEngine, default_params
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
@@ -166,6 +167,7 @@ def _engine(key: ModelKey, limits: Limits | None = None, *, warm_up: bool = Fals
 
 def _load(key: ModelKey) -> ModelParts:
     """Load everything. Runs on the model's device thread."""
+    check_device(key.device, backend=key.backend)  # before anything is fetched
     path = _fetched(key.path)
     adapter = None if key.adapter is None else _fetched(key.adapter)
     draft = None if adapter is None else DraftFacts.read(adapter)

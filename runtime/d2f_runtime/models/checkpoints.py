@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2f_runtime.cpus import bound_torch_threads
 from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter
@@ -94,6 +95,7 @@ def load_checkpoint(
         ModelDamaged: a file is truncated, or a tensor is missing, unknown or of the wrong shape.
         UnsupportedModel: config, weights or adapter are not for this build or for each other.
     """
+    bound_torch_threads()
     facts = None if adapter is None else DraftFacts.read(adapter)
     stored = StoredWeights.open(folder, adapter=adapter if facts is None else None)
     config, draft = stored.config, None
