@@ -20,7 +20,7 @@ MODEL |= {"d2f_runtime." + n for n in ("cpus", "kernels", "models", "quantizatio
 RUN = MODEL | PURE | {"d2f_runtime.backends"}
 SDK = {CORE, "d2f_stream.wire", "d2f_stream.channels"}
 STREAMS = SDK | {"d2f_stream.server.auth", "d2f_stream.server.limits"}
-STREAMS |= {"d2f_stream.server.streams", "d2f_stream.server.http"}
+STREAMS |= {"d2f_stream.server." + n for n in ("logins", "peer_log", "streams", "http")}
 RUNTIME = RUN | {"d2f_runtime.device", "d2f_runtime.loaded_model"}
 RUNTIME |= {"d2f_runtime.engine", "d2f_runtime.evaluation", "d2f_runtime.provenance"}
 
@@ -33,6 +33,8 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.schema": {CORE, "d2f_stream.wire"},
     "d2f_stream.server.limits": {CORE},
     "d2f_stream.server.auth": {CORE},
+    "d2f_stream.server.peer_log": {CORE},
+    "d2f_stream.server.logins": {"d2f_stream.server.peer_log"},
     "d2f_stream.server.streams": STREAMS,
     "d2f_stream.server.http": STREAMS,
     "d2f_stream.server.openai": STREAMS,

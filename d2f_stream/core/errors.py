@@ -8,6 +8,7 @@ the offending value, the limit and the way out.
     │   ├── InvalidParams                a generation parameter is out of range
     │   ├── InvalidPrompt                empty, or not of a supported shape
     │   │   └── NoChatTemplate           messages, to a model that takes one string
+    │   ├── RequestConflict              the request id stands for another request already
     │   └── PromptTooLong                prompt plus answer exceed what the model holds
     ├── ModelError                       the model cannot be used
     │   ├── ModelNotFound (FileNotFoundError)
@@ -26,6 +27,7 @@ the offending value, the limit and the way out.
         │   ├── MessageTooLarge          a message, prompt or answer beyond what is served
         │   ├── RateLimited              too many requests a minute
         │   ├── SlowConsumer             a reader did not read for too long
+        │   ├── TooManyConnections       too many connections of one client, or in all
         │   └── TooManyStreams           too many streams of one client, or in all
         ├── ServerShuttingDown           the server takes nothing on any more
         └── ProtocolError                one side sent what the other cannot read
@@ -53,9 +55,11 @@ __all__ = [
     "ProtocolError",
     "RateLimited",
     "RemoteError",
+    "RequestConflict",
     "ServerShuttingDown",
     "SlowConsumer",
     "StreamLost",
+    "TooManyConnections",
     "TooManyStreams",
     "Unauthorized",
     "UnsupportedModel",
@@ -114,6 +118,12 @@ class PromptTooLong(InvalidRequest):
         if num_prompt_tokens < max_len:
             way_out += f" or lower max_new_tokens to {max_len - num_prompt_tokens}"
         super().__init__(f"{sentence}but the model holds {max_len} in all; {way_out}")
+
+
+class RequestConflict(InvalidRequest):
+    """The request id stands for another request already; take a new one for each request."""
+
+    code = "request_conflict"
 
 
 class ModelError(D2FError):
@@ -230,6 +240,12 @@ class SlowConsumer(LimitExceeded):
     """A reader did not take its events for too long and lost its connection, not its streams."""
 
     code = "slow_consumer"
+
+
+class TooManyConnections(LimitExceeded):
+    """Too many connections at once, of one client or in all; others will end."""
+
+    code = "too_many_connections"
 
 
 class TooManyStreams(LimitExceeded):

@@ -6,11 +6,12 @@
 /                                                the chat page, and the files beside it
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -18,7 +19,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.staticfiles import StaticFiles
 
-from d2f_stream.server.http.middleware import BodyLimit, OriginGuard, SecurityHeaders
+from d2f_stream.core.printable import printable
+from d2f_stream.server.http.middleware import (
+    BodyLimit,
+    OriginGuard,
+    PlainPaths,
+    SecurityHeaders,
+    error_response,
+)
 from d2f_stream.server.http.websocket import stream_route
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.openai.routes import openai_routes
@@ -40,6 +48,7 @@ CONTENT_TYPES: Final = {
     ".webmanifest": "application/manifest+json",
 }
 """Ours, since a system's own table differs from machine to machine; others are not served."""
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 
 def create_app(
@@ -48,7 +57,7 @@ def create_app(
     metrics: Metrics | None = None,
     ui: bool = True,
     hosts: Collection[str] | None = None,
-    extra_routes: Sequence[BaseRoute] = (),
+    open_metrics: bool = True,
 ) -> Starlette:
     """Return the application that serves the gateway's streams.
 
@@ -57,16 +66,17 @@ def create_app(
         metrics: what is told at `/metrics`; None has no such route.
         ui: whether to serve the chat page at `/`.
         hosts: names under which the server may be reached; None takes every name.
-        extra_routes: beside those of this page; they come first.
+        open_metrics: whether `/metrics` needs no token where clients need one.
     """
     registry, auth = gateway.registry, gateway.auth
-    routes: list[BaseRoute] = [*extra_routes, stream_route(gateway), _health_route(registry)]
-    routes += openai_routes(registry, auth, observer=metrics)
+    routes: list[BaseRoute] = [stream_route(gateway), _health_route(registry)]
+    routes += openai_routes(registry, auth, logins=gateway.logins, observer=metrics)
     if metrics is not None:
-        routes.append(metrics.route())
+        routes.append(metrics.route(None if open_metrics else auth, gateway.logins))
     if ui:
         routes.append(_page_route())
     middleware = [
+        Middleware(PlainPaths),
         Middleware(SecurityHeaders),
         Middleware(OriginGuard, auth=auth, hosts=hosts),
         Middleware(BodyLimit, max_bytes=registry.limits.max_message_bytes),
@@ -78,8 +88,23 @@ def create_app(
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
         )
-        middleware.insert(2, cors)
-    return Starlette(routes=routes, middleware=middleware)
+        middleware.insert(3, cors)
+    return Starlette(
+        routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_route}
+    )
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Say that there is nothing at an address, or not for this method, as the API does."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, printable(request.url.path, 100)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        sentence = f"{path} does not take {method}; it takes {allowed}"
+        headers = {"Allow": allowed}
+        return error_response(405, "method_not_allowed", sentence, headers=headers)
+    sentence = f"there is nothing at {method} {path}; the API of this server is below /v1"
+    return error_response(404, "not_found", sentence)
 
 
 def _health_route(registry: StreamRegistry) -> Route:
@@ -105,12 +130,14 @@ def _page_route() -> Route:
     async def page(request: Request) -> Response:
         path = request.path_params["path"] or "index.html"
         content_type = CONTENT_TYPES.get(Path(path).suffix)
-        if content_type is None:
-            return Response(status_code=404)
+        is_api = path.partition("/")[0] in ("v1", "api")
+        if content_type is None or is_api or request.method not in ("GET", "HEAD"):
+            raise HTTPException(404)
         response = await files.get_response(path, request.scope)
         response.headers["Content-Type"] = content_type
         # Asked for each time, answered with 304 while the ETag fits: a page never mixes versions.
         response.headers["Cache-Control"] = "no-cache"
         return response
 
-    return Route("/{path:path}", page, methods=["GET"])
+    # For every method: a POST to an address that is not there is a 404 and not a 405.
+    return Route("/{path:path}", page, methods=[*METHODS])

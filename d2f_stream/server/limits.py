@@ -21,10 +21,24 @@ class ServeLimits:
         max_streams: streams that run or wait at once.
         max_streams_per_client: of those, with one client's token; None is no bound of its own.
         max_streams_per_connection: streams that one connection reads at once.
-        max_connections: websocket connections at once.
+        max_sockets: connections at once, of all kinds; fewer where the process may open fewer
+            files.
+        max_connections: of all, websockets.
+        max_connections_per_client: of those, with one client's token; None is no bound of its own.
+        max_idle_connections: of all, those that have not sent a whole request, and those that wait
+            for the next one: the oldest such is closed for a new one.
+        max_unauthenticated: websockets at once that have not shown their token yet: the oldest is
+            closed for a new one.
+        max_failed_logins: wrong tokens on one connection before it is closed.
         requests_per_minute: of one client; None is no bound.
+        max_running: streams that the engine works on at once; the others wait, and clients take
+            turns.
+        max_running_per_client: of those, with one client's token, so that the next client finds
+            room; None is three quarters.
         max_retained_tokens: `max_new_tokens` summed over all streams that can still be resumed;
             the oldest ended ones go first.
+        max_retained_bytes: of the streams that have ended and can still be resumed; the oldest of
+            the client who has most go first.
         resume_ttl_s: how long a stream can be resumed after its end, seconds.
         stall_timeout_s: how long a reader may not take what is sent to it, seconds.
         auth_timeout_s: how long a connection may take to authenticate, seconds.
@@ -35,11 +49,19 @@ class ServeLimits:
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     max_streams: int = 1024
-    max_streams_per_client: int | None = None
+    max_streams_per_client: int | None = 512
     max_streams_per_connection: int = 64
+    max_running: int = 32
+    max_running_per_client: int | None = None
+    max_sockets: int = 2048
     max_connections: int = 1024
+    max_connections_per_client: int | None = 512
+    max_idle_connections: int = 256
+    max_unauthenticated: int = 64
+    max_failed_logins: int = 3
     requests_per_minute: int | None = None
     max_retained_tokens: int = 4_000_000
+    max_retained_bytes: int = 8 * 1024 * 1024
     resume_ttl_s: float = 300.0
     stall_timeout_s: float = 30.0
     auth_timeout_s: float = 10.0

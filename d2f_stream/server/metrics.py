@@ -16,9 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from d2f_stream.core.errors import D2FError, error_from
+from d2f_stream.core.errors import D2FError, Unauthorized, error_from
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.core.session import Engine
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.http.login import LastFailedLogin, client_of
+from d2f_stream.server.http.middleware import error_response
+from d2f_stream.server.logins import FailedLogins
 from d2f_stream.server.streams.gateway import Gateway
 from d2f_stream.server.streams.served_stream import ServedStream
 
@@ -151,14 +155,28 @@ class Metrics:
         """Take nothing more from the engine's steps. Idempotent."""
         self._unwatch()
 
-    def route(self, path: str = "/metrics") -> Route:
-        """Return the route that Prometheus reads."""
+    def route(self, auth: Auth | None = None, logins: FailedLogins | None = None) -> Route:
+        """Return the route that Prometheus reads, `/metrics`.
+
+        Args:
+            auth: who may read it; None lets everybody.
+            logins: counts wrong tokens.
+        """
+        readers, counted = auth or Auth(), logins or FailedLogins()
 
         async def metrics(request: Request) -> Response:
-            del request
+            try:
+                await client_of(request, readers, counted)
+            except Unauthorized as error:
+                headers = {"WWW-Authenticate": "Bearer"}
+                if isinstance(error, LastFailedLogin):
+                    headers["Connection"] = "close"
+                sentence = f"{error}; /metrics needs one, unless the server has --open-metrics"
+                kind = "authentication_error"
+                return error_response(401, error.code, sentence, kind=kind, headers=headers)
             return Response(generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE})
 
-        return Route(path, metrics, methods=["GET"])
+        return Route("/metrics", metrics, methods=["GET"])
 
     # StreamObserver
 
@@ -228,6 +246,9 @@ class Metrics:
         if gateway is not None:
             yield GaugeMetricFamily(
                 "d2f_connections", "Open websocket connections", gateway.num_connections
+            )
+            yield CounterMetricFamily(
+                "d2f_failed_logins", "Wrong tokens that were shown", gateway.logins.total
             )
         slow = self._num_slow_readers + (0 if gateway is None else gateway.num_slow_consumers)
         yield CounterMetricFamily(

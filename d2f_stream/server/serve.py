@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -22,6 +23,7 @@ from d2f_stream.core.session import Engine
 from d2f_stream.server.app import create_app
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.settings import ServeSettings
+from d2f_stream.server.sockets import Sockets, accept_forever, max_sockets, raise_file_limit
 from d2f_stream.server.streams.gateway import Gateway
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.uvicorn_guard import uvicorn_config
@@ -42,6 +44,9 @@ logger = logging.getLogger("d2f_stream.server")
 
 SEND_BUFFER_BYTES: Final = 128 * 1024
 """Of each connection, in the kernel, which would else hold megabytes for a peer that reads none."""
+
+BACKLOG: Final = 1024
+"""Connections that the kernel holds until they are taken."""
 
 LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 
@@ -77,17 +82,31 @@ class Server:
     ) -> None:
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.registry = StreamRegistry(engine, limits=settings.limits, observer=self.metrics)
+        most = max_sockets(settings.limits.max_sockets)
+        limits = replace(  # the rest is for HTTP, so that health can be asked
+            settings.limits,
+            max_connections=min(settings.limits.max_connections, max(1, most * 3 // 4)),
+        )
+        self.registry = StreamRegistry(engine, limits=limits, observer=self.metrics)
         self.gateway = Gateway(self.registry, settings.auth)
         self.metrics.watch(engine, self.gateway)
         # With a token, a page that reached the server under a false name still has none.
         is_open = settings.is_loopback and not settings.auth.required
         hosts = {*LOOPBACK_NAMES, settings.host.strip("[]")} if is_open else None
-        app = create_app(self.gateway, metrics=self.metrics, ui=settings.ui, hosts=hosts)
-        config = uvicorn_config(
-            app, settings.timeouts, max_message_bytes=settings.limits.max_message_bytes
+        app = create_app(
+            self.gateway,
+            metrics=self.metrics,
+            ui=settings.ui,
+            hosts=hosts,
+            open_metrics=settings.open_metrics,
         )
-        self._uvicorn = _Uvicorn(config)
+        self._sockets = Sockets(
+            most=most, most_idle=min(limits.max_idle_connections, max(1, most // 2))
+        )
+        config = uvicorn_config(
+            app, settings.timeouts, self._sockets, max_message_bytes=limits.max_message_bytes
+        )
+        self._uvicorn = _Uvicorn(config, self._sockets)
         self._port = settings.port
         self._tasks: list[asyncio.Task[None]] = []
         self._mqtt = self._open_mqtt(settings.mqtt)
@@ -108,7 +127,7 @@ class Server:
     @property
     def num_connections(self) -> int:
         """Open connections of all kinds, those included that have not sent a request yet."""
-        return len(self._uvicorn.server_state.connections)
+        return len(self._sockets)
 
     async def __aenter__(self) -> Self:
         """Listen. Safe to cancel.
@@ -184,17 +203,23 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn's server without its signal handlers, which tells when it listens."""
+    """uvicorn's server without its signal handlers and listener, which tells when it listens."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, sockets: Sockets) -> None:
         super().__init__(config)
         self.ready = asyncio.Event()
         self._asked = asyncio.Event()
+        self._sockets = sockets
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
     async def main_loop(self) -> None:
         # uvicorn's own looks ten times a second whether it should end. It needs only the clock of
         # the Date header, every second.
+        assert self._accepting is not None
         while not await self.on_tick(0):
+            if self._accepting.done():
+                self._accepting.result()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._asked.wait()
@@ -205,8 +230,30 @@ class _Uvicorn(uvicorn.Server):
         self._asked.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        assert sockets is not None
+        await self.lifespan.startup()
+        self.servers = []
+        (self._listener,) = sockets
+        accepting = accept_forever(self._listener, self._sockets, self._new_protocol)
+        self._accepting = asyncio.create_task(accepting, name="d2f-accept")
+        self.started = True
         self.ready.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._stop_accepting()
+        await super().shutdown(sockets)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+    async def _stop_accepting(self) -> None:
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait((self._accepting,))
+        if self._listener is not None:
+            self._listener.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -214,8 +261,7 @@ class _Uvicorn(uvicorn.Server):
 
     async def finish_responses(self, timeout_s: float) -> None:
         """Take no connections any more and let HTTP responses end."""
-        for server in self.servers:
-            server.close()
+        await self._stop_accepting()
         for connection in list(self.server_state.connections):
             connection.shutdown()
         if self.server_state.tasks:
@@ -236,6 +282,7 @@ async def serve(engine: Engine, settings: ServeSettings) -> int:
     Raises:
         AddressUnavailable: the address is in use, or is not this machine's.
     """
+    raise_file_limit()
     with _signals() as signals:
         async with Server(engine, settings) as server:
             _say_ready(engine, server)
@@ -304,7 +351,7 @@ def _listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
-        listener.listen()
+        listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         if listener is not None:

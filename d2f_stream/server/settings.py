@@ -18,13 +18,16 @@ class Timeouts:
     """How long a connection may take, in seconds.
 
     Attributes:
-        request_s: to send a whole request, from the connection's or the last response's end on.
+        request_s: to send a whole request, from the connection's or its own beginning on.
+        keep_alive_s: between two requests of a connection; longer than a proxy in front keeps its
+            own, which is 60 s as a rule, or some of its requests meet a connection just closed.
         stall_s: to take any of a response that waits; longer than the limit that tells why.
         close_s: to take what is left, and to confirm, once the server closes it.
         ping_s: between websocket pings, and to answer one.
     """
 
     request_s: float = 20.0
+    keep_alive_s: float = 75.0
     stall_s: float = 35.0
     close_s: float = 5.0
     ping_s: float = 20.0
@@ -44,6 +47,7 @@ class ServeSettings:
         mqtt: URL of a broker to serve too.
         mqtt_group: name under which workers share the broker's requests; hard to guess where the
             broker's users are not trusted.
+        open_metrics: whether /metrics needs no token where clients need one.
         insecure: whether a server without tokens may listen beyond this machine.
         shutdown_deadline_s: how long running streams may go on once it shuts down, seconds.
 
@@ -59,6 +63,7 @@ class ServeSettings:
     ui: bool = True
     mqtt: str | None = None
     mqtt_group: str = "d2f"
+    open_metrics: bool = False
     insecure: bool = False
     shutdown_deadline_s: float = 30.0
 

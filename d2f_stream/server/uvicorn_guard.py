@@ -2,11 +2,13 @@
 
 uvicorn 0.54 bounds headers and message sizes, and blocks a `send` while the peer does not read. It
 has no time limit for a request that trickles in, none for a response that nobody reads, and waits
-for the write buffer of a peer that never reads even to close it. The two protocol classes here add
-that, by the methods that asyncio itself calls on a protocol, and nothing else.
+for the write buffer of a peer that never reads even to close it. It also logs what a peer does
+wrong at ERROR, in part with a traceback. The two protocol classes here mend that, by the methods
+that asyncio itself calls on a protocol, and tell `Sockets` which connections are idle.
 """
 
 import asyncio
+import logging
 from typing import Any, Final, cast
 
 import h11
@@ -16,7 +18,9 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 
+from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.settings import Timeouts
+from d2f_stream.server.sockets import Sockets
 
 __all__ = ["guarded_protocols", "uvicorn_config"]
 
@@ -24,11 +28,40 @@ MAX_FRAGMENTS: Final = 1024
 """Fragments of one websocket message: empty ones have no size, but are kept until its end."""
 
 
+class _PeersLogger:
+    """uvicorn's logger: what peers do wrong in short lines, errors of the application in full.
+
+    Also without what is no error here: a refused handshake, and a response cut off on purpose.
+    """
+
+    level = logging.INFO
+
+    def __init__(self) -> None:
+        self._logger = logging.getLogger("d2f_stream.server")
+        self._log = PeerLog(self._logger)
+
+    def info(self, text: str, *values: object) -> None:
+        """Nothing: uvicorn's lines hold query strings."""
+
+    def warning(self, text: str, *values: object) -> None:
+        self._log.info("a peer: " + text, *values)
+
+    def error(self, text: str, *values: object, exc_info: BaseException | None = None) -> None:
+        if exc_info is not None:
+            self._logger.error(text.strip(), *values, exc_info=exc_info)
+
+    def exception(self, text: str, *values: object) -> None:
+        if text.startswith("Exception in ASGI"):
+            self._logger.exception(text.strip(), *values)
+        else:
+            self.warning(text, *values)
+
+
 def guarded_protocols(
-    timeouts: Timeouts,
+    timeouts: Timeouts, sockets: Sockets
 ) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
     """Return the protocol classes for uvicorn's `http` and `ws`."""
-    given = {"timeouts": timeouts}
+    given = {"timeouts": timeouts, "sockets": sockets, "peers_logger": _PeersLogger()}
     http = type("HttpProtocol", (_GuardedHttp,), given)
     websocket = type("WebSocketProtocol", (_GuardedWebSocket,), given)
     return http, websocket
@@ -36,9 +69,12 @@ def guarded_protocols(
 
 class _GuardedHttp(H11Protocol):
     timeouts: Timeouts
+    sockets: Sockets
+    peers_logger: _PeersLogger
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = self.peers_logger  # type: ignore[assignment]
         self._request_timer = _Timer()
         self._stall_timer = _Timer()
 
@@ -47,6 +83,7 @@ class _GuardedHttp(H11Protocol):
         self._watch_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.sockets.discard(self.transport)
         self._request_timer.stop()
         self._stall_timer.stop()
         super().connection_lost(exc)
@@ -56,6 +93,7 @@ class _GuardedHttp(H11Protocol):
         self._watch_request()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self.sockets.note_busy(self.transport)
         self._request_timer.stop()
         self._stall_timer.stop()
         super().handle_websocket_upgrade(event)
@@ -72,25 +110,40 @@ class _GuardedHttp(H11Protocol):
         self._stall_timer.stop()
         super().resume_writing()
 
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_request()
+
     def _watch_request(self) -> None:
         """Run the timer while a request is incomplete; bytes that trickle in do not reset it.
 
         Also while the connection closes, which a peer that does not read the rest could hold up.
+        Between two requests uvicorn's own timer runs, `keep_alive_s`.
         """
         if self.transport.get_protocol() is not self:
             return  # a websocket now
-        waits = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if waits or self.transport.is_closing():
+        if self.transport.is_closing():
             self._request_timer.start(self.timeouts.request_s, self.transport)
-        else:
+            return
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._request_timer.stop()
+            self.sockets.note_busy(self.transport)
+        elif self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]:
+            self._request_timer.stop()
+            self.sockets.note_kept(self.transport)
+        else:
+            self._request_timer.start(self.timeouts.request_s, self.transport)
+            self.sockets.note_silent(self.transport)
 
 
 class _GuardedWebSocket(WebSocketsSansIOProtocol):
     timeouts: Timeouts
+    sockets: Sockets
+    peers_logger: _PeersLogger
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = self.peers_logger  # type: ignore[assignment]
         self.close_timeout = self.timeouts.close_s / 2  # uvicorn's, for the peer to confirm
         self._abort_timer = _Timer()
         self._waiting_pong = b""
@@ -100,6 +153,7 @@ class _GuardedWebSocket(WebSocketsSansIOProtocol):
         self._abort_timer.start(self.timeouts.request_s, self.transport)  # until it is accepted
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.sockets.discard(self.transport)
         self._abort_timer.stop()
         super().connection_lost(exc)
 
@@ -179,9 +233,11 @@ class _Timer:
             self._handle = None
 
 
-def uvicorn_config(app: object, timeouts: Timeouts, *, max_message_bytes: int) -> uvicorn.Config:
+def uvicorn_config(
+    app: object, timeouts: Timeouts, sockets: Sockets, *, max_message_bytes: int
+) -> uvicorn.Config:
     """Return the settings of a uvicorn server that holds nothing for nobody."""
-    http, websocket = guarded_protocols(timeouts)
+    http, websocket = guarded_protocols(timeouts, sockets)
     return uvicorn.Config(
         app,  # type: ignore[arg-type]  # any ASGI application
         http=http,
@@ -197,7 +253,7 @@ def uvicorn_config(app: object, timeouts: Timeouts, *, max_message_bytes: int) -
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=5,
+        timeout_keep_alive=timeouts.keep_alive_s,  # type: ignore[arg-type]  # of call_later
         timeout_graceful_shutdown=int(timeouts.close_s) + 1,
         h11_max_incomplete_event_size=16 * 1024,
     )

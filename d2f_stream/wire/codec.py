@@ -6,9 +6,13 @@ import msgspec
 from msgspec import Struct
 
 from d2f_stream.core.errors import InvalidRequest, ProtocolError
+from d2f_stream.core.printable import printable
 from d2f_stream.wire.protocol import VERSION, Operation, ServerMessage
 
-__all__ = ["JSON", "MSGPACK", "SUBPROTOCOLS", "Codec"]
+__all__ = ["JSON", "MSGPACK", "SUBPROTOCOLS", "UNREADABLE", "Codec"]
+
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
+"""What msgspec raises for data that it cannot read: the last is for values that nest too deeply."""
 
 _OPERATION_TAGS: Final = {kind.__struct_config__.tag for kind in get_args(Operation)}
 _MESSAGE_TAGS: Final = {kind.__struct_config__.tag for kind in get_args(ServerMessage)}
@@ -63,11 +67,12 @@ class Codec:
         try:
             operation: Operation = self._operations.decode(_bytes(data))
         except msgspec.ValidationError as error:
+            problem = printable(error)  # it quotes the names of fields
             if self._tag(data) in _OPERATION_TAGS:
-                raise InvalidRequest(str(error)) from error
-            raise ProtocolError(f"no operation of this protocol: {error}") from error
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            raise ProtocolError(f"a message is not {self.name}: {error}") from error
+                raise InvalidRequest(problem) from error
+            raise ProtocolError(f"no operation of this protocol: {problem}") from error
+        except UNREADABLE as error:
+            raise ProtocolError(f"a message is not {self.name}: {printable(error)}") from error
         return operation
 
     def decode_message(self, data: bytes | str) -> ServerMessage | None:
@@ -82,23 +87,24 @@ class Codec:
             tag = self._tag(data)
             if tag and tag not in _MESSAGE_TAGS:
                 return None
-            raise ProtocolError(f"a message of the server cannot be read: {error}") from error
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            raise ProtocolError(f"a message is not {self.name}: {error}") from error
+            problem = printable(error)
+            raise ProtocolError(f"a message of the server cannot be read: {problem}") from error
+        except UNREADABLE as error:
+            raise ProtocolError(f"a message is not {self.name}: {printable(error)}") from error
         return message
 
     def names_of(self, data: bytes | str) -> tuple[str | None, str | None]:
         """Return request id and stream that an operation names, even one that cannot be read."""
         try:
             names: _Names = self._names.decode(_bytes(data))
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        except UNREADABLE:
             return None, None
         return names.request_id, names.stream
 
     def _tag(self, data: bytes | str) -> str:
         try:
             tag: str = self._tags.decode(_bytes(data)).type
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             return ""
         return tag
 

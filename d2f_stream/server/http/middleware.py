@@ -5,16 +5,16 @@ Plain ASGI, so that it holds for whatever answers behind it. Says no in the shap
 """
 
 import re
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
 from d2f_stream.server.auth import Auth
 
-__all__ = ["BodyLimit", "OriginGuard", "SecurityHeaders", "error_response"]
+__all__ = ["BodyLimit", "OriginGuard", "PlainPaths", "SecurityHeaders", "error_response"]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -22,6 +22,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+SLASHES: Final = re.compile("//+")
 HOST: Final = re.compile(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -31,11 +32,16 @@ POLICY: Final = (
 
 
 def error_response(
-    status: int, code: str, message: str, *, kind: str = "invalid_request_error"
+    status: int,
+    code: str,
+    message: str,
+    *,
+    kind: str = "invalid_request_error",
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """Return an error in the shape that clients of the OpenAI API read."""
     error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status)
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
 class BodyLimit:
@@ -129,6 +135,24 @@ class OriginGuard:
         except ValueError:  # of urlsplit
             return "the host or the origin cannot be read"
         return None
+
+
+class PlainPaths:
+    """Reads an address as clients mean it: without doubled slashes, and without one at the end.
+
+    They come from base URLs that end in a slash, or that leave one out.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request or a websocket handshake."""
+        path = scope.get("path", "")
+        plain = SLASHES.sub("/", path).rstrip("/") or "/"
+        if plain != path:
+            scope = {**scope, "path": plain, "raw_path": quote(plain).encode()}
+        await self._app(scope, receive, send)
 
 
 class SecurityHeaders:

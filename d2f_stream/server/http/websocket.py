@@ -97,12 +97,14 @@ def stream_route(gateway: Gateway) -> WebSocketRoute:
             return
         await socket.accept(answer)
         channel = WebSocketChannel(socket, codec)
+        peer = None if socket.client is None else (socket.client.host, socket.client.port)
         try:
             client = _client_of(socket, offered, gateway.auth)
         except Unauthorized as error:
+            await gateway.logins.refuse(peer)
             await channel.close(CLOSE_CODES[error.code], str(error))
             return
-        await gateway.serve(channel, client=client)
+        await gateway.serve(channel, client=client, peer=peer)
 
     return WebSocketRoute(PATH, endpoint, name="stream")
 

@@ -25,6 +25,7 @@ from d2f_stream.core.errors import (
     Unauthorized,
     WorkerLost,
 )
+from d2f_stream.server.http.login import LastFailedLogin
 from d2f_stream.server.openai.requests import AnswerRequest, UnsupportedParameter
 from d2f_stream.server.openai.shapes import ErrorBody, ErrorReport
 
@@ -97,7 +98,8 @@ def error_headers(error: D2FError) -> dict[str, str]:
     """Return the headers that go with an error's status."""
     match status_of(error):
         case 401:
-            return {"WWW-Authenticate": "Bearer"}
+            closing = {"Connection": "close"} if isinstance(error, LastFailedLogin) else {}
+            return {"WWW-Authenticate": "Bearer", **closing}
         case 429:
             wait_s = error.retry_after_s if isinstance(error, LimitExceeded) else None
             return {"Retry-After": str(max(1, math.ceil(wait_s or 1)))}

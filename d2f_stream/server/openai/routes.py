@@ -21,8 +21,10 @@ from starlette.routing import Route
 
 from d2f_stream.core.errors import D2FError, ModelNotFound, SlowConsumer
 from d2f_stream.core.events import Event, StreamFinished
-from d2f_stream.server.auth import Auth, token_of_header
+from d2f_stream.server.auth import Auth
+from d2f_stream.server.http.login import client_of
 from d2f_stream.server.http.sse import COMMENT, DONE, EventStream, data_frame, unless_disconnected
+from d2f_stream.server.logins import FailedLogins
 from d2f_stream.server.openai.chunks import AnswerWriter
 from d2f_stream.server.openai.errors import (
     MalformedBody,
@@ -34,12 +36,14 @@ from d2f_stream.server.openai.errors import (
 from d2f_stream.server.openai.reader import AnswerReader
 from d2f_stream.server.openai.requests import AnswerRequest, ChatRequest, CompletionRequest
 from d2f_stream.server.openai.shapes import Model, ModelList
+from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.wire.protocol import Generate, WirePrompt
 
 __all__ = ["HttpObserver", "openai_routes"]
 
 logger = logging.getLogger("d2f_stream.server")
+log = PeerLog(logger)
 
 KEEP_ALIVE_S: Final = 15.0
 CLIENT_LEFT: Final = 499
@@ -64,6 +68,7 @@ def openai_routes(
     registry: StreamRegistry,
     auth: Auth,
     *,
+    logins: FailedLogins | None = None,
     observer: HttpObserver | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> list[Route]:
@@ -72,10 +77,11 @@ def openai_routes(
     Args:
         registry: starts the streams.
         auth: who may ask.
+        logins: counts wrong tokens; None makes its own.
         observer: is told of what was refused here.
         keep_alive_s: after so long without an event a comment is sent, seconds.
     """
-    api = _Api(registry, auth, observer, keep_alive_s)
+    api = _Api(registry, auth, logins or FailedLogins(), observer, keep_alive_s)
     return [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
@@ -89,11 +95,13 @@ class _Api:
         self,
         registry: StreamRegistry,
         auth: Auth,
+        logins: FailedLogins,
         observer: HttpObserver | None,
         keep_alive_s: float,
     ) -> None:
         self._registry = registry
         self._auth = auth
+        self._logins = logins
         self._observer = observer
         self._keep_alive_s = keep_alive_s
         self._created = int(time.time())
@@ -109,7 +117,7 @@ class _Api:
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: the one that is loaded."""
         try:
-            self._client_of(request)
+            await client_of(request, self._auth, self._logins)
             return _json(ModelList(data=[self._model()]))
         except D2FError as error:
             return self._refuse(error)
@@ -117,14 +125,11 @@ class _Api:
     async def show_model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
         try:
-            self._client_of(request)
+            await client_of(request, self._auth, self._logins)
             self._check_model(request.path_params["id"])
             return _json(self._model())
         except D2FError as error:
             return self._refuse(error)
-
-    def _client_of(self, request: Request) -> str:
-        return self._auth.client_of(token_of_header(request.headers.get("authorization")))
 
     def _model(self) -> Model:
         card = self._registry.card
@@ -142,7 +147,7 @@ class _Api:
 
     async def _answer(self, request: Request, kind: type[AnswerRequest]) -> Response:
         try:
-            client = self._client_of(request)
+            client = await client_of(request, self._auth, self._logins)
             asked = await _read(request, kind)
             asked.check()
             self._check_model(asked.model)
@@ -223,7 +228,7 @@ class _Api:
         return _refusal(error)
 
     def _note_stalled(self, error: SlowConsumer) -> None:
-        logger.info("closing a connection: %s", error)
+        log.info("closing a connection: %s", error)
         if self._observer is not None:
             self._observer.on_slow_consumer()
 

@@ -17,20 +17,20 @@ from d2f_stream.core.errors import (
     D2FError,
     InvalidRequest,
     ProtocolError,
-    ServerShuttingDown,
     SlowConsumer,
     TooManyStreams,
     Unauthorized,
 )
 from d2f_stream.core.events import Draft
 from d2f_stream.server.auth import Auth
+from d2f_stream.server.logins import FailedLogins, Peer
+from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.streams.served_stream import Cursor, ServedStream
 from d2f_stream.wire.protocol import (
     Authenticate,
     Cancel,
     Generate,
-    Operation,
     RequestRejected,
     Resume,
     ServerClosing,
@@ -41,6 +41,7 @@ from d2f_stream.wire.protocol import (
 __all__ = ["CLOSE_CODES", "Connection"]
 
 logger = logging.getLogger("d2f_stream.server")
+log = PeerLog(logger)
 
 CLOSE_CODES: Final = {
     "shutting_down": 1012,
@@ -53,6 +54,8 @@ CLOSE_CODES: Final = {
 
 MAX_WAITING_REPLIES: Final = 32
 LAST_WORDS_S: Final = 1.0
+LARGE_BYTES: Final = 16 * 1024
+"""Larger messages are read one in each turn of the event loop, whoever sent them."""
 
 
 class Connection:
@@ -65,9 +68,14 @@ class Connection:
         client: whose it is; None waits for an `authenticate` message.
         hello: said once the client is let in.
         on_slow: called when the client did not take what was sent for too long.
+        on_client: called with the client's name once it is known; raises where it is not let in.
+        logins: counts wrong tokens.
+        peer: the other side's address, where it has one.
+        reading_large: held by whoever reads a large message.
 
     Attributes:
         closed: set when everything of it is over.
+        client: whose it is, once that is known.
     """
 
     def __init__(
@@ -79,20 +87,28 @@ class Connection:
         client: str | None,
         hello: ServerHello,
         on_slow: Callable[[], None],
+        on_client: Callable[["Connection", str], None],
+        logins: FailedLogins,
+        peer: Peer | None,
+        reading_large: asyncio.Lock,
     ) -> None:
         self.closed = asyncio.Event()
+        self.client = client
         self._channel = channel
         self._registry = registry
         self._limits = registry.limits
         self._auth = auth
-        self._client = client
         self._hello = hello
         self._on_slow = on_slow
+        self._on_client = on_client
+        self._logins = logins
+        self._peer = peer
+        self._reading_large = reading_large
         self._cursors: dict[str, Cursor] = {}  # by stream id
         self._replies: deque[ServerMessage] = deque()
         self._wake = asyncio.Event()  # for the writer
         self._room = asyncio.Event()  # for the reader: replies were written
-        self._finishing = False
+        self._ending: D2FError | None = None
         self._left = False  # the client: nothing can be written any more
         self._num_bad = 0
 
@@ -124,13 +140,13 @@ class Connection:
 
     def note_closing(self, message: ServerClosing) -> None:
         """Tell the client that the server shuts down."""
-        if self._client is not None:
+        if self.client is not None:
             self._replies.append(message)
             self._wake.set()
 
-    def finish(self) -> None:
+    def finish(self, reason: D2FError) -> None:
         """Close it, after what is ready for it was sent."""
-        self._finishing = True
+        self._ending = self._ending or reason
         self._wake.set()
 
     async def _end(
@@ -143,10 +159,12 @@ class Connection:
         for task in (reader, writer):
             await asyncio.wait((task,))
             error = None if task.cancelled() else task.exception()
+            if isinstance(error, _Closing):
+                error = error.reason
             if isinstance(error, D2FError):
                 code, reason = CLOSE_CODES.get(error.code, 1011), str(error)
                 if isinstance(error, ProtocolError | Unauthorized | SlowConsumer):
-                    logger.info("closing a connection: %s", error)
+                    log.info("closing a connection: %s", error)
             elif error is not None and not isinstance(error, ChannelClosed):
                 logger.error("a connection failed", exc_info=error)
                 code, reason = 1011, "internal error"
@@ -155,11 +173,12 @@ class Connection:
     # Reading: one operation after the other.
 
     async def _read(self) -> None:
-        if self._client is None:
-            self._client = await self._authenticate()
+        if self.client is None:
+            self.client = await self._authenticate()
+        self._on_client(self, self.client)
         self._reply(self._hello)
         while True:
-            self._take(await self._channel.receive())
+            await self._take(await self._channel.receive())
             while len(self._replies) > MAX_WAITING_REPLIES and not self._left:
                 self._room.clear()
                 await self._room.wait()
@@ -177,12 +196,21 @@ class Connection:
             operation = None
         if not isinstance(operation, Authenticate):
             raise Unauthorized("the first message must be authenticate, with a token")
-        return self._auth.client_of(operation.token)
+        try:
+            return self._auth.client_of(operation.token)
+        except Unauthorized:
+            if operation.token:
+                await self._logins.refuse(self._peer)
+            raise
 
-    def _take(self, data: bytes | str) -> None:
+    async def _take(self, data: bytes | str) -> None:
         codec = self._channel.codec
         try:
-            operation = codec.decode_operation(data)
+            if len(data) > LARGE_BYTES:
+                async with self._reading_large:
+                    operation = codec.decode_operation(data)
+            else:
+                operation = codec.decode_operation(data)
         except D2FError as error:
             request_id, stream = codec.names_of(data)
             self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
@@ -190,7 +218,10 @@ class Connection:
                 self._note_bad()
             return
         try:
-            self._do(operation)
+            if isinstance(operation, Authenticate):
+                await self._log_in_again(operation.token)
+            else:
+                self._do(operation)
         except D2FError as error:
             request_id = getattr(operation, "request_id", None)
             stream = getattr(operation, "stream", None)
@@ -201,7 +232,17 @@ class Connection:
         if self._num_bad >= self._limits.max_bad_messages:
             raise ProtocolError(f"{self._num_bad} messages could not be read")
 
-    def _do(self, operation: Operation) -> None:
+    async def _log_in_again(self, token: str) -> None:
+        """Take a token that is this client's own; another's counts as a wrong one."""
+        with contextlib.suppress(Unauthorized):
+            if self._auth.client_of(token) == self.client:
+                return
+        refusal = Unauthorized("the token is wrong, or another client's")
+        if await self._logins.refuse(self._peer):
+            raise _Closing(refusal)
+        raise refusal
+
+    def _do(self, operation: Generate | Resume | Cancel) -> None:
         match operation:
             case Generate():
                 self._generate(operation)
@@ -209,36 +250,34 @@ class Connection:
                 self._resume(operation)
             case Cancel():
                 self._cancel(operation)
-            case Authenticate():
-                self._auth.client_of(operation.token)
             case _:
                 assert_never(operation)
 
     def _generate(self, request: Generate) -> None:
-        assert self._client is not None
+        assert self.client is not None
         if not any(c.stream.request_id == request.request_id for c in self._cursors.values()):
             self._check_room()
-        stream = self._registry.generate(request, client=self._client)
+        stream = self._registry.generate(request, client=self.client)
         drafts = request.params.drafts is True
         self._follow(stream, after_seq=-1, drafts=drafts)
 
     def _resume(self, operation: Resume) -> None:
-        assert self._client is not None
-        stream = self._registry.resume(operation.stream, client=self._client)
+        assert self.client is not None
+        stream = self._registry.resume(operation.stream, client=self.client)
         if operation.stream not in self._cursors:
             self._check_room()
         self._follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)
 
     def _cancel(self, operation: Cancel) -> None:
-        assert self._client is not None
+        assert self.client is not None
         names = [name for name in (operation.stream, operation.request_id) if name is not None]
         if len(names) != 1:
             raise InvalidRequest("cancel names either a stream or a request_id")
-        self._registry.cancel(names[0], client=self._client)
+        self._registry.cancel(names[0], client=self.client)
 
     def _follow(self, stream: ServedStream, *, after_seq: int, drafts: bool) -> None:
-        old = self._cursors.pop(stream.id, None)
         cursor = stream.read(after_seq=after_seq, drafts=drafts, wake=self._wake.set)
+        old = self._cursors.pop(stream.id, None)  # only now: a refusal must change nothing
         self._cursors[stream.id] = cursor
         if old is not None:
             old.detach()
@@ -270,8 +309,8 @@ class Connection:
                 sent = await self._write_next(stream_id, cursor) or sent
             if sent or self._replies:
                 continue
-            if self._finishing:
-                raise ServerShuttingDown("the server is shutting down")
+            if self._ending is not None:
+                raise self._ending
             await self._wake.wait()
 
     async def _write_next(self, stream_id: str, cursor: Cursor) -> bool:
@@ -298,3 +337,10 @@ class Connection:
             self._on_slow()
             kind = "a draft" if isinstance(message, Draft) else "a message"
             raise SlowConsumer(f"the reader did not take {kind} for {timeout_s:g} s") from None
+
+
+class _Closing(Exception):
+    """An error that ends the connection, where others of its kind only refuse an operation."""
+
+    def __init__(self, reason: D2FError) -> None:
+        self.reason = reason
