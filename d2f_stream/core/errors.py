@@ -109,11 +109,15 @@ class PromptTooLong(InvalidRequest):
 
     code = "prompt_too_long"
 
-    def __init__(self, num_prompt_tokens: int, max_new_tokens: int, max_len: int) -> None:
+    def __init__(
+        self, num_prompt_tokens: int, max_new_tokens: int, max_len: int, *, at_least: bool = False
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.max_new_tokens = max_new_tokens
         self.max_len = max_len
-        sentence = f"prompt has {num_prompt_tokens} tokens and max_new_tokens is {max_new_tokens}, "
+        self.at_least = at_least
+        number = f"at least {num_prompt_tokens}" if at_least else f"{num_prompt_tokens}"
+        sentence = f"prompt has {number} tokens and max_new_tokens is {max_new_tokens}, "
         way_out = "shorten the prompt"
         if num_prompt_tokens < max_len:
             way_out += f" or lower max_new_tokens to {max_len - num_prompt_tokens}"
@@ -225,9 +229,21 @@ class LimitExceeded(RemoteError):
 
 
 class MessageTooLarge(LimitExceeded):
-    """A message, a prompt or an answer is larger than the server allows."""
+    """A message, a prompt or an answer is larger than the server allows.
+
+    Attributes:
+        concerns: "prompt" where a shorter one would be served.
+    """
 
     code = "message_too_large"
+    concerns: str | None = None
+
+    @classmethod
+    def of_prompt(cls, num_tokens: int, limit: int) -> "MessageTooLarge":
+        """Return the error of a prompt that is longer than the server allows, tokens."""
+        error = cls(f"prompt has {num_tokens} tokens but at most {limit} are served; shorten it")
+        error.concerns = "prompt"
+        return error
 
 
 class RateLimited(LimitExceeded):

@@ -35,8 +35,7 @@ class ServeLimits:
             turns.
         max_running_per_client: of those, with one client's token, so that the next client finds
             room; None is three quarters.
-        max_retained_tokens: `max_new_tokens` summed over all streams that can still be resumed;
-            the oldest ended ones go first.
+        max_running_tokens: prompt and `max_new_tokens`, summed over all streams that run or wait.
         max_retained_bytes: of the streams that have ended and can still be resumed; the oldest of
             the client who has most go first.
         resume_ttl_s: how long a stream can be resumed after its end, seconds.
@@ -60,7 +59,7 @@ class ServeLimits:
     max_unauthenticated: int = 64
     max_failed_logins: int = 3
     requests_per_minute: int | None = None
-    max_retained_tokens: int = 4_000_000
+    max_running_tokens: int = 4_000_000
     max_retained_bytes: int = 8 * 1024 * 1024
     resume_ttl_s: float = 300.0
     stall_timeout_s: float = 30.0

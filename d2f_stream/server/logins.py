@@ -72,7 +72,8 @@ class FailedLogins:
     def _count(self, host: str) -> float:
         now_s = self._clock()
         num_failed, then_s = self._hosts.pop(host, (0.0, now_s))
-        num_failed = num_failed * 0.5 ** ((now_s - then_s) / HALF_LIFE_S) + 1
+        faded: float = num_failed * 0.5 ** ((now_s - then_s) / HALF_LIFE_S)
+        num_failed = faded + 1
         self._hosts[host] = num_failed, now_s
         if len(self._hosts) > MAX_KNOWN:
             self._hosts.popitem(last=False)

@@ -16,6 +16,7 @@ from openai_serving import TOKEN, Serving, chat, serving, serving_engine
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 PROMPT = "user: hi\nassistant: "
+CONTEXT = "context_length_exceeded"
 
 
 async def streamed(served: Serving, **fields: Any) -> list[Any]:
@@ -134,7 +135,7 @@ async def test_sampling_parameters_reach_the_engine() -> None:
             temperature=None,
             top_p=None,
             seed=None,
-            extra_body={"d2f": {"block_size": 4, "rank": "margin"}, "unheard_of": 1},
+            extra_body={"d2f": {"block_size": 4, "rank": "margin"}},
         )
     first, second, third = [batch[0] for batch in backend.batches]
     assert (first.temperature, first.top_p) == (0.7, 0.9)
@@ -273,7 +274,7 @@ async def test_unsupported_parameter_of_completions_is_refused(name: str, value:
         {"tools": [], "functions": [], "tool_choice": "none", "function_call": "auto"},
         {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}},
         {"modalities": ["text"], "audio": None, "stop": [], "stream_options": None},
-        {"user": "ann", "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low"},
+        {"user": "ann", "metadata": {"a": "b"}, "store": False, "reasoning_effort": "none"},
         {"d2f": None, "diffusing": False, "max_tokens": None, "parallel_tool_calls": True},
     ],
 )
@@ -297,10 +298,15 @@ async def test_several_prompts_are_refused() -> None:
         ({"top_p": 2}, "top_p", "invalid_params"),
         ({"max_tokens": 0}, "max_tokens", "invalid_params"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "invalid_params"),
-        ({"stop": [""]}, "stop", "invalid_params"),
+        ({"stop": ["a"] * 17}, "stop", "invalid_params"),
         ({"d2f": {"block_size": 0}}, "d2f.block_size", "invalid_params"),
         ({"d2f": {"block_sise": 8}}, "d2f", "invalid_request"),
-        ({"max_tokens": 5000}, "messages", "prompt_too_long"),
+        ({"messages": [{"role": "user", "content": "x" * 4090}]}, "messages", CONTEXT),
+        ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "messages", CONTEXT),
+        ({"unheard_of": 1}, "unheard_of", "unsupported_parameter"),
+        ({"top_k": True}, "top_k", "unsupported_parameter"),
+        ({"stream_options": {"x\n": 1}}, r"stream_options.x\x0a", "unsupported_parameter"),
+        ({"d2f": {"max_active_blocks": 0}}, "d2f.max_active_blocks", "invalid_params"),
         ({"messages": []}, "messages", "invalid_prompt"),
         ({"messages": "hi"}, "messages", "invalid_request"),
         ({"temperature": "hot"}, "temperature", "invalid_request"),
@@ -318,6 +324,40 @@ async def test_invalid_values_are_refused_by_name(
     assert (error["param"], error["code"]) == (param, code)
     assert error["type"] == "invalid_request_error"
     assert error["message"]
+
+
+async def test_too_long_a_prompt_is_told_in_words_that_clients_act_on() -> None:
+    async with serving(ScriptedBackend()) as served, served.http() as http:
+        body = chat("x" * 4096, max_tokens=16)
+        error = (await http.post("/v1/chat/completions", json=body)).json()["error"]
+        limited = (await http.post("/v1/completions", json={"prompt": "x" * 4096})).json()["error"]
+    assert error["message"].startswith("This model's maximum context length is 4096 tokens.")
+    assert "your messages resulted in 4114 tokens" in error["message"]
+    assert "your prompt resulted in 4096 tokens" in limited["message"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": 5000}, {"max_completion_tokens": 4096}])
+async def test_answer_takes_the_room_that_is_left(fields: dict[str, Any]) -> None:
+    async with serving(ScriptedBackend("y" * 5000)) as served, served.http() as http:
+        body = chat("x" * 4000, **fields)
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 4096
+
+
+async def test_sentences_name_the_field_that_was_sent() -> None:
+    async with serving(ScriptedBackend()) as served, served.http() as http:
+        for name in ("max_tokens", "max_completion_tokens"):
+            answer = await http.post("/v1/chat/completions", json=chat() | {name: 0})
+            message = answer.json()["error"]["message"]
+            assert message == f"{name} is 0 but must be an integer of at least 1"
+
+
+@pytest.mark.parametrize("stop", ["", [], [""], None])
+async def test_empty_stop_is_none(stop: Any) -> None:
+    async with serving(ScriptedBackend("abc")) as served, served.http() as http:
+        answer = await http.post("/v1/chat/completions", json=chat(stop=stop))
+    assert answer.json()["choices"][0]["message"]["content"] == "abc"
 
 
 async def test_unknown_model_is_not_found() -> None:

@@ -22,6 +22,7 @@ from d2f_stream.core.errors import (
     MessageTooLarge,
     PromptTooLong,
     RateLimited,
+    RequestConflict,
     ServerShuttingDown,
     StreamLost,
     TooManyStreams,
@@ -137,7 +138,7 @@ async def test_stream_ids_are_long_and_differ() -> None:
 
 @pytest.mark.parametrize("after_seq", [-2, 0, 1, 10**9])
 async def test_reader_ahead_of_a_stream_without_events_is_refused(after_seq: int) -> None:
-    stream = ServedStream(request(), client="alice", max_new_tokens=1)
+    stream = ServedStream(request(), client="alice", charge=1)
     with pytest.raises(InvalidRequest, match="after_seq"):
         stream.read(after_seq=after_seq, wake=lambda: None)
 
@@ -190,7 +191,7 @@ async def test_stream_that_is_to_end_with_its_readers_ends_with_the_last() -> No
 
 
 def test_draft_is_not_read_after_its_block() -> None:
-    stream = ServedStream(request(), client="alice", max_new_tokens=1)
+    stream = ServedStream(request(), client="alice", charge=1)
     stream.put(started())
     reader = stream.read(drafts=True, wake=lambda: None)
     for event in (draft(0), draft(1), block(0)):
@@ -203,7 +204,7 @@ class Readers(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stream = ServedStream(request(), client="alice", max_new_tokens=1)
+        self.stream = ServedStream(request(), client="alice", charge=1)
         self.stream.put(started())
         self.num_blocks = 0
         self.over = False
@@ -342,36 +343,24 @@ def test_name_may_be_used_again_once_its_stream_is_forgotten() -> None:
     run_skipping(main())
 
 
-async def test_oldest_ended_streams_make_room_for_new_ones() -> None:
-    limits = ServeLimits(max_retained_tokens=300)
-    async with network(ScriptedBackend("hello"), limits=limits) as net:
-        streams = []
-        for number in range(4):
-            stream = net.registry.generate(request(f"r{number}", max_new_tokens=100), client="a")
-            await read(stream)
-            streams.append(stream)
-        with pytest.raises(StreamLost):
-            net.registry.resume(streams[0].id, client="a")
-        for stream in streams[1:]:
-            assert net.registry.resume(stream.id, client="a") is stream
-
-
 async def test_stream_that_made_room_holds_no_memory() -> None:
-    limits = ServeLimits(max_retained_tokens=100)
+    limits = ServeLimits(max_retained_bytes=3000)
     async with network(ScriptedBackend("hello"), limits=limits) as net:
-        first = net.registry.generate(request("first", max_new_tokens=100), client="a")
+        first = net.registry.generate(request("first"), client="a")
         await read(first)
+        await until(lambda: net.registry.num_active == 0)
         net.notes.ended.clear()
         gone = weakref.ref(first)
         del first
-        await read(net.registry.generate(request("second", max_new_tokens=100), client="a"))
+        await read(net.registry.generate(request("second"), client="a"))
+        await until(lambda: net.registry.num_active == 0)
         gc.collect()
         assert gone() is None
 
 
 async def test_running_streams_are_never_forgotten_for_room() -> None:
     backend, gate = held()
-    async with network(backend, limits=ServeLimits(max_retained_tokens=250)) as net:
+    async with network(backend, limits=ServeLimits(max_running_tokens=250)) as net:
         running = [
             net.registry.generate(request(f"r{n}", max_new_tokens=100), client="a")
             for n in range(2)
@@ -386,15 +375,105 @@ async def test_running_streams_are_never_forgotten_for_room() -> None:
 
 @pytest.mark.parametrize("tokens", [290, 5000, 10**12])
 async def test_request_that_is_refused_costs_others_nothing(tokens: int) -> None:
-    limits = ServeLimits(max_retained_tokens=300)
+    limits = ServeLimits(max_running_tokens=300, max_retained_bytes=8000)
     async with network(ScriptedBackend("hello"), limits=limits) as net:
         kept = net.registry.generate(request("kept", max_new_tokens=100), client="alice")
         await read(kept)
         with pytest.raises(D2FError):
-            net.registry.generate(
-                request("mean", prompt="", max_new_tokens=tokens), client="mallory"
+            await read(
+                net.registry.generate(
+                    request("mean", prompt="", max_new_tokens=tokens), client="mallory"
+                )
             )
         assert net.registry.resume(kept.id, client="alice") is kept
+
+
+async def test_ended_streams_are_bounded_in_bytes_and_whoever_has_most_gives_way() -> None:
+    limits = ServeLimits(max_retained_bytes=20_000)
+    async with network(ScriptedBackend("hello"), limits=limits) as net:
+        bobs = net.registry.generate(request("bob"), client="bob")
+        await read(bobs)
+        alices = []
+        for number in range(30):
+            alices.append(net.registry.generate(request(f"alice-{number}"), client="alice"))
+            await read(alices[-1])
+        assert net.registry.resume(bobs.id, client="bob") is bobs
+        assert net.registry.resume(alices[-1].id, client="alice") is alices[-1]
+        with pytest.raises(StreamLost):
+            net.registry.resume(alices[0].id, client="alice")
+        assert net.registry.num_retained * bobs.num_bytes <= 20_000
+        await until(lambda: net.registry.num_active == 0)
+        assert len(net.registry._expiries) == net.registry.num_retained
+
+
+async def test_request_id_stands_for_one_request() -> None:
+    async with network(ScriptedBackend("hello")) as net:
+        first = net.registry.generate(request(), client="alice")
+        assert net.registry.generate(request(), client="alice") is first
+        for other in (request(prompt="another"), request(max_new_tokens=5)):
+            with pytest.raises(RequestConflict, match="another request of yours"):
+                net.registry.generate(other, client="alice")
+        assert net.registry.generate(request(prompt="another"), client="bob") is not first
+        assert text_of(await read(first)) == "hello"
+
+
+async def test_answer_takes_the_room_that_is_left_unless_its_length_is_named() -> None:
+    backend = ScriptedBackend("y" * 4096)
+    async with network(backend) as net:
+        max_len = net.registry.engine.info.max_len
+        cases: list[tuple[str, dict[str, Any], bool]] = [
+            ("open", {}, False),
+            ("clamped", {"max_new_tokens": 1000}, True),
+        ]
+        for name, fields, clamp in cases:
+            prompt = "x" * (max_len - 10)
+            stream = net.registry.generate(
+                request(name, prompt=prompt, **fields), client="alice", clamp=clamp
+            )
+            log = await read(stream)
+            assert (len(text_of(log)), getattr(log[-1], "reason", None)) == (10, "length")
+        for name, prompt, clamp in (
+            ("named", "x" * (max_len - 10), False),
+            ("full", "x" * max_len, True),
+        ):
+            fields = dict[str, Any]() if clamp else {"max_new_tokens": 11}
+            with pytest.raises(PromptTooLong):
+                await read(
+                    net.registry.generate(
+                        request(name, prompt=prompt, **fields), client="alice", clamp=clamp
+                    )
+                )
+
+
+async def test_clients_take_turns_however_much_one_of_them_asks() -> None:
+    backend, gate = held()
+    limits = ServeLimits(max_running=4)
+    async with network(backend, limits=limits) as net:
+        alices = [net.registry.generate(request(f"a{n}"), client="alice") for n in range(20)]
+        await until(lambda: sum(stream.started for stream in alices) == 3)  # three quarters
+        bobs = [net.registry.generate(request(f"b{n}"), client="bob") for n in range(2)]
+        gate.open()
+        await until(lambda: all(stream.started for stream in bobs))
+        assert sum(stream.started for stream in alices) < 12
+        for stream in (*alices, *bobs):
+            assert text_of(await read(stream)) == ANSWER
+        assert net.registry.num_waiting == 0
+
+
+async def test_stream_that_waits_for_its_turn_is_cancelled_at_once() -> None:
+    backend, gate = held()
+    async with network(backend, limits=ServeLimits(max_running=1)) as net:
+        running = net.registry.generate(request("first"), client="alice")
+        await until(lambda: running.started)
+        waiting = net.registry.generate(request("second"), client="alice")
+        await until(lambda: net.registry.num_waiting == 1)
+        waiting.cancel()
+        (end,) = await read(waiting)
+        assert isinstance(end, StreamFinished)
+        assert (end.seq, end.reason) == (0, "cancelled")
+        assert net.registry.num_waiting == 0
+        gate.open()
+        assert text_of(await read(running)) == ANSWER
 
 
 # What is refused.
@@ -418,10 +497,10 @@ async def test_request_that_does_not_fit_is_refused_and_leaves_nothing(
     limits = ServeLimits(max_new_tokens=512)
     async with network(ScriptedBackend(ANSWER), limits=limits) as net:
         with pytest.raises(kind):
-            net.registry.generate(asked, client="alice")
-        assert (net.registry.num_active, net.registry.num_retained) == (0, 0)
-        assert net.registry._retained_tokens == 0
-        assert len(net.notes.refused) == 1
+            await read(net.registry.generate(asked, client="alice"))
+        await until(lambda: net.registry.num_active == 0)
+        assert net.registry.num_retained == 0
+        assert net.registry._running_tokens == 0
 
 
 async def test_number_of_streams_is_bounded_for_each_client_and_in_all() -> None:

@@ -1,12 +1,15 @@
 """Errors in OpenAI's envelope: which status, type and code an error of ours becomes. Pure.
 
-`code` is that of the error class, so that a program can compare it whatever the transport; only a
-missing or wrong token is called `invalid_api_key`, which OpenAI's clients know.
+`code` is that of the error class, so that a program can compare it whatever the transport. Two have
+the names that OpenAI's clients know and act on: a missing or wrong token is `invalid_api_key`, and
+a prompt that is too long `context_length_exceeded`. Sentences use the request's own names.
 """
 
 import math
 import re
 from typing import Final
+
+import msgspec
 
 from d2f_stream.core.errors import (
     ConnectionLost,
@@ -25,8 +28,10 @@ from d2f_stream.core.errors import (
     Unauthorized,
     WorkerLost,
 )
+from d2f_stream.core.printable import printable
 from d2f_stream.server.http.login import LastFailedLogin
-from d2f_stream.server.openai.requests import AnswerRequest, UnsupportedParameter
+from d2f_stream.server.openai.fields import UnsupportedParameter
+from d2f_stream.server.openai.requests import AnswerRequest
 from d2f_stream.server.openai.shapes import ErrorBody, ErrorReport
 
 __all__ = [
@@ -53,6 +58,7 @@ class MalformedBody(InvalidRequest):
         super().__init__(f"the request cannot be read: {problem}")
 
 
+CONTEXT_LENGTH: Final = "context_length_exceeded"
 STATUS: Final[dict[type[D2FError], int]] = {
     InvalidRequest: 400,
     Unauthorized: 401,
@@ -72,6 +78,8 @@ STATUS: Final[dict[type[D2FError], int]] = {
 
 def status_of(error: D2FError) -> int:
     """Return the HTTP status of an error: that of the nearest class with one."""
+    if _is_too_long(error):
+        return 400
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
@@ -84,12 +92,13 @@ def error_body(error: D2FError, request: AnswerRequest | None = None) -> ErrorBo
     """
     status = status_of(error)
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    code = "invalid_api_key" if isinstance(error, Unauthorized) else error.code
     return ErrorBody(
         error=ErrorReport(
-            message=str(error),
+            message=_message_of(error, request),
             type="server_error" if status >= 500 else kinds.get(status, "invalid_request_error"),
             param=_param_of(error, request),
-            code="invalid_api_key" if type(error) is Unauthorized else error.code,
+            code=CONTEXT_LENGTH if _is_too_long(error) else code,
         )
     )
 
@@ -106,6 +115,32 @@ def error_headers(error: D2FError) -> dict[str, str]:
     return {}
 
 
+def _is_too_long(error: D2FError) -> bool:
+    """Whether the prompt is, which clients mend by asking again with less of the conversation."""
+    if isinstance(error, MessageTooLarge):
+        return error.concerns == "prompt"
+    return error.code == PromptTooLong.code  # a remote engine's error has the code only
+
+
+def _message_of(error: D2FError, request: AnswerRequest | None) -> str:
+    if isinstance(error, PromptTooLong):
+        what = "messages" if request is None else request.prompt_param
+        number = "at least " * error.at_least + str(error.num_prompt_tokens)
+        return (
+            f"This model's maximum context length is {error.max_len} tokens. However, your "
+            f"{what} resulted in {number} tokens. Please reduce the length of "
+            f"the {what}."
+        )
+    if _is_too_long(error):
+        return f"The maximum context length is exceeded: {error}"
+    if request is None:
+        return str(error)
+    if isinstance(error, InvalidParams):
+        value = printable(msgspec.json.encode(error.value, enc_hook=str).decode(), 100)
+        return f"{request.param_of(error.name)} is {value} but must be {error.allowed}"
+    return re.sub(r"\bmax_new_tokens\b", request.max_tokens_param, str(error))
+
+
 def _param_of(error: D2FError, request: AnswerRequest | None) -> str | None:
     match error:
         case UnsupportedParameter() | MalformedBody():
@@ -114,6 +149,6 @@ def _param_of(error: D2FError, request: AnswerRequest | None) -> str | None:
             return "model"
         case InvalidParams() if request is not None:
             return request.param_of(error.name)
-        case InvalidPrompt() | PromptTooLong() if request is not None:
+        case _ if request is not None and (isinstance(error, InvalidPrompt) or _is_too_long(error)):
             return request.prompt_param
     return None

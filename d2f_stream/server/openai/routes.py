@@ -7,6 +7,7 @@ connection: there is no resuming here, so a client that leaves frees its slot wi
 wants to resume uses /v1/stream. Origins and the size of bodies are the middleware's concern.
 """
 
+import asyncio
 import logging
 import time
 import uuid
@@ -21,6 +22,7 @@ from starlette.routing import Route
 
 from d2f_stream.core.errors import D2FError, ModelNotFound, SlowConsumer
 from d2f_stream.core.events import Event, StreamFinished
+from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.http.login import client_of
 from d2f_stream.server.http.sse import COMMENT, DONE, EventStream, data_frame, unless_disconnected
@@ -33,11 +35,13 @@ from d2f_stream.server.openai.errors import (
     error_headers,
     status_of,
 )
+from d2f_stream.server.openai.fields import check_fields
 from d2f_stream.server.openai.reader import AnswerReader
 from d2f_stream.server.openai.requests import AnswerRequest, ChatRequest, CompletionRequest
 from d2f_stream.server.openai.shapes import Model, ModelList
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.wire.codec import UNREADABLE
 from d2f_stream.wire.protocol import Generate, WirePrompt
 
 __all__ = ["HttpObserver", "openai_routes"]
@@ -46,6 +50,7 @@ logger = logging.getLogger("d2f_stream.server")
 log = PeerLog(logger)
 
 KEEP_ALIVE_S: Final = 15.0
+LARGE_BYTES: Final = 16 * 1024
 CLIENT_LEFT: Final = 499
 """nginx's status for it; nobody sees it."""
 MODEL_ALIAS: Final = "d2f"
@@ -105,6 +110,7 @@ class _Api:
         self._observer = observer
         self._keep_alive_s = keep_alive_s
         self._created = int(time.time())
+        self._reading_large = asyncio.Lock()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -148,8 +154,7 @@ class _Api:
     async def _answer(self, request: Request, kind: type[AnswerRequest]) -> Response:
         try:
             client = await client_of(request, self._auth, self._logins)
-            asked = await _read(request, kind)
-            asked.check()
+            asked = await self._read(request, kind)
             self._check_model(asked.model)
             prompt = asked.wire_prompt
         except D2FError as error:
@@ -173,7 +178,8 @@ class _Api:
         generate = Generate(
             request_id=name, prompt=prompt, params=asked.overrides(), on_disconnect="cancel"
         )
-        reader = AnswerReader(self._registry.generate(generate, client=client), self._registry)
+        stream = self._registry.generate(generate, client=client, clamp=True)
+        reader = AnswerReader(stream, self._registry)
         writer = AnswerWriter(
             dialect="chat" if isinstance(asked, ChatRequest) else "text",
             name=name,
@@ -220,6 +226,19 @@ class _Api:
         except D2FError as error:
             yield _data(error_body(error))
 
+    async def _read(self, request: Request, kind: type[AnswerRequest]) -> AnswerRequest:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Also what keeps foreign pages out: a browser sends JSON elsewhere only once it may.
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            raise UnsupportedMediaType(
+                f"the Content-Type is {content_type[:100]!r} but must be application/json"
+            )
+        body = await request.body()
+        if len(body) <= LARGE_BYTES:
+            return _decode(body, kind)
+        async with self._reading_large:  # one in each turn of the event loop
+            return _decode(body, kind)
+
     # Refusals.
 
     def _refuse(self, error: D2FError) -> Response:
@@ -233,17 +252,14 @@ class _Api:
             self._observer.on_slow_consumer()
 
 
-async def _read(request: Request, kind: type[AnswerRequest]) -> AnswerRequest:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # Also what keeps foreign pages out: a browser sends JSON elsewhere only once it was allowed to.
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        raise UnsupportedMediaType(
-            f"the Content-Type is {content_type[:100]!r} but must be application/json"
-        )
+def _decode(body: bytes, kind: type[AnswerRequest]) -> AnswerRequest:
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise MalformedBody(str(error)) from error
+        values = msgspec.json.decode(body)
+        if isinstance(values, dict):
+            check_fields(values, kind.fields)
+        return msgspec.convert(values, kind)
+    except UNREADABLE as error:
+        raise MalformedBody(printable(error)) from error
 
 
 def _json(body: Struct) -> Response:

@@ -5,15 +5,24 @@ bounds; of drafts only the latest of each block is kept.
 """
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import msgspec
 
 from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
 from d2f_stream.core.session import Session
 from d2f_stream.wire.protocol import Generate
 
-__all__ = ["Cursor", "ServedStream"]
+__all__ = ["Cursor", "ServedStream", "digest_of"]
+
+STREAM_BYTES: Final = 1800
+EVENT_BYTES: Final = 280
+TOKEN_BYTES: Final = 36
+"""Measured of CPython 3.11: the objects of a stream, of an event, and of a token's id."""
 
 
 class ServedStream:
@@ -23,7 +32,8 @@ class ServedStream:
         id: unguessable; whoever knows it may read and cancel the stream.
         client: whose it is.
         request_id: the client's name for it.
-        max_new_tokens: what its log is charged.
+        digest: of the request that it answers.
+        charge: tokens that prompt and answer may take, about.
         log: durable events so far; an event's index is its `seq`.
         drafts: the latest draft of each block that is not final.
         num_drafts_dropped: drafts that a reader wanted and a later state overtook.
@@ -31,11 +41,12 @@ class ServedStream:
         ended: whether no more events come.
     """
 
-    def __init__(self, request: Generate, *, client: str, max_new_tokens: int) -> None:
+    def __init__(self, request: Generate, *, client: str, charge: int) -> None:
         self.id = secrets.token_urlsafe(18)
         self.client = client
         self.request_id = request.request_id
-        self.max_new_tokens = max_new_tokens
+        self.digest = digest_of(request)
+        self.charge = charge
         self.log: list[Event] = []
         self.drafts: dict[int, Draft] = {}
         self.num_drafts_dropped = 0
@@ -44,6 +55,7 @@ class ServedStream:
         self.cancels_on_disconnect = request.on_disconnect == "cancel"
         self._cursors: set[Cursor] = set()
         self._session: Session | None = None
+        self._withdraw: Callable[[], object] | None = None
 
     @property
     def started(self) -> bool:
@@ -55,10 +67,18 @@ class ServedStream:
         """Cursors that are attached."""
         return len(self._cursors)
 
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it takes, about."""
+        return STREAM_BYTES + sum(map(_bytes_of, self.log))
+
     def cancel(self) -> None:
         """End the stream within a step. Idempotent."""
         if self._session is not None:
             self._session.cancel()
+        elif self._withdraw is not None:
+            withdraw, self._withdraw = self._withdraw, None
+            withdraw()
 
     def read(
         self, *, after_seq: int = -1, drafts: bool = False, wake: Callable[[], None]
@@ -104,6 +124,15 @@ class ServedStream:
 
     # The producer's side: called by the registry only.
 
+    def wait(self, withdraw: Callable[[], object]) -> None:
+        """Note what `cancel` calls while the stream waits for its session."""
+        self._withdraw = withdraw
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether it was cancelled while it waited."""
+        return self._withdraw is None and self._session is None and not self.ended
+
     def begin(self, session: Session) -> None:
         """Note the session that `cancel` ends."""
         self._session = session
@@ -129,7 +158,7 @@ class ServedStream:
         """Put nothing more; `error` says why, where the last event does not."""
         self.error = error
         self.ended = True
-        self._session = None
+        self._session = self._withdraw = None
         self._wake_all()
 
     def _wake_all(self) -> None:
@@ -186,3 +215,14 @@ class Cursor:
         for index in [index for index in self._unread_drafts if index not in self.stream.drafts]:
             del self._unread_drafts[index]
             self.stream.num_drafts_dropped += 1
+
+
+def digest_of(request: Generate) -> bytes:
+    """Return what tells a request from another one with the same id."""
+    return hashlib.sha256(msgspec.msgpack.encode(request)).digest()
+
+
+def _bytes_of(event: Event) -> int:
+    if isinstance(event, Block):
+        return EVENT_BYTES + 2 * len(event.text) + TOKEN_BYTES * len(event.token_ids)
+    return EVENT_BYTES

@@ -48,6 +48,7 @@ class ByteCodec:
     """One token per byte; 256 is the EOS and 257 the mask, which decode to nothing."""
 
     special_tokens: Mapping[str, int] = MappingProxyType({})
+    longest_token = 1
 
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of the text."""

@@ -8,9 +8,10 @@ import asyncio
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Final, Self, Unpack
 
 import msgspec
 
@@ -39,6 +40,11 @@ __all__ = ["Limits", "LocalEngine", "default_params"]
 
 logger = logging.getLogger("d2f_stream.engine")
 
+NUM_ENCODERS: Final = 2
+"""Threads that read prompts, of which one may be long."""
+SLACK: Final = 4
+"""A tokenizer may drop or join characters before it cuts a text into tokens."""
+
 
 class LocalEngine:
     """An engine over a leased model; belongs to the event loop that it is first used on.
@@ -59,6 +65,7 @@ class LocalEngine:
         self._model = model
         self._warm_up = warm_up
         self._steps = StepLoop(model, limits or Limits())
+        self._encoders = ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="d2f-encode")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
         self._closed = asyncio.Event()
@@ -155,6 +162,7 @@ class LocalEngine:
         def prepare(parts: ModelParts) -> Stream:
             chosen = (params or self._defaults_of(parts)).with_overrides(overrides)
             must_fit = params is not None or "max_new_tokens" in overrides
+            _check_size(prompt, parts)
             tokens = _encode(prompt, parts.codec, parts.info)
             fitted = _fitted(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
             return Stream(
@@ -169,11 +177,35 @@ class LocalEngine:
         steps.submit(stream_id, prepare, buffer)
         return Session(buffer)
 
+    def check_size(self, prompt: Prompt) -> None:
+        """Refuse a prompt that is too long at first sight, before it is read.
+
+        Raises:
+            PromptTooLong: it has more tokens than the model holds, whatever they are.
+        """
+        _check_size(prompt, self._parts())
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's ids, which generate() takes for it; long ones hold nobody up.
+
+        Safe to cancel.
+
+        Raises:
+            InvalidPrompt: it is of no kind that is known, or its template refuses it.
+            PromptTooLong: the model cannot hold it.
+        """
+        self._check_open()
+        parts = self._parts()
+        _check_size(prompt, parts)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoders, _encode, prompt, parts.codec, parts.info)
+
     def shut(self) -> None:
         """Begin to close, without waiting. Idempotent."""
         self._check_loop()
         if not self._closing:
             self._closing = True
+            self._encoders.shutdown(wait=False, cancel_futures=True)
             self._steps.close(self._release)
 
     async def close(self) -> None:
@@ -293,10 +325,7 @@ def _fitted(
         allowed = f"at most {info.max_block_size} for model {info.name}"
         raise InvalidParams("block_size", params.block_size, allowed)
     if limits.max_prompt_tokens is not None and num_prompt_tokens > limits.max_prompt_tokens:
-        raise MessageTooLarge(
-            f"prompt has {num_prompt_tokens} tokens but at most {limits.max_prompt_tokens} are "
-            "served; shorten it"
-        )
+        raise MessageTooLarge.of_prompt(num_prompt_tokens, limits.max_prompt_tokens)
     room = min(info.max_len, limits.max_tokens) - num_prompt_tokens
     least = params.block_size if params.tail == "drop" else 1
     if params.max_new_tokens > room >= least and not must_fit:
@@ -305,6 +334,21 @@ def _fitted(
         raise PromptTooLong(num_prompt_tokens, params.max_new_tokens, info.max_len)
     parts.backend.check(params)
     return params
+
+
+def _check_size(prompt: Prompt, parts: ModelParts) -> None:
+    if not isinstance(prompt, Sequence) or not prompt:
+        return
+    per_token = SLACK * parts.codec.longest_token
+    if isinstance(prompt, str):
+        size = len(prompt)
+    elif isinstance(prompt[0], Mapping):
+        texts = [m.get("content") for m in prompt if isinstance(m, Mapping)]
+        size = sum(len(text) for text in texts if isinstance(text, str))
+    else:
+        size, per_token = len(prompt), 1
+    if size > parts.info.max_len * per_token:
+        raise PromptTooLong(-(-size // per_token), 1, parts.info.max_len, at_least=True)
 
 
 def _encode(prompt: Prompt, codec: TextCodec, info: ModelInfo) -> list[int]:
@@ -340,6 +384,8 @@ def _messages(prompt: Sequence[object]) -> list[Mapping[str, str]]:
 
 
 def _ids(prompt: Sequence[object], info: ModelInfo) -> list[int]:
+    if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < info.vocab_size:  # type: ignore[type-var, operator]
+        return list(prompt)  # type: ignore[arg-type]
     ids: list[int] = []
     for number, token in enumerate(prompt):
         try:

@@ -1,8 +1,8 @@
 """Tokenizer: a folder's tokenizer files and its chat template, without transformers.
 
 Knows the libraries for both, imported here and only when a model is loaded. Chat templates come
-with models from anywhere, so they run in jinja2's immutable sandbox, with the settings and helpers
-that transformers gives them.
+with models from anywhere, so they run in jinja2's immutable sandbox and in bounded time, with the
+settings and helpers that transformers gives them.
 """
 
 import functools
@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
+from d2f_runtime.text.bounded_template import bound_environment, compile_bounded
 from d2f_runtime.text.files import holds_file, read_bytes, read_object, read_text
 from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import (
@@ -27,6 +28,8 @@ from d2f_stream.core.errors import (
 __all__ = ["TextCodec", "Tokenizer"]
 
 Messages = Sequence[Mapping[str, str]]
+
+LONG_TEXT: Final = 4096  # characters
 
 QWEN_CLASSES: Final = (None, "DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 QWEN_WORDS: Final = (  # how Qwen2's tokenizer cuts text into words; transformers, qwen2
@@ -49,6 +52,11 @@ class TextCodec(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids without special tokens; incomplete UTF-8 as U+FFFD."""
+        ...
+
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token, for a bound of a text's tokens before it is encoded."""
         ...
 
     def render(self, messages: Messages) -> str:
@@ -119,10 +127,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of exactly this text."""
-        ids: list[int] = self._tokens.encode(text, add_special_tokens=False).ids
+        ids = _ids_of(self._tokens, text)
         if self._mask_id is not None and self._mask_id in ids:
-            ids = self._without_mask.encode(text, add_special_tokens=False).ids
+            ids = _ids_of(self._without_mask, text)
         return ids
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._tokens.get_vocab()), default=1)
 
     @functools.cached_property
     def _without_mask(self) -> Any:
@@ -154,8 +167,22 @@ class Tokenizer:
                 documents=None,
                 **self.special_names,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except InvalidPrompt:
+            raise
+        except (
+            *(TemplateError, TypeError, ValueError, LookupError, ArithmeticError),
+            *(AttributeError, RecursionError, MemoryError),
+        ) as error:
             raise InvalidPrompt(f"the chat template refuses the messages: {error}") from error
+
+
+def _ids_of(tokens: Any, text: str) -> list[int]:
+    if len(text) < LONG_TEXT:
+        ids: list[int] = tokens.encode(text, add_special_tokens=False).ids
+    else:  # `encode` alone holds the interpreter's lock, for half a second at 250 KB
+        (found,) = tokens.encode_batch_fast([text], add_special_tokens=False)
+        ids = found.ids
+    return ids
 
 
 def _build_tokenizer(files: TokenizerFiles) -> Any:
@@ -312,7 +339,7 @@ def _compile_template(source: str) -> Callable[..., str]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = bound_environment(ImmutableSandboxedEnvironment)(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", Generation],
@@ -321,6 +348,6 @@ def _compile_template(source: str) -> Callable[..., str]:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(source).render
+        return compile_bounded(environment, source)
     except TemplateError as error:
         raise ModelDamaged(f"the chat template cannot be read: {error}") from error
