@@ -83,7 +83,11 @@ async def test_request_without_a_length_takes_the_room_that_is_left() -> None:
         events = await read(net.registry.generate(request(prompt="x" * 90), client="alice"))
         assert len(text_of(events)) == 10
         with pytest.raises(PromptTooLong, match="max_new_tokens is 11"):
-            net.registry.generate(request("2", prompt="x" * 90, max_new_tokens=11), client="alice")
+            await read(
+                net.registry.generate(
+                    request("2", prompt="x" * 90, max_new_tokens=11), client="alice"
+                )
+            )
 
 
 async def test_same_request_attaches_whether_it_runs_or_has_ended() -> None:
@@ -128,7 +132,7 @@ async def test_name_that_could_be_guessed_or_does_not_fit_is_refused(name: str) 
 
 
 async def test_stream_ids_are_long_and_differ() -> None:
-    ids = {ServedStream(request(), client="a", max_new_tokens=1).id for _ in range(1000)}
+    ids = {ServedStream(request(), client="a", charge=1).id for _ in range(1000)}
     assert len(ids) == 1000
     assert min(map(len, ids)) >= 24
 
