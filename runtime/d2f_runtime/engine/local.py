@@ -384,9 +384,10 @@ def _messages(prompt: Sequence[object]) -> list[Mapping[str, str]]:
 
 
 def _ids(prompt: Sequence[object], info: ModelInfo) -> list[int]:
-    if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < info.vocab_size:  # type: ignore[type-var, operator]
-        return list(prompt)  # type: ignore[arg-type]
-    ids: list[int] = []
+    ids = [token for token in prompt if type(token) is int]
+    if len(ids) == len(prompt) and min(ids) >= 0 and max(ids) < info.num_tokens:
+        return ids  # a tenth of the time of what follows, on the event loop
+    ids = []
     for number, token in enumerate(prompt):
         try:
             ids.append(operator.index(token))  # type: ignore[arg-type]
