@@ -59,7 +59,8 @@ ROOMS: dict[str, set[str]] = {
     "d2f_runtime.text": {CORE},
     "d2f_runtime.backends": RUN,
     "d2f_runtime.device": {CORE},
-    "d2f_runtime.loaded_model": RUN | {"d2f_runtime.device"},
+    "d2f_runtime.loaded_model": RUN | {"d2f_runtime.device", "d2f_runtime.prefix_cache"},
+    "d2f_runtime.prefix_cache": {"d2f_runtime.models"},
     "d2f_runtime.engine": RUN | {"d2f_runtime.device", "d2f_runtime.loaded_model"},
     "d2f_runtime.evaluation": {"d2f_stream"} | RUNTIME,
     "d2f_runtime": set(),
@@ -69,7 +70,12 @@ ROOMS: dict[str, set[str]] = {
     "lab": set(),  # anything: no other room names it
 }
 # Modules that state what happens, and import nothing that makes it happen.
-PURE_ROOMS = ("d2f_runtime.decoding", "d2f_stream.core", "d2f_stream.wire")
+PURE_ROOMS = (
+    "d2f_runtime.decoding",
+    "d2f_runtime.prefix_cache",
+    "d2f_stream.core",
+    "d2f_stream.wire",
+)
 PURE_EXCEPTIONS = {"d2f_stream.core.session", "d2f_stream.core.buffer"}
 HEAVY = {"torch", "numpy", "onnxruntime", "onnx", "transformers", "tokenizers", "jinja2", "rich"}
 IMPURE = {"asyncio", "threading", "time", "logging", "random", "os", "socket"}

@@ -26,13 +26,14 @@ FinishReason = Literal["eos", "length", "stop", "cancelled"]
 
 
 class StreamNames(NamedTuple):
-    """What the events of one stream call it, and the request that it answers.
+    """What the events of one stream call it, the request that it answers, and who asked.
 
     Whoever knows the stream's may read it from a server, so it must be hard to guess.
     """
 
     stream: str
     request: str
+    scope: str = ""  # who asks: what was computed for one asker is reused for that asker only
 
     @classmethod
     def fresh(cls) -> Self:

@@ -68,6 +68,16 @@ class EngineLoad(Protocol):
         ...
 
     @property
+    def kept_tokens(self) -> int:
+        """Tokens of storage that is kept for prompts that begin like earlier ones."""
+        ...
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens so far that needed no computing."""
+        ...
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens that the open slots have room for."""
         ...
@@ -277,6 +287,9 @@ def _read_load(load: EngineLoad) -> Iterator[Metric]:
         ("d2f_sessions_running", "Sessions of the engine that hold a slot", load.num_running),
         ("d2f_sessions_waiting", "Sessions of the engine that wait for a slot", load.num_waiting),
         ("d2f_kv_tokens", "Tokens that the engine's open slots have room for", load.kv_tokens),
+        ("d2f_kept_tokens", "Tokens of storage kept for prompts to come", load.kept_tokens),
     )
     for name, meaning, value in readings:
         yield GaugeMetricFamily(name, meaning, value)
+    meaning = "Prompt tokens that needed no computing, since their K/V were kept"
+    yield CounterMetricFamily("d2f_reused_prompt_tokens", meaning, load.reused_tokens)

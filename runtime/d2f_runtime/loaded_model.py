@@ -14,20 +14,23 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
 from d2f_runtime.backends.base import Backend, Slot, StepRow
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.device import DeviceThread
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.hub import HubModel
+from d2f_runtime.prefix_cache import PrefixCache
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.errors import EngineFailed, OutOfCapacity
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["MODELS", "LoadedModel", "ModelCache", "ModelKey", "ModelParts", "SlotOwner"]
+__all__ = ["MODELS", "LoadedModel", "ModelCache", "ModelKey", "ModelParts", "Opened", "SlotOwner"]
 
 logger = logging.getLogger("d2f_stream.loaded_model")
+
+MAX_KEPT: Final = 64  # slots of ended sessions whose K/V may serve prompts to come
 
 EXIT_TIMEOUT_S = 30.0
 
@@ -72,13 +75,32 @@ class SlotOwner(Protocol):
         ...
 
 
+class Opened(NamedTuple):
+    """A slot, and how many of the prompt's first tokens it holds already."""
+
+    slot: Slot
+    num_cached: int
+
+
+class _Prompt(NamedTuple):
+    tokens: Sequence[int]
+    scope: str
+    capacity: int
+
+
 class LoadedModel:
     """A model on its device thread. The methods named `do_*` run there and block; others do not.
 
     Loading begins with the first `do_load`, whose outcome, good or bad, is kept.
+
+    Attributes:
+        prefixes: what is stored beyond its session, for prompts to come; None where nothing is.
+            Belongs to the device thread; elsewhere only its counters may be read.
     """
 
-    def __init__(self, name: str, load: Callable[[], ModelParts]) -> None:
+    def __init__(
+        self, name: str, load: Callable[[], ModelParts], *, keeps_prefixes: bool = False
+    ) -> None:
         self.name = name
         self.device = DeviceThread(f"d2f-device-{name}")
         self._load = load
@@ -86,6 +108,9 @@ class LoadedModel:
         self._failure: BaseException | None = None
         self._owners: dict[Slot, SlotOwner] = {}
         self._waiting: dict[SlotOwner, Callable[[], object]] = {}
+        self._max_kept = MAX_KEPT if keeps_prefixes else 0
+        self.prefixes: PrefixCache[Slot] | None = None
+        self._fresh: dict[Slot, _Prompt] = {}  # prompts that the next step stores
 
     def do_load(self) -> ModelParts:
         """Return the parts, loading them first where that was not done yet."""
@@ -98,6 +123,11 @@ class LoadedModel:
                 self._failure = error
                 raise
             info = self._parts.backend.info
+            # With both, what follows the prompt is predicted from a state that is not kept.
+            if self._max_kept and not (info.prompt_attention == "full" and info.shift_logits):
+                self.prefixes = PrefixCache(
+                    info.prompt_attention, info.native_block_size, max_kept=self._max_kept
+                )
             logger.info("loaded %s on %s as %s", self.name, info.device, info.quantization)
         return self._parts
 
@@ -115,27 +145,49 @@ class LoadedModel:
             raise
 
     def do_open_slot(
-        self, owner: SlotOwner, capacity: int, on_free: Callable[[], object]
-    ) -> Slot | None:
+        self,
+        owner: SlotOwner,
+        capacity: int,
+        on_free: Callable[[], object],
+        *,
+        prompt: Sequence[int] = (),
+        scope: str = "",
+    ) -> Opened | None:
         """Open a slot of `capacity` tokens; None where it must wait for others to close.
 
         In that case `on_free` is called once, here, when the next slot was closed. Slots of owners
         that are gone are closed first. An event loop may be closed without a word while others wait
         for its slots, so they should ask again now and then.
 
+        Where an earlier slot of the same scope holds K/V that the prompt begins with, these are
+        copied. Slots that are kept for that only give way, least recently used first.
+
         Raises:
             OutOfCapacity: there is no room although no slot is open.
         """
         self.do_reclaim()
-        try:
-            slot = self._backend.open_slot(capacity)
-        except OutOfCapacity:
-            if not self._owners:
-                raise
-            self._waiting[owner] = on_free
-            return None
+        match = self.prefixes.find(prompt, scope) if self.prefixes and prompt else None
+        while True:
+            try:
+                slot = self._backend.open_slot(capacity)
+                break
+            except OutOfCapacity:
+                evicted = self.prefixes.evict() if self.prefixes is not None else None
+                if evicted is not None:
+                    self._backend.close_slot(evicted)
+                    match = None if match is not None and match.slot == evicted else match
+                    continue
+                if not self._owners:
+                    raise
+                self._waiting[owner] = on_free
+                return None
         self._owners[slot] = owner
-        return slot
+        if self.prefixes is not None and prompt:
+            self._fresh[slot] = _Prompt(prompt, scope, capacity)
+        if match is None:
+            return Opened(slot, 0)
+        self._backend.copy_prefix(match.slot, slot, match.num_tokens)
+        return Opened(slot, match.num_tokens)
 
     def do_step(self, rows: Sequence[StepRow]) -> list[Proposals]:
         """Run a step. Whatever it raises leaves the model unusable: CUDA errors are sticky.
@@ -145,10 +197,32 @@ class LoadedModel:
         """
         backend = self._backend
         try:
-            return backend.step(rows)
+            proposals = backend.step(rows)
         except BaseException as error:
             self._failure = error
             raise
+        if self.prefixes is not None and self._fresh:
+            for row in rows:
+                if (asked := self._fresh.pop(row.slot, None)) is not None:
+                    stored = asked.tokens[: row.window.start + row.window.num_to_cache]
+                    self.prefixes.opened(row.slot, stored, asked.scope, capacity=asked.capacity)
+        return proposals
+
+    def do_retire_slots(self, ended: Sequence[tuple[Slot, Callable[[], Sequence[int]]]]) -> None:
+        """Close slots of sessions that ended, or keep what they hold for prompts to come.
+
+        Args:
+            ended: each with a function that returns the tokens whose K/V it holds.
+        """
+        closed: list[Slot] = []
+        for slot, cached_tokens in ended:
+            if self.prefixes is None or self._failure is not None:
+                closed.append(slot)
+                continue
+            self._owners.pop(slot, None)
+            self._fresh.pop(slot, None)
+            closed += self.prefixes.ended(slot, cached_tokens())
+        self.do_close_slots(closed)
 
     def do_close_slots(self, slots: Sequence[Slot]) -> None:
         """Close slots, all of them even where one fails. Wakes those who wait for room.
@@ -159,6 +233,9 @@ class LoadedModel:
         failures: list[Exception] = []
         for slot in slots:
             self._owners.pop(slot, None)
+            self._fresh.pop(slot, None)
+            if self.prefixes is not None:
+                self.prefixes.forget(slot)
             try:
                 self._backend_of_any_health.close_slot(slot)
             except Exception as error:
@@ -211,7 +288,7 @@ class ModelCache:
         with self._lock:
             model = self._models.get(key) if key is not None else None
             if model is None:
-                model = LoadedModel(name, load)
+                model = LoadedModel(name, load, keeps_prefixes=key is not None)
                 self._leases[model] = 0
                 if key is not None:
                     self._models[key] = model

@@ -54,6 +54,7 @@ class PrefixCache(Generic[SlotT]):
         self._block_size = block_size
         self._max_kept = max_kept
         self._entries: dict[SlotT, _Entry] = {}  # least recently used first
+        self.kept_tokens = 0  # storage that slots of ended sessions take
         self.num_hits = 0
         self.num_lookups = 0
         self.num_tokens_reused = 0
@@ -93,9 +94,10 @@ class PrefixCache(Generic[SlotT]):
         """
         entry = self._entries.get(slot)
         if entry is None or not tokens or not self._max_kept:
-            self._entries.pop(slot, None)
+            self.forget(slot)
             return [slot]
         entry.tokens, entry.is_open = _packed(tokens), False
+        self.kept_tokens += entry.capacity
         self._touch(slot)
         closed = [
             other
@@ -110,30 +112,27 @@ class PrefixCache(Generic[SlotT]):
         ]
         closed += kept_slots[: max(0, len(kept_slots) - self._max_kept)]
         for other in closed:
-            del self._entries[other]
+            self.forget(other)
         return closed
 
     def evict(self) -> SlotT | None:
         """Give up the least recently used slot whose session is over; None where there is none."""
         for slot, entry in self._entries.items():
             if not entry.is_open:
-                del self._entries[slot]
+                self.forget(slot)
                 return slot
         return None
 
     def forget(self, slot: SlotT) -> None:
         """The slot was closed otherwise. Idempotent."""
-        self._entries.pop(slot, None)
+        entry = self._entries.pop(slot, None)
+        if entry is not None and not entry.is_open:
+            self.kept_tokens -= entry.capacity
 
     @property
     def num_kept(self) -> int:
         """Slots of ended sessions."""
         return sum(not entry.is_open for entry in self._entries.values())
-
-    @property
-    def kept_tokens(self) -> int:
-        """Storage that they take, tokens."""
-        return sum(entry.capacity for entry in self._entries.values() if not entry.is_open)
 
     def _usable(self, entry: _Entry, wanted: bytes) -> int:
         if self._attention in ("full", "prompt_grid"):

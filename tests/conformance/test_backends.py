@@ -214,6 +214,26 @@ def test_sampling_follows_the_uniform_numbers(rig: Rig) -> None:
     assert list(found.tokens) != list(greedy.tokens)
 
 
+def test_copied_prefix_serves_as_if_it_had_been_computed(rig: Rig) -> None:
+    case = canvas(6)
+    source, target = rig.backend.open_slot(64), rig.backend.open_slot(len(case.tokens))
+    cache_up_to(rig.backend, source, case, case.stops[:2])
+    rig.backend.copy_prefix(source, target, case.stops[0])
+    rig.backend.close_slot(source)  # and what is computed next may lie where it lay
+    other = rig.backend.open_slot(64)
+    cache_up_to(rig.backend, other, canvas(7), (11,))
+    window = case.window(case.stops[0])
+    (found,) = rig.backend.step([StepRow(target, window)])
+    for slot in (target, other):
+        rig.backend.close_slot(slot)
+    wanted = expected(rig, case, window)
+    first = 1 if rig.shifted and case.tokens[window.start] == MASK else 0
+    assert_same(
+        Proposals(found.tokens[first:], found.confidence[first:]),
+        Proposals(wanted.tokens[first:], wanted.confidence[first:]),
+    )
+
+
 def test_rows_of_a_step_do_not_touch_each_other(rig: Rig) -> None:
     cases = [canvas(seed, sizes=(5 + 3 * seed, 4, 3 + seed)) for seed in range(5)]
     slots = [rig.backend.open_slot(64) for _ in cases]

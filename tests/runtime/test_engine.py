@@ -52,7 +52,7 @@ async def test_events_carry_the_names_that_the_request_brings() -> None:
         gate.open()
         first, *rest = await every_event(session)
     assert isinstance(first, StreamStarted)
-    assert (first.stream, first.request_id) == names
+    assert (first.stream, first.request_id) == names[:2]
     assert {event.stream for event in rest} == {"stream-1"}
 
 

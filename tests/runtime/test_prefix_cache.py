@@ -84,6 +84,7 @@ class Sessions(RuleBasedStateMachine):
         self.next_slot = 0
         self.running: dict[int, list[int]] = {}
         self.kept: set[int] = set()
+        self.sizes: dict[int, int] = {}
 
     @rule(prompt=TOKENS, scope=st.sampled_from(["a", "b"]))
     def open(self, prompt: list[int], scope: str) -> None:
@@ -91,6 +92,7 @@ class Sessions(RuleBasedStateMachine):
         assert found is None or found.slot in self.running or found.slot in self.kept
         self.cache.opened(self.next_slot, prompt, scope, capacity=len(prompt))
         self.running[self.next_slot] = prompt
+        self.sizes[self.next_slot] = len(prompt)
         self.next_slot += 1
 
     @rule(data=st.data(), answer=TOKENS)
@@ -113,6 +115,7 @@ class Sessions(RuleBasedStateMachine):
     def bounds_hold(self) -> None:
         if hasattr(self, "cache"):
             assert self.cache.num_kept == len(self.kept) <= self.max_kept
+            assert self.cache.kept_tokens == sum(self.sizes[slot] for slot in self.kept)
 
 
 TestSessions = Sessions.TestCase

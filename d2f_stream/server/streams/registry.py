@@ -310,7 +310,7 @@ class StreamRegistry:
         await self._entering.take(stream.client)
         enters = True
         try:
-            names = StreamNames(stream.id, stream.request_id)
+            names = StreamNames(stream.id, stream.request_id, stream.client)
             session = self.engine.generate(prompt, names=names, **overrides)
             stream.begin(session)
             async for event in session.events():

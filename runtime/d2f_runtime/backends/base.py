@@ -65,6 +65,10 @@ class Backend(Protocol):
         """Run one forward for all rows, in order; cache the first `num_to_cache` of each."""
         ...
 
+    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """Store in `target`, which holds nothing yet, what `source` holds for its first tokens."""
+        ...
+
     def close_slot(self, slot: Slot) -> None:
         """Free the slot's storage. Idempotent."""
         ...

@@ -96,6 +96,14 @@ class KVPool:
         self._slots[slot] = span
         return slot
 
+    def copy(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """Store the first tokens of a slot in another one, too."""
+        old, new = self._slots[source], self._slots[target]
+        assert num_tokens <= min(old.num_cached, new.capacity), "more than is stored, or fits"
+        stored = self.store[:, old.offset : old.offset + num_tokens]
+        self.store[:, new.offset : new.offset + num_tokens] = stored  # spans do not overlap
+        new.num_cached = num_tokens
+
     def close(self, slot: Slot) -> None:
         """Free a slot's span. Idempotent."""
         if span := self._slots.pop(slot, None):

@@ -105,6 +105,10 @@ class OnnxBackend:
             raise ValueError("the onnx backend cannot sample with top_p below 1; see check()")
         return [self._run(row, slot) for row, slot in zip(rows, opened, strict=True)]
 
+    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """Store in `target`, which holds nothing yet, what `source` holds for its first tokens."""
+        self._slots[target].copy_from(self._slots[source], num_tokens)
+
     def close_slot(self, slot: Slot) -> None:
         """Free the slot's storage. Idempotent."""
         if closed := self._slots.pop(slot, None):

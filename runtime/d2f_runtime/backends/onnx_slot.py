@@ -111,6 +111,15 @@ class OnnxSlot:
             self._current = 1 - self._current
         self.num_cached = start + num_to_cache
 
+    def copy_from(self, other: "OnnxSlot", num_tokens: int) -> None:
+        """Store the first tokens of another slot here, too; by way of the host."""
+        assert num_tokens <= min(other.num_cached, self.capacity), "more than is stored, or fits"
+        for mine, theirs in zip(self._cache, other._cache, strict=True):
+            values = mine.numpy().copy()
+            values[:num_tokens] = theirs.numpy()[:num_tokens]
+            mine.update_inplace(values)
+        self.num_cached = num_tokens
+
     def _reserved(self) -> list[ort.OrtValue]:
         """Make room for all K/V. Zeros: rows that are bound but unused must be finite."""
         number, shape = 2 * self._manifest.transformer.num_layers, (self._rows, self._width)

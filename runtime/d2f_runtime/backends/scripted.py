@@ -114,6 +114,7 @@ class _SlotState:
     num_cached: int = 0
     num_steps: int = 0
     num_prompt: int = 0
+    tokens: list[int] = field(default_factory=list)  # what was cached, by position
     answer: tuple[int, ...] | None = None
 
 
@@ -214,7 +215,16 @@ class ScriptedBackend:
             state, window = self.open_slots[row.slot], row.window
             state.num_steps += 1
             state.num_cached = window.start + window.num_to_cache
+            state.tokens[window.start :] = window.tokens[: window.num_to_cache]
         return proposals
+
+    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """Let a slot hold what another one does for its first tokens."""
+        self._note_call()
+        old, new = self.open_slots[source], self.open_slots[target]
+        if new.num_steps or not 0 < num_tokens <= min(old.num_cached, new.capacity):
+            raise ValueError(f"{num_tokens} tokens of {old.num_cached} into {new.capacity}")
+        new.num_cached, new.tokens = num_tokens, old.tokens[:num_tokens]
 
     def close_slot(self, slot: Slot) -> None:
         """Forget the slot."""
@@ -246,10 +256,11 @@ class ScriptedBackend:
         return Proposals(tokens, confidence, None if row.rank == "confidence" else confidence)
 
     def _read_prompt(self, state: _SlotState, window: Window) -> None:
-        # The first window starts at 0 and its masks begin where the prompt ends.
+        # Where the first window's masks begin, the prompt ends; a copied prefix stands before it.
         masks = (i for i, token in enumerate(window.tokens) if token == self.info.mask_id)
-        state.num_prompt = next(masks, len(window.tokens))
-        prompt = window.tokens[: state.num_prompt]
+        rest = window.tokens[: next(masks, len(window.tokens))]
+        prompt = (*state.tokens[: window.start], *rest)
+        state.num_prompt = len(prompt)
         if callable(self.answers):
             state.answer = tuple(self.answers(prompt))
         elif isinstance(self.answers, str):

@@ -152,6 +152,11 @@ class TorchBackend:
             span.num_cached = row.window.start + row.window.num_to_cache
         return to_proposals(rows, masks, answers)
 
+    @torch.inference_mode()
+    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """Store in `target`, which holds nothing yet, what `source` holds for its first tokens."""
+        self._pool.copy(source, target, num_tokens)
+
     def close_slot(self, slot: Slot) -> None:
         """Free the slot's storage. Idempotent."""
         self._pool.close(slot)

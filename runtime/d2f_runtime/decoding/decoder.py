@@ -90,6 +90,8 @@ class BlockDecoder:
         )
         if self._verifies:
             check_verifiable(params, is_autoregressive=shift_logits and is_causal)
+        # Whether blocks of the answer are cached by rows that see what a prompt's would.
+        self._extends_prompt = prompt_attention == "grid" or is_causal
         self._canvas = list(prompt_tokens)
         self._check_prompt(shift_logits)
         self._partition = Partition.of(
@@ -103,6 +105,24 @@ class BlockDecoder:
         self._eos: int | None = None  # canvas position of the first EOS so far
         self._num_steps = 0
         self._pending: Window | None = None
+
+    def begin_at(self, num_cached: int) -> None:
+        """Take the first positions of the prompt as cached; before the first window.
+
+        Raises:
+            RuntimeError: an internal error: a step was taken, or it is more than the prompt.
+        """
+        if self._num_steps or self._pending is not None or not 0 <= num_cached <= self._num_prompt:
+            raise RuntimeError(f"{num_cached} tokens of {self._num_prompt} cannot be cached now")
+        self._num_cached = num_cached
+
+    @property
+    def cached_tokens(self) -> tuple[int, ...]:
+        """The tokens whose stored K/V are those that a prompt which begins with them would have."""
+        number = self._num_cached
+        return tuple(
+            self._canvas[: number if self._extends_prompt else min(number, self._num_prompt)]
+        )
 
     def next_window(self, *, max_active_blocks: int | None = None) -> Window | None:
         """Begin a step: return the window to run, None once finished.

@@ -55,6 +55,15 @@ class Denoiser:
             self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
         self._num_joined = 0
 
+    def begin_at(self, num_cached: int) -> None:
+        """Take the prompt's first tokens as stored already; before the first step."""
+        self._decoder.begin_at(num_cached)
+
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """The tokens whose K/V the slot holds."""
+        return self._decoder.cached_tokens
+
     def row(self, slot: Slot, max_active_blocks: int | None) -> StepRow:
         """Begin a step: return its row.
 

@@ -15,8 +15,12 @@ class EngineLoad:
         num_running: sessions that hold a slot.
         num_waiting: sessions in the queue.
         kv_tokens: tokens that the open slots have room for.
+        kept_tokens: tokens that slots of ended sessions take, kept for prompts that begin alike.
+        reused_tokens: prompt tokens so far that needed no computing, since their K/V were kept.
     """
 
     num_running: int
     num_waiting: int
     kv_tokens: int
+    kept_tokens: int = 0
+    reused_tokens: int = 0

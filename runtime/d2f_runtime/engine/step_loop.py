@@ -21,6 +21,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from d2f_runtime.device import on_loop
@@ -80,11 +81,13 @@ class StepLoop:
     @property
     def current_load(self) -> EngineLoad:
         """What the loop does at this moment; requests that wait for the model are in the queue."""
-        scheduler = self._scheduler
+        scheduler, prefixes = self._scheduler, self._model.prefixes
         return EngineLoad(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting + len(self._early),
             kv_tokens=sum(s.capacity for s in self._streams.values() if s.slot is not None),
+            kept_tokens=0 if prefixes is None else prefixes.kept_tokens,
+            reused_tokens=0 if prefixes is None else prefixes.num_tokens_reused,
         )
 
     async def load(self) -> ModelParts:
@@ -261,24 +264,28 @@ class StepLoop:
         model = self._model
         for number, stream in enumerate(streams):
             try:
-                slot = await model.device.call(
-                    model.do_open_slot, self, stream.capacity, on_loop(self._wake.set)
+                opened = await model.device.call(
+                    partial(model.do_open_slot, prompt=stream.cached_prompt, scope=stream.scope),
+                    self,
+                    stream.capacity,
+                    on_loop(self._wake.set),
                 )
             except OutOfCapacity as error:  # and nothing to wait for
                 stream.outcome = stream.outcome or error
                 continue
-            if slot is None:
+            if opened is None:
                 for waiting in reversed(streams[number:]):
                     self._scheduler.requeue(waiting.id)
                 return
-            stream.slot = slot
+            stream.slot = opened.slot
+            stream.denoiser.begin_at(opened.num_cached)
             stream.start()
 
     async def _retire(self, ended: Sequence[Stream]) -> None:
         """Free the slots of streams that are to end, then announce their ends."""
-        slots = [stream.slot for stream in ended if stream.slot is not None]
+        slots = [(s.slot, s.cached_tokens) for s in ended if s.slot is not None]
         if slots:
-            await self._model.device.call(self._model.do_close_slots, slots)
+            await self._model.device.call(self._model.do_retire_slots, slots)
         for stream in ended:
             self._drop(stream)
 

@@ -63,7 +63,8 @@ class Stream:
         self.slot: Slot | None = None
         self.outcome: FinishReason | D2FError | None = None
         self.params = params
-        self.num_prompt_tokens = len(prompt_tokens)
+        self.prompt_tokens = tuple(prompt_tokens)
+        self.scope = names.scope
         self._request_id = names.request
         self._info = info
         self._buffer = buffer
@@ -79,6 +80,20 @@ class Stream:
         self._num_steps = 0
         self._started_at = time.perf_counter()
         self._first_block_ms: float | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_tokens)
+
+    @property
+    def cached_prompt(self) -> Sequence[int]:
+        """The prompt, where its K/V are stored; () where every step computes it."""
+        return () if self.params.attention == "full" else self.prompt_tokens
+
+    def cached_tokens(self) -> Sequence[int]:
+        """Return the tokens whose K/V the slot holds; on the device thread."""
+        return self.denoiser.cached_tokens
 
     @property
     def capacity(self) -> int:

@@ -1,0 +1,109 @@
+"""Stored K/V serve later prompts: the answers are those of an engine that computes everything."""
+
+import random
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from d2f_runtime.backends.scripted import ByteCodec
+from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.engine import LocalEngine
+from d2f_runtime.loaded_model import LoadedModel, ModelParts
+from d2f_stream import GenerationParams, StreamNames
+from tiny_models import CONFIGS, tiny_model
+
+pytestmark = pytest.mark.torch
+
+PARAMS = GenerationParams(max_new_tokens=13, block_size=4, max_active_blocks=2, tail="cut")
+
+
+def parts_of(family: str, *, max_tokens: int = 4096) -> ModelParts:
+    model = tiny_model(CONFIGS[family])
+    backend = TorchBackend(model, name=family, device="cpu", max_tokens=max_tokens)
+    size = backend.info.native_block_size if family in ("llama", "sdar") else PARAMS.block_size
+    return ModelParts(backend, ByteCodec(), PARAMS.with_overrides({"block_size": size}))
+
+
+@asynccontextmanager
+async def engine_of(family: str, *, keeps: bool, **options: Any) -> Any:
+    parts = parts_of(family, **options)
+    model = LoadedModel(family, lambda: parts, keeps_prefixes=keeps)
+    async with LocalEngine(model) as engine:
+        yield engine, model
+    model.device.stop(last=model.do_close)
+    model.device.join(10.0)
+
+
+def text(seed: int, length: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(10, 40) for _ in range(length)]
+
+
+async def converse(engine: LocalEngine, opening: Sequence[int], turns: int) -> list[list[int]]:
+    """Ask, and ask again with all that was said before; return the answers."""
+    prompt, answers = list(opening), []
+    for turn in range(turns):
+        result = await engine.generate(prompt).result()
+        answers.append(list(result.token_ids))
+        prompt += [*result.token_ids, *text(turn, 5)]
+    return answers
+
+
+@pytest.mark.parametrize("family", ["llama", "a2d", "sdar", "llada", "dream", "fast_dllm_v2"])
+async def test_conversation_is_the_same_with_and_without(family: str) -> None:
+    opening = text(7, 17)
+    async with engine_of(family, keeps=False) as (engine, _):
+        wanted = await converse(engine, opening, turns=4)
+    async with engine_of(family, keeps=True) as (engine, model):
+        assert await converse(engine, opening, turns=4) == wanted
+        again = await converse(engine, opening, turns=1)
+        assert again == wanted[:1]
+        reused = model.prefixes.num_tokens_reused if model.prefixes else 0
+    # Bidirectional prompts depend on all of themselves: only the same one again is served, and
+    # with shifted logits not even that.
+    assert reused > 3 * 17 if family in ("llama", "a2d", "sdar", "fast_dllm_v2") else True
+    assert reused == {"llada": 17, "dream": 0}.get(family, reused)
+
+
+async def test_next_turn_computes_only_what_is_new() -> None:
+    async with engine_of("a2d", keeps=True) as (engine, model):
+        prompt = text(3, 40)
+        first = await engine.generate(prompt).result()
+        following = [*prompt, *first.token_ids, *text(4, 6)]
+        await engine.generate(following).result()
+        assert model.prefixes is not None
+        # All but the last token of what was committed; the new question is what is left.
+        assert model.prefixes.num_tokens_reused >= len(prompt) + len(first.token_ids) - 1
+
+
+async def test_running_session_serves_samples_of_its_prompt() -> None:
+    prompt = text(5, 30)
+    async with engine_of("llada", keeps=True) as (engine, model):
+        first = engine.generate(prompt)
+        await anext(first)
+        others = [engine.generate(prompt) for _ in range(3)]
+        results = [await session.result() for session in (first, *others)]
+        assert len({result.token_ids for result in results}) == 1
+        assert model.prefixes is not None
+        assert model.prefixes.num_tokens_reused == 3 * len(prompt)
+
+
+async def test_nobody_is_served_from_what_another_asked() -> None:
+    prompt = text(6, 30)
+    async with engine_of("a2d", keeps=True) as (engine, model):
+        for name, asker in enumerate(("alice", "bob", "alice")):
+            names = StreamNames(f"s{name}", f"r{name}", asker)
+            await engine.generate(prompt, names=names).result()
+        assert model.prefixes is not None
+        assert model.prefixes.num_hits == 1
+
+
+async def test_kept_slots_give_way_to_requests() -> None:
+    async with engine_of("a2d", keeps=True, max_tokens=128) as (engine, model):
+        for seed in range(6):  # each takes 63 of 128
+            await engine.generate(text(seed, 50)).result()
+        assert model.prefixes is not None
+        assert 1 <= model.prefixes.num_kept <= 2
+        assert model.prefixes.kept_tokens <= 128
