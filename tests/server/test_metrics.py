@@ -77,6 +77,9 @@ async def test_load_is_what_the_engine_does_now() -> None:
         for number in (1, 2):
             registry.generate(Generate(request_id=f"{number}" * 16, prompt="hi"), client="ann")
         await asyncio.to_thread(gate.wait_entered)
+        async with asyncio.timeout(10):  # the second prompt may still be read, off the loop
+            while read("sessions_waiting") < 1:
+                await asyncio.sleep(0)
         assert read("streams_active") == 2
         assert (read("sessions_running"), read("sessions_waiting")) == (1, 1)
         assert read("kv_tokens") == sum(slot.capacity for slot in backend.open_slots.values()) > 0
