@@ -12,7 +12,7 @@ the offending value, the limit and the way out.
     │   └── PromptTooLong                prompt plus answer exceed what the model holds
     ├── ModelError                       the model cannot be used
     │   ├── ModelNotFound (FileNotFoundError)
-    │   ├── ModelDamaged                 a file differs from its manifest, or is truncated
+    │   ├── ModelDamaged                 a file is not what it should be, or logits are no numbers
     │   └── UnsupportedModel             a family, backend or option this build does not know
     ├── MissingExtra (ImportError)       an optional dependency is not installed
     ├── OutOfCapacity                    no room for another session's K/V
@@ -143,7 +143,7 @@ class ModelNotFound(ModelError, FileNotFoundError):
 
 
 class ModelDamaged(ModelError):
-    """A model file differs from its manifest or is truncated."""
+    """A model file differs from its manifest, is truncated, or holds weights of no use."""
 
     code = "model_damaged"
 

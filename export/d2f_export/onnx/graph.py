@@ -21,7 +21,8 @@ Inputs, in order:
         int64, which of `head_rows` has the state to be kept.
 
 Outputs:
-    proposals: [4, B, R] fp32 token, confidence, margin, neg_entropy; ids below 2**24 are exact.
+    proposals: [4, B, R] fp32 token, confidence, margin, neg_entropy; ids below 2**24 are exact. The
+        confidence is NaN where the window's states or the row's logits are no finite numbers.
     With shifted logits, kept: [B, D], the state that predicts that position.
     new.{i}.k, new.{i}.v: the window's keys and values, [B, W, KV hd] each.
     logits: [B, R, V] fp32 before temperature; for comparisons, costs nothing where not asked for.
@@ -127,13 +128,15 @@ class _Step:
             head_rows = graph.op("Max", before, graph.constant(0))
         new: list[tuple[Value, Value]] = []
         for index in range(config.num_layers):
+            if index == config.num_layers - 1:  # integer products and a maximum pass over NaN
+                doubt = self._doubt(x, [1, 2])
             past = f"past.{index}.k", f"past.{index}.v"
             rows = head_rows if index == config.num_layers - 1 else None
             x, key, value = add_layer(
                 self.linear, config, index, x, sight, past, rows=rows, draft=draft
             )
             new.append((key, value))
-        self._predict(x)
+        self._predict(x, doubt)
         self._name_new(new)
 
     def _declared_inputs(self) -> list[tuple[str, str, list[object]]]:
@@ -208,8 +211,13 @@ class _Step:
         mask = graph.op("Unsqueeze", mask, graph.constant([1]))
         return Sight(cos, sin, mask)
 
-    def _predict(self, x: Value) -> None:
-        """Add final norm, shift, head and sampler; name what leaves the graph."""
+    def _predict(self, x: Value, doubt: Value) -> None:
+        """Add final norm, shift, head and sampler; name what leaves the graph.
+
+        Args:
+            x: [B, R, D] states.
+            doubt: [B, 1, 1] of the whole window.
+        """
         config, graph, dtype = self.config, self.graph, self.linear.dtype
         hidden = norm(graph, x, "norm", config, dtype)  # [B, R, D]
         if config.shift_logits:
@@ -222,12 +230,19 @@ class _Step:
             graph.rename(kept, "kept")
         tied = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
         shape = (config.vocab_size, config.hidden_size)
+        doubt = graph.op("Add", doubt, self._doubt(hidden, [2]))  # [B, R, 1]
         logits = self.linear(hidden, "lm_head.weight", [tied], shape, exact=True)
         logits = graph.op("Cast", logits, to=1) if dtype != "float32" else logits
-        logits = graph.op("Add", logits, self._forbidden())
+        lowest = graph.constant(FORBIDDEN, "float32")
+        logits = graph.op("Where", self._forbidden(), lowest, logits)
         graph.rename(logits, "logits")
         proposals = add_sampler(
-            graph, "logits", temperature="temperature", uniforms="uniforms", in_full="in_full"
+            graph,
+            "logits",
+            doubt,
+            temperature="temperature",
+            uniforms="uniforms",
+            in_full="in_full",
         )
         graph.rename(proposals, "proposals")
         self.outputs.append(_info("proposals", "float32", [4, self.batch, self.rows]))
@@ -246,10 +261,18 @@ class _Step:
         self.outputs.append(_info("logits", "float32", rows))
 
     def _forbidden(self) -> Value:
+        """Return [V] bool, the ids that must never be produced."""
         config = self.config
         ids = np.arange(config.vocab_size)
-        forbidden = (ids == config.mask_id) | (ids >= config.num_tokens)
-        return self.graph.constant(np.where(forbidden, FORBIDDEN, 0.0), "float32")
+        forbidden = np.isin(ids, config.forbidden_ids) | (ids >= config.num_tokens)
+        return self.graph.constant(forbidden, "bool")
+
+    def _doubt(self, x: Value, axes: list[int]) -> Value:
+        """Return fp32 zeros, NaN where something along the axes is no finite number."""
+        graph = self.graph
+        nothing = graph.op("Mul", x, graph.constant(0.0, self.linear.dtype))
+        doubt = graph.op("ReduceSum", nothing, graph.constant(axes), keepdims=1)
+        return graph.op("Cast", doubt, to=1) if self.linear.dtype != "float32" else doubt
 
     def _counting(self, tensor: Value, size: object) -> Value:
         """Return [1, size] the integers below the size of a tensor's second dimension."""

@@ -13,6 +13,7 @@ __all__ = ["add_sampler"]
 def add_sampler(
     graph: GraphBuilder,
     logits: Value,
+    doubt: Value,
     *,
     temperature: Value,
     uniforms: Value,
@@ -25,27 +26,31 @@ def add_sampler(
     Args:
         graph: that grows.
         logits: [B, R, V] fp32, forbidden ids at FORBIDDEN.
+        doubt: [B, R, 1] fp32, added to the confidence: 0 or NaN.
         temperature: [B] fp32.
         uniforms: [B, R] fp32.
         in_full: [] bool.
     """
     branches: dict[str, Any] = {}
     with graph.branch("then_branch", branches):
-        _propose(graph, logits, temperature, uniforms)
+        _propose(graph, logits, doubt, temperature, uniforms)
     with graph.branch("else_branch", branches):
-        _best(graph, logits)
+        _best(graph, logits, doubt)
     return graph.op("If", in_full, **branches)
 
 
-def _best(graph: GraphBuilder, logits: Value) -> Value:
+def _best(graph: GraphBuilder, logits: Value, doubt: Value) -> Value:
     highest, token = graph.ops("TopK", 2, logits, graph.constant([1]), axis=-1)
     weights = graph.op("Exp", graph.op("Sub", logits, highest))
     confidence = _inverse(graph, _sum(graph, weights))
+    confidence = graph.op("Add", confidence, _doubt(graph, logits, doubt))
     confidence = _squeezed(graph, confidence)
     return _stacked(graph, _squeezed(graph, token), confidence, confidence, confidence)
 
 
-def _propose(graph: GraphBuilder, logits: Value, temperature: Value, uniforms: Value) -> Value:
+def _propose(
+    graph: GraphBuilder, logits: Value, doubt: Value, temperature: Value, uniforms: Value
+) -> Value:
     zero, last = graph.constant(0.0, "float32"), graph.constant([-1])
     samples = graph.op("Unsqueeze", graph.op("Greater", temperature, zero), graph.constant([1]))
     divisor = graph.op("Where", samples, *_unsqueezed(graph, temperature), _one(graph))  # [B, 1]
@@ -56,7 +61,7 @@ def _propose(graph: GraphBuilder, logits: Value, temperature: Value, uniforms: V
     below = graph.op("Sub", logits, best)
     weights = graph.op("Exp", below)
     total = _sum(graph, weights)  # [B, R, 1]
-    confidence = _inverse(graph, total)
+    confidence = graph.op("Add", _inverse(graph, total), _doubt(graph, logits, doubt))
     margin = graph.op("Exp", graph.op("Sub", second, best))
     margin = graph.op("Mul", graph.op("Sub", _one(graph), margin), confidence)
     entropy = graph.op("Mul", _sum(graph, graph.op("Mul", weights, below)), confidence)
@@ -76,6 +81,12 @@ def _propose(graph: GraphBuilder, logits: Value, temperature: Value, uniforms: V
     confidence = graph.op("Where", samples, probability, confidence)
     parts = (_squeezed(graph, part) for part in (token, confidence, margin, entropy))
     return _stacked(graph, *parts)
+
+
+def _doubt(graph: GraphBuilder, logits: Value, doubt: Value) -> Value:
+    """Return [B, R, 1] `doubt`, NaN too where a logit is NaN or minus infinity."""
+    lowest = graph.op("ReduceMin", logits, graph.constant([-1]), keepdims=1)
+    return graph.op("Add", doubt, graph.op("Sub", lowest, lowest))
 
 
 def _one(graph: GraphBuilder) -> Value:

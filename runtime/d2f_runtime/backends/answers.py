@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.backends.base import StepRow
-from d2f_runtime.backends.rows import Floats, Masks
+from d2f_runtime.backends.rows import Floats, Masks, divisor_of
 from d2f_runtime.kernels.sampling import forbid, keep_nucleus, propose, temper
 from d2f_runtime.models.config import TransformerConfig
 
@@ -24,7 +24,7 @@ def sampling_of(rows: Sequence[StepRow], masks: Masks) -> tuple[Floats | None, b
     if not any(row.temperature > 0 for row in rows):
         return None, False
     values = [
-        (row.temperature, row.top_p, row.uniforms[i] if row.uniforms else 0.0)
+        (divisor_of(row), row.top_p, row.uniforms[i] if row.uniforms else 0.0)
         for row, positions in zip(rows, masks, strict=True)
         for i in positions
     ]
@@ -55,7 +55,10 @@ def answer_states(
     for begin in range(0, states.shape[0], length):
         piece = slice(begin, begin + length)
         logits = forbid(
-            logits_of(states[piece]), mask_id=config.mask_id, num_tokens=config.num_tokens
+            logits_of(states[piece]),
+            mask_id=config.mask_id,
+            num_tokens=config.num_tokens,
+            unnamed_ids=config.unnamed_ids,
         )
         if noise is None:
             proposed = propose(logits)

@@ -16,7 +16,7 @@ import numpy as np
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.onnx_session import StepSession, open_sessions
 from d2f_runtime.backends.onnx_slot import OnnxSlot
-from d2f_runtime.backends.rows import Floats, check_rows, num_forwarded, to_proposals
+from d2f_runtime.backends.rows import Floats, check_rows, divisor_of, num_forwarded, to_proposals
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.manifest import Manifest, read_manifest
@@ -162,7 +162,7 @@ class OnnxBackend:
             "head_rows": np.zeros((1, num_heads), np.int64),
             "uniforms": np.zeros((1, num_heads), np.float32),
             "start": np.array([window.start], np.int64),
-            "temperature": np.array([row.temperature], np.float32),
+            "temperature": np.array([divisor_of(row)], np.float32),
             "in_full": np.array(row.temperature > 0 or row.rank != "confidence"),
         }
         host["tokens"][0, :num_rows] = window.tokens[:num_rows]

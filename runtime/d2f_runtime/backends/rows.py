@@ -22,11 +22,14 @@ __all__ = [
     "Ints",
     "Masks",
     "Stored",
+    "broken_rows",
     "check_rows",
+    "divisor_of",
     "num_forwarded",
     "to_proposals",
 ]
 
+MIN_TEMPERATURE = 1e-6
 _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order of the answers
 
 Ints = npt.NDArray[np.int64]
@@ -77,6 +80,29 @@ def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:
             raise ValueError("a temperature above 0 needs one uniform number per window position")
     if len({row.slot for row in rows}) < len(rows):
         raise ValueError("two rows of a step have the same slot")
+
+
+def divisor_of(row: StepRow) -> float:
+    """Return the temperature that a row's logits are divided by; 0 is greedy.
+
+    Below some value all are the same to fp32, but the quotient would overflow.
+    """
+    return max(row.temperature, MIN_TEMPERATURE) if row.temperature > 0 else 0.0
+
+
+def broken_rows(masks: Masks, answers: npt.NDArray[np.floating]) -> list[int]:
+    """Return the rows in which a confidence is no number, as the logits behind it were none.
+
+    Args:
+        masks: see Masks; N in all.
+        answers: [4, N] token, confidence, margin, neg_entropy.
+    """
+    if np.isfinite(answers[1].sum()):  # which nearly always says all
+        return []
+    ends = np.cumsum([len(positions) for positions in masks])
+    return sorted(
+        set(np.searchsorted(ends, np.flatnonzero(np.isnan(answers[1])), "right").tolist())
+    )
 
 
 def to_proposals(

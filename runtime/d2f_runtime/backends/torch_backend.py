@@ -23,7 +23,7 @@ from d2f_runtime.backends.choice import (
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
-from d2f_runtime.backends.rows import check_rows, to_proposals
+from d2f_runtime.backends.rows import broken_rows, check_rows, to_proposals
 from d2f_runtime.backends.runner import Runner
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
@@ -148,6 +148,8 @@ class TorchBackend:
         check_rows(rows, spans)
         assert self._runner is not None, "the backend is closed"
         masks, answers = self._runner.run(rows, spans)
+        for index in broken_rows(masks, answers):
+            self._pool.blank(spans[index])
         for row, span in zip(rows, spans, strict=True):
             span.num_cached = row.window.start + row.window.num_to_cache
         return to_proposals(rows, masks, answers)

@@ -5,8 +5,11 @@ with one `Proposals` per row. No mask tensor crosses: who sees whom follows from
 `block_stops`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from d2f_stream.core.errors import ModelDamaged
 
 __all__ = ["NO_TOKEN", "Proposals", "Window", "check_proposals"]
 
@@ -81,11 +84,19 @@ def check_proposals(window: Window, proposals: Proposals, *, mask_id: int, rank:
     Raises:
         RuntimeError: a length differs, the rank that was asked for is missing, or the mask id is
             proposed.
+        ModelDamaged: a confidence is no number, as the model's logits were none.
     """
     width = len(window.tokens)
     for values in (proposals.tokens, proposals.confidence, proposals.rank):
         if values is not None and len(values) != width:
             raise RuntimeError(f"{len(values)} proposed values for a window of {width}")
+    if not math.isfinite(sum(proposals.confidence)):
+        sure = [math.isfinite(confidence) for confidence in proposals.confidence]
+        raise ModelDamaged(
+            f"the model's logits at canvas position {window.start + sure.index(False)} are NaN or "
+            "infinite: its weights are damaged, or overflow in the type that they are computed in; "
+            "fetch them again, or load them as bf16 or fp32"
+        )
     if proposals.rank is None and rank != "confidence":
         raise RuntimeError(f"proposals without rank, but the request ranks by {rank}")
     if mask_id in proposals.tokens:

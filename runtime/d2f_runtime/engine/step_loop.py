@@ -253,6 +253,9 @@ class StepLoop:
             if isinstance(news, Exception):
                 raise news
             tell(news)
+        except D2FError as error:
+            logger.error("stream %s failed: %s", stream.id, error)
+            stream.outcome = error
         except Exception as error:
             logger.error("stream %s failed", stream.id, exc_info=error)
             stream.outcome = D2FError(f"the stream failed: {error!r}")

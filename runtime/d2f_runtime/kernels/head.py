@@ -2,7 +2,8 @@
 
 The vocabulary is split over several programs, each of whose lanes goes through ids of its own, so
 that nothing is joined on the way; a second kernel joins the programs' findings. Neither writes
-probabilities. Says what `models.sampling.propose` says of greedy rows.
+probabilities. Says what `sampling.propose` says of greedy rows. A maximum passes over NaN, so
+logits that are no numbers are carried by the sums.
 
 Shapes: N rows, V vocabulary, S splits.
 """
@@ -99,6 +100,7 @@ def _find(
             rises, fade * (energy + below * total), energy + tl.where(allowed, fade * below, 0.0)
         )
         total = tl.where(rises, fade * total + 1.0, total + tl.where(allowed, fade, 0.0))
+        total += value - value  # 0, or NaN for what is no finite number
         highest = new
     top = tl.max(highest, axis=0)
     best = tl.min(tl.where(highest == top, token, 2147483647), axis=0)

@@ -1,11 +1,13 @@
 """From logits to proposals: token, confidence and ranks per row, on the device.
 
 The same functions run in the torch backend and, exported, inside the ONNX graph, so that both draw
-equal tokens. Everything here is fp32.
+equal tokens. Everything here is fp32. A row with a logit that is NaN or infinite has the confidence
+NaN, so that whoever reads the answers knows, without another look at the logits.
 
 Shapes: rows of any leading shape, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ __all__ = [
     "best",
     "draw",
     "forbid",
+    "ids_on",
     "keep_nucleus",
     "propose",
     "score",
@@ -46,11 +49,28 @@ class Scores(NamedTuple):
     total: Tensor
 
 
-def forbid(logits: Tensor, *, mask_id: int, num_tokens: int) -> Tensor:
-    """Return fp32 logits whose mask id and padded vocabulary rows can never be chosen."""
+def forbid(
+    logits: Tensor, *, mask_id: int, num_tokens: int, unnamed_ids: tuple[int, ...] = ()
+) -> Tensor:
+    """Return fp32 logits whose mask id and ids without a token can never be chosen.
+
+    Args:
+        logits: [..., V] of any float type.
+        mask_id: of the mask.
+        num_tokens: ids from here on are padding of the vocabulary.
+        unnamed_ids: the gaps before that.
+    """
     ids = torch.arange(logits.shape[-1], device=logits.device)
     forbidden = (ids == mask_id) | (ids >= num_tokens)
+    if unnamed_ids:
+        forbidden = forbidden.index_fill(0, ids_on(unnamed_ids, logits.device), True)
     return logits.float().masked_fill(forbidden, FORBIDDEN)
+
+
+@functools.lru_cache(maxsize=8)
+def ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return ids on a device; int64."""
+    return torch.tensor(ids, device=device)
 
 
 def temper(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -79,7 +99,7 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits: [..., V] fp32, forbidden ids at FORBIDDEN.
     """
     highest, token = logits.topk(1, dim=-1)
-    return token[..., 0], 1.0 / (logits - highest).exp().sum(dim=-1)
+    return token[..., 0], 1.0 / (logits - highest).exp().sum(dim=-1) + _doubt(logits)
 
 
 def score(logits: Tensor) -> Scores:
@@ -92,10 +112,16 @@ def score(logits: Tensor) -> Scores:
     below = logits - highest[..., :1]
     weights = below.exp()
     total = weights.sum(dim=-1)
-    confidence = 1.0 / total
+    confidence = 1.0 / total + _doubt(logits)
     margin = (1.0 - (highest[..., 1] - highest[..., 0]).exp()) * confidence
     neg_entropy = (weights * below).sum(dim=-1) * confidence - total.log()
     return Scores(token[..., 0], confidence, margin, neg_entropy, weights, total)
+
+
+def _doubt(logits: Tensor) -> Tensor:
+    """Return [...] 0, or NaN where a logit is NaN or minus infinity; the rest shows in the sums."""
+    lowest = logits.amin(dim=-1)
+    return lowest - lowest
 
 
 def draw(scores: Scores, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from d2f_runtime.kernels import attention, fetch, gate, head, norm, rope
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
+from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer, rotary
 from d2f_runtime.quantization.linear import PackedLinear, pack, rotated
@@ -116,6 +117,8 @@ class FastTransformer:
             in_fp8 = quantization == "fp8" and head.shape[0] % 16 == 0  # the library's demand
             self._head = pack(head, "fp8" if in_fp8 else "none", head.dtype)
             self._norm = model.norm.weight.detach()
+            unnamed = model.config.unnamed_ids
+            self._unnamed = ids_on(unnamed, head.device) if unnamed else None
             self._table = _rope_table(model.config, self._embedding.device)
 
     @property
@@ -196,9 +199,11 @@ class FastTransformer:
 
     def best_tokens(self, states: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return [4, N] fp32 token, confidence, margin and negative entropy of final states."""
-        config = self.config
+        config, logits = self.config, self.logits(states)
+        if self._unnamed is not None:
+            logits.index_fill_(1, self._unnamed, max(FORBIDDEN, torch.finfo(logits.dtype).min))
         return self.ops.best_tokens(
-            self.logits(states), mask_id=config.mask_id, num_tokens=config.num_tokens, out=out
+            logits, mask_id=config.mask_id, num_tokens=config.num_tokens, out=out
         )
 
 

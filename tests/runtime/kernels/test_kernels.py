@@ -40,6 +40,10 @@ CLOSE = 1e-5
 CLOSE_FP8 = 1e-2 if DEVICE == "cuda" else 1e-1
 
 
+NOT_NUMBERS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, interpreted
+NEEDS_FP8_NAN = pytest.mark.skipif(DEVICE != "cuda", reason="NaN in fp8 is a number, interpreted")
+
+
 def integers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
@@ -152,6 +156,51 @@ def test_best_tokens() -> None:
     wanted[0, 3] = 0.0
     assert found[0].tolist() == wanted[0].tolist()
     assert torch.allclose(found[1:], wanted[1:], rtol=1e-4, atol=1e-6)
+
+
+@NOT_NUMBERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 1500, 19985])  # the first and a later program's share
+def test_confidence_of_logits_that_are_no_numbers_is_none(value: float, at: int) -> None:
+    logits = random(5, 20000) * 3
+    logits[1, at] = value
+    logits[2, 3] = logits[3, 19995] = value  # forbidden: they do not matter
+    found = best_tokens(logits, mask_id=3, num_tokens=19990)
+    wanted = best_tokens_reference(logits, mask_id=3, num_tokens=19990)
+    for answers in (found, wanted):
+        assert answers[1].isnan().tolist() == [False, True, False, False, False]
+    assert 0 <= found[0, 1] < 20000
+
+
+@NOT_NUMBERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("quantise", [False, pytest.param(True, marks=NEEDS_FP8_NAN)])
+def test_what_is_no_number_is_carried_on(value: float, quantise: bool) -> None:
+    """By every stage of a layer, so that it shows in the logits."""
+    rows = random(5, 256)
+    rows[3, 17] = value
+    gain = torch.ones(256, device=DEVICE, dtype=rows.dtype)
+    _, normed = residual_norm(rows, None, gain, 1e-6, quantise=quantise)
+    for found in (normed, silu_gate(rows, quantise=quantise)):
+        finite = found.dequantised().isfinite().all(dim=1)
+        assert finite.tolist() == [True, True, True, False, True]
+
+
+@NOT_NUMBERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_attention_carries_on_what_is_no_number(value: float, num_splits: int) -> None:
+    tiles = tiles_of([(0, 20, 10, 999, 0)], rows_per_tile(20, 1))
+    visible = integers(*[60] * 12, *[120] * 8)  # canvas position 70, place 80, is seen by the last
+    for broken in range(3):
+        states = [random(20, 2, 16), random(300, 2, 16), random(300, 2, 16)]
+        states[broken][15 if broken == 0 else 80] = value
+        query, keys, values = states
+        found = attend(query, keys, values, visible=visible, tiles=tiles, num_splits=num_splits)
+        finite = found.dequantised().isfinite().all(dim=1).tolist()
+        assert not finite[15]
+        if broken == 0:
+            assert finite.count(False) == 1
 
 
 def test_what_crosses_to_the_host_and_back_lies_in_its_memory() -> None:
