@@ -9,6 +9,7 @@ import asyncio
 import atexit
 import ctypes
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -206,6 +207,10 @@ class LoadedModel:
                 if (asked := self._fresh.pop(row.slot, None)) is not None:
                     stored = asked.tokens[: row.window.start + row.window.num_to_cache]
                     self.prefixes.opened(row.slot, stored, asked.scope, capacity=asked.capacity)
+        if self.prefixes is not None:
+            for row, proposed in zip(rows, proposals, strict=True):
+                if not math.isfinite(sum(proposed.confidence)):  # nor is what the slot stores
+                    self.prefixes.forget(row.slot)
         return proposals
 
     def do_retire_slots(self, ended: Sequence[tuple[Slot, Callable[[], Sequence[int]]]]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from d2f_runtime.backends.rows import broken_rows
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.engine.local import LocalEngine
+from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
@@ -53,7 +55,8 @@ def params_for(config: TransformerConfig, params: GenerationParams) -> Generatio
 
 
 def damaged(family: str, damage: Damage) -> Transformer:
-    model = tiny_model(replace(CONFIGS[family], tie_embeddings=False))
+    config = replace(CONFIGS[family], tie_embeddings=False, unnamed_ids=(77,))
+    model = tiny_model(config)  # whose answers do not hold what is damaged
     with torch.no_grad():
         damage(model)
     return model
@@ -78,7 +81,7 @@ def overflowing(layer: int, features: slice) -> Damage:
     def damage(model: Transformer) -> None:
         model.layers[layer].mlp.up_proj.weight.mul_(1e15)  # type: ignore[union-attr,operator]
         down = model.layers[layer].mlp.down_proj.weight  # type: ignore[union-attr]
-        down[features].mul_(1e30)  # type: ignore[index,operator]
+        down[features].mul_(1e30)  # type: ignore[index]
 
     return damage
 
@@ -153,6 +156,32 @@ async def test_only_the_stream_that_meets_the_damage_ends(runner: str) -> None:
             for answer in found[::2]:
                 assert not isinstance(answer, BaseException)
                 assert answer.token_ids == wanted
+
+
+async def test_what_is_no_number_is_no_prompts_beginning() -> None:
+    def damage(model: Transformer) -> None:
+        model.embed_tokens.weight[77] = float("nan")
+
+    begin = [10 + i for i in range(20)]
+    prompts = [[*begin, 50], [*begin, 77], [*begin, 60], [*begin, 77, 8], [*begin, 50, 60]]
+    params = params_for(CONFIGS["llama"], GREEDY)
+    alone = with_torch(damaged("llama", damage), "plain")
+    async with LocalEngine.over(alone, ByteCodec()) as engine:
+        sessions = [engine.generate(prompt, params) for prompt in prompts[::2]]
+        wanted = [(await session.result()).token_ids for session in sessions]
+    for order in (prompts, prompts[1:] + prompts[:1]):
+        parts = ModelParts(with_torch(damaged("llama", damage), "plain"), ByteCodec(), params)
+        key = ModelKey(Path("/broken") / str(len(order[0])), "torch", "cpu", "fp32")
+        engine = LocalEngine(MODELS.lease(key, "broken", partial(lambda made: made, parts)))
+        async with engine:
+            for prompt in order:
+                if 77 in prompt:
+                    with pytest.raises(ModelDamaged):
+                        await engine.generate(prompt, params).result()
+                else:
+                    answer = await engine.generate(prompt, params).result()
+                    assert answer.token_ids == wanted[prompts.index(prompt) // 2]
+            assert engine.current_load.reused_tokens > 0
 
 
 def test_rows_with_a_confidence_that_is_none() -> None:
