@@ -84,7 +84,7 @@ def test_the_command_writes_defaults_that_verify(tmp_path: Path) -> None:
     assert manifest.onnx is not None
     assert manifest.onnx.drafts
     assert (manifest.mask_id, manifest.commit_attention) == (MASK, "causal")
-    assert (manifest.max_block_size, manifest.vocab_size) == (32, NUM_TOKENS)
+    assert (manifest.max_block_size, manifest.num_tokens) == (32, NUM_TOKENS)
     params = manifest.params_for("cpu")
     assert (params.commit, params.block_size) == ("verify", 8)
 

@@ -10,17 +10,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
+
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import StepRow
+from d2f_runtime.backends.fast_runner import FastRunner
 from d2f_runtime.backends.torch_backend import TorchBackend, load
-from d2f_runtime.decoding.window import Window
-from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_runtime.decoding.window import Proposals, Window
+from d2f_runtime.kernels.language import HAS_TRITON
+from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_runtime.models.draft_facts import DraftFacts
+from d2f_runtime.models.fast_transformer import KERNELS, REFERENCES, FastTransformer, StepTensors
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from d2f_stream.core.params import GenerationParams
 from tiny_drafts import PRODUCTS, draft_adapter, write_draft_adapter
-from tiny_models import CONFIGS, NUM_TOKENS, tiny_folder
+from tiny_models import CONFIGS, NUM_TOKENS, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.torch
 
@@ -160,8 +165,6 @@ def test_every_quantisation_of_the_base_drafts(adapter: Path, quantization: str)
     backend = load(
         tiny_folder("llama", "torch"), device="cpu", quantization=quantization, adapter=adapter
     )
-    assert backend.choice.name == "plain"
-    assert "draft" in backend.choice.reason
     assert (backend.info.mask_id, backend.info.commit_attention) == (MASK, "causal")
     assert backend.info.max_block_size == 32
     slot = backend.open_slot(16)
@@ -170,12 +173,95 @@ def test_every_quantisation_of_the_base_drafts(adapter: Path, quantization: str)
     assert all(0 <= token < NUM_TOKENS for token in found.tokens[2:])
 
 
-def test_the_fast_step_and_fp8_are_refused_with_a_draft_adapter(adapter: Path) -> None:
-    model = load_checkpoint(tiny_folder("llama", "torch"), adapter=adapter)
-    with pytest.raises(UnsupportedModel, match="a draft adapter runs in the plain step"):
-        TorchBackend(model, name="tiny", runner="fast")
-    with pytest.raises(UnsupportedModel, match="use bf16 or fp32"):
-        load(tiny_folder("llama", "torch"), device="cpu", quantization="fp8", adapter=adapter)
+def windows(mask_id: int) -> list[Window]:
+    """A prompt with drafts, drafts beside filled ones that wait, and a step without any draft."""
+    prompt, masks = tuple(range(10, 19)), (mask_id,) * 8
+    return [
+        Window(0, prompt + masks, 9, (*range(1, 10), 13, 17)),
+        Window(9, (20, 21, 22, *masks[:5], 30, mask_id), 3, (10, 11, 12, 13, 17, 19), 2),
+        Window(11, (22, 23, mask_id), 2, (12, 13, 14), 1),
+    ]
+
+
+def steps_of(backend: TorchBackend, mask_id: int) -> list[Proposals]:
+    slot = backend.open_slot(40)
+    return [backend.step([StepRow(slot, window)])[0] for window in windows(mask_id)]
+
+
+@pytest.mark.parametrize("products", [tuple(PRODUCTS), ("o",), ("q", "v"), ("up", "down")])
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_the_fast_step_drafts_as_the_plain_one(
+    tmp_path: Path, products: tuple[str, ...], family: str
+) -> None:
+    config = BASE
+    if family == "qwen":  # with what llama lacks
+        config = replace(BASE, qkv_bias=True, qk_norm=True, head_dim=32)
+    save_checkpoint(tmp_path / "base", tiny_model(config))
+    write_draft_adapter(tmp_path / "adapter", config, mask_id=MASK, products=products)
+    found = []
+    for runner in ("plain", "fast"):
+        model = load_checkpoint(tmp_path / "base", adapter=tmp_path / "adapter")
+        backend = TorchBackend(model, name=runner, runner=runner, graphs="off")
+        found.append(steps_of(backend, MASK))
+    for plain, fast in zip(*found, strict=True):
+        assert list(plain.tokens) == list(fast.tokens)
+        assert list(plain.confidence) == pytest.approx(list(fast.confidence), abs=1e-5)
+
+
+@pytest.mark.skipif(
+    not HAS_TRITON or not CAN_RUN or DEVICE == "cuda", reason="for Triton's interpreter"
+)
+def test_interpreted_kernels_draft_as_the_plain_step(adapter: Path) -> None:
+    folder, found = tiny_folder("llama", "torch"), []
+    for runner in ("plain", "fast"):
+        model = load_checkpoint(folder, adapter=adapter)
+        backend = TorchBackend(model, name=runner, runner=runner, graphs="off")
+        if isinstance(backend._runner, FastRunner):
+            backend._runner._model.ops = KERNELS
+        found.append(steps_of(backend, MASK))
+    for plain, fast in zip(*found, strict=True):
+        assert list(plain.tokens) == list(fast.tokens)
+        assert list(plain.confidence) == pytest.approx(list(fast.confidence), abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8", "nf4"])
+def test_quantised_rows_reach_the_adapter_in_the_fast_step(
+    adapter: Path, quantization: str
+) -> None:
+    """The same base in few bits with and without the adapter differs in draft rows alone."""
+    states = []
+    for given in (adapter, None):
+        model = load_checkpoint(tiny_folder("llama", "torch"), adapter=given)
+        packed = FastTransformer(model, quantization=quantization, ops=REFERENCES)
+        store = torch.zeros(2 * BASE.num_layers, 12, BASE.num_kv_heads, BASE.head_dim)
+        rows = torch.arange(12, dtype=torch.int32)
+        visible = torch.tensor([*range(1, 7), *[12] * 6], dtype=torch.int32)
+        drafts = (rows >= 6).int()
+        tiles = torch.tensor([[0, 12, 0, 2**31 - 1, 0]], dtype=torch.int32)
+        step = StepTensors(rows + 20, rows, rows, visible, tiles, drafts)
+        with torch.inference_mode():
+            states.append(packed.forward(step, store))
+    assert torch.equal(states[0][:6], states[1][:6])
+    assert not torch.isclose(states[0][6:], states[1][6:], atol=1e-2).all(dim=1).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", ["off", "lazy"])
+def test_graphs_draft_as_the_plain_step(adapter: Path, graphs: str) -> None:
+    folder, found = tiny_folder("llama", "torch"), []
+    for runner in ("plain", "fast"):
+        model = load_checkpoint(folder, adapter=adapter)
+        backend = TorchBackend(
+            model,
+            name=runner,
+            device="cuda",
+            runner=runner,
+            graphs=graphs,  # type: ignore[arg-type]
+        )
+        found.append(steps_of(backend, MASK))
+    for plain, fast in zip(*found, strict=True):
+        assert list(plain.tokens) == list(fast.tokens)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.model.", "base_model.model.", "model.", ""])

@@ -33,7 +33,8 @@ def plan(*rows: tuple[int, Window, Span], info: ModelInfo = SCRIPTED_INFO) -> St
 def filled(plan: StepPlan, per_tile: int = 4) -> dict[str, list[int]]:
     flat = np.full(LAYOUT.size, 77, dtype=np.int32)  # poison: every place must be written
     plan.fill(flat.data, LAYOUT, per_tile)
-    names = ("tokens", "positions", "places", "visible", "head", "tiles", "last_from", "last_to")
+    names = ("tokens", "positions", "places", "visible", "head", "drafts")
+    names += ("tiles", "last_from", "last_to")
     edges = np.cumsum((0, *LAYOUT.sizes)).tolist()
     return {n: flat[edges[i] : edges[i + 1]].tolist() for i, n in enumerate(names)}
 
@@ -45,6 +46,7 @@ def test_a_window_is_written_where_it_would_be_cached() -> None:
     assert found["places"] == [*range(320, 327)] + [-1] * 9
     assert found["visible"] == [24] * 4 + [27] * 3 + [0] * 9
     assert found["head"] == [4, 5, 6] + [0] * 13
+    assert found["drafts"] == [0] * 4 + [1] * 3 + [0] * 9
     assert found["tiles"] == [0, 4, 300, NO_BORDER, 0, 4, 3, 300, NO_BORDER, 0] + [0] * 20
     assert (found["last_from"][0], found["last_to"]) == (3, [5, MAX_SLOTS, MAX_SLOTS])
 

@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(600)
 def test_interpreted_kernels_equal_their_references() -> None:
     tests = ["kernels", "test_fast_runner.py::test_interpreted_kernels_decode_the_same"]
+    tests += ["test_draft_adapter.py::test_interpreted_kernels_draft_as_the_plain_step"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *(str(HERE / t) for t in tests)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

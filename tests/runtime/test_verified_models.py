@@ -30,7 +30,15 @@ FEW = 8  # ids that may be produced: a draft is often right by chance
 STUDENT = replace(CONFIGS["a2d"], num_tokens=FEW)
 BASE = replace(CONFIGS["llama"], num_tokens=FEW)
 NO_ID = 160  # the mask of the adapters, beyond the table
-KINDS = ["torch", "onnx", "fast-references", "adapter", "untrained adapter", "onnx adapter"]
+KINDS = [
+    "torch",
+    "onnx",
+    "fast-references",
+    "adapter",
+    "untrained adapter",
+    "onnx adapter",
+    "fast adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if adapter is not None:
         write_draft_adapter(adapter, BASE, mask_id=NO_ID, trained=kind != "untrained adapter")
     backend: Backend
-    if kind == "fast-references":
+    if kind == "fast adapter":
+        model = load_checkpoint(root / "checkpoint", adapter=adapter)
+    if kind.startswith("fast"):
         backend = TorchBackend(model, name="fast", runner="fast", graphs="off")
     elif kind.startswith("onnx"):
         (root / "tokenizer.json").write_text("{}")

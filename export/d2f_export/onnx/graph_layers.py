@@ -17,7 +17,7 @@ from torch import Tensor
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.quantize import Linear
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.draft_adapter import PARENTS
+from d2f_runtime.models.draft_adapter import PARENTS, product_shapes
 
 __all__ = ["Draft", "Sight", "add_layer", "norm", "select_rows"]
 
@@ -66,8 +66,9 @@ class _Layer:
     def product(self, x: Value, joined: str, parts: Sequence[str]) -> Value:
         """Multiply with the joined matrices of some products; draft rows with their factors too."""
         names = [self.path(f"{PARENTS[f'{part}_proj']}.{part}_proj") for part in parts]
-        sizes = [self.num_outputs(part) for part in parts]
-        shape = (sum(sizes), self.num_inputs(parts[0]))
+        shapes = [product_shapes(self.config)[f"{part}_proj"] for part in parts]
+        sizes = [num_out for num_out, _ in shapes]
+        shape = (sum(sizes), shapes[0][1])
         out = self.linear(x, self.path(joined), [f"{name}.weight" for name in names], shape)
         if self.draft is None or not any(name in self.draft.ranks for name in names):
             return out
@@ -104,19 +105,6 @@ class _Layer:
                 nothing = graph.constant(np.zeros((1, 1, size)), self.linear.dtype)
                 shares.append(graph.op("Mul", nothing, draft.rows))
         return shares[0] if len(shares) == 1 else graph.op("Concat", *shares, axis=2)
-
-    def num_inputs(self, part: str) -> int:
-        config = self.config
-        wide = {"o": config.num_heads * config.head_dim, "down": config.ffn_size}
-        return wide.get(part, config.hidden_size)
-
-    def num_outputs(self, part: str) -> int:
-        config = self.config
-        queries, keys = config.num_heads, config.num_kv_heads
-        heads = {"q": queries, "k": keys, "v": keys}
-        if part in heads:
-            return heads[part] * config.head_dim
-        return config.ffn_size if part in ("gate", "up") else config.hidden_size
 
     def project(self, x: Value, joined: str, parts: str, num_out: int) -> Value:
         """Multiply with the joined matrices of q, k and v, or some of them; add their biases."""

@@ -89,7 +89,6 @@ def choose_runner(
     *,
     quantization: str,
     head_dim: int = 128,
-    drafts: bool = False,
     wanted: str = "auto",
 ) -> Choice:
     """Choose how steps run: "fast" or "plain".
@@ -98,15 +97,14 @@ def choose_runner(
         device: where they run.
         quantization: one of QUANTIZATIONS.
         head_dim: of the model.
-        drafts: whether the model has a draft adapter.
         wanted: "auto", or "fast" or "plain" to insist.
 
     Raises:
         UnsupportedModel: what is wanted, or the step that the quantization needs, cannot be had.
     """
-    if wanted == "fast" and device.capability is None and not drafts:
+    if wanted == "fast" and device.capability is None:
         return Choice("fast", "asked for")  # for tests: the same code over the kernels' references
-    obstacle = _obstacle(device, quantization, head_dim, drafts=drafts)
+    obstacle = _obstacle(device, quantization, head_dim)
     if wanted == "fast":
         if obstacle:
             raise UnsupportedModel(f"the fast step was asked for, but {obstacle}")
@@ -124,9 +122,7 @@ def choose_runner(
     return Choice("plain", obstacle)
 
 
-def choose_quantization(
-    config: TransformerConfig, device: DeviceFacts, *, stored: str, drafts: bool = False
-) -> Choice:
+def choose_quantization(config: TransformerConfig, device: DeviceFacts, *, stored: str) -> Choice:
     """Choose how a model's weights are stored on a device, where nobody says.
 
     In this order, the first that fits: as the checkpoint has them, bf16, fp8 (where the GPU has
@@ -136,7 +132,6 @@ def choose_quantization(
         config: of the model.
         device: that holds them.
         stored: how the checkpoint has them, one of QUANTIZATIONS.
-        drafts: whether the model has a draft adapter.
     """
     if device.capability is None:
         if stored in LOW_BIT:
@@ -148,8 +143,7 @@ def choose_quantization(
     def runs(quantization: str) -> bool:
         """Whether it is of use: on the plain step, fp8 and nf4 are none."""
         needs_kernels = quantization in ("fp8", "nf4")
-        obstacle = _obstacle(device, quantization, config.head_dim, drafts=drafts)
-        return not (needs_kernels and obstacle)
+        return not (needs_kernels and _obstacle(device, quantization, config.head_dim))
 
     too_large = ""
     for name in dict.fromkeys((stored, "bf16", "fp8", "nf4")):
@@ -185,10 +179,8 @@ def weight_bytes(config: TransformerConfig, quantization: str) -> int:
     return int(layers * BITS[quantization] / 8) + ends
 
 
-def _obstacle(device: DeviceFacts, quantization: str, head_dim: int, *, drafts: bool) -> str:
+def _obstacle(device: DeviceFacts, quantization: str, head_dim: int) -> str:
     """Return what stands in the way of the kernels; empty where nothing does."""
-    if drafts:
-        return "a draft adapter runs in the plain step"
     oldest = OLDEST_FP8 if quantization == "fp8" else OLDEST
     if device.capability is None:
         return "there is no CUDA device"

@@ -61,9 +61,10 @@ class _Shape:
         self.host = self.sent.numpy().data
         self.fetched = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
         parts = torch.split(self.fetched, list(self.layout.sizes))
-        tokens, positions, places, visible, self.head, tiles, self.last_from, self.last_to = parts
+        tokens, positions, places, visible, self.head, drafts, *rest = parts
+        tiles, self.last_from, self.last_to = rest
         tiles = tiles.view(-1, TILE_FIELDS)
-        self.tensors = StepTensors(tokens, positions, places, visible, tiles)
+        self.tensors = StepTensors(tokens, positions, places, visible, tiles, drafts)
         self.found = torch.zeros((4, bucket.rows), pin_memory=pinned)
         self._answers: Floats = self.found.numpy()
         self._geometry: tuple[object, ...] | None = None

@@ -33,9 +33,10 @@ class Layout:
     """Where the fields lie in one flat array, given static numbers of rows, tiles and sessions.
 
     In this order: tokens, positions, places, visible [R], see `StepTensors`; head [R], of which N
-    are used, a row whose final state predicts a mask, or -1 - i for the last cached state of the
-    slot with index i; tiles [T * TILE_FIELDS]; last_from and last_to [S], a row with a slot's last
-    cached state and the index of the slot.
+    are used, a row whose final state predicts a position that is asked, or -1 - i for the last
+    cached state of the slot with index i; drafts [R], 1 for rows that are not to be cached; tiles
+    [T * TILE_FIELDS]; last_from and last_to [S], a row with a slot's last cached state and the
+    index of the slot.
     """
 
     rows: int
@@ -45,7 +46,7 @@ class Layout:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Length of each field."""
-        return (*[self.rows] * 5, self.tiles * TILE_FIELDS, self.sessions, self.sessions)
+        return (*[self.rows] * 6, self.tiles * TILE_FIELDS, self.sessions, self.sessions)
 
     @property
     def size(self) -> int:
@@ -130,8 +131,8 @@ class StepPlan(NamedTuple):
     def _fill_geometry(self, flat: memoryview, layout: Layout, per_tile: int) -> None:
         """Write what depends on the geometry alone, and all padding."""
         size = layout.rows
-        fields = (flat[i * size : (i + 1) * size] for i in range(5))
-        tokens, positions, places, visible, _ = fields
+        fields = (flat[i * size : (i + 1) * size] for i in range(6))
+        tokens, positions, places, visible, _, drafts = fields
         tiles: list[int] = []
         last: dict[int, int] = {}
         for placement in self.placements:
@@ -140,6 +141,9 @@ class StepPlan(NamedTuple):
             end = first + placement.num_rows
             positions[first:end] = _counting(start, stop)
             places[first:end] = _counting(placement.offset + start, placement.offset + stop)
+            clean = min(window.num_to_cache, placement.num_rows)
+            drafts[first : first + clean] = array("i", (0,)) * clean
+            drafts[first + clean : end] = array("i", (1,)) * (placement.num_rows - clean)
             before = start
             for edge in window.block_stops:
                 at, until = first + before - start, min(end, first + edge - start)
@@ -151,12 +155,13 @@ class StepPlan(NamedTuple):
             if window.num_to_cache:
                 last[placement.slot_index] = first + window.num_to_cache - 1
         rest = size - self.num_rows
-        for values, padding in ((tokens, 0), (positions, 0), (places, -1), (visible, 0)):
+        paddings = ((tokens, 0), (positions, 0), (places, -1), (visible, 0), (drafts, 0))
+        for values, padding in paddings:
             values[self.num_rows :] = array("i", (padding,)) * rest
         tiles += [0] * (layout.tiles * TILE_FIELDS - len(tiles))
         unused = layout.sessions - len(last)
         last_from, last_to = [*last.values()] + [0] * unused, [*last] + [NOBODY] * unused
-        flat[5 * size :] = array("i", tiles + last_from + last_to)
+        flat[6 * size :] = array("i", tiles + last_from + last_to)
 
 
 def _shape_of(window: Window) -> tuple[object, ...]:

@@ -28,7 +28,6 @@ from d2f_runtime.backends.runner import Runner
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.stored import LOW_BIT, dequantise_layers
@@ -90,7 +89,6 @@ class TorchBackend:
             DeviceFacts.of(self._device),
             quantization=quantization or named,
             head_dim=config.head_dim,
-            drafts=model.draft is not None,
             wanted=runner,
         )
         if max_tokens is None:
@@ -203,7 +201,6 @@ def load(
             stored.config,
             DeviceFacts.of(torch.device(device)),
             stored=stored.quantization,
-            drafts=adapter is not None and DraftFacts.read(adapter) is not None,
         )
         logger.info("%s takes its weights as %s: %s", path.name, choice.name, choice.reason)
         chosen = choice.name

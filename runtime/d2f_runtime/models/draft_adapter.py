@@ -20,7 +20,7 @@ from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_stream.core.errors import UnsupportedModel
 
-__all__ = ["PARENTS", "DraftAdapter", "LayerDraft"]
+__all__ = ["PARENTS", "DraftAdapter", "LayerDraft", "product_shapes"]
 
 MASK_EMBEDDING: Final = "mask_embedding"
 PARENTS: Final = {
@@ -96,7 +96,7 @@ class DraftAdapter(nn.Module):
             ModelNotFound, ModelDamaged, UnsupportedModel: see `Adapter.open`; or there is no mask
                 embedding of the base's size.
         """
-        adapter = Adapter.open(folder, _products(config), beside=(MASK_EMBEDDING,))
+        adapter = Adapter.open(folder, _parameters(config), beside=(MASK_EMBEDDING,))
         if adapter.replaced:
             raise UnsupportedModel(
                 f"{folder} holds {min(adapter.replaced)} whole, but a draft adapter leaves the "
@@ -150,18 +150,25 @@ class DraftAdapter(nn.Module):
         )
 
 
-def _products(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what may be adapted, by our names."""
+def product_shapes(config: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """Return outputs and inputs of the products of a layer, by name."""
     size, ffn = config.hidden_size, config.ffn_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
-        "self_attn.q_proj": (queries, size),
-        "self_attn.k_proj": (keys, size),
-        "self_attn.v_proj": (keys, size),
-        "self_attn.o_proj": (size, queries),
-        "mlp.gate_proj": (ffn, size),
-        "mlp.up_proj": (ffn, size),
-        "mlp.down_proj": (size, ffn),
+    return {
+        "q_proj": (queries, size),
+        "k_proj": (keys, size),
+        "v_proj": (keys, size),
+        "o_proj": (size, queries),
+        "gate_proj": (ffn, size),
+        "up_proj": (ffn, size),
+        "down_proj": (size, ffn),
     }
-    layers = range(config.num_layers)
-    return {f"layers.{i}.{name}.weight": shape for i in layers for name, shape in shapes.items()}
+
+
+def _parameters(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what may be adapted, by our names."""
+    return {
+        f"layers.{index}.{PARENTS[name]}.{name}.weight": shape
+        for index in range(config.num_layers)
+        for name, shape in product_shapes(config).items()
+    }

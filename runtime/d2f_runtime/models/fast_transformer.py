@@ -21,6 +21,8 @@ from d2f_runtime.kernels import attention, fetch, gate, head, norm, rope
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_adapter import DraftAdapter, product_shapes
+from d2f_runtime.models.fast_draft import FastDraft, FastLayerDraft
 from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer, rotary
 from d2f_runtime.quantization.linear import PackedLinear, pack, rotated
 from d2f_runtime.quantization.stored import StoredWeight, join_outputs, stored_weight
@@ -70,6 +72,7 @@ class StepTensors(NamedTuple):
         places: [M] pool places to write K/V to; negative for none.
         visible: [M] one past the last canvas position that each row sees; 0 for padding.
         tiles: [N, TILE_FIELDS], see `kernels.attention`.
+        drafts: [M] 1 for rows that go through the draft adapter, else 0; unused without one.
     """
 
     tokens: Tensor
@@ -77,6 +80,7 @@ class StepTensors(NamedTuple):
     places: Tensor
     visible: Tensor
     tiles: Tensor
+    drafts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class _FastLayer:
     ffn_norm: Tensor
     gate_up: PackedLinear
     down: PackedLinear
+    draft: FastLayerDraft | None
 
 
 class FastTransformer:
@@ -107,9 +112,10 @@ class FastTransformer:
     ) -> None:
         self.config = model.config
         self.ops = ops
+        self._draft = model.draft
         with torch.no_grad():
             self._layers = [
-                _pack_layer(model.layers, index, quantization, consume)
+                _pack_layer(model.layers, index, quantization, consume, model.draft, model.config)
                 for index in range(model.config.num_layers)
             ]
             self._embedding = model.embed_tokens.weight.detach()
@@ -142,7 +148,7 @@ class FastTransformer:
             store: [2 L, T, KV, hd] keys and values of the layers in turn.
         """
         ops, eps = self.ops, self.config.norm_eps
-        x = F.embedding(step.tokens, self._embedding)
+        x, drafts = self._embedded(step)
         parts: Tensor | None = None
         for index, layer in enumerate(self._layers):
             keys, values = store[2 * index], store[2 * index + 1]
@@ -161,6 +167,7 @@ class FastTransformer:
                     bias=layer.qkv_bias,
                     norms=layer.head_norms,
                 ),
+                drafts,
             )
             attended = ops.attend(
                 query,
@@ -171,22 +178,48 @@ class FastTransformer:
                 quantise=layer.out.takes_fp8,
                 positions=step.positions,
             )
-            parts = layer.out.parts(attended)
+            parts = _parts(layer.out, attended, layer.draft.out if layer.draft else None, drafts)
             x, rows = ops.residual_norm(
                 x, parts, layer.ffn_norm, eps, quantise=layer.gate_up.takes_fp8
             )
-            parts = layer.down.parts(self._gated(layer, rows))
+            gated = self._gated(layer, rows, drafts)
+            parts = _parts(layer.down, gated, layer.draft.down if layer.draft else None, drafts)
         _, rows = ops.residual_norm(x, parts, self._norm, eps)
         return rows.values
 
-    def _rotated(self, layer: _FastLayer, rows: Activation, rotation: rope.Rotation) -> Tensor:
+    def _embedded(self, step: StepTensors) -> tuple[Tensor, Tensor | None]:
+        """Return [M, D] what the tokens are to the layers, and [M, 1] which rows are drafts."""
+        draft = self._draft
+        if draft is None:
+            return F.embedding(step.tokens, self._embedding), None
+        assert step.drafts is not None
+        is_mask = step.tokens == draft.facts.mask_id
+        known = F.embedding(step.tokens.masked_fill(is_mask, 0), self._embedding)
+        x = torch.where(is_mask[:, None], draft.mask_embedding, known)
+        return x, step.drafts[:, None].to(x.dtype)
+
+    def _rotated(
+        self,
+        layer: _FastLayer,
+        rows: Activation,
+        rotation: rope.Rotation,
+        drafts: Tensor | None,
+    ) -> Tensor:
         """Return the queries [M, H, hd]; store keys and values."""
+        if drafts is not None and layer.draft is not None and layer.draft.qkv is not None:
+            qkv = layer.qkv(rows)
+            layer.draft.qkv.add(rows, drafts, qkv)
+            return self.ops.rotate_and_store(qkv, rotation)
         query = rotated(layer.qkv, rows, rotation)
         return self.ops.rotate_and_store(layer.qkv(rows), rotation) if query is None else query
 
-    def _gated(self, layer: _FastLayer, rows: Activation) -> Activation:
+    def _gated(self, layer: _FastLayer, rows: Activation, drafts: Tensor | None) -> Activation:
         """Return what the down projection takes."""
         to_fp8 = layer.down.takes_fp8
+        if drafts is not None and layer.draft is not None and layer.draft.gate_up is not None:
+            gate_up = layer.gate_up(rows)
+            layer.draft.gate_up.add(rows, drafts, gate_up)
+            return self.ops.silu_gate(gate_up, quantise=to_fp8)
         gated = layer.gate_up.gated(rows)
         if gated is None:
             return self.ops.silu_gate(layer.gate_up(rows), quantise=to_fp8)
@@ -207,7 +240,24 @@ class FastTransformer:
         )
 
 
-def _pack_layer(layers: nn.ModuleList, index: int, quantization: str, consume: bool) -> _FastLayer:
+def _parts(
+    linear: PackedLinear, x: Activation, draft: FastDraft | None, drafts: Tensor | None
+) -> Tensor:
+    """Return [S, M, N], to be summed over S; draft rows with their factors."""
+    parts = linear.parts(x)
+    if draft is not None and drafts is not None:
+        draft.add(x, drafts, parts[0])
+    return parts
+
+
+def _pack_layer(
+    layers: nn.ModuleList,
+    index: int,
+    quantization: str,
+    consume: bool,
+    draft: DraftAdapter | None,
+    config: TransformerConfig,
+) -> _FastLayer:
     layer = layers[index]
     assert isinstance(layer, Layer)
     attention, mlp = layer.self_attn, layer.mlp
@@ -239,10 +289,20 @@ def _pack_layer(layers: nn.ModuleList, index: int, quantization: str, consume: b
         ffn_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=packed_of(join_outputs(gate_and_up, gate.interleave, dtype)),
         down=packed_of(stored_weight(mlp.down_proj)),
+        draft=None if draft is None else _merged_draft(draft, config, index),
     )
     if consume:
         layers[index] = nn.Identity()
     return packed
+
+
+def _merged_draft(draft: DraftAdapter, config: TransformerConfig, index: int) -> FastLayerDraft:
+    return FastLayerDraft.of(
+        draft.layer(index, torch.empty(0)),
+        {name: shape[0] for name, shape in product_shapes(config).items()},
+        lambda ups: rope.interleave(ups, config.head_dim),
+        gate.interleave,
+    )
 
 
 def _rope_table(config: TransformerConfig, device: torch.device) -> Tensor:
