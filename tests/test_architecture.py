@@ -38,10 +38,16 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.server.streams": STREAMS,
     "d2f_stream.server.http": STREAMS,
     "d2f_stream.server.openai": STREAMS,
+    "d2f_stream.server.ollama": {
+        "d2f_stream",
+        "d2f_stream.server.openai",
+        "d2f_stream.server.logins",
+    }
+    | STREAMS,
     "d2f_stream.server.mqtt": STREAMS,
     "d2f_stream.server": {"d2f_stream", "d2f_stream.api", "d2f_runtime.engine"}
     | STREAMS
-    | {"d2f_stream.server.openai", "d2f_stream.server.mqtt"},
+    | {"d2f_stream.server." + n for n in ("openai", "ollama", "mqtt")},
     "d2f_stream.transformers_streamer": {CORE},
     "d2f_stream.api": SDK
     | {"d2f_stream.client", "d2f_runtime.engine", "d2f_stream.transformers_streamer"},

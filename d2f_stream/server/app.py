@@ -2,6 +2,7 @@
 
 /v1/stream                                       websocket, the protocol of protocol.py
 /v1/chat/completions, /v1/completions, /v1/models    the OpenAI API
+/api/chat, /api/generate, /api/tags, /api/show    the Ollama API
 /healthz  /metrics
 /                                                the chat page, and the files beside it
 """
@@ -29,6 +30,7 @@ from d2f_stream.server.http.middleware import (
 )
 from d2f_stream.server.http.websocket import stream_route
 from d2f_stream.server.metrics import Metrics
+from d2f_stream.server.ollama.routes import ollama_routes
 from d2f_stream.server.openai.routes import openai_routes
 from d2f_stream.server.streams.gateway import Gateway
 from d2f_stream.server.streams.registry import StreamRegistry
@@ -71,6 +73,7 @@ def create_app(
     registry, auth = gateway.registry, gateway.auth
     routes: list[BaseRoute] = [stream_route(gateway), _health_route(registry)]
     routes += openai_routes(registry, auth, logins=gateway.logins, observer=metrics)
+    routes += ollama_routes(registry, auth, logins=gateway.logins, observer=metrics)
     if metrics is not None:
         routes.append(metrics.route(None if open_metrics else auth, gateway.logins))
     if ui:
@@ -98,6 +101,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
     """Say that there is nothing at an address, or not for this method, as the API does."""
     assert isinstance(error, HTTPException)
     method, path = request.method, printable(request.url.path, 100)
+    if request.url.path.startswith("/api/"):  # as Ollama's clients read it
+        return JSONResponse({"error": f"{method} {path}: not found"}, error.status_code)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         sentence = f"{path} does not take {method}; it takes {allowed}"

@@ -34,6 +34,7 @@ class EventStream(StreamingResponse):
         stall_timeout_s: how long the client may not take what is sent, seconds.
         on_end: called once at the end: however it came, whether or not `frames` had begun.
         on_stall: is told of a client that did not take anything for that long.
+        media_type: of the frames.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class EventStream(StreamingResponse):
         stall_timeout_s: float,
         on_end: Callable[[], None],
         on_stall: Callable[[SlowConsumer], None],
+        media_type: str = "text/event-stream",
     ) -> None:
         # X-Accel-Buffering: nginx would else collect the frames before it passes them on.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(frames, media_type="text/event-stream", headers=headers)
+        super().__init__(frames, media_type=media_type, headers=headers)
         self._frames = frames
         self._stall_timeout_s = stall_timeout_s
         self._on_end = on_end

@@ -15,7 +15,15 @@ import msgspec
 from d2f_stream.core.errors import InvalidRequest
 from d2f_stream.core.printable import printable
 
-__all__ = ["CHAT", "COMPLETION", "Field", "Fields", "UnsupportedParameter", "check_fields"]
+__all__ = [
+    "CHAT",
+    "COMPLETION",
+    "Field",
+    "Fields",
+    "UnsupportedParameter",
+    "check_fields",
+    "check_known",
+]
 
 
 class UnsupportedParameter(InvalidRequest):
@@ -119,18 +127,28 @@ def check_fields(body: Mapping[str, object], known: Fields) -> None:
     Raises:
         UnsupportedParameter: names the first such field.
     """
-    _check(body, known, "")
-    _check(body.get("stream_options"), STREAM_OPTIONS, "stream_options.")
+    check_known(body, known, "")
+    check_known(body.get("stream_options"), STREAM_OPTIONS, "stream_options.")
     messages = body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
-        _check(message, MESSAGE, f"messages[{number}].")
+        check_known(message, MESSAGE, f"messages[{number}].")
         content = message.get("content") if isinstance(message, Mapping) else None
         for part_number, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, Mapping) and part.get("type") == "text":
-                _check(part, TEXT_PART, f"messages[{number}].content[{part_number}].")
+                check_known(part, TEXT_PART, f"messages[{number}].content[{part_number}].")
 
 
-def _check(values: object, known: Fields, place: str) -> None:
+def check_known(values: object, known: Fields, place: str = "") -> None:
+    """Refuse what one level of a request asks for and is not done here.
+
+    Args:
+        values: as they came; no mapping is refused elsewhere.
+        known: the fields of this level.
+        place: of the level in the request, ending with a dot.
+
+    Raises:
+        UnsupportedParameter: names the first such field.
+    """
     if not isinstance(values, Mapping):
         return  # absent, or of a wrong type, which is told elsewhere
     for name, value in values.items():
