@@ -1,7 +1,7 @@
 """Losses of short trainings of a tiny model on the CPU, as they were when two trainers existed.
 
-    python tests/recorded_losses.py            compare with the record
-    python tests/recorded_losses.py --write    make the record again
+    python -m tests.recorded_losses            compare with the record
+    python -m tests.recorded_losses --write    make the record again
 
 The record (recorded_losses.json) was made with the embedded model's own trainer and with `distill`
 before the first became part of the second. Seeded cases repeat a loss step by step. In *mixed* ones
@@ -18,18 +18,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
-from torch import Tensor
 
-from d2f_export import stages
 from d2f_export.distill.corruption import noise_generator
+from d2f_export.distill.distiller import Distiller, Objective
+from d2f_export.distill.feed import Batch
 from d2f_export.distill.run import distill
 from d2f_export.distill.settings import DistillSettings
-from d2f_export.embedded_model.corpus import Corpus
 from d2f_export.embedded_model.evaluate import held_out
-from d2f_export.embedded_model.recipe import RECIPES, STAGES, Stage, prepare
-from d2f_export.stages import Objective, StudentObjective, TeacherObjective
-from d2f_export.training import train
+from d2f_export.embedded_model.recipe import RECIPES, Stage
+from d2f_export.embedded_model.stages import train_stage
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from lab.ablations.settings import SETTINGS
@@ -48,48 +47,47 @@ def stage(folder: Path, *, name: Stage, seed: int = 1) -> list[float]:
     """Train a stage of the embedded model, tiny, from fresh weights."""
     start = folder / "start"
     save_fresh(start, seed=7)
-    model, objective = prepare(name, RECIPE, start=None if name == "twin" else start, seed=seed)
-    settings = replace(
-        getattr(RECIPE, name), steps=STEPS, seed=seed, lr=3e-3, warmup=5, log_every=1
-    )
-    corpus = Corpus(TOKENIZER, seed * 10 + STAGES.index(name))
-    train(model, objective, corpus, folder / "run", settings)
-    return column(folder / "run" / "log.csv")
+    settings = msgspec.structs.replace(
+        getattr(RECIPE, name), tokenizer=str(TOKENIZER), steps=STEPS, seed=seed, lr=3e-3, warmup=5,
+        start=None if name == "twin" else str(start),
+    )  # fmt: skip
+    return column(train_stage(settings, folder / "run", cpu=True) / "log.csv")
 
 
 def teacher_on_uniform_masks(folder: Path) -> list[float]:
     """Train a teacher whose batches all have uniform masks."""
-    return descended(TeacherObjective(block_share=0.0), num_steps=STEPS)
+    return descended(RECIPE.objective("teacher", uniform=1.0), num_steps=STEPS)
 
 
 def student(folder: Path, *, setting: str, num_steps: int = 4) -> list[float]:
     """Train a student by a setting of the ablations."""
-    teacher = fresh(7).requires_grad_(False)
-    return descended(StudentObjective(teacher, SETTINGS[setting]), num_steps=num_steps)
+    return descended(SETTINGS[setting], num_steps=num_steps)
 
 
 def stepping_student(folder: Path) -> list[float]:
     """Train a student that first fills the masks it gets right with a confidence above 0.6225."""
-    stages._uniform = lambda: 0.25
-    teacher = fresh(7).requires_grad_(False)
-    chosen = replace(SETTINGS["stepped"], forward_kl=0.0, data=1.0)
-    tokens, _ = batch()
-    tokens[tokens < 900] = 5  # so that most are soon right
-    return descended(StudentObjective(teacher, chosen), num_steps=STEPS, tokens=tokens)
+    given = batch()
+    given.tokens[given.tokens < 900] = 5  # so that most are soon right
+    return descended(SETTINGS["data"], num_steps=STEPS, given=given, threshold=0.6225)
 
 
-def descended(objective: Objective, *, num_steps: int, tokens: Tensor | None = None) -> list[float]:
+def descended(
+    objective: Objective,
+    *,
+    num_steps: int,
+    given: Batch | None = None,
+    threshold: float | None = None,
+) -> list[float]:
     """Take plain AdamW steps on one batch, whose noise is a function of the step."""
-    model = fresh(0).train()
-    usual, prompt_lens = batch()
-    tokens = usual if tokens is None else tokens
+    model, teacher = fresh(0), fresh(7).requires_grad_(False)
+    distiller = Distiller(model, teacher, objective, attention="dense", logit_rows=1000).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for number in range(num_steps):
-        torch.manual_seed(0)
-        loss = objective(model, tokens, prompt_lens, noise_generator(0, number, 0))
+        drawn = distiller.draw(given or batch(), noise_generator(0, number, 0))
+        loss = distiller(replace(drawn, threshold=threshold))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -120,7 +118,7 @@ EXACT: dict[str, Callable[[Path], list[float]]] = {
             student, setting=name, num_steps=STEPS if name == "published" else 4
         )
         for name in SETTINGS
-        if name not in ("fresh noise", "recipe", "stepped")
+        if name not in ("recipe", "stepped")
     },
     "student, stepped": stepping_student,
     "distill, LoRA": partial(distilled, full=False),
@@ -144,10 +142,10 @@ def save_fresh(folder: Path, *, seed: int) -> None:
     save_checkpoint(folder, fresh(seed), dtype=torch.float32)
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Batch:
     """Return sequences of one length; one prompt is short, so that answers fill all blocks."""
     tokens = torch.randint(2, 1000, (8, 96), generator=torch.Generator().manual_seed(1))
-    return tokens, torch.tensor([5, 9, 16, 7, 12, 20, 33, 48])
+    return Batch(tokens, torch.tensor([5, 9, 16, 7, 12, 20, 33, 48]))
 
 
 def column(log: Path) -> list[float]:

@@ -6,9 +6,11 @@ export.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from d2f_export import commands
+from d2f_stream.core.errors import D2FError
 
 FIXED_SEED = 1
 
@@ -81,15 +83,16 @@ def _add_training_arguments(command: argparse.ArgumentParser, start: str | None)
     command.add_argument("--lr", type=float, help="instead of the recipe's")
     command.add_argument("--max-seconds", type=float, help="shorten the schedule to this time")
     command.add_argument("--seed", type=int, default=FIXED_SEED)
-    command.add_argument("--device", default="auto")
+    command.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
     command.add_argument("--workers", type=int, default=0, help="processes that write problems")
     command.add_argument("--compile", action="store_true", help="compile the layers (GPU)")
-    command.add_argument(
-        "--start", type=Path, help=f"checkpoint to start from ({start or 'default: fresh'})"
-    )
+    command.add_argument("--start", help=f"checkpoint to start from ({start or 'default: fresh'})")
     if start == "teacher":
-        command.add_argument("--teacher", type=Path, help="the frozen teacher, default --start")
+        command.add_argument("--teacher", help="the frozen teacher, default --start")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except D2FError as error:
+        sys.exit(f"error: {error}")

@@ -5,7 +5,6 @@ Each imports what it needs itself, so that a command starts without the others' 
 
 import argparse
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,39 +49,27 @@ def run_problems(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     """Run one of the three trainings."""
-    from d2f_export.embedded_model.corpus import Corpus
-    from d2f_export.embedded_model.recipe import RECIPES, STAGES, prepare
-    from d2f_export.training import train
+    import msgspec
+    from rich.console import Console
 
-    recipe = RECIPES[arguments.recipe]
-    device = _device(arguments.device)
-    settings = replace(
-        getattr(recipe, arguments.stage), max_seconds=arguments.max_seconds, seed=arguments.seed
+    from d2f_export.embedded_model.recipe import RECIPES
+    from d2f_export.embedded_model.stages import train_stage
+
+    names = ("steps", "lr", "max_seconds", "seed", "start", "teacher")
+    given = {name: getattr(arguments, name, None) for name in names}
+    settings = msgspec.structs.replace(
+        getattr(RECIPES[arguments.recipe], arguments.stage),
+        tokenizer=str(arguments.tokenizer),
+        **{name: value for name, value in given.items() if value is not None},
     )
-    if arguments.steps:
-        settings = replace(settings, steps=arguments.steps)
-    if arguments.lr:
-        settings = replace(settings, lr=arguments.lr)
-    model, objective = prepare(
-        arguments.stage,
-        recipe,
-        start=arguments.start,
-        teacher=getattr(arguments, "teacher", None),
-        seed=arguments.seed,
-        device=device,
-    )
-    seed = arguments.seed * 10 + STAGES.index(arguments.stage)
-    corpus = Corpus(arguments.tokenizer, seed, num_workers=arguments.workers)
-    train(
-        model,
-        objective,
-        corpus,
-        arguments.output,
+    train_stage(
         settings,
-        device=device,
+        arguments.output,
+        num_workers=arguments.workers,
+        cpu=arguments.cpu,
         compile_layers=arguments.compile,
+        console=Console(),
     )
-    print(f"wrote {arguments.output}")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -139,11 +126,3 @@ def run_manifest(arguments: argparse.Namespace) -> None:
     )
     write_checkpoint_manifest(arguments.checkpoint, description)
     print(f"wrote {arguments.checkpoint / 'manifest.json'}")
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

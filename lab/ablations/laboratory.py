@@ -1,22 +1,23 @@
 """The work of an ablation study: makes teachers, trains students and decodes with them.
 
-Knows nothing of queues, processes and time limits; see ablations_queue.
+Knows nothing of queues, processes and time limits; see queue.py.
 """
 
 import csv
+import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from msgspec.structs import replace
 
-from d2f_export.embedded_model.corpus import Corpus
+from d2f_export.distill.distiller import Objective
 from d2f_export.embedded_model.evaluate import evaluate, held_out
-from d2f_export.embedded_model.recipe import RECIPES, STAGES, Stage, prepare
-from d2f_export.stages import Objective
-from d2f_export.training import TrainSettings, train
+from d2f_export.embedded_model.recipe import RECIPES, StageSettings
+from d2f_export.embedded_model.stages import train_stage
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_runtime.models.transformer import Transformer
@@ -45,7 +46,7 @@ class Lab:
         recipe: name of the model's sizes.
         device: "cpu" or "cuda".
         num_workers: processes that write problems.
-        compile_layers: see train.
+        compile_layers: see train_stage.
     """
 
     folder: Path
@@ -64,22 +65,18 @@ class Lab:
         """
         recipe, beside = RECIPES[self.recipe], folder.with_name(folder.name + ".part")
         twin = folder.with_name(folder.name + "-twin")
-        settings = replace(recipe.twin, seed=seed, max_seconds=twin_seconds)
-        self._train("twin", prepare("twin", recipe, seed=seed), twin, settings)
-        prepared = prepare("teacher", recipe, start=twin, block_share=0.0)
-        settings = replace(recipe.teacher, seed=seed, max_seconds=seconds)
-        self._train("teacher", prepared, beside, settings)
-        save_checkpoint(beside, load_checkpoint(beside), dtype=torch.bfloat16)
-        beside.rename(folder)
+        self._train(replace(recipe.twin, seed=seed, max_seconds=twin_seconds), twin)
+        settings = replace(recipe.teacher, seed=seed, max_seconds=seconds, start=str(twin))
+        self._train(settings, beside, recipe.objective("teacher", uniform=1.0))
+        save_checkpoint(folder, load_checkpoint(beside), dtype=torch.bfloat16)
 
     def warm_up(self, name: str) -> None:
         """Compile what students need, by a few steps of one with fresh weights."""
         recipe = RECIPES[self.recipe]
         fresh = self.folder / name / "teacher"
         save_checkpoint(fresh, Transformer(recipe.config), dtype=torch.bfloat16)
-        prepared = prepare("student", recipe, start=fresh, device=self.device)
-        settings = replace(recipe.study, steps=WARM_UP_STEPS)
-        self._train("student", prepared, self.folder / name / "student", settings)
+        settings = replace(recipe.study, steps=WARM_UP_STEPS, start=str(fresh))
+        self._train(settings, self.folder / name / "student")
 
     def run(self, run: Run, teacher: Path) -> dict[str, Any]:
         """Train a student and evaluate it; return its record."""
@@ -87,7 +84,7 @@ class Lab:
         began, folder = time.monotonic(), teacher
         if run.setting != UNTRAINED:
             folder = self.folder / run.folder
-            record |= {"distillation": asdict(SETTINGS[run.setting])}
+            record |= {"objective": asdict(SETTINGS[run.setting])}
             record |= self._train_student(run, teacher, folder)
         trained = time.monotonic()
         record["points"] = self._evaluate(folder, run.problems)
@@ -97,16 +94,9 @@ class Lab:
         return {**record, "device": torch.cuda.get_device_name() if on_gpu else "cpu"}
 
     def _train_student(self, run: Run, teacher: Path, folder: Path) -> dict[str, Any]:
-        recipe = RECIPES[self.recipe]
-        prepared = prepare(
-            "student",
-            recipe,
-            start=teacher,
-            distillation=SETTINGS[run.setting],
-            device=self.device,
-        )
-        settings = replace(recipe.study, steps=run.steps, seed=run.seed)
-        self._train("student", prepared, folder, settings)
+        study = RECIPES[self.recipe].study
+        settings = replace(study, steps=run.steps, seed=run.seed, start=str(teacher))
+        self._train(settings, folder, SETTINGS[run.setting])
         with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         tail = rows[-max(1, round(TAIL * len(rows))) :]
@@ -114,24 +104,17 @@ class Lab:
         return {"tokens": int(rows[-1]["tokens"]), "loss": round(loss, 5)}
 
     def _train(
-        self,
-        stage: Stage,
-        prepared: tuple[Transformer, Objective],
-        folder: Path,
-        settings: TrainSettings,
+        self, settings: StageSettings, folder: Path, objective: Objective | None = None
     ) -> None:
-        model, objective = prepared
-        seed = settings.seed * 10 + STAGES.index(stage)
-        corpus = Corpus(self.tokenizer, seed, num_workers=self.num_workers)
-        train(
-            model,
-            objective,
-            corpus,
+        train_stage(
+            replace(settings, tokenizer=str(self.tokenizer)),
             folder,
-            settings,
-            device=self.device,
+            objective=objective,
+            num_workers=self.num_workers,
+            cpu=self.device == "cpu",
             compile_layers=self.compile_layers,
         )
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of many runs, some GiB
 
     def _evaluate(self, folder: Path, num_problems: int) -> list[dict[str, Any]]:
         codec, sample = Tokenizer(self.tokenizer), held_out(num_problems)

@@ -7,16 +7,18 @@ problems and the draws of noise, so that settings are compared in pairs.
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from d2f_export.embedded_model.recipe import RECIPES
-from d2f_export.stages import Distillation, NoiseSettings
+from d2f_export.distill.corruption import BlockNoise
+from d2f_export.distill.distiller import LossWeights, Objective
+from d2f_export.embedded_model.recipe import DISTILLATION
 
 __all__ = [
     "AS_PUBLISHED",
     "PUBLISHED",
+    "RECORDED",
     "SETTINGS",
     "STUDIES",
     "UNTRAINED",
@@ -24,32 +26,34 @@ __all__ = [
     "Run",
     "checked_settings",
     "runs_of",
-    "setting_of",
     "settings_of",
 ]
 
 UNTRAINED: Final = "no training"  # the teacher's weights, decoded block-causally
 
 
-def _noise(**changes: Any) -> Distillation:
-    return Distillation(replace(NoiseSettings(), **changes))
+def _noise(**changes: Any) -> Objective:
+    return Objective(BlockNoise(**changes), mean_over="answer")
+
+
+def _loss(forward_kl: float, reverse_kl: float, cross_entropy: float) -> Objective:
+    return Objective(weights=LossWeights(forward_kl, reverse_kl, cross_entropy), mean_over="answer")
 
 
 PUBLISHED: Final = "published"
-SETTINGS: Final[dict[str, Distillation]] = {
-    PUBLISHED: Distillation(),
-    "data": Distillation(forward_kl=0.0, data=1.0),
-    "reverse KL": Distillation(forward_kl=0.0, reverse_kl=1.0),
-    "0.7 KL + 0.3 data": Distillation(forward_kl=0.7, data=0.3),
+SETTINGS: Final[dict[str, Objective]] = {
+    PUBLISHED: _noise(),
+    "data": _loss(0.0, 0.0, 1.0),
+    "reverse KL": _loss(0.0, 1.0, 0.0),
+    "0.7 KL + 0.3 data": _loss(0.7, 0.0, 0.3),
     "random": _noise(schedules=("random",)),
     "ramp": _noise(schedules=("ramp",)),
-    "fresh noise": Distillation(teacher_input="fresh"),
     "0.1 to 0.9": _noise(low=0.1, high=0.9),
     "0.05 to 1": _noise(low=0.05, high=1.0),
     "blocks of 8": _noise(block_sizes=(8,)),
     "blocks of 32": _noise(block_sizes=(32,)),
     "stepped": _noise(stepped=0.5),
-    "recipe": RECIPES["embedded"].distillation,
+    "recipe": DISTILLATION,
 }
 STUDIES: Final[dict[str, tuple[str, ...]]] = {  # in order of what they tell
     "loss": (PUBLISHED, "data", "reverse KL", "0.7 KL + 0.3 data"),
@@ -59,6 +63,7 @@ STUDIES: Final[dict[str, tuple[str, ...]]] = {  # in order of what they tell
     "block-size": ("blocks of 8", PUBLISHED, "blocks of 32"),
     "recipe": (UNTRAINED, PUBLISHED, "stepped", "recipe"),
 }
+RECORDED: Final = ("fresh noise",)  # masks of the teacher's own: lost, and can no longer be trained
 AS_PUBLISHED: Final = {  # what the published setting is in a study
     "loss": "forward KL",
     "schedule": "monotone",
@@ -93,17 +98,6 @@ class Run:
         return f"{self.setting.replace(' ', '-')}-{self.seed}"
 
 
-def setting_of(name: str | None) -> Distillation | None:
-    """Return a setting by its name; None for None.
-
-    Raises:
-        SystemExit: there is none of that name.
-    """
-    if name is None or name in SETTINGS:
-        return None if name is None else SETTINGS[name]
-    raise SystemExit(f"there is no setting {name!r}; there are: {', '.join(map(repr, SETTINGS))}")
-
-
 def checked_settings(settings: Sequence[str]) -> list[str]:
     """Return the settings, each once.
 
@@ -111,13 +105,14 @@ def checked_settings(settings: Sequence[str]) -> list[str]:
         SystemExit: one is unknown.
     """
     for name in settings:
-        if name != UNTRAINED:
-            setting_of(name)
+        if name not in (*SETTINGS, UNTRAINED):
+            every = ", ".join(map(repr, (*SETTINGS, UNTRAINED)))
+            raise SystemExit(f"there is no setting {name!r}; there are: {every}")
     return list(dict.fromkeys(settings))
 
 
 def settings_of(studies: Iterable[str]) -> list[str]:
-    """Return the settings of the studies, each once, in order.
+    """Return the settings of the studies that can be trained, each once, in order.
 
     Raises:
         SystemExit: one is unknown.
@@ -126,7 +121,8 @@ def settings_of(studies: Iterable[str]) -> list[str]:
     for study in studies:
         if study not in STUDIES:
             raise SystemExit(f"there is no study {study!r}; there are: {', '.join(STUDIES)}")
-    return list(dict.fromkeys(setting for study in studies for setting in STUDIES[study]))
+    names = (name for study in studies for name in STUDIES[study] if name not in RECORDED)
+    return list(dict.fromkeys(names))
 
 
 def runs_of(

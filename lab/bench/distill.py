@@ -21,6 +21,7 @@ from rich.console import Console
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.log import show_plan
 from d2f_export.distill.memory import GIB, check_fits, num_parameters, plan_memory
+from d2f_export.distill.run import distiller_of
 from d2f_export.distill.settings import DistillSettings
 from d2f_export.distill.trainer import Trainer, available_bytes, open_accelerator, resolve
 from d2f_runtime.models.config import TransformerConfig
@@ -86,9 +87,8 @@ class _Bench:
         plan = plan_memory(self._config, settings, is_bf16=self._compute.is_bf16, is_flex=is_flex)
         check_fits(plan, available_bytes(self._device), settings)
         student = random_model(self._config, device=str(self._device), dtype=self._compute.dtype)
-        self._trainer = Trainer(
-            settings, student, None, accelerator=accelerator, compute=self._compute
-        )
+        distiller = distiller_of(settings, student, None, compute=self._compute)
+        self._trainer = Trainer(settings, distiller, accelerator=accelerator)
 
     @property
     def device_name(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from d2f_export.distill.corruption import BlockNoise
 from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from lab.ablations.__main__ import main
 from lab.ablations.laboratory import Lab
@@ -19,6 +20,7 @@ from lab.ablations.queue import Queue, Teachers, run_queue
 from lab.ablations.settings import (
     AS_PUBLISHED,
     PUBLISHED,
+    RECORDED,
     SETTINGS,
     STUDIES,
     UNTRAINED,
@@ -44,13 +46,11 @@ def lab(tmp_path: Path) -> Lab:
 def differences(setting: str) -> set[str]:
     """What a setting changes; the shares of the loss are one thing."""
     chosen, published = SETTINGS[setting], SETTINGS[PUBLISHED]
-    shares = {"forward_kl", "reverse_kl", "data"}
-    changed = {
-        "loss" if f.name in shares else f.name
-        for f in fields(chosen)
-        if f.name != "noise" and getattr(chosen, f.name) != getattr(published, f.name)
-    }
+    changed = {"loss"} if chosen.weights != published.weights else set()
     noise, usual = chosen.noise, published.noise
+    assert isinstance(noise, BlockNoise)
+    assert isinstance(usual, BlockNoise)
+    assert replace(chosen, noise=usual, weights=published.weights) == published
     changed |= {f.name for f in fields(noise) if getattr(noise, f.name) != getattr(usual, f.name)}
     return {"range" if name in {"low", "high"} else name for name in changed}
 
@@ -61,7 +61,11 @@ def test_a_setting_differs_from_the_published_one_in_one_thing(setting: str) -> 
 
 
 def test_every_setting_is_in_a_study_beside_the_published_one() -> None:
-    assert {name for names in STUDIES.values() for name in names} == {*SETTINGS, UNTRAINED}
+    assert {name for names in STUDIES.values() for name in names} == {
+        *SETTINGS,
+        *RECORDED,
+        UNTRAINED,
+    }
     assert all(PUBLISHED in names for names in STUDIES.values())
     assert AS_PUBLISHED.keys() == STUDIES.keys()
 
@@ -175,21 +179,24 @@ def test_what_runs_at_the_time_limit_is_ended(lab: Lab) -> None:
 def test_a_study_goes_on_from_what_is_recorded_to_figures(tmp_path: Path) -> None:
     tokenizer, output = tmp_path / "tokenizer.json", tmp_path / "study"
     train_tokenizer(seed=1, num_problems=500).save(str(tokenizer))
-    (published, fresh) = runs_of(
-        settings_of(["conditioning"]), [0], steps=2, problems=1, recipe="tiny"
+    assert settings_of(["conditioning"]) == [PUBLISHED]  # fresh noise is only recorded
+    (published, ramp) = runs_of(
+        checked_settings([PUBLISHED, "ramp"]), [0], steps=2, problems=1, recipe="tiny"
     )
     Records(output / "records.jsonl").add(asdict(published))
     command = ["ablate", "--recipe", "tiny", "--tokenizer", str(tokenizer), "--gpus"]
     command += ["--output", str(output), "--steps", "2", "--problems", "1"]
-    main([*command, "--study", "conditioning", "recipe", "--max-seconds", "0"])  # begins nothing
-    main([*command, "--study", "conditioning"])
+    main(
+        [*command, "--setting", PUBLISHED, "ramp", "recipe", "--max-seconds", "0"]
+    )  # begins nothing
+    main([*command, "--setting", PUBLISHED, "ramp"])
     lines = (output / "records.jsonl").read_text().splitlines()
     _, record = [json.loads(line) for line in lines]
-    assert record.items() >= asdict(fresh).items()
-    assert record["distillation"]["teacher_input"] == "fresh"
+    assert record.items() >= asdict(ramp).items()
+    assert record["objective"]["noise"]["schedules"] == ["ramp"]
     assert {point["block_size"] for point in record["points"]} == {16, 32}
     weights = (output / "teacher-0" / "model.safetensors").stat().st_size
-    assert weights < (output / fresh.folder / "model.safetensors").stat().st_size  # bf16
+    assert weights < (output / ramp.folder / "model.safetensors").stat().st_size  # bf16
     origin = json.loads((output / "records.runs.jsonl").read_text().splitlines()[0])
     assert origin["command"].startswith("python -m lab.ablations")
 

@@ -44,7 +44,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
     parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
     group = parser.add_argument_group("settings")
-    for field in msgspec.structs.fields(DistillSettings):
+    fields = msgspec.structs.fields(DistillSettings)
+    for field in sorted(fields, key=lambda field: not field.required):
         _add(group, field.name, field.type, field.default)
     return parser
 
@@ -68,6 +69,7 @@ def _add(group: "argparse._ArgumentGroup", name: str, kind: Any, default: Any) -
     elif get_origin(plain) is Literal:
         options["choices"] = get_args(plain)
     else:
-        options["type"] = plain if plain in (int, float) else str
-        options["metavar"] = {int: "N", float: "X"}.get(plain, "TEXT")
+        parts = [getattr(part, "__origin__", part) for part in (plain, *get_args(plain))]
+        kind = next((k for k in (int, float) if k in parts), str)
+        options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
     group.add_argument(f"--{name.replace('_', '-')}", **options)

@@ -4,8 +4,9 @@ Every process of a training walks the same stream and takes its own rows of each
 order of the data depends on neither the number of processes nor on where a run was stopped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from d2f_export.distill.examples import ExampleFiles
 from d2f_export.distill.sequences import Counts, Packing, Sequence
 from d2f_stream.core.errors import InvalidRequest
 
-__all__ = ["Batch", "Feed"]
+__all__ = ["Batch", "BatchSource", "Feed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,25 @@ class Batch:
 
     tokens: Tensor
     prompt_lens: Tensor
+
+
+class BatchSource(Protocol):
+    """Where a training's batches come from.
+
+    Attributes:
+        position: where the source stands, in a unit of its own; a run resumes from it.
+    """
+
+    position: int
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the examples so far."""
+        ...
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Yield this process's batches for ever, from `position` on."""
+        ...
 
 
 class Feed:
@@ -74,7 +94,7 @@ class Feed:
         """What became of the examples so far."""
         return self._packing.counts
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Yield this process's batches for ever, from `position` on.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a distillation shows of itself: CSV files, a progress bar, a figure of the loss.
+"""What a training shows of itself: CSV files, a progress bar, a figure of the loss.
 
 A resumed run takes back the rows that a killed one wrote after its last checkpoint.
 """
@@ -15,29 +15,27 @@ from rich.table import Table
 from d2f_export.distill.memory import MemoryPlan, as_text
 from d2f_export.distill.validation import Score
 
-__all__ = ["DistillLog", "plot_loss", "show_plan"]
+__all__ = ["TrainingLog", "plot_loss", "show_plan"]
 
 LOSSES: Final = ("step", "seconds", "tokens", "loss", "lr", "examples", "cut", "dropped")
 SCORES: Final = ("step", "accuracy", "tokens_per_step", "mean_tokens", "answers")
 
 
-class DistillLog:
+class TrainingLog:
     """log.csv, validation.csv and a progress bar (lines where there is no terminal).
 
     Args:
         folder: of the run.
         step: that the run goes on from; later rows are taken back.
-        steps: in all.
         console: None writes the files in silence.
     """
 
-    def __init__(self, folder: Path, *, step: int, steps: int, console: Console | None) -> None:
+    def __init__(self, folder: Path, *, step: int, console: Console | None) -> None:
         self._losses, self._scores = folder / "log.csv", folder / "validation.csv"
         _begin(self._losses, LOSSES, step)
         self._has_scores = self._scores.exists()
         if self._has_scores:
             _begin(self._scores, SCORES, step)
-        self._steps = steps
         self._console = console
         self._bar = Progress(
             TextColumn(folder.name),
@@ -47,7 +45,7 @@ class DistillLog:
             console=console,
             disable=console is None or not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=steps, completed=step)
+        self._task = self._bar.add_task("starting", total=1.0)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -62,6 +60,7 @@ class DistillLog:
         loss: float,
         rate: float,
         *,
+        progress: float,
         seconds: float,
         tokens: int,
         speed: float,
@@ -73,6 +72,7 @@ class DistillLog:
             step: steps taken.
             loss: mean since the last row.
             rate: learning rate.
+            progress: share of the training that is done.
             seconds: spent in training.
             tokens: of all sequences so far, padding included.
             speed: tokens/s since the last row.
@@ -81,9 +81,9 @@ class DistillLog:
         row = [step, f"{seconds:.1f}", tokens, f"{loss:.6g}", f"{rate:.3g}", *counts]
         _append(self._losses, row)
         text = f"step {step} loss {loss:.4f} {speed:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, description=text)
+        self._bar.update(self._task, completed=progress, description=text)
         if self._console is not None and not self._console.is_terminal:
-            self._console.print(f"{text} ({step}/{self._steps})", highlight=False)
+            self._console.print(f"{text} ({progress:.0%})", highlight=False)
 
     def score(self, step: int, score: Score) -> None:
         """Add a row to validation.csv."""

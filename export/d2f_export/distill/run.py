@@ -1,27 +1,36 @@
-"""A distillation from settings to a student: opens and checks everything, then loops.
+"""A distillation from settings to a student: opens and checks everything, then trains.
 
 On several processes each runs this; the first one writes.
 """
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from d2f_export.distill.attention import use_flex
 from d2f_export.distill.base import Base, open_base
+from d2f_export.distill.corruption import BlockNoise
+from d2f_export.distill.distiller import Distiller, LossWeights, Objective
 from d2f_export.distill.examples import ExampleFiles
 from d2f_export.distill.feed import Feed
 from d2f_export.distill.log import show_plan
-from d2f_export.distill.loop import Loop
+from d2f_export.distill.loop import is_finished, train
 from d2f_export.distill.memory import check_fits, plan_memory
-from d2f_export.distill.run_folder import RunFolder, RunState, prepare_checkpoints
+from d2f_export.distill.run_folder import (
+    RunFolder,
+    RunState,
+    Writer,
+    write_model,
+)
 from d2f_export.distill.sequences import Counts, Packing
 from d2f_export.distill.settings import DistillSettings
+from d2f_export.distill.student import add_lora, save_adapter
 from d2f_export.distill.trainer import (
     Compute,
-    Trainer,
     available_bytes,
     is_sharded,
     open_accelerator,
@@ -30,9 +39,9 @@ from d2f_export.distill.trainer import (
 from d2f_export.distill.validation import Validation
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.core.errors import D2FError, InvalidRequest
+from d2f_stream.core.errors import InvalidRequest
 
-__all__ = ["distill"]
+__all__ = ["distill", "distiller_of"]
 
 
 def distill(
@@ -59,6 +68,9 @@ def distill(
         MissingExtra: peft or accelerate is not installed.
         D2FError: a checkpoint cannot be written, or the memory does not do after all.
     """
+    folder = RunFolder(output)
+    if is_finished(folder, settings, patience=settings.patience, console=console):
+        return output
     base = open_base(settings.model)
     if settings.length > base.config.max_len:
         raise InvalidRequest(
@@ -72,28 +84,58 @@ def distill(
     show = console if accelerator.is_main_process else None
     validation = _validation(settings, base, accelerator)
     _check_memory(settings, base, accelerator, compute, show)
-    folder = RunFolder(output)
-    if accelerator.is_main_process:
-        folder.claim(settings)
-    accelerator.wait_for_everyone()
-    trainer = _trainer(settings, base, accelerator, compute)
-    prepare_checkpoints(accelerator)
-    state = folder.restore(accelerator, num_examples)
-    if show is not None:
-        action = f"goes on from step {state.step}" if state.step else "begins"
-        show.print(f"{output}: {num_examples} examples, {action}", highlight=False)
-    feed = _feed(settings, base, files, num_examples, state, accelerator)
-    loop = Loop(settings, base, trainer, feed, folder, state, validation, show)
-    try:
-        loop.run()
-    except torch.OutOfMemoryError as error:
-        raise D2FError(
-            f"the device ran out of memory after step {state.step}; lower micro_batch, logit_rows, "
-            "validation_rows or length, or give it to nobody else, and start the command again"
-        ) from error
-    student = loop.finish()
-    accelerator.end_training()
-    return student
+    return train(
+        settings,
+        folder,
+        lambda: _loaded(settings, base, accelerator, compute),
+        lambda state: _feed(settings, base, files, num_examples, state, accelerator),
+        write=_writer(settings, base),
+        accelerator=accelerator,
+        num_examples=num_examples,
+        validation=validation,
+        console=show,
+    )
+
+
+def distiller_of(
+    settings: DistillSettings,
+    student: Transformer,
+    teacher: Transformer | None,
+    *,
+    compute: Compute,
+) -> Distiller:
+    """Return what a distillation trains.
+
+    Args:
+        settings: of the distillation.
+        student: on its device; gets its adapters here. With `full`, fp32.
+        teacher: a frozen copy; with a LoRA there is none.
+        compute: from resolve.
+    """
+    torch.manual_seed(settings.seed)
+    if compute.attention == "flex":
+        use_flex(student, compiled=student.embed_tokens.weight.is_cuda)
+    if settings.full:
+        student.requires_grad_(True)
+    else:
+        add_lora(
+            student,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+        )
+    return Distiller(
+        student,
+        teacher,
+        Objective(
+            BlockNoise((settings.schedule,), (settings.block_size,), settings.low, settings.high),
+            LossWeights(settings.forward_kl, settings.reverse_kl, settings.cross_entropy),
+            mean_over=settings.mean_over,
+        ),
+        attention=compute.attention,
+        checkpointing=settings.checkpointing,
+        logit_rows=settings.logit_rows,
+    )
 
 
 def _check_memory(
@@ -138,7 +180,7 @@ def _validation(settings: DistillSettings, base: Base, accelerator: Any) -> Vali
     )
 
 
-def _trainer(settings: DistillSettings, base: Base, accelerator: Any, compute: Compute) -> Trainer:
+def _loaded(settings: DistillSettings, base: Base, accelerator: Any, compute: Compute) -> Distiller:
     """Load the weights onto the device."""
 
     def load(dtype: torch.dtype) -> Transformer:
@@ -148,7 +190,19 @@ def _trainer(settings: DistillSettings, base: Base, accelerator: Any, compute: C
     teacher = None
     if settings.full and settings.needs_teacher:
         teacher = load(compute.dtype).requires_grad_(False)
-    return Trainer(settings, student, teacher, accelerator=accelerator, compute=compute)
+    return distiller_of(settings, student, teacher, compute=compute)
+
+
+def _writer(settings: DistillSettings, base: Base) -> Writer:
+    if settings.full:
+        return partial(write_model, config=base.config, beside=base.folder)
+    return partial(
+        save_adapter,
+        layout=base.layout,
+        base=base.name,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+    )
 
 
 def _feed(

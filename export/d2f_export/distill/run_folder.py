@@ -1,17 +1,19 @@
-"""RunFolder: what a distillation leaves on disk, so that it can be killed and go on.
+"""RunFolder: what a training leaves on disk, so that it can be killed and go on.
 
     settings.toml        what it was started with
     checkpoints/step-N   weights that are trained, optimiser, place in the data: the newest only
     log.csv, validation.csv, loss.png
-    adapter_*            the student's LoRA; with full fine-tuning the checkpoint itself
+    adapter_*            the student's LoRA; where all weights are trained, the model itself
     best/                the same, of the best validation
+    finished.json        where the run stood when it ended; there once all the others are
 
-A checkpoint and a student are written beside their name and get it when they are whole.
+A checkpoint and a model are written beside their name and get it when they are whole.
 """
 
 import os
 import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,17 +23,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2f_export.distill.base import Base
-from d2f_export.distill.settings import FREE, DistillSettings, settings_of, to_toml
-from d2f_export.distill.student import save_adapter, trainable
+from d2f_export.distill.settings import FREE, TrainSettings, to_toml
+from d2f_export.distill.student import trainable
 from d2f_runtime.models.checkpoints import save_checkpoint
+from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import D2FError, InvalidRequest, ModelDamaged
 
-__all__ = ["RunFolder", "RunState", "prepare_checkpoints"]
+__all__ = ["RunFolder", "RunState", "Writer", "prepare_checkpoints", "write_model"]
+
+Writer = Callable[[Path, dict[str, Tensor]], None]  # puts trained weights into a folder
 
 SETTINGS_FILE: Final = "settings.toml"
 STATE_FILE: Final = "run.json"
+END_FILE: Final = "finished.json"
 BEGUN: Final = {f".{SETTINGS_FILE}", "checkpoints"}  # what a kill may leave before the settings
 WEIGHTS_FILE: Final = "model.safetensors"
 TOKENIZER_FILES: Final = (
@@ -45,7 +50,8 @@ class RunState(msgspec.Struct, kw_only=True):
 
     Attributes:
         step: optimiser steps taken.
-        position: examples drawn; see Feed.
+        tokens: trained on by all processes, padding included.
+        position: in the data, in the feed's unit; see BatchSource.
         num_examples: in the data.
         used: examples that were packed; see Counts, as for the next two.
         cut: of these, those that were cut.
@@ -56,6 +62,7 @@ class RunState(msgspec.Struct, kw_only=True):
     """
 
     step: int = 0
+    tokens: int = 0
     position: int = 0
     num_examples: int = 0
     used: int = 0
@@ -64,6 +71,15 @@ class RunState(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
     best: tuple[float, float] | None = None
     since_best: int = 0
+
+    def progress(self, settings: TrainSettings) -> float:
+        """Return the share of the training that is done: of its steps or of its time, at most 1."""
+        timed = 0.0 if settings.max_seconds is None else self.seconds / settings.max_seconds
+        return min(1.0, max(self.step / settings.steps, timed))
+
+    def is_over(self, patience: int) -> bool:
+        """Whether validation has gained nothing for so long that the training ends."""
+        return self.since_best >= patience > 0
 
 
 class RunFolder:
@@ -77,11 +93,12 @@ class RunFolder:
         self.path = path
         self._checkpoints = path / "checkpoints"
 
-    def claim(self, settings: DistillSettings) -> None:
+    def claim(self, settings: TrainSettings) -> None:
         """Write the settings, or compare them with those of the run that has begun here.
 
         Raises:
-            InvalidRequest: the folder cannot be written, is another run's or no run's.
+            InvalidRequest: the folder cannot be written, is another run's or no run's, or holds a
+                finished run that cannot go on.
         """
         file = self.path / SETTINGS_FILE
         try:
@@ -89,23 +106,60 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if {file.name for file in self.path.iterdir()} - BEGUN:
                     raise InvalidRequest(
-                        f"{self.path} holds something else than a distillation; choose a new folder"
+                        f"{self.path} holds something else than a training; choose a new folder"
                     )
                 self._checkpoints.mkdir(exist_ok=True)
                 _write(file, to_toml(settings))
                 return
-            old = settings_of(tomllib.loads(file.read_text(encoding="utf-8-sig")))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
-        has_begun = any(self._checkpoints.glob("step-*"))
-        for name in settings.__struct_fields__:
-            before, now = getattr(old, name), getattr(settings, name)
-            if before != now and name not in FREE and has_begun:
+            has_checkpoint = any(self._checkpoints.glob("step-*"))
+            if has_checkpoint or self._end is not None:
+                self._compare(settings)
+            if not has_checkpoint and self._end is not None:
                 raise InvalidRequest(
-                    f"{self.path} holds a distillation with {name} {before!r}, not {now!r}; go on "
-                    "with the same settings, or choose a new folder"
+                    f"{self.path} holds a training that ended after {self._end.step} steps, and no "
+                    "checkpoint that it could go on from; choose a new folder"
                 )
+        except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
         _write(file, to_toml(settings))
+
+    def finished(self, settings: TrainSettings, *, patience: int = 0) -> RunState | None:
+        """Return where the run ended, if these settings ask for no more than that.
+
+        Raises:
+            InvalidRequest: it is another run's folder, or cannot be read.
+        """
+        end = self._end
+        if end is None or (end.progress(settings) < 1.0 and not end.is_over(patience)):
+            return None
+        try:
+            self._compare(settings)
+        except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
+        return end
+
+    def finish(self, state: RunState) -> None:
+        """Say that the run has ended and that all of its files are there."""
+        _write(self.path / END_FILE, msgspec.json.encode(state).decode() + "\n")
+
+    @property
+    def _end(self) -> RunState | None:
+        try:
+            return msgspec.json.decode((self.path / END_FILE).read_bytes(), type=RunState)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+    def _compare(self, settings: TrainSettings) -> None:
+        """Refuse settings with which the run that is here would learn something else."""
+        old = tomllib.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8-sig"))
+        new = tomllib.loads(to_toml(settings))
+        for name in dict.fromkeys([*new, *old]):
+            before, now = old.get(name), new.get(name)
+            if before != now and name not in FREE:
+                raise InvalidRequest(
+                    f"{self.path} holds a training with {name} {before!r}, not {now!r}; go on with "
+                    "the same settings, or choose a new folder"
+                )
 
     def save(self, accelerator: Any, state: RunState) -> None:
         """Write a checkpoint; the one before it goes when this one is whole. On all processes.
@@ -160,38 +214,6 @@ class RunFolder:
             )
         return state
 
-    def write_student(
-        self, weights: dict[str, Tensor], base: Base, settings: DistillSettings, name: str = "."
-    ) -> Path:
-        """Write the student as a model or an adapter and return its folder. On the main process.
-
-        Args:
-            weights: those of the student that are trained, by name.
-            base: of the student.
-            settings: of the run.
-            name: of the folder within this one.
-        """
-        folder = self.path / name
-        if not settings.full:
-            save_adapter(
-                folder,
-                weights,
-                layout=base.layout,
-                base=base.name,
-                alpha=settings.lora_alpha,
-                dropout=settings.lora_dropout,
-            )
-            return folder
-        partial = self.path / ".student"
-        shutil.rmtree(partial, ignore_errors=True)
-        _write_whole(partial, weights, base, torch.float32)
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)  # without it the folder is no model
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
-        partial.rmdir()
-        return folder
-
 
 def prepare_checkpoints(accelerator: Any) -> None:
     """Let checkpoints hold the trained weights only: a LoRA's base is not copied each time."""
@@ -215,16 +237,37 @@ def prepare_checkpoints(accelerator: Any) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def _write_whole(folder: Path, weights: dict[str, Tensor], base: Base, dtype: torch.dtype) -> None:
+def write_model(
+    folder: Path,
+    weights: dict[str, Tensor],
+    *,
+    config: TransformerConfig,
+    beside: Path | None = None,
+) -> None:
+    """Write a whole model in fp32; its config, without which a folder is no model, comes last.
+
+    Args:
+        folder: made where needed; files of these names are replaced whole.
+        weights: all of the model's, by name.
+        config: of the model.
+        beside: the folder whose tokenizer and chat template it gets.
+    """
+    partial = folder / ".model"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     with torch.device("meta"):
-        model = Transformer(base.config)
+        model = Transformer(config)
     model.load_state_dict(weights, strict=False, assign=True)
-    if base.config.tie_embeddings:
+    if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    save_checkpoint(folder, model, dtype=dtype)
+    save_checkpoint(partial, model, dtype=torch.float32)
     for name in TOKENIZER_FILES:
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
+        if beside is not None and (beside / name).is_file():
+            shutil.copyfile(beside / name, partial / name)
+    (folder / "config.json").unlink(missing_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)
+    partial.rmdir()
 
 
 def _replace(folder: Path, target: Path) -> None:

@@ -1,5 +1,7 @@
 """DistillSettings: everything that shapes a distillation, one frozen, validated value.
 
+TrainSettings is the part of it that every training has.
+
 Read from a TOML file and from the command line, written into the run's folder. The defaults are
 those of the released D2F training (zhijie-group/Discrete-Diffusion-Forcing, commit 771f745) and of
 the paper (arXiv 2508.09192, section 5.1) where the two differ in length only.
@@ -18,13 +20,44 @@ from msgspec import Meta
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
 
-__all__ = ["FREE", "DistillSettings", "read_settings", "settings_of", "to_toml"]
+__all__ = ["FREE", "DistillSettings", "TrainSettings", "read_settings", "settings_of", "to_toml"]
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 
 
-class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long, how fast and with what a model is trained. Validated on construction.
+
+    Raises:
+        InvalidParams: on construction, for the first field out of range.
+    """
+
+    steps: Annotated[int, Meta(ge=1, description="optimiser steps in all")] = 50_000
+    max_seconds: Annotated[
+        Positive | None, Meta(description="end after this time, the decay done by then")
+    ] = None
+    accumulation: Annotated[int, Meta(ge=1, description="micro-batches of an optimiser step")] = 3
+    lr: Annotated[Positive, Meta(description="learning rate at its peak")] = 1e-5
+    warmup: Annotated[int, Meta(ge=0, description="steps of linear warm-up")] = 0
+    decay: Annotated[
+        Share, Meta(description="share of the steps, the last ones, in which the rate falls to 0")
+    ] = 0.0
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.05
+    clip: Annotated[Positive, Meta(description="largest gradient norm")] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], Meta(description="auto is bf16 on a GPU, else fp32")
+    ] = "auto"
+    save_every: Annotated[int, Meta(ge=1, description="steps that a kill loses at most")] = 1000
+    log_every: Annotated[int, Meta(ge=1, description="steps between rows of log.csv")] = 10
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(self):
+            _check(field.name, getattr(self, field.name), field.type)
+
+
+class DistillSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a student is distilled. Validated on construction; each field says what it is.
 
     Raises:
@@ -49,6 +82,7 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         int, Meta(ge=1, description="cut: room for the answer, else the example is dropped")
     ] = 100
     shuffle_buffer: Annotated[int, Meta(ge=1, description="examples held while shuffling")] = 10_000
+    micro_batch: Annotated[int, Meta(ge=1, description="sequences of a forward, per process")] = 1
 
     schedule: Annotated[
         Literal["monotone", "random", "ramp"], Meta(description="mask ratios of the blocks")
@@ -56,10 +90,6 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     low: Annotated[Share, Meta(description="lowest mask ratio")] = 0.2
     high: Annotated[Share, Meta(description="highest mask ratio")] = 0.7
     block_size: Annotated[int, Meta(ge=1, le=1024, description="block of training, tokens")] = 16
-    teacher_input: Annotated[
-        Literal["same", "fresh"],
-        Meta(description="what the teacher sees: the student's masks, or a draw of its own"),
-    ] = "same"
 
     forward_kl: Annotated[
         float, Meta(ge=0.0, description="weight of KL(teacher || student) in the loss")
@@ -68,23 +98,14 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     cross_entropy: Annotated[
         float, Meta(ge=0.0, description="weight of the cross entropy to the data")
     ] = 0.0
+    mean_over: Annotated[
+        Literal["masks", "answer"], Meta(description="what the sum over a batch is divided by")
+    ] = "masks"
 
     full: Annotated[bool, Meta(description="train all weights instead of a LoRA")] = False
     lora_rank: Annotated[int, Meta(ge=1)] = 32
     lora_alpha: Positive = 32.0
     lora_dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.1
-
-    steps: Annotated[int, Meta(ge=1, description="optimiser steps in all")] = 50_000
-    micro_batch: Annotated[int, Meta(ge=1, description="sequences of a forward, per process")] = 1
-    accumulation: Annotated[int, Meta(ge=1, description="micro-batches of an optimiser step")] = 3
-    lr: Annotated[Positive, Meta(description="learning rate, constant")] = 1e-5
-    warmup: Annotated[int, Meta(ge=0, description="steps of linear warm-up")] = 0
-    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.05
-    clip: Annotated[Positive, Meta(description="largest gradient norm")] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"], Meta(description="auto is bf16 on a GPU, else fp32")
-    ] = "auto"
     attention: Annotated[
         Literal["auto", "flex", "dense"], Meta(description="auto is flex_attention on a GPU")
     ] = "auto"
@@ -95,8 +116,6 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         int, Meta(ge=1, description="positions whose logits are held at a time")
     ] = 512
 
-    save_every: Annotated[int, Meta(ge=1, description="steps that a kill loses at most")] = 1000
-    log_every: Annotated[int, Meta(ge=1, description="steps between rows of log.csv")] = 10
     validation: Annotated[
         str | None, Meta(description="JSONL file of held-out examples to decode")
     ] = None
@@ -117,8 +136,7 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 0
 
     def __post_init__(self) -> None:
-        for field in msgspec.structs.fields(self):
-            _check(field.name, getattr(self, field.name), field.type)
+        super().__post_init__()
         if self.low > self.high:
             raise InvalidParams("low", self.low, f"at most high, which is {self.high}")
         if self.forward_kl + self.reverse_kl + self.cross_entropy == 0:
@@ -143,8 +161,8 @@ class DistillSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 FREE: Final = frozenset(
     {
-        "steps", "save_every", "log_every", "precision", "attention", "checkpointing",
-        "logit_rows", "validation_rows", "patience",
+        "steps", "max_seconds", "save_every", "log_every", "precision", "attention",
+        "checkpointing", "logit_rows", "validation_rows", "patience",
     }
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not change what a step learns."""
@@ -183,7 +201,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"{path} is not valid TOML: {error}") from error
 
 
-def to_toml(settings: DistillSettings) -> str:
+def to_toml(settings: TrainSettings) -> str:
     """Return a TOML file that `read_settings` reads back; fields that are None are left out."""
     values = msgspec.structs.asdict(settings)
     # TOML's strings, numbers, booleans and lists of strings are written as JSON's.

@@ -1,4 +1,4 @@
-"""Trainer: the optimiser steps of a distillation, on accelerate.
+"""Trainer: the optimiser steps of a training, on accelerate.
 
 Owns the distiller, its optimiser and what one step does; files, data and validation are others'.
 """
@@ -11,13 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from d2f_export.distill.attention import use_flex
-from d2f_export.distill.corruption import Corruption, noise_generator
-from d2f_export.distill.distiller import Distiller, LossWeights
+from d2f_export.distill.corruption import noise_generator
+from d2f_export.distill.distiller import Distiller
 from d2f_export.distill.feed import Batch
-from d2f_export.distill.settings import DistillSettings
-from d2f_export.distill.student import add_lora, trainable
-from d2f_runtime.models.transformer import Transformer
+from d2f_export.distill.settings import DistillSettings, TrainSettings
+from d2f_export.distill.student import trainable
 from d2f_stream.core.errors import InvalidRequest, MissingExtra
 
 __all__ = [
@@ -56,7 +54,6 @@ def resolve(settings: DistillSettings, device_type: str) -> Compute:
         InvalidRequest: flex_attention without a GPU.
     """
     is_cuda = device_type == "cuda"
-    is_bf16 = settings.precision == "bf16" or (settings.precision == "auto" and is_cuda)
     attention = settings.attention
     if attention == "auto":
         attention = "flex" if is_cuda else "dense"
@@ -65,10 +62,11 @@ def resolve(settings: DistillSettings, device_type: str) -> Compute:
             "attention 'flex' needs a GPU, flex_attention has no backward pass on a CPU; choose "
             "'dense'"
         )
+    is_bf16 = _is_bf16(settings, device_type)
     return Compute(torch.bfloat16 if is_bf16 else torch.float32, attention)
 
 
-def open_accelerator(settings: DistillSettings, *, cpu: bool) -> Any:
+def open_accelerator(settings: TrainSettings, *, cpu: bool) -> Any:
     """Return accelerate's view of the devices, as its launcher has set it up.
 
     Raises:
@@ -80,7 +78,7 @@ def open_accelerator(settings: DistillSettings, *, cpu: bool) -> Any:
     except ImportError as error:
         raise MissingExtra("distillation", "accelerate", "export") from error
     device_type = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
-    is_bf16 = resolve(settings, device_type).is_bf16
+    is_bf16 = _is_bf16(settings, device_type)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if is_bf16 else "no",
@@ -133,75 +131,50 @@ class Trainer:
 
     Args:
         settings: of the training.
-        student: on its device; gets its adapters here. With `full`, fp32.
-        teacher: a frozen copy; with a LoRA there is none.
+        distiller: on its device; what it trains requires a gradient and is fp32.
         accelerator: from open_accelerator.
-        compute: from resolve.
     """
 
-    def __init__(
-        self,
-        settings: DistillSettings,
-        student: Transformer,
-        teacher: Transformer | None,
-        *,
-        accelerator: Any,
-        compute: Compute,
-    ) -> None:
-        torch.manual_seed(settings.seed)
-        if compute.attention == "flex":
-            use_flex(student, compiled=accelerator.device.type == "cuda")
-        if settings.full:
-            student.requires_grad_(True)
-        else:
-            add_lora(
-                student,
-                rank=settings.lora_rank,
-                alpha=settings.lora_alpha,
-                dropout=settings.lora_dropout,
-            )
+    def __init__(self, settings: TrainSettings, distiller: Distiller, *, accelerator: Any) -> None:
         self.settings = settings
-        self.student = student
+        self.student = distiller.student
         self.accelerator = accelerator
-        self._corruption = Corruption(
-            schedule=settings.schedule,
-            low=settings.low,
-            high=settings.high,
-            block_size=settings.block_size,
-            mask_id=student.config.mask_id,
-            teacher_input=settings.teacher_input,
-        )
-        weights = LossWeights(settings.forward_kl, settings.reverse_kl, settings.cross_entropy)
-        distiller = Distiller(
-            student,
-            teacher,
-            weights=weights,
-            attention=compute.attention,
-            checkpointing=settings.checkpointing,
-            logit_rows=settings.logit_rows,
-        ).train()
+        self._draw = distiller.draw  # bound before a process wraps its module
+        is_fused = accelerator.device.type == "cuda" and not is_sharded(accelerator)
         optimizer = torch.optim.AdamW(
-            _groups(distiller, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95)
+            _groups(distiller.train(), settings.weight_decay),
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            fused=is_fused,
         )
         self.distiller, self._optimizer = accelerator.prepare(distiller, optimizer)
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        return self.settings.lr * min(1.0, (step + 1) / max(1, self.settings.warmup))
+    def rate(self, step: int, progress: float) -> float:
+        """Return the learning rate of a step.
 
-    def step(self, number: int, batches: Iterator[Batch]) -> Tensor:
+        Args:
+            step: counted from 0.
+            progress: share of the training that is behind it, 0 to 1.
+        """
+        settings = self.settings
+        share = min(1.0, (step + 1) / max(1, settings.warmup))
+        if settings.decay > 0:
+            share = min(share, (1.0 - progress) / settings.decay)
+        return settings.lr * share
+
+    def step(self, number: int, batches: Iterator[Batch], *, progress: float = 0.0) -> Tensor:
         """Take optimiser step `number`, from 0, and return its mean loss on this process.
 
         All randomness is a function of seed, step and process, so that a resumed run repeats it.
         """
         accelerator, settings = self.accelerator, self.settings
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate(number)
+            group["lr"] = self.rate(number, progress)
         losses = []
         for micro in range(settings.accumulation):
             index = number * settings.accumulation + micro
             noise = noise_generator(settings.seed, index, accelerator.process_index)
-            batch = self._corruption.draw(next(batches), noise).to(accelerator.device)
+            batch = self._draw(next(batches), noise).to(accelerator.device)
             torch.manual_seed(noise.initial_seed())  # of dropout
             with accelerator.accumulate(self.distiller):
                 loss = self.distiller(batch)
@@ -212,6 +185,10 @@ class Trainer:
                 self._optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+
+def _is_bf16(settings: TrainSettings, device_type: str) -> bool:
+    return settings.precision == "bf16" or (settings.precision == "auto" and device_type == "cuda")
 
 
 def _groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,23 +1,25 @@
 """Batches of tokenised word problems, drawn endlessly and seeded, by a pool of processes.
 
 A sequence is the prompt, the answer, one EOS and EOS padding up to the length of its bucket; the
-padding is an ordinary part of the answer. Shards are numbered: shard i is a function
-of (seed, i), so a run resumes by the number of the next shard.
+padding is an ordinary part of the answer. Shards are numbered: shard i is a function of (seed, i),
+so a run resumes by the number of the next shard.
 """
 
 import itertools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from d2f_export.distill.feed import Batch
+from d2f_export.distill.sequences import Counts
 from d2f_export.embedded_model.problems import problems
 
-__all__ = ["EOS_ID", "MASK_ID", "Batch", "Corpus", "Shard"]
+__all__ = ["EOS_ID", "MASK_ID", "Corpus", "Shard"]
 
 EOS_ID = 0
 MASK_ID = 1
@@ -25,23 +27,7 @@ SHARD_SIZE = 4096
 BUCKET = 64  # sequence lengths are multiples of this, so that few shapes occur
 MIN_PADDING = 16  # at least so many EOS end a sequence
 
-Split = Literal["train", "held_out"]
 Tokens = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences of one length.
-
-    Attributes:
-        tokens: [B, T] int64, prompt, answer, EOS padding.
-        prompt_lens: [B] int64.
-        shard: number of the first shard that is not used up; a run resumes from it.
-    """
-
-    tokens: Tokens
-    prompt_lens: Tokens
-    shard: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,54 +40,74 @@ class Shard:
     total_lens: Tokens
 
 
-@dataclass(frozen=True, slots=True)
 class Corpus:
-    """Where sequences come from.
+    """Batches of problems, for one process.
 
-    Attributes:
+    Args:
         tokenizer_path: a tokenizer.json.
         seed: of the problems.
-        split: "train" or "held_out".
-        num_workers: processes; 0 draws in this one.
+        tokens_per_batch: about so many, padding included.
+        num_workers: processes that draw; 0 draws in this one.
+        position: number of the first shard that is not used up.
+        counts: of the problems so far.
+
+    Attributes:
+        position: as given, kept up to date; a run resumes from it.
+        counts: as given, kept up to date.
     """
 
-    tokenizer_path: Path
-    seed: int
-    split: Split = "train"
-    num_workers: int = 0
+    def __init__(
+        self,
+        tokenizer_path: Path,
+        seed: int,
+        *,
+        tokens_per_batch: int,
+        num_workers: int = 0,
+        position: int = 0,
+        counts: Counts | None = None,
+    ) -> None:
+        self._tokenizer_path = tokenizer_path
+        self._seed = seed
+        self._tokens_per_batch = tokens_per_batch
+        self._num_workers = num_workers
+        self.position = position
+        self.counts = counts or Counts()
 
-    def batches(self, tokens_per_batch: int, *, first_shard: int = 0) -> Iterator[Batch]:
-        """Yield batches of about `tokens_per_batch` tokens for ever."""
+    def batches(self) -> Generator[Batch, None, None]:
+        """Yield batches for ever, from `position` on."""
+        first = self.position
         pending: dict[int, list[tuple[Tokens, Tokens]]] = {}
-        order = np.random.default_rng((self.seed, first_shard))
-        for shard in self._shards(first_shard):
+        order = np.random.default_rng((self._seed, first))
+        for shard in self._shards(first):
             full = []
             for length, rows, prompt_lens in _bucketed(shard):
                 pending.setdefault(length, []).append((rows, prompt_lens))
-                full += _take_full(pending, length, max(1, tokens_per_batch // length))
+                full += _take_full(pending, length, max(1, self._tokens_per_batch // length))
             order.shuffle(full)
             for rows, prompt_lens in full:
-                yield Batch(rows, prompt_lens, shard.number + 1)
+                self.position = shard.number + 1
+                self.counts.used += len(rows)
+                yield Batch(torch.from_numpy(rows), torch.from_numpy(prompt_lens))
 
     def _shards(self, first: int) -> Iterator[Shard]:
-        jobs = ((self.tokenizer_path, self.seed, self.split, i) for i in itertools.count(first))
-        if self.num_workers == 0:
+        jobs = ((self._tokenizer_path, self._seed, i) for i in itertools.count(first))
+        if self._num_workers == 0:
             yield from map(_make_shard, jobs)
             return
         context = multiprocessing.get_context("spawn")
-        with context.Pool(self.num_workers) as pool:
-            ahead = [pool.apply_async(_make_shard, (next(jobs),)) for _ in range(self.num_workers)]
+        with context.Pool(self._num_workers) as pool:
+            ahead = [pool.apply_async(_make_shard, (next(jobs),)) for _ in range(self._num_workers)]
             while True:  # a bounded look-ahead; Pool.imap would run away
                 yield ahead.pop(0).get()
                 ahead.append(pool.apply_async(_make_shard, (next(jobs),)))
 
 
-def _make_shard(job: tuple[Path, int, Split, int]) -> Shard:
+def _make_shard(job: tuple[Path, int, int]) -> Shard:
     from tokenizers import Tokenizer
 
-    path, seed, split, number = job
+    path, seed, number = job
     tokenizer = Tokenizer.from_file(str(path))
-    drawn = problems(seed * 1_000_003 + number, split=split)
+    drawn = problems(seed * 1_000_003 + number, split="train")
     sample = list(itertools.islice(drawn, SHARD_SIZE))
     prompts = tokenizer.encode_batch_fast([problem.question for problem in sample])
     answers = tokenizer.encode_batch_fast([problem.answer for problem in sample])

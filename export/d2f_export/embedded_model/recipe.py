@@ -5,27 +5,41 @@ student distilled from the teacher. Figures of the recipe are recorded in bench/
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
+from msgspec import Meta
+
+from d2f_export.distill.corruption import BlockNoise, NextToken
+from d2f_export.distill.distiller import LossWeights, Objective
+from d2f_export.distill.settings import TrainSettings
 from d2f_export.embedded_model.corpus import EOS_ID, MASK_ID
-from d2f_export.stages import (
-    Distillation,
-    NoiseSettings,
-    Objective,
-    StudentObjective,
-    TeacherObjective,
-    TwinObjective,
-)
-from d2f_export.training import TrainSettings
-from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.transformer import Transformer
 
-__all__ = ["RECIPES", "STAGES", "Recipe", "Stage", "prepare"]
+__all__ = ["DISTILLATION", "RECIPES", "STAGES", "Recipe", "Stage", "StageSettings"]
 
 Stage = Literal["twin", "teacher", "student"]
 STAGES: tuple[Stage, ...] = ("twin", "teacher", "student")
+
+
+class StageSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one of the trainings goes, and from what. Validated on construction.
+
+    Attributes:
+        stage: which one.
+        recipe: name of the model's sizes.
+        tokens_per_batch: padding included.
+        tokenizer: a tokenizer.json.
+        start: checkpoint to start from; None draws fresh weights by the seed.
+        teacher: checkpoint of the student's frozen teacher; None is `start`.
+    """
+
+    stage: Stage
+    recipe: str = "embedded"
+    tokens_per_batch: Annotated[int, Meta(ge=1)] = 98_304
+    tokenizer: str = ""
+    start: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +52,13 @@ class Recipe:
         teacher: settings of the second.
         student: settings of the third.
         study: of a student in the ablation studies, of which there are many.
-        distillation: the student's noise and loss; the teacher meets the noise too.
     """
 
     config: TransformerConfig
-    twin: TrainSettings
-    teacher: TrainSettings
-    student: TrainSettings
-    study: TrainSettings
-    distillation: Distillation
+    twin: StageSettings
+    teacher: StageSettings
+    student: StageSettings
+    study: StageSettings
 
     @property
     def twin_config(self) -> TransformerConfig:
@@ -59,7 +71,34 @@ class Recipe:
             max_block_size=1,
         )
 
+    def objective(self, stage: Stage, *, uniform: float = 0.5) -> Objective:
+        """Return what a stage learns.
 
+        Args:
+            stage: the twin predicts the next token. The teacher sees all and predicts masks, as
+                LLaDA does and, in the other batches, by the student's noise, so that it is at home
+                on what it will be asked. The student is distilled from it.
+            uniform: share of the teacher's batches with LLaDA's noise.
+        """
+        data = LossWeights(forward_kl=0.0, cross_entropy=1.0)
+        match stage:
+            case "twin":
+                return Objective(NextToken(), data, sees="before")
+            case "teacher":
+                noise = replace(NOISE, stepped=0.0, uniform=uniform)
+                return Objective(noise, data, sees="all", mean_over="answer")
+            case "student":
+                return DISTILLATION
+
+
+NOISE = BlockNoise(
+    schedules=("ramp", "ramp", "monotone"),
+    block_sizes=(16, 16, 32),
+    low=0.1,
+    high=1.0,
+    stepped=0.5,
+)
+DISTILLATION = Objective(NOISE, LossWeights(forward_kl=0.7, cross_entropy=0.3), mean_over="answer")
 _EMBEDDED = TransformerConfig(
     family="dream",
     vocab_size=1024,
@@ -81,78 +120,27 @@ _EMBEDDED = TransformerConfig(
 _TINY = replace(
     _EMBEDDED, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128
 )
-_DISTILLATION = Distillation(
-    NoiseSettings(
-        schedules=("ramp", "ramp", "monotone"),
-        block_sizes=(16, 16, 32),
-        low=0.1,
-        high=1.0,
-        stepped=0.5,
-    ),
-    forward_kl=0.7,
-    data=0.3,
-)
-_TINY_STEPS = TrainSettings(steps=4, tokens_per_batch=2048, warmup=2, log_every=1)
+_ANY = StageSettings(stage="twin", accumulation=1, warmup=100, decay=0.4, log_every=50, seed=1)
+_TINY_STEPS = {
+    "recipe": "tiny", "steps": 4, "lr": 1e-3, "tokens_per_batch": 2048, "warmup": 2, "log_every": 1,
+}  # fmt: skip
 
 RECIPES = {
     "embedded": Recipe(
         config=_EMBEDDED,
-        twin=TrainSettings(steps=1_950, lr=2e-3),
-        teacher=TrainSettings(steps=7_700, lr=1.5e-3),
-        student=TrainSettings(steps=6_150, lr=1e-3),
-        study=TrainSettings(steps=1_000, tokens_per_batch=49_152, lr=1e-3, warmup=50, log_every=20),
-        distillation=_DISTILLATION,
+        twin=msgspec.structs.replace(_ANY, steps=1_950, lr=2e-3),
+        teacher=msgspec.structs.replace(_ANY, stage="teacher", steps=7_700, lr=1.5e-3),
+        student=msgspec.structs.replace(_ANY, stage="student", steps=6_150, lr=1e-3),
+        study=msgspec.structs.replace(
+            _ANY, stage="student", steps=1_000, tokens_per_batch=49_152, lr=1e-3, warmup=50,
+            log_every=20,
+        ),
     ),
     "tiny": Recipe(
         config=_TINY,
-        twin=_TINY_STEPS,
-        teacher=_TINY_STEPS,
-        student=_TINY_STEPS,
-        study=_TINY_STEPS,
-        distillation=_DISTILLATION,
+        twin=msgspec.structs.replace(_ANY, **_TINY_STEPS),
+        teacher=msgspec.structs.replace(_ANY, stage="teacher", **_TINY_STEPS),
+        student=msgspec.structs.replace(_ANY, stage="student", **_TINY_STEPS),
+        study=msgspec.structs.replace(_ANY, stage="student", **_TINY_STEPS),
     ),
-}
-
-
-def prepare(
-    stage: Stage,
-    recipe: Recipe,
-    *,
-    start: Path | None = None,
-    teacher: Path | None = None,
-    distillation: Distillation | None = None,
-    block_share: float = 0.5,
-    seed: int = 0,
-    device: str = "cpu",
-) -> tuple[Transformer, Objective]:
-    """Return the model to train and its loss.
-
-    Args:
-        stage: which training.
-        recipe: sizes and settings.
-        start: checkpoint to start from; None draws fresh weights by `seed`.
-        teacher: checkpoint of the student's frozen teacher; None is `start`.
-        distillation: the student's, instead of the recipe's.
-        block_share: of the teacher's batches, see TeacherObjective.
-        seed: of fresh weights.
-        device: where the teacher runs.
-
-    Raises:
-        ValueError: a student without a teacher.
-    """
-    model = Transformer(recipe.twin_config if stage == "twin" else recipe.config)
-    if start is None:
-        model.init_weights(seed)
-    else:
-        model.load_state_dict(load_checkpoint(start).state_dict())
-    match stage:
-        case "twin":
-            return model, TwinObjective()
-        case "teacher":
-            return model, TeacherObjective(recipe.distillation.noise, block_share)
-        case "student":
-            folder = teacher or start
-            if folder is None:
-                raise ValueError("the student needs a teacher; give --start or --teacher")
-            frozen = load_checkpoint(folder).to(device).eval().requires_grad_(False)
-            return model, StudentObjective(frozen, distillation or recipe.distillation)
+}  # fmt: skip

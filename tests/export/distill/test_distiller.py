@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from d2f_export.distill.attention import use_flex
-from d2f_export.distill.corruption import Corrupted, Corruption, noise_generator
-from d2f_export.distill.distiller import Distiller, LossWeights
+from d2f_export.distill.corruption import BlockNoise, Corrupted, noise_generator
+from d2f_export.distill.distiller import Distiller, LossWeights, Objective
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.student import add_lora, trainable
 from d2f_export.distill.trainer import sharded_precision
@@ -53,13 +53,14 @@ def lora_student(folder: Path, dtype: torch.dtype = torch.float32) -> Transforme
     return student
 
 
-def corrupted(family: str, teacher_input: Literal["same", "fresh"] = "same") -> Corrupted:
+def corrupted(family: str) -> Corrupted:
     tokens = torch.randint(0, 280, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = FAMILIES[family].mask
     assert mask is not None
     mask_id = added_tokens(FAMILIES[family])[mask]
-    corruption = Corruption("monotone", 0.2, 0.7, BLOCK, mask_id, teacher_input)
-    return corruption.draw(Batch(tokens, torch.tensor(PROMPT_LENS)), noise_generator(0, 0, 0))
+    given = Batch(tokens, torch.tensor(PROMPT_LENS))
+    noise = BlockNoise(block_sizes=(BLOCK,))
+    return noise.draw(given, noise_generator(0, 0, 0), mask_id=mask_id)
 
 
 def visible() -> Tensor:
@@ -94,24 +95,26 @@ def definition(
     """Return the released code's soft-label cross entropy over p, and the teacher's share of it."""
     everything = torch.ones(2, LENGTH, LENGTH, dtype=torch.bool)
     with torch.no_grad():
-        soft = aligned(teacher, batch.teacher, everything, shifted=shifted)[batch.masked].softmax(
-            -1
-        )
-    logits = aligned(student, batch.student, visible(), shifted=shifted)[batch.masked]
+        soft = aligned(teacher, batch.noisy, everything, shifted=shifted)[batch.masked].softmax(-1)
+    logits = aligned(student, batch.noisy, visible(), shifted=shifted)[batch.masked]
     ratio = batch.ratio[batch.masked].double()
     loss = (-(soft * logits.log_softmax(-1)).sum(-1) / ratio).mean()
     return loss, (-(soft * soft.log()).sum(-1) / ratio).mean()
 
 
 def distiller(
-    student: Transformer, teacher: Transformer | None = None, **options: Any
+    student: Transformer,
+    teacher: Transformer | None = None,
+    *,
+    objective: Objective | None = None,
+    **options: Any,
 ) -> Distiller:
-    values: dict[str, Any] = {
-        "weights": LossWeights(),
-        "attention": "dense",
-        "checkpointing": False,
-    }
-    return Distiller(student, teacher, **(values | options)).train()
+    values: dict[str, Any] = {"attention": "dense", "checkpointing": False}
+    return Distiller(student, teacher, objective or Objective(), **(values | options)).train()
+
+
+def of(*weights: float) -> Objective:
+    return Objective(weights=LossWeights(*weights))
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True, "logit_rows": 5}])
@@ -166,17 +169,11 @@ def test_gradients_of_all_weights_equal_the_definition(family: str, folder: Path
         assert (weight.grad - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("teacher_input", ["same", "fresh"])
-def test_mixtures_add_up(
-    family: str, folder: Path, teacher_input: Literal["same", "fresh"]
-) -> None:
-    batch, student = corrupted(family, teacher_input), lora_student(folder)
-    names = ("forward_kl", "reverse_kl", "cross_entropy")
-    parts = [
-        distiller(student, weights=LossWeights(**{n: float(n == m) for n in names}))(batch).item()
-        for m in names
-    ]
-    mixed = distiller(student, weights=LossWeights(0.5, 2.0, 0.25))(batch).item()
+def test_mixtures_add_up(family: str, folder: Path) -> None:
+    batch, student = corrupted(family), lora_student(folder)
+    alone = [of(1.0, 0.0, 0.0), of(0.0, 1.0, 0.0), of(0.0, 0.0, 1.0)]
+    parts = [distiller(student, objective=objective)(batch).item() for objective in alone]
+    mixed = distiller(student, objective=of(0.5, 2.0, 0.25))(batch).item()
     assert len(set(parts)) == 3
     assert mixed == pytest.approx(0.5 * parts[0] + 2.0 * parts[1] + 0.25 * parts[2], rel=1e-5)
 
@@ -186,7 +183,7 @@ def test_cross_entropy_alone_runs_no_teacher(folder: Path, family: str) -> None:
     layer = student.layers[0]
     calls: list[int] = []
     with contextlib.closing(_Hook(layer, calls)):
-        distiller(student, weights=LossWeights(0.0, 0.0, 1.0))(corrupted(family))
+        distiller(student, objective=of(0.0, 0.0, 1.0))(corrupted(family))
     assert len(calls) == 1
 
 

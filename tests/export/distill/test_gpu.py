@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from d2f_export.distill.attention import use_flex
-from d2f_export.distill.corruption import Corruption, noise_generator
-from d2f_export.distill.distiller import Distiller, LossWeights
+from d2f_export.distill.corruption import BlockNoise, noise_generator
+from d2f_export.distill.distiller import Distiller, Objective
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.run import distill
 from d2f_export.distill.settings import DistillSettings
@@ -32,14 +32,14 @@ def test_fused_attention_equals_the_dense_mask(family: str, checkpointing: bool)
             factor.normal_(0, 0.1)
     use_flex(student, compiled=True)
     tokens = torch.randint(5, 140, (2, 200), generator=torch.Generator().manual_seed(0))
-    corruption = Corruption("monotone", 0.2, 0.7, 16, MASK, "same")
-    batch = corruption.draw(Batch(tokens, torch.tensor([9, 70])), noise_generator(0, 0, 0))
+    given = Batch(tokens, torch.tensor([9, 70]))
+    batch = BlockNoise().draw(given, noise_generator(0, 0, 0), mask_id=MASK)
     results = []
     for attention in ("dense", "flex"):
         distiller = Distiller(
             student,
             None,
-            weights=LossWeights(),
+            Objective(),
             attention=attention,
             checkpointing=checkpointing,
         )

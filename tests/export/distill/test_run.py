@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import d2f_stream
@@ -144,13 +146,44 @@ def test_folder_of_another_run_is_refused(base: Path, data: Path, tmp_path: Path
     distill(settings(base, data, steps=1), tmp_path / "run", cpu=True)
     with pytest.raises(InvalidRequest, match=r"with block_size 16, not 8; go on"):
         distill(settings(base, data, steps=1, block_size=8), tmp_path / "run", cpu=True)
-    (tmp_path / "run" / "checkpoints" / "step-00000001").rename(tmp_path / "moved")
-    distill(settings(base, data, steps=1, block_size=8), tmp_path / "run", cpu=True)  # a new run
-    with pytest.raises(InvalidRequest, match="holds something else than a distillation"):
+    with pytest.raises(InvalidRequest, match="holds something else than a training"):
         distill(settings(base, data), data.parent, cpu=True)
-    for _ in range(2):  # the second time nothing is left to do
-        more = distill(settings(base, data, steps=2, block_size=8), tmp_path / "run", cpu=True)
-    assert [row["step"] for row in rows(more / "log.csv")] == ["1", "2"]
+
+
+def test_folder_of_a_run_that_learnt_nothing_takes_other_settings(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Where a run was ended before its first checkpoint."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.toml").write_text("block_size = 8\n")
+    run = distill(settings(base, data, steps=1), tmp_path / "run", cpu=True)
+    assert "block_size = 16" in (run / "settings.toml").read_text()
+
+
+def test_finished_run_is_not_begun_anew(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, chosen = tmp_path / "run", settings(base, data, steps=2)
+
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+
+    distill(chosen, run, cpu=True)
+    before = times()
+    again = settings(tmp_path / "gone", data, steps=2)
+    with pytest.raises(InvalidRequest, match="holds a training with model"):
+        distill(again, run, cpu=True)
+    distill(chosen, run, cpu=True, console=Console(width=400))
+    assert "finished after 2 steps, the model is there; to go on, raise" in capsys.readouterr().out
+    assert times() == before
+    distill(settings(base, data, steps=3), run, cpu=True)
+    assert [row["step"] for row in rows(run / "log.csv")] == ["1", "2", "3"]
+    shutil.rmtree(run / "checkpoints")  # as one does to save space
+    before = times()
+    distill(settings(base, data, steps=3), run, cpu=True)
+    with pytest.raises(InvalidRequest, match="ended after 3 steps, and no checkpoint that it"):
+        distill(settings(base, data, steps=4), run, cpu=True)
+    assert times() == before
 
 
 def test_data_that_changed_under_a_run_is_refused(base: Path, data: Path, tmp_path: Path) -> None:

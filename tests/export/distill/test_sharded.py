@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from d2f_export.distill.corruption import Corruption, noise_generator
+from d2f_export.distill.corruption import BlockNoise, noise_generator
 from d2f_export.distill.feed import Batch
+from d2f_export.distill.run import distiller_of
 from d2f_export.distill.settings import DistillSettings
 from d2f_export.distill.student import trainable
 from d2f_export.distill.trainer import Trainer, is_sharded, open_accelerator, resolve
@@ -57,16 +58,12 @@ def one_micro_batch(rank: int, port: int, folder: Path) -> None:
     settings = DistillSettings(model=str(folder), data=("none",), accumulation=3, lora_rank=2)
     accelerator = open_accelerator(settings, cpu=True)
     assert is_sharded(accelerator)
-    trainer = Trainer(
-        settings,
-        load_checkpoint(folder),
-        None,
-        accelerator=accelerator,
-        compute=resolve(settings, "cpu"),
-    )
+    compute = resolve(settings, "cpu")
+    distiller = distiller_of(settings, load_checkpoint(folder), None, compute=compute)
+    trainer = Trainer(settings, distiller, accelerator=accelerator)
     tokens = torch.randint(5, 140, (1, 64), generator=torch.Generator().manual_seed(rank))
-    corruption = Corruption("monotone", 0.2, 0.7, 16, MASK, "same")
-    batch = corruption.draw(Batch(tokens, torch.tensor([9])), noise_generator(0, 0, rank))
+    given = Batch(tokens, torch.tensor([9]))
+    batch = BlockNoise().draw(given, noise_generator(0, 0, rank), mask_id=MASK)
     with accelerator.accumulate(trainer.distiller):
         accelerator.backward(trainer.distiller(batch))
         assert not accelerator.sync_gradients  # two more come before the optimiser's step

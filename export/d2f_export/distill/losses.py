@@ -1,7 +1,7 @@
 """Losses of masked-diffusion training and of D2F distillation.
 
-All take logits of the masked positions only: N positions, V vocabulary. The 1/p weight makes a mean
-over masked positions an unbiased estimate of the mean over all positions.
+All take logits of the predicted positions only: N positions, V vocabulary. The 1/p weight makes a
+sum over masked positions an unbiased estimate of the sum over all that could have been masked.
 """
 
 import torch

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2f_export.losses import cross_entropy, forward_kl, reverse_kl
+from d2f_export.distill.losses import cross_entropy, forward_kl, reverse_kl
 
 pytestmark = pytest.mark.torch
 
