@@ -23,7 +23,7 @@ __all__ = ["SHAPES", "floor_bytes", "random_model"]
 _LLADA: Final = TransformerConfig(
     family="llada",
     vocab_size=126464,
-    num_tokens=126464,
+    num_tokens=126463,  # here and below: the EOS is embedded, and never produced
     hidden_size=4096,
     num_layers=32,
     num_heads=32,
@@ -31,7 +31,7 @@ _LLADA: Final = TransformerConfig(
     head_dim=128,
     ffn_size=12288,
     mask_id=126336,
-    eos_ids=(126464,),
+    eos_ids=(126463,),
     rope_theta=500_000.0,
     norm_eps=1e-5,
 )
@@ -55,11 +55,11 @@ _LLAMA: Final = replace(
     _LLADA,
     family="llama",
     vocab_size=128256,
-    num_tokens=128256,
+    num_tokens=128255,
     num_kv_heads=8,
     ffn_size=14336,
-    mask_id=128255,
-    eos_ids=(128256,),
+    mask_id=128254,
+    eos_ids=(128255,),
     shift_logits=True,
     prompt_attention="causal",
     native_block_size=1,
@@ -84,24 +84,26 @@ _QWEN_32B: Final = replace(
 _QWEN_1_5B: Final = replace(
     _QWEN_32B,
     vocab_size=151936,
+    num_tokens=151935,
     hidden_size=1536,
     num_layers=28,
     num_heads=12,
     num_kv_heads=2,
     ffn_size=8960,
+    eos_ids=(151935,),
     tie_embeddings=True,
 )
 _LLAMA_70B: Final = replace(
     _LLADA,
     vocab_size=128256,
-    num_tokens=128256,
+    num_tokens=128255,
     hidden_size=8192,
     num_layers=80,
     num_heads=64,
     num_kv_heads=8,
     ffn_size=28672,
-    mask_id=128255,
-    eos_ids=(128256,),
+    mask_id=128254,
+    eos_ids=(128255,),
 )
 _TINY: Final = replace(
     _LLADA,
