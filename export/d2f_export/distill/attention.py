@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_adapter import LayerDraft
 from d2f_runtime.models.transformer import Attention, KeyValue, MaskRows, Transformer, rotate
 
 __all__ = ["FlexAttention", "Mask", "block_mask", "use_flex"]
@@ -51,10 +52,11 @@ class FlexAttention(Attention):
         past: KeyValue | None,
         *,
         causal: bool = False,
+        draft: LayerDraft | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Return the output [B, T, D] and the rotated keys and values."""
         if not isinstance(mask, BlockMask):
-            return super().forward(x, rope, mask, past, causal=causal)
+            return super().forward(x, rope, mask, past, causal=causal, draft=draft)
         batch, length, _ = x.shape
         query = self.q_norm(self.q_proj(x).view(batch, length, -1, self.head_dim))
         key = self.k_norm(self.k_proj(x).view(batch, length, -1, self.head_dim))
