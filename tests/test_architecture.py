@@ -15,7 +15,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 CORE = "d2f_stream.core"
 PURE = {"d2f_runtime.decoding"}
-MODEL = {CORE, "d2f_runtime.text"}
+MODEL = {CORE, "d2f_runtime.text", "d2f_runtime.gguf"}
 MODEL |= {"d2f_runtime." + n for n in ("cpus", "kernels", "models", "quantization")}
 RUN = MODEL | PURE | {"d2f_runtime.backends"}
 SDK = {CORE, "d2f_stream.wire", "d2f_stream.channels"}
@@ -62,7 +62,8 @@ ROOMS: dict[str, set[str]] = {
     "d2f_runtime.kernels": MODEL,
     "d2f_runtime.quantization": MODEL,
     "d2f_runtime.models": MODEL,
-    "d2f_runtime.text": {CORE},
+    "d2f_runtime.gguf": {CORE},
+    "d2f_runtime.text": {CORE, "d2f_runtime.gguf"},
     "d2f_runtime.backends": RUN,
     "d2f_runtime.device": {CORE},
     "d2f_runtime.loaded_model": RUN | {"d2f_runtime.device", "d2f_runtime.prefix_cache"},

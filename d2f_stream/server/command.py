@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = ServeLimits()
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", help="a folder or a hub id (default: the embedded model)")
+    parser.add_argument(
+        "--model", help="a folder, a .gguf file or a hub id (default: the embedded model)"
+    )
     parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
     parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -103,8 +103,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         "--model",
-        help="a name (d2f-stream models list), a folder, a hub id, a file or a server's address "
-        "(default: that of the config file, else the embedded model)",
+        help="a name (d2f-stream models list), a folder, a .gguf file, a hub id or a server's "
+        "address (default: that of the config file, else the embedded model)",
     )
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"

@@ -56,6 +56,20 @@ def test_the_checkpoints_own_comes_first() -> None:
     assert "the checkpoint's own" in choose(80).reason
 
 
+@pytest.mark.parametrize(
+    ("free", "capability", "name"),
+    [(80, HOPPER, "bf16"), (16, HOPPER, "fp8"), (1, HOPPER, "nf4"), (1, TURING, "bf16"),
+     (None, None, "fp32")],
+)  # fmt: skip
+def test_blocks_that_no_kernel_multiplies_are_not_kept(
+    free: float | None, capability: tuple[int, int] | None, name: str
+) -> None:
+    choice = choose(free, capability, stored="Q4_K")
+    assert choice.name == name
+    assert choice.reason.endswith("; the file's Q4_K is dequantised")
+    assert "Q4_K would need" not in choice.reason
+
+
 @pytest.mark.parametrize("stored", ["nf4", "int8"])
 @pytest.mark.parametrize("capability", [HOPPER, TURING, None])
 def test_what_is_quantised_stays_so(stored: str, capability: tuple[int, int] | None) -> None:

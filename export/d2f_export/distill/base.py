@@ -9,13 +9,11 @@ from typing import Final, Literal
 
 from d2f_runtime.models.checkpoints import read_config
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.families import Layout, family_of
+from d2f_runtime.models.families import Layout
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
-from d2f_runtime.models.published import is_published
-from d2f_runtime.text.tokenizer import Tokenizer
-from d2f_runtime.text.tokenizer_files import TokenizerFiles
-from d2f_stream.core.errors import ModelNotFound, UnsupportedModel
+from d2f_runtime.models.published import find_published
+from d2f_runtime.text.tokenizer import Tokenizer, token_source
+from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = ["Base", "open_base"]
 
@@ -61,9 +59,8 @@ def open_base(model: str) -> Base:
     """
     source = locate(model)
     folder = fetch_description(source) if isinstance(source, HubModel) else source
-    if not (folder / "config.json").is_file():
-        raise ModelNotFound(f"{folder} has no config.json; is it a model folder?")
     config = read_config(folder)
+    published = find_published(folder)
     if config.family not in TEACHERS or config.prompt_attention != "full":
         raise UnsupportedModel(
             f"{model} is a {config.family} model, but a teacher must see the whole canvas: "
@@ -77,22 +74,16 @@ def open_base(model: str) -> Base:
         name=str(source) if isinstance(source, HubModel) else model,
         folder=folder,
         config=config,
-        layout=_layout(folder),
+        layout=None if published is None else published.family.layout,
         codec=codec,
         end_id=end_id,
         padding_id=padding_id,
     )
 
 
-def _layout(folder: Path) -> Layout | None:
-    file = ConfigFile.read(folder / "config.json")
-    assert file is not None
-    return family_of(file).layout if is_published(file) else None
-
-
 def _ends(folder: Path, config: TransformerConfig) -> tuple[int, int]:
     """Return the id that ends an answer and the one that pads it."""
-    vocabulary = TokenizerFiles(folder).vocabulary()
+    vocabulary = token_source(folder).vocabulary()
     padding = vocabulary.find(None, named="eos_token")
     if padding is None or padding not in config.eos_ids:
         padding = config.eos_ids[0]

@@ -28,6 +28,7 @@ from d2f_export.distill.student import trainable
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
+from d2f_runtime.text.tokenizer import token_source
 from d2f_stream.core.errors import D2FError, InvalidRequest, ModelDamaged
 
 __all__ = ["RunFolder", "RunState", "Writer", "prepare_checkpoints", "write_model"]
@@ -39,10 +40,6 @@ STATE_FILE: Final = "run.json"
 END_FILE: Final = "finished.json"
 BEGUN: Final = {f".{SETTINGS_FILE}", "checkpoints"}  # what a kill may leave before the settings
 WEIGHTS_FILE: Final = "model.safetensors"
-TOKENIZER_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 class RunState(msgspec.Struct, kw_only=True):
@@ -250,7 +247,7 @@ def write_model(
         folder: made where needed; files of these names are replaced whole.
         weights: all of the model's, by name.
         config: of the model.
-        beside: the folder whose tokenizer and chat template it gets.
+        beside: the folder or GGUF file whose tokenizer and chat template it gets.
     """
     partial = folder / ".model"
     shutil.rmtree(partial, ignore_errors=True)
@@ -261,9 +258,8 @@ def write_model(
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     save_checkpoint(partial, model, dtype=torch.float32)
-    for name in TOKENIZER_FILES:
-        if beside is not None and (beside / name).is_file():
-            shutil.copyfile(beside / name, partial / name)
+    if beside is not None:
+        token_source(beside).write(partial)
     (folder / "config.json").unlink(missing_ok=True)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)

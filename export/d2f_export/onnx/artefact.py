@@ -31,6 +31,9 @@ from d2f_runtime.models.manifest import (
     TransformerShape,
     encode_manifest,
 )
+from d2f_runtime.text.gguf_tokens import GgufTokens
+from d2f_runtime.text.tokenizer import token_source
+from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import InvalidParams, ModelNotFound
 
 __all__ = [
@@ -57,15 +60,6 @@ QUANTIZATION_OF: Final[dict[Target, Quantization]] = {
 DATA_FILE: Final = GRAPH_FILE + ".data"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
-TOKENIZER_FILES: Final = (
-    TOKENIZER_FILE,
-    TEMPLATE_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 HASH_BYTES: Final = 1 << 20
 
 Defaults = dict[str, dict[str, JsonValue | list[str]]]
@@ -109,7 +103,8 @@ def write_artefact(
     not the model.
 
     Args:
-        checkpoint_folder: config.json and safetensors, in this project's layout or a published one.
+        checkpoint_folder: config.json and safetensors, in this project's layout or a published one;
+            or a GGUF file.
         output_folder: appears when everything is written; one of that name is replaced.
         description: of the artefact.
         target: "cpu" and "cuda" are one graph with symbolic shapes, "device" two with static ones.
@@ -136,13 +131,15 @@ def write_artefact(
     if not 1 <= window <= capacity:
         raise InvalidParams("window", window, f"between 1 and the capacity of {capacity} tokens")
     _check_output(output_folder, checkpoint_folder)
-    copied = _tokenizer_files(checkpoint_folder, description)
+    tokenizer = _tokenizer(checkpoint_folder, description)
     graphs, onnx = _graphs(checkpoint, target, quantization, window, capacity)
     with whole_or_absent(output_folder) as unfinished:
         _check_room(graphs, unfinished)
         _write_graphs(graphs, checkpoint, unfinished)
-        for name, path in copied.items():
-            shutil.copyfile(path, unfinished / name)
+        if isinstance(tokenizer, Path):
+            shutil.copyfile(tokenizer, unfinished / TOKENIZER_FILE)
+        else:
+            tokenizer.write(unfinished)
         if description.chat_template is not None:
             (unfinished / TEMPLATE_FILE).write_text(description.chat_template, encoding="utf-8")
         files = {path.name: file_info(path) for path in sorted(unfinished.iterdir())}
@@ -193,17 +190,14 @@ def _graphs(
     return graphs, onnx
 
 
-def _tokenizer_files(checkpoint: Path, description: Description) -> dict[str, Path]:
-    """Return the files to be copied by their names in the artefact."""
-    if description.tokenizer is not None:
-        found = {TOKENIZER_FILE: description.tokenizer}
-    else:
-        found = {name: checkpoint / name for name in TOKENIZER_FILES}
-        found = {name: path for name, path in found.items() if path.is_file()}
-    whole = found.get(TOKENIZER_FILE)
-    if (whole is None or not whole.is_file()) and "vocab.json" not in found:
-        raise ModelNotFound(f"no tokenizer at {whole or checkpoint / TOKENIZER_FILE}")
-    return found
+def _tokenizer(checkpoint: Path, description: Description) -> Path | TokenizerFiles | GgufTokens:
+    """Return the tokenizer.json that is asked for, else what the checkpoint has."""
+    path = description.tokenizer
+    if path is None:
+        return token_source(checkpoint)
+    if not path.is_file():
+        raise ModelNotFound(f"no tokenizer at {path}")
+    return path
 
 
 def _write_graphs(graphs: dict[str, StepGraph], checkpoint: Checkpoint, folder: Path) -> None:

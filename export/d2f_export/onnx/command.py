@@ -33,7 +33,9 @@ def run_export(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="d2f-stream export", description="Write a model as a folder that onnxruntime runs."
     )
-    parser.add_argument("--model", required=True, help="a checkpoint's folder or a hub id")
+    parser.add_argument(
+        "--model", required=True, help="a checkpoint's folder, a .gguf file or a hub id"
+    )
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
     )
@@ -200,18 +202,17 @@ def _fetched(model: str) -> tuple[Path, str]:
 
 def _defaults(checkpoint: Path, adapter: Path | None) -> "Defaults":
     """Return a published model's own request defaults, or those of its folder's manifest."""
-    from d2f_runtime.models.config_file import ConfigFile
     from d2f_runtime.models.draft_facts import DraftFacts
     from d2f_runtime.models.manifest import FILE_NAME, read_manifest
-    from d2f_runtime.models.published import is_published, read_published
+    from d2f_runtime.models.published import find_published
 
     draft = None if adapter is None else DraftFacts.read(adapter)
     if (checkpoint / FILE_NAME).is_file() and draft is None:
         return read_manifest(checkpoint).defaults
-    config = ConfigFile.read(checkpoint / "config.json")
+    published = find_published(checkpoint)
     params = GenerationParams()
-    if config is not None and is_published(config):
-        params = read_published(checkpoint).defaults(adapted=adapter is not None)
+    if published is not None:
+        params = published.defaults(adapted=adapter is not None)
     elif draft is None:
         return {}
     if draft is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 from d2f_runtime.backends.base import Backend
+from d2f_runtime.gguf.file import is_gguf
 from d2f_runtime.models.pickles import refuse_pickles
 from d2f_stream.core.errors import MissingExtra, ModelNotFound, UnsupportedModel
 
@@ -91,21 +92,19 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -> str:
-    """Return the name of the backend to run a model folder with.
+    """Return the name of the backend to run a model folder or a GGUF file with.
 
     "auto" takes the one whose files the folder holds; where several fit, one that is installed, and
-    of those torch for a CUDA device and onnx otherwise.
+    of those torch for a CUDA device and onnx otherwise. torch runs GGUF files.
 
     Raises:
-        ModelNotFound: no such folder, or no backend runs what it holds.
-        UnsupportedModel: there is no backend of that name, or the weights are pickled.
+        ModelNotFound: no such folder or file, or no backend runs what it holds.
+        UnsupportedModel: there is no backend of that name, or it runs no such file, or the weights
+            are pickled.
     """
-    if not path.is_dir():
-        raise ModelNotFound(
-            f"no model at {path}; a model is a folder with a manifest.json or a config.json, or "
-            "the id of a hub repository (org/name)"
-        )
     check_backend(backend)
+    if not path.is_dir():
+        return _check_file(path, backend)
     if backend != "auto":
         return backend
     names = {file.name for file in path.iterdir()}
@@ -116,12 +115,33 @@ def choose_backend(path: Path, backend: str = "auto", *, device: str = "auto") -
     ]
     if not fitting:
         refuse_pickles(path)
+        single = sorted(file for file in path.iterdir() if is_gguf(file))
+        if single:
+            raise ModelNotFound(
+                f"{path} is a folder; pass the GGUF file itself, such as {single[0]}"
+            )
         suffixes = ", ".join(f"*{entry.suffix}" for entry in BACKENDS.values())
         raise ModelNotFound(f"{path} holds nothing that a backend runs, which is one of {suffixes}")
     candidates = [name for name in fitting if BACKENDS[name].installed] or fitting
     if device.startswith("cuda") and "torch" in candidates:
         return "torch"
     return candidates[0]
+
+
+def _check_file(path: Path, backend: str) -> str:
+    """Return the backend of a model that is one file."""
+    if not is_gguf(path) or not path.is_file():
+        found = f"{path} is a file" if path.is_file() else f"no model at {path}"
+        raise ModelNotFound(
+            f"{found}; a model is a folder with a manifest.json or a config.json, a .gguf file, or "
+            "the id of a hub repository (org/name)"
+        )
+    if backend not in ("auto", "torch"):
+        raise UnsupportedModel(
+            f"{path} is a GGUF file, which the torch backend runs; for the {backend} backend, "
+            "write it as a folder with d2f-stream export"
+        )
+    return "torch"
 
 
 def open_backend(
@@ -133,7 +153,7 @@ def open_backend(
     adapter: Path | None = None,
     kv_tokens: int | None = None,
 ) -> Backend:
-    """Load a model folder with the backend of that name. Blocks.
+    """Load a model folder or a GGUF file with the backend of that name. Blocks.
 
     Raises:
         MissingExtra: the backend's library is not installed.

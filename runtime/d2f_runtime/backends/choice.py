@@ -131,12 +131,14 @@ def choose_quantization(config: TransformerConfig, device: DeviceFacts, *, store
     Args:
         config: of the model.
         device: that holds them.
-        stored: how the checkpoint has them, one of QUANTIZATIONS.
+        stored: how the checkpoint has them, one of QUANTIZATIONS; another name, such as Q4_K, is
+            not kept.
     """
+    lost = "" if stored in QUANTIZATIONS else f"; the file's {stored} is dequantised"
     if device.capability is None:
         if stored in LOW_BIT:
             return Choice(stored, "the checkpoint's own, dequantised to fp32 on a CPU")
-        return Choice("fp32", "a CPU computes in fp32")
+        return Choice("fp32", f"a CPU computes in fp32{lost}")
     if stored in LOW_BIT:
         return Choice(stored, "the checkpoint's own")
 
@@ -146,16 +148,17 @@ def choose_quantization(config: TransformerConfig, device: DeviceFacts, *, store
         return not (needs_kernels and _obstacle(device, quantization, config.head_dim))
 
     too_large = ""
-    for name in dict.fromkeys((stored, "bf16", "fp8", "nf4")):
+    kept = "bf16" if lost else stored
+    for name in dict.fromkeys((kept, "bf16", "fp8", "nf4")):
         needed = weight_bytes(config, name) + _beside(config, name)
         if not runs(name):
             continue
         if device.free is None or needed <= device.free:
             why = "the checkpoint's own, which fits" if name == stored else "fits"
-            return Choice(name, f"{why}{_room(needed, device.free)}{too_large}")
+            return Choice(name, f"{why}{_room(needed, device.free)}{too_large}{lost}")
         too_large += f"; {name} would need {_gib(needed)}"
-    name = "nf4" if runs("nf4") else stored
-    return Choice(name, f"the least memory, though none fits{too_large}")
+    name = "nf4" if runs("nf4") else kept
+    return Choice(name, f"the least memory, though none fits{too_large}{lost}")
 
 
 def is_proven(triton_version: str, capability: tuple[int, int]) -> bool:

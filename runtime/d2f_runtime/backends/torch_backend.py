@@ -175,10 +175,10 @@ def load(
     adapter: Path | None = None,
     kv_tokens: int | None = None,
 ) -> TorchBackend:
-    """Load a model folder (config.json, model.safetensors), tensor by tensor onto the device.
+    """Load a model folder (config.json, model.safetensors) or a GGUF file, tensor by tensor.
 
     Args:
-        path: the folder; its name names the model.
+        path: of the folder or the file; its name names the model.
         device: "auto" picks CUDA when there is one.
         quantization: "none" and "fp32", "bf16", "fp16", "fp8", "int8", "nf4"; "auto" goes by the
             device and its memory, see `choose_quantization`, and the log says why.

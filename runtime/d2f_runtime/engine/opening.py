@@ -1,6 +1,7 @@
 """From the name of a model to an engine over it: folder, backend, codec, defaults.
 
-The one place that joins folder or hub id, manifest or published config, backend and tokenizer.
+The one place that joins folder, GGUF file or hub id, manifest or published config, backend and
+tokenizer.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
-from d2f_runtime.models.published import Published, is_published, read_published
+from d2f_runtime.models.published import Published, find_published
 from d2f_runtime.text.files import holds_file
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
 from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
@@ -59,7 +60,7 @@ def open_engine(
     """Return a new engine; entering it waits for the model.
 
     Args:
-        model: a folder or a hub id; None is the embedded model.
+        model: a folder, a GGUF file or a hub id; None is the embedded model.
         adapter: folder or hub id of a LoRA adapter to merge into the weights, or of a draft
             adapter, which drafts go through beside them.
         backend: see `d2f_stream.load`, as for the next two.
@@ -138,7 +139,9 @@ def _key(
     kv_tokens: int | None = None,
 ) -> ModelKey:
     if isinstance(model, str) and "://" in model:
-        raise UnsupportedModel(f"{model} is a server; what runs here is a folder or a hub id")
+        raise UnsupportedModel(
+            f"{model} is a server; what runs here is a folder, a .gguf file or a hub id"
+        )
     if model == EMBEDDED and not Path(model).exists():
         model = None
     path = embedded_folder() if model is None else locate(model)
@@ -173,7 +176,7 @@ def _load(key: ModelKey) -> ModelParts:
     draft = None if adapter is None else DraftFacts.read(adapter)
     name = choose_backend(path, key.backend, device=key.device)
     manifest = read_manifest(path) if holds_file(path / FILE_NAME) else None
-    published = _published(path) if manifest is None else None
+    published = find_published(path) if manifest is None else None
     if manifest is not None:
         verify_files(path, manifest, max_hash_bytes=MAX_HASH_BYTES)
     defaults = None if published is None else published.defaults(adapted=adapter is not None)
@@ -219,13 +222,6 @@ def _fetched(source: Path | HubModel) -> Path:
     if isinstance(source, Path):
         return source
     folder = fetch_description(source)
-    _published(folder)
+    find_published(folder)
     fetch_weights(source, folder)
     return folder
-
-
-def _published(folder: Path) -> Published | None:
-    config = ConfigFile.read(folder / "config.json")
-    if config is None or not is_published(config):
-        return None
-    return read_published(folder)

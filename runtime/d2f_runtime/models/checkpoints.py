@@ -1,11 +1,12 @@
-"""Weights on disk: a folder with config.json and model.safetensors, whole or in shards.
+"""Weights on disk: config.json and model.safetensors, whole or in shards, or a GGUF file.
 
-Two layouts are read. In this project's own, config.json is a `TransformerConfig`, parameter names
-are those of `Transformer`, and a tied head is left out. In those of the published families,
-config.json has a model_type; see `families`.
+Two layouts of folders are read. In this project's own, config.json is a `TransformerConfig`,
+parameter names are those of `Transformer`, and a tied head is left out. In those of the published
+families, config.json has a model_type; see `families`. What is written is the first.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter
 from d2f_runtime.models.draft_facts import DraftFacts
-from d2f_runtime.models.shards import Shards
+from d2f_runtime.models.gguf_weights import GgufWeights
 from d2f_runtime.models.stored_weights import (
     CONFIG_FILE,
     EMBEDDING,
     HEAD,
     WEIGHTS_FILE,
     StoredWeights,
+    open_shards,
     read_config,
 )
 from d2f_runtime.models.transformer import Transformer
@@ -47,6 +49,9 @@ __all__ = [
     "stored_as",
 ]
 
+logger = logging.getLogger("d2f_stream.checkpoints")
+
+DENSE = ("fp32", "bf16", "fp16")
 PROJECTION = "_proj.weight"  # what is quantised: the products of the layers
 
 
@@ -70,23 +75,24 @@ def save_checkpoint(folder: Path, model: Transformer, *, dtype: torch.dtype | No
 
 
 def load_checkpoint(
-    folder: Path,
+    path: Path,
     *,
     adapter: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
 ) -> Transformer:
-    """Build the folder's model, tensor by tensor, on the device.
+    """Build a model, tensor by tensor, on the device.
 
     Everything is checked by the files' headers before the first weight is read. Host memory holds
-    no more than the shard that is being read, beside the model itself where that is the device.
+    no more than the shard, or of a GGUF file the tensor, that is being read, beside the model
+    itself where that is the device.
 
     Args:
-        folder: of the model, in this project's layout or a published one.
+        path: of a folder, in this project's layout or a published one, or of a GGUF file.
         adapter: folder of a LoRA adapter to merge; one for drafts is put beside the weights.
         device: where the weights go.
-        dtype: of the weights; None keeps the stored one.
+        dtype: of the weights; None keeps the stored one, and takes fp32 for a GGUF file's blocks.
         quantization: "nf4" or "int8" for the layers' products, quantised as they come where the
             checkpoint does not hold them so; None makes what is quantised dense.
 
@@ -97,13 +103,14 @@ def load_checkpoint(
     """
     bound_torch_threads()
     facts = None if adapter is None else DraftFacts.read(adapter)
-    stored = StoredWeights.open(folder, adapter=adapter if facts is None else None)
+    stored = StoredWeights.open(path, adapter=adapter if facts is None else None)
     config, draft = stored.config, None
     if facts is not None and adapter is not None:
         config = facts.adapted(config)
         draft = DraftAdapter.open(adapter, facts, config)
     with torch.device("meta"):
         model = Transformer(config)
+    dtype = dtype or stored.shards.dtype
     weights = _read(stored, torch.device(device), dtype, quantization)
     for name, weight in list(weights.items()):
         if not isinstance(weight, Tensor):
@@ -116,6 +123,8 @@ def load_checkpoint(
         model.lm_head.weight = model.embed_tokens.weight
     if draft is not None:
         model.draft = draft.to(device, model.embed_tokens.weight.dtype)
+    if isinstance(stored.shards, GgufWeights) and stored.shards.stored not in DENSE:
+        _report(stored.shards, model)
     return model
 
 
@@ -124,7 +133,8 @@ class StoredAs:
     """What a checkpoint's headers say of its weights.
 
     Attributes:
-        quantization: "nf4", "int8", "fp32", "bf16" or "fp16".
+        quantization: "nf4", "int8", "fp32", "bf16" or "fp16"; of a GGUF file also Q4_K and the
+            like, which are not kept.
         config: of the model.
     """
 
@@ -132,20 +142,14 @@ class StoredAs:
     config: TransformerConfig
 
 
-def stored_as(folder: Path) -> StoredAs:
-    """Read how a folder's weights are stored; the headers alone.
+def stored_as(path: Path) -> StoredAs:
+    """Read how the weights of a folder or a GGUF file are stored; the headers alone.
 
     Raises:
         ModelError: see `load_checkpoint`.
     """
-    config = read_config(folder)
-    shards = Shards.open(folder, WEIGHTS_FILE)
-    kinds = {beside.kind for beside in shards.quantized.values()}
-    if len(kinds) > 1:
-        raise UnsupportedModel(f"{shards.path} holds weights of {' and '.join(sorted(kinds))}")
-    names = {"F16": "fp16", "BF16": "bf16"}
-    largest = max(shards.headers.values(), key=lambda header: header.shape)
-    return StoredAs(kinds.pop() if kinds else names.get(largest.dtype, "fp32"), config)
+    config, _, shards = open_shards(path)
+    return StoredAs(shards.stored, config)
 
 
 @torch.no_grad()
@@ -173,7 +177,7 @@ def _read(
                 )
             outputs, features = parameter.shape
             weight = shards.quantized_weight(parameter.stored, tensor, (outputs, features))
-            kept = dtype or _dense_dtype(shards)
+            kept = dtype or shards.dense_dtype
         weights[name] = _converted(weight, parameter.adapted, stored.adapter, kept, wanted)
         del held, tensor, weight  # or they would hold one shard while the next is read
     return weights
@@ -194,10 +198,16 @@ def _converted(
     return quantise(weight, quantization) if isinstance(weight, Tensor) else weight
 
 
-def _dense_dtype(shards: Shards) -> torch.dtype:
-    """Return what a quantised checkpoint holds its other weights in."""
-    found = {header.dtype for name, header in shards.headers.items() if name.endswith("weight")}
-    return torch.float16 if "F16" in found else torch.bfloat16 if "BF16" in found else torch.float32
+def _report(weights: GgufWeights, model: Transformer) -> None:
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    logger.info(
+        "%s holds its weights as %s in %.0f MiB; its own bits are not kept, in memory they take "
+        "%.0f MiB",
+        weights.path,
+        weights.stored,
+        weights.num_bytes / 2**20,
+        sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20,
+    )
 
 
 def _set_quantized(model: Transformer, name: str, weight: QuantizedWeight) -> None:

@@ -39,6 +39,11 @@ class ConfigFile:
         values = read_object(path)
         return None if values is None else cls(path, values)
 
+    @property
+    def model(self) -> Path:
+        """The model that it describes: its folder, or the file that holds all of it."""
+        return self.path.parent if self.path.suffix == ".json" else self.path
+
     def __contains__(self, key: str) -> bool:
         return key in self.values
 

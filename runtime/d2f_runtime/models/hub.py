@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from d2f_runtime.gguf.file import is_gguf
 from d2f_runtime.models.catalogue import named
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_stream.core.errors import D2FError, MissingExtra, ModelNotFound
@@ -43,9 +44,9 @@ class HubModel:
 
 
 def locate(model: str | Path) -> Path | HubModel:
-    """Return the folder of that path, else the repository of that name, else the missing path.
+    """Return the path that exists, else the repository of that name, else the missing path.
 
-    A folder wins over a name or a hub id of the same text; a Path is never either.
+    A path wins over a name or a hub id of the same text; a Path is never either, nor is x/y.gguf.
 
     Raises:
         ModelNotFound: it looks like a name of the catalogue ("word:size"), and is none.
@@ -54,7 +55,7 @@ def locate(model: str | Path) -> Path | HubModel:
     if isinstance(model, str) and not path.exists() and (entry := named(model)) is not None:
         return HubModel(entry.repo)
     match = _ID.fullmatch(model) if isinstance(model, str) else None
-    if match is None or path.exists():
+    if match is None or path.exists() or is_gguf(path):
         return path.resolve()
     return HubModel(match["repo"], match["revision"])
 

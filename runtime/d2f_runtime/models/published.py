@@ -1,27 +1,30 @@
-"""A published model folder without its weights: family, config, and the defaults of a request.
+"""A published model without its weights: family, config, and the defaults of a request.
 
-Joins config.json, generation_config.json and the tokenizer's files. Imports no torch, so that a
-model can be refused before anything heavy is loaded.
+Joins config.json, generation_config.json and the tokenizer's files, or reads all of that from a
+GGUF file. Imports no torch, so that a model can be refused before anything heavy is loaded.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from d2f_runtime.gguf.file import GgufFile, is_gguf
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import Family, family_of
+from d2f_runtime.models.gguf_config import gguf_config, has_biases
 from d2f_runtime.models.published_config import transformer_config
+from d2f_runtime.text.gguf_tokens import GgufTokens
 from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.core.presets import PRESETS
 
-__all__ = ["Published", "is_published", "read_published"]
+__all__ = ["Published", "find_published", "is_published", "read_published"]
 
 logger = logging.getLogger("d2f_stream.published")
 
@@ -68,11 +71,19 @@ _ALWAYS: Final[Mapping[str, tuple[object, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the files of a published model say."""
+    """What the files of a published model say.
+
+    Attributes:
+        family: of the model.
+        config: of the model.
+        generation: generation_config.json.
+        gguf: the file that holds all of the model; None where that is a folder.
+    """
 
     family: Family
     config: TransformerConfig
-    generation: ConfigFile | None
+    generation: ConfigFile | None = None
+    gguf: GgufFile | None = None
 
     def defaults(self, *, adapted: bool) -> GenerationParams:
         """Return the parameters of a request that gives none.
@@ -103,15 +114,30 @@ def is_published(config: ConfigFile) -> bool:
     return "family" not in config and "model_type" in config
 
 
-def read_published(folder: Path) -> Published:
-    """Read what a published folder says of its model; the weights are not looked at.
+def find_published(path: Path) -> Published | None:
+    """Read a published folder or a GGUF file; None where the folder is not a published one.
 
     Raises:
-        ModelNotFound: it has no config.json.
+        ModelError: see `read_published`.
+    """
+    if not is_gguf(path):
+        config = ConfigFile.read(path / "config.json")
+        if config is None or not is_published(config):
+            return None
+    return read_published(path)
+
+
+def read_published(folder: Path) -> Published:
+    """Read what a published folder, or a GGUF file, says of its model, but not the weights.
+
+    Raises:
+        ModelNotFound: it has no config.json, or there is no such file.
         ModelDamaged: a file is no JSON object, a key is missing or of the wrong kind, or nothing
             names the mask or the EOS.
         UnsupportedModel: the family or one of its options is not known.
     """
+    if is_gguf(folder):
+        return _read_gguf(GgufFile.open(folder))
     config = ConfigFile.read(folder / "config.json")
     if config is None:
         raise ModelNotFound(f"{folder} has no config.json; is it a model folder?")
@@ -122,10 +148,22 @@ def read_published(folder: Path) -> Published:
         family=family,
         config=transformer_config(
             config,
+            family=family,
             generation=generation,
             vocabulary=files.vocabulary() if files.complete else None,
         ),
         generation=generation,
+    )
+
+
+def _read_gguf(file: GgufFile) -> Published:
+    config = gguf_config(file)
+    family = replace(family_of(config), qkv_bias=has_biases(file))
+    vocabulary = GgufTokens(file).vocabulary()
+    return Published(
+        family=family,
+        config=transformer_config(config, family=family, generation=None, vocabulary=vocabulary),
+        gguf=file,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from d2f_runtime.models.config import Llama3Rope, TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.families import Family, family_of
+from d2f_runtime.models.families import Family
 from d2f_runtime.text.tokenizer_files import Vocabulary
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from d2f_stream.core.params import MAX_BLOCK_SIZE
@@ -24,28 +24,32 @@ DEFAULT_WINDOW_LAYERS: Final = 28
 
 
 def transformer_config(
-    config: ConfigFile, *, generation: ConfigFile | None, vocabulary: Vocabulary | None
+    config: ConfigFile,
+    *,
+    family: Family,
+    generation: ConfigFile | None,
+    vocabulary: Vocabulary | None,
 ) -> TransformerConfig:
     """Make a published model's config.
 
     Args:
         config: config.json.
+        family: of the model.
         generation: generation_config.json.
         vocabulary: the tokenizer's; without one the ids are those of the config and, where it names
             none, the published ones.
 
     Raises:
-        UnsupportedModel: a family or an option that this build does not know.
+        UnsupportedModel: an option that this build does not know.
         ModelDamaged: a key is missing or of the wrong kind, or there is no mask or no EOS.
     """
-    family = family_of(config)
     _refuse_variants(config)
     sizes = _llada_sizes(config) if family.layout == "llada" else _llama_sizes(config, family)
     vocab_size = sizes.vocab_size
     # Tokens may have been added beyond what is embedded: a text that names one is refused.
     if vocabulary is not None and vocabulary.base_size > vocab_size:
         raise ModelDamaged(
-            f"the tokenizer in {config.path.parent} has a vocabulary of {vocabulary.base_size} "
+            f"the tokenizer in {config.model} has a vocabulary of {vocabulary.base_size} "
             f"ids, but the model embeds {vocab_size}; it belongs to another model"
         )
     block_size = family.block_size
@@ -285,7 +289,7 @@ def _mask_id(
         if mask_id is None or mask_id not in vocabulary:
             says = "" if mask_id is None else f"; config.json says that its id is {mask_id}"
             raise ModelDamaged(
-                f"the tokenizer in {config.path.parent} has no mask token, which a {family.label} "
+                f"the tokenizer in {config.model} has no mask token, which a {family.label} "
                 f"model calls {family.mask_token}{says}"
             )
     if mask_id >= vocab_size:
@@ -313,13 +317,12 @@ def _eos_ids(
         found.update(token for token in (named, *texts) if token is not None)
     if not found:
         raise ModelDamaged(
-            f"nothing in {config.path.parent} says which token ends an answer: neither config.json "
+            f"nothing in {config.model} says which token ends an answer: neither config.json "
             "nor generation_config.json has an eos_token_id, and the tokenizer names no eos_token"
         )
     embedded = {token for token in found if token < vocab_size}  # others cannot be produced
     if not embedded:
         raise ModelDamaged(
-            f"{config.path.parent}: the EOS id is {max(found)} but the model embeds {vocab_size} "
-            "ids"
+            f"{config.model}: the EOS id is {max(found)} but the model embeds {vocab_size} ids"
         )
     return tuple(sorted(embedded))

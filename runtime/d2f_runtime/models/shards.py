@@ -27,6 +27,7 @@ INDEX_SUFFIX: Final = ".index.json"
 DTYPES: Final = ("F64", "F32", "F16", "BF16")
 ROWS_AT_ONCE: Final = 4096  # of two tensors that are compared
 QUANTIZED: Final = ("U8", "I8")  # of weights beside which bitsandbytes put what they mean
+ROTARY_BUFFER: Final = ".rotary_emb.inv_freq"  # stored by older versions of transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,15 @@ class Shards:
                 raise ModelDamaged(f"{index.path} says that {file} holds {tensor}; it does not")
         return cls(index.path, headers)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self.headers
+
+    @property
+    def num_tensors(self) -> int:
+        """How many there are, whatever they are for."""
+        return len(self.headers)
+
     def same(self, first: str, second: str) -> bool:
         """Whether two tensors have equal values; reads some rows at a time.
 
@@ -127,7 +137,9 @@ class Shards:
         """
         if missing := sorted(set(expected) - set(self.headers)):
             raise ModelDamaged(f"{self.path} lacks the tensor {missing[0]} ({len(missing)} in all)")
-        if unknown := sorted(set(self.headers) - set(expected) - set(ignored) - self._beside):
+        buffers = {name for name in self.headers if name.endswith(ROTARY_BUFFER)}
+        passed_over = self._beside | buffers | set(ignored)
+        if unknown := sorted(set(self.headers) - set(expected) - passed_over):
             raise ModelDamaged(
                 f"{self.path} has the unknown tensor {unknown[0]} ({len(unknown)} in all)"
             )
@@ -174,6 +186,33 @@ class Shards:
         }
         where = f"{self.headers[name].file}: {name}"
         return read_quantized(beside.kind, codes, parts, shape, where)
+
+    @property
+    def stored(self) -> str:
+        """How the weights are stored: fp32, bf16, fp16, nf4 or int8.
+
+        Raises:
+            UnsupportedModel: in more than one way of bitsandbytes.
+        """
+        kinds = {beside.kind for beside in self.quantized.values()}
+        if len(kinds) > 1:
+            raise UnsupportedModel(f"{self.path} holds weights of {' and '.join(sorted(kinds))}")
+        largest = max(self.headers.values(), key=lambda header: header.shape)
+        dense = {"F16": "fp16", "BF16": "bf16"}.get(largest.dtype, "fp32")
+        return kinds.pop() if kinds else dense
+
+    @property
+    def dtype(self) -> None:
+        """What all tensors become where nobody says: each keeps its own."""
+        return None
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """What `quantized` weights become where nobody says: as the weights beside them."""
+        held = {h.dtype for name, h in self.headers.items() if name.endswith("weight")}
+        return (
+            torch.float16 if "F16" in held else torch.bfloat16 if "BF16" in held else torch.float32
+        )
 
 
 def _headers(path: Path) -> dict[str, TensorHeader]:

@@ -13,11 +13,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from d2f_runtime.gguf.file import is_gguf
 from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.families import Layout, published_name
-from d2f_runtime.models.published import is_published, read_published
+from d2f_runtime.models.families import published_name
+from d2f_runtime.models.gguf_weights import GgufWeights
+from d2f_runtime.models.published import Published, find_published
 from d2f_runtime.models.shards import Shards
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
@@ -29,6 +31,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Parameter",
     "StoredWeights",
+    "open_shards",
     "read_config",
 ]
 
@@ -38,7 +41,6 @@ CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 EMBEDDING: Final = "embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
-ROTARY_BUFFER: Final = ".rotary_emb.inv_freq"  # stored by older versions of transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,13 @@ class StoredWeights:
     """
 
     config: TransformerConfig
-    shards: Shards
+    shards: Shards | GgufWeights
     parameters: dict[str, Parameter]
     adapter: Adapter | None
 
     @classmethod
-    def open(cls, folder: Path, *, adapter: Path | None = None) -> "StoredWeights":
-        """Check a folder's weights, and an adapter's, by their headers.
+    def open(cls, path: Path, *, adapter: Path | None = None) -> "StoredWeights":
+        """Check the weights of a folder or a GGUF file, and an adapter's, by their headers.
 
         Raises:
             ModelNotFound: a folder or one of its files is missing.
@@ -82,28 +84,25 @@ class StoredWeights:
                 shape.
             UnsupportedModel: config, weights or adapter are not for this build or for each other.
         """
-        file = _config_file(folder)
-        config, layout = _config(folder, file)
-        shards = Shards.open(folder, WEIGHTS_FILE)
-        if config.num_layers > len(shards.headers):  # before a model of that size is laid out
+        config, published, shards = open_shards(path)
+        if config.num_layers > shards.num_tensors:  # before a model of that size is laid out
             raise ModelDamaged(
-                f"{file.path} asks for {config.num_layers} layers, but {shards.path} has "
-                f"{len(shards.headers)} tensors"
+                f"{path} asks for {config.num_layers} layers, but {shards.path} has "
+                f"{shards.num_tensors} tensors"
             )
         with torch.device("meta"):
             shapes = {
                 name: tuple(tensor.shape)
                 for name, tensor in Transformer(config).state_dict().items()
             }
-        names = {n: n if layout is None else published_name(layout, n) for n in shapes}
+        names = {name: _stored_name(published, name) for name in shapes}
         theirs = {published: shapes[name] for name, published in names.items()}
         stored = dict(names)
         if config.tie_embeddings:
             config, stored = _untied(config, shards, stored)
         expected = {stored[name]: shape for name, shape in shapes.items() if name in stored}
-        buffers = {name for name in shards.headers if name.endswith(ROTARY_BUFFER)}
-        shards.check(expected, ignored={names[HEAD], names[EMBEDDING], *buffers})
-        merge = None if adapter is None else _open_adapter(adapter, file, theirs)
+        shards.check(expected, ignored={names[HEAD], names[EMBEDDING]})
+        merge = None if adapter is None else _open_adapter(adapter, path, theirs)
         if merge is not None and config.tie_embeddings:
             config, stored = _untied_by(merge, config, names, stored)
         return cls(
@@ -124,8 +123,26 @@ class StoredWeights:
             del tensor  # or it would hold one shard while the next is read
 
 
-def read_config(folder: Path) -> TransformerConfig:
-    """Read config.json; of a published model, also what names its mask and EOS.
+def open_shards(path: Path) -> tuple[TransformerConfig, Published | None, Shards | GgufWeights]:
+    """Read config and headers of a folder or a GGUF file, without comparing them.
+
+    Raises:
+        ModelNotFound, ModelDamaged, UnsupportedModel: as `StoredWeights.open`.
+    """
+    published = find_published(path)
+    if published is None:
+        return _own_config(path), None, Shards.open(path, WEIGHTS_FILE)
+    if published.gguf is None:
+        return published.config, published, Shards.open(path, WEIGHTS_FILE)
+    weights = GgufWeights(published.gguf, head_dim=published.config.head_dim)
+    return published.config, published, weights
+
+
+def read_config(path: Path) -> TransformerConfig:
+    """Read a model's config; of a published one, also what names its mask and EOS.
+
+    Args:
+        path: of a folder or a GGUF file.
 
     Raises:
         ModelNotFound: no such folder or file.
@@ -133,28 +150,26 @@ def read_config(folder: Path) -> TransformerConfig:
         UnsupportedModel: it is of a family or holds a key that this build does not know, or lacks
             one.
     """
-    return _config(folder, _config_file(folder))[0]
+    published = find_published(path)
+    return _own_config(path) if published is None else published.config
 
 
-def _config_file(folder: Path) -> ConfigFile:
+def _own_config(folder: Path) -> TransformerConfig:
     if not folder.is_dir():
         raise ModelNotFound(f"no model folder at {folder}")
     file = ConfigFile.read(folder / CONFIG_FILE)
     if file is None:
         raise ModelNotFound(f"{folder} has no {CONFIG_FILE}; is it a model folder?")
-    return file
+    return TransformerConfig.from_dict(file.values)
 
 
-def _config(folder: Path, file: ConfigFile) -> tuple[TransformerConfig, Layout | None]:
-    """Return the config, and whose names the tensors have: None is this project's own."""
-    if not is_published(file):
-        return TransformerConfig.from_dict(file.values), None
-    published = read_published(folder)
-    return published.config, published.family.layout
+def _stored_name(published: Published | None, name: str) -> str:
+    """Return what a parameter is called on disk; in this project's own layout as here."""
+    return name if published is None else published_name(published.family.layout, name)
 
 
 def _untied(
-    config: TransformerConfig, shards: Shards, stored: dict[str, str]
+    config: TransformerConfig, shards: Shards | GgufWeights, stored: dict[str, str]
 ) -> tuple[TransformerConfig, dict[str, str]]:
     """Return the config and the tensors of a model whose config ties the head to the embedding.
 
@@ -162,9 +177,9 @@ def _untied(
     the config is wrong.
     """
     head, embedding = stored[HEAD], stored[EMBEDDING]
-    if embedding not in shards.headers and head in shards.headers:
+    if not shards.holds(embedding) and shards.holds(head):
         stored = stored | {EMBEDDING: head}
-    elif {embedding, head} <= shards.headers.keys() and not shards.same(embedding, head):
+    elif shards.holds(embedding) and shards.holds(head) and not shards.same(embedding, head):
         logger.warning(
             "%s holds a head that is not the embedding, although the config ties them; both are "
             "read as they are",
@@ -193,9 +208,7 @@ def _untied_by(
     return replace(config, tie_embeddings=False), stored | {HEAD: stored[EMBEDDING]}
 
 
-def _open_adapter(
-    folder: Path, base: ConfigFile, parameters: dict[str, tuple[int, ...]]
-) -> Adapter:
+def _open_adapter(folder: Path, base: Path, parameters: dict[str, tuple[int, ...]]) -> Adapter:
     if not folder.is_dir():
         raise ModelNotFound(f"no adapter folder at {folder}")
     adapter = Adapter.open(folder, parameters)
@@ -205,10 +218,11 @@ def _open_adapter(
     return adapter
 
 
-def _published_as(config: ConfigFile) -> str | None:
+def _published_as(path: Path) -> str | None:
     """Return the name of a model's repository, where its folder or its config tells."""
-    for part in config.path.parts:
+    for part in path.parts:
         if part.startswith("models--"):  # the cache of huggingface_hub
             return part.rpartition("--")[2]
-    name = str(config.values.get("_name_or_path") or "")
+    config = None if is_gguf(path) else ConfigFile.read(path / CONFIG_FILE)
+    name = "" if config is None else str(config.values.get("_name_or_path") or "")
     return name.rpartition("/")[2] or None

@@ -13,8 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
+from d2f_runtime.gguf.file import GgufFile, is_gguf
 from d2f_runtime.text.bounded_template import bound_environment, compile_bounded
+from d2f_runtime.text.byte_level import KINDS, byte_level, library
 from d2f_runtime.text.files import holds_file, read_bytes, read_object, read_text
+from d2f_runtime.text.gguf_tokens import GgufTokens
 from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import (
     InvalidPrompt,
@@ -25,17 +28,13 @@ from d2f_stream.core.errors import (
     UnsupportedModel,
 )
 
-__all__ = ["TextCodec", "Tokenizer"]
+__all__ = ["TextCodec", "Tokenizer", "token_source"]
 
 Messages = Sequence[Mapping[str, str]]
 
 LONG_TEXT: Final = 4096  # characters
 
 QWEN_CLASSES: Final = (None, "DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-QWEN_WORDS: Final = (  # how Qwen2's tokenizer cuts text into words; transformers, qwen2
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class TextCodec(Protocol):
@@ -71,7 +70,7 @@ class Tokenizer:
     and the names of special tokens are read as those tokens; that of the mask is read as text.
 
     Args:
-        source: a tokenizer.json, or all files of a folder.
+        source: a tokenizer.json, all files of a folder, or the tokens of a GGUF file.
         chat_template: its source.
         mask_id: never what a text is read as; None where there is no mask.
 
@@ -82,7 +81,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        source: Path | TokenizerFiles,
+        source: Path | TokenizerFiles | GgufTokens,
         *,
         chat_template: str | None = None,
         mask_id: int | None = None,
@@ -90,6 +89,9 @@ class Tokenizer:
         self.special_names: Mapping[str, str] = {}
         if isinstance(source, TokenizerFiles):
             self._tokens = _build_tokenizer(source)
+            self.special_names = source.special_names()
+        elif isinstance(source, GgufTokens):
+            self._tokens = source.build()
             self.special_names = source.special_names()
         elif holds_file(source):
             self._tokens = _read_tokenizer(source)
@@ -106,7 +108,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, *, mask_id: int | None = None) -> Self:
-        """Read a folder's tokenizer files and its chat template.
+        """Read a folder's tokenizer files and its chat template, or those that a GGUF file holds.
 
         The tokenizer is tokenizer.json or, as the Dream models publish it, vocab.json with
         merges.txt; added tokens also come from tokenizer_config.json or added_tokens.json.
@@ -114,16 +116,12 @@ class Tokenizer:
         Raises:
             ModelNotFound: there is no tokenizer.
             ModelDamaged: one of the files cannot be read.
-            UnsupportedModel: vocab.json is of a tokenizer that this build does not know.
+            UnsupportedModel: vocab.json or the GGUF file is of a tokenizer that this build does not
+                know.
             MissingExtra: tokenizers or jinja2 is not installed.
         """
-        files = TokenizerFiles(folder)
-        if not files.complete:
-            raise ModelNotFound(
-                f"no tokenizer in {folder}; a model folder needs a tokenizer.json, or a vocab.json "
-                "and a merges.txt"
-            )
-        return cls(files, chat_template=files.chat_template(), mask_id=mask_id)
+        source = token_source(folder)
+        return cls(source, chat_template=source.chat_template(), mask_id=mask_id)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of exactly this text."""
@@ -176,6 +174,24 @@ class Tokenizer:
             raise InvalidPrompt(f"the chat template refuses the messages: {error}") from error
 
 
+def token_source(model: Path) -> TokenizerFiles | GgufTokens:
+    """Return what a folder's files or a GGUF file say of their tokenizer, which is not built yet.
+
+    Raises:
+        ModelNotFound: there is no tokenizer.
+        ModelDamaged, UnsupportedModel: see `GgufFile.open` and `GgufTokens`.
+    """
+    if is_gguf(model):
+        return GgufTokens(GgufFile.open(model))
+    files = TokenizerFiles(model)
+    if not files.complete:
+        raise ModelNotFound(
+            f"no tokenizer in {model}; a model folder needs a tokenizer.json, or a vocab.json and "
+            "a merges.txt"
+        )
+    return files
+
+
 def _ids_of(tokens: Any, text: str) -> list[int]:
     if len(text) < LONG_TEXT:
         ids: list[int] = tokens.encode(text, add_special_tokens=False).ids
@@ -197,10 +213,9 @@ def _build_tokenizer(files: TokenizerFiles) -> Any:
 
 def _read_tokenizer(path: Path) -> Any:
     content = read_bytes(path) or b""
+    parts = library()
     try:
-        tokens = _library().Tokenizer.from_buffer(content)
-    except MissingExtra:
-        raise
+        tokens = parts.Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises bare Exception for every kind of damage
         raise ModelDamaged(f"{path} is not a tokenizer.json: {error}") from error
     # What a trainer stored is of its batches. transformers sets both anew with every call, too.
@@ -225,7 +240,7 @@ def _nameless(tokens: Any, token_id: int) -> Any:
     if "merges" in model:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [pair for pair in pairs if old not in (*pair, "".join(pair))]
-    renamed = _library().Tokenizer.from_str(json.dumps(content))
+    renamed = library().Tokenizer.from_str(json.dumps(content))
     renamed.encode_special_tokens = tokens.encode_special_tokens
     return renamed
 
@@ -239,7 +254,7 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
             f"{files.vocab} is of the tokenizer {kind!r}, but without a tokenizer.json this build "
             f"reads those of {known} only"
         )
-    parts = _library()
+    parts = library()
     vocab, merges = read_object(files.vocab) or {}, read_text(files.merges) or ""
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     try:
@@ -248,13 +263,7 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
         raise ModelDamaged(
             f"{files.vocab} and {files.merges.name} are not a BPE vocabulary: {error}"
         ) from error
-    tokens = parts.Tokenizer(model)
-    tokens.normalizer = parts.normalizers.NFC()
-    words = parts.pre_tokenizers.Split(parts.Regex(QWEN_WORDS), behavior="isolated")
-    bytes_ = parts.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens.pre_tokenizer = parts.pre_tokenizers.Sequence([words, bytes_])
-    tokens.decoder = parts.decoders.ByteLevel()
-    return tokens
+    return byte_level(KINDS["qwen2"], model)
 
 
 def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
@@ -271,7 +280,7 @@ def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
             if token.special:
                 named.add(known[token.id].content)
             continue
-        added = _library().AddedToken(
+        added = library().AddedToken(
             token.text,
             special=token.special,
             normalized=token.normalized,
@@ -292,14 +301,6 @@ def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
         is_plain = found in known and not known[found].special
         if found is not None and (found not in known or (is_plain and text in named)):
             tokens.add_special_tokens([text])
-
-
-def _library() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise MissingExtra("reading a tokenizer", "tokenizers", "edge") from error
-    return tokenizers
 
 
 def _compile_template(source: str) -> Callable[..., str]:

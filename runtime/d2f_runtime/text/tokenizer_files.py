@@ -5,6 +5,7 @@ Published folders hold tokenizer.json, or vocab.json and merges.txt with the add
 tokenizer_config.json or added_tokens.json.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,12 @@ class Vocabulary:
         return None
 
 
+NAMES: Final = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+
+
 class TokenizerFiles:
     """A folder's tokenizer files, read where they are asked for.
 
@@ -97,6 +104,12 @@ class TokenizerFiles:
     def complete(self) -> bool:
         """Whether there is a tokenizer to be built."""
         return holds_file(self.whole) or (holds_file(self.vocab) and holds_file(self.merges))
+
+    def write(self, folder: Path) -> None:
+        """Copy the files into another folder."""
+        for name in NAMES:
+            if holds_file(self.folder / name):
+                shutil.copyfile(self.folder / name, folder / name)
 
     def special_names(self) -> dict[str, str]:
         """Return the texts of bos_token, eos_token and so on, where they have one."""
