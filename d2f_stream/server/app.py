@@ -1,7 +1,7 @@
 """The ASGI application of a server: every route on one port.
 
 /v1/stream                                       websocket, the protocol of protocol.py
-/v1/chat/completions, /v1/completions, /v1/models    the OpenAI API
+/v1/chat/completions, /v1/completions, /v1/responses, /v1/models    the OpenAI API
 /api/chat, /api/generate, /api/tags, /api/show    the Ollama API
 /healthz  /metrics
 /                                                the chat page, and the files beside it

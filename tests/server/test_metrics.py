@@ -78,7 +78,7 @@ async def test_load_is_what_the_engine_does_now() -> None:
             registry.generate(Generate(request_id=f"{number}" * 16, prompt="hi"), client="ann")
         await asyncio.to_thread(gate.wait_entered)
         async with asyncio.timeout(10):  # the second prompt may still be read, off the loop
-            while read("sessions_waiting") < 1:  # noqa: ASYNC110 - no event tells it
+            while not read("sessions_waiting"):  # noqa: ASYNC110 - no event tells it
                 await asyncio.sleep(0)
         assert read("streams_active") == 2
         assert (read("sessions_running"), read("sessions_waiting")) == (1, 1)

@@ -35,7 +35,7 @@ def test_deltas_concatenate_to_the_text(pieces: list[str], dialect: Dialect, usa
     chunks = written(events, writer(dialect, include_usage=usage))
     assert "".join(texts(chunks)) == "".join(pieces)
     assert len(chunks) == len(blocks) + 1 + (dialect == "chat") + usage
-    whole = msgspec.to_builtins(writer(dialect).whole(blocks, finished()))
+    whole = msgspec.to_builtins(writer(dialect).body(blocks, finished()))
     [choice] = whole["choices"]
     assert (choice["message"]["content"] if dialect == "chat" else choice["text"]) == "".join(
         pieces

@@ -7,15 +7,18 @@ it stands, committed blocks and drafts, and replaces the one before; the last is
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from d2f_stream.core.events import Block, Draft, Event, FinishReason, StreamFinished, StreamStarted
+from d2f_stream.server.http.sse import DONE, data_frame
 from d2f_stream.server.openai.shapes import (
     AnswerMessage,
     Body,
     ChunkChoice,
     D2fReport,
     Delta,
+    ErrorBody,
     MessageChoice,
     TextChoice,
     TokenUsage,
@@ -80,8 +83,21 @@ class AnswerWriter:
                 return self._end(event)
         return []
 
-    def whole(self, blocks: list[Block], end: StreamFinished) -> Body:
+    def frames(self, event: Event) -> bytes:
+        """Return the server-sent events that an event makes; none where it shows nothing new."""
+        frames = b"".join(data_frame(msgspec.json.encode(body)) for body in self.chunks(event))
+        return frames + (DONE if isinstance(event, StreamFinished) else b"")
+
+    def failure(self, error: ErrorBody) -> bytes:
+        """Return the server-sent event of an answer that broke off."""
+        return data_frame(msgspec.json.encode(error))
+
+    def whole(self, blocks: list[Block], end: StreamFinished) -> bytes:
         """Return the whole answer at once."""
+        return msgspec.json.encode(self.body(blocks, end))
+
+    def body(self, blocks: list[Block], end: StreamFinished) -> Body:
+        """Return the whole answer."""
         text = "".join(block.text for block in blocks)
         reason = FINISH_REASONS[end.reason]
         prefix, name, _ = OBJECTS[self.dialect]

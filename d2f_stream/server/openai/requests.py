@@ -5,11 +5,18 @@ own, a request may hold `diffusing` (Inception's name: each delta is the whole t
 included) and `d2f`, the settings of block diffusion.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from msgspec import UNSET, Struct
 
-from d2f_stream.server.openai.fields import CHAT, COMPLETION, Fields, UnsupportedParameter
+from d2f_stream.server.openai.fields import (
+    CHAT,
+    COMPLETION,
+    Fields,
+    UnsupportedParameter,
+    check_fields,
+)
 from d2f_stream.wire.protocol import Overrides, WirePrompt
 
 __all__ = [
@@ -92,6 +99,15 @@ class AnswerRequest(Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     diffusing: bool | None = None
     d2f: Overrides | None = None
+
+    @classmethod
+    def check(cls, values: Mapping[str, object]) -> None:
+        """Refuse what is not done here, before the fields are read.
+
+        Raises:
+            UnsupportedParameter: names the first such field.
+        """
+        check_fields(values, cls.fields)
 
     @property
     def wire_prompt(self) -> WirePrompt:

@@ -1,6 +1,7 @@
 """The OpenAI-style routes: chat completions, completions, models. Any OpenAI client can talk here.
 
-    POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{id}
+    POST /v1/chat/completions   POST /v1/completions   POST /v1/responses
+    GET /v1/models   GET /v1/models/{id}
 
 Requests go through the registry like all others. A stream of this API lives as long as its
 connection: there is no resuming here, so a client that leaves frees its slot within a step; who
@@ -25,7 +26,7 @@ from d2f_stream.core.events import Event, StreamFinished
 from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.http.login import client_of
-from d2f_stream.server.http.sse import COMMENT, DONE, EventStream, data_frame, unless_disconnected
+from d2f_stream.server.http.sse import COMMENT, EventStream, unless_disconnected
 from d2f_stream.server.logins import FailedLogins
 from d2f_stream.server.openai.chunks import AnswerWriter
 from d2f_stream.server.openai.errors import (
@@ -35,9 +36,9 @@ from d2f_stream.server.openai.errors import (
     error_headers,
     status_of,
 )
-from d2f_stream.server.openai.fields import check_fields
 from d2f_stream.server.openai.reader import AnswerReader
 from d2f_stream.server.openai.requests import AnswerRequest, ChatRequest, CompletionRequest
+from d2f_stream.server.openai.responses import ResponsesRequest, ResponseWriter
 from d2f_stream.server.openai.shapes import Model, ModelList
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
@@ -90,6 +91,7 @@ def openai_routes(
     return [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
+        Route("/v1/responses", api.respond, methods=["POST"]),
         Route("/v1/models", api.list_models, methods=["GET"]),
         Route("/v1/models/{id:path}", api.show_model, methods=["GET"]),
     ]
@@ -119,6 +121,10 @@ class _Api:
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
         return await self._answer(request, CompletionRequest)
+
+    async def respond(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        return await self._answer(request, ResponsesRequest)
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: the one that is loaded."""
@@ -180,24 +186,30 @@ class _Api:
         )
         stream = self._registry.generate(generate, client=client, clamp=True)
         reader = AnswerReader(stream, self._registry)
-        writer = AnswerWriter(
-            dialect="chat" if isinstance(asked, ChatRequest) else "text",
-            name=name,
-            created=int(time.time()),
-            model=self._registry.engine.info.name,
-            diffusing=bool(asked.diffusing),
-            include_usage=asked.include_usage,
-        )
+        writer = self._writer(asked, name)
         if asked.stream:
             return await self._stream(request, reader, writer)
         try:
             blocks, end = await unless_disconnected(request.receive, reader.read_all())
         finally:
             reader.close()
-        return _json(writer.whole(blocks, end))
+        return Response(writer.whole(blocks, end), media_type="application/json")
+
+    def _writer(self, asked: AnswerRequest, name: str) -> AnswerWriter | ResponseWriter:
+        created, model = int(time.time()), self._registry.engine.info.name
+        if isinstance(asked, ResponsesRequest):
+            return ResponseWriter(name=name, created=created, model=model, request=asked)
+        return AnswerWriter(
+            dialect="chat" if isinstance(asked, ChatRequest) else "text",
+            name=name,
+            created=created,
+            model=model,
+            diffusing=bool(asked.diffusing),
+            include_usage=asked.include_usage,
+        )
 
     async def _stream(
-        self, request: Request, reader: AnswerReader, writer: AnswerWriter
+        self, request: Request, reader: AnswerReader, writer: AnswerWriter | ResponseWriter
     ) -> Response:
         try:
             # A request that is turned away at once gets a status of its own, not a 200.
@@ -213,18 +225,18 @@ class _Api:
         )
 
     async def _frames(
-        self, event: Event | None, reader: AnswerReader, writer: AnswerWriter
+        self, event: Event | None, reader: AnswerReader, writer: AnswerWriter | ResponseWriter
     ) -> AsyncGenerator[bytes, None]:
         try:
             while not isinstance(event, StreamFinished):
                 if event is None:
                     yield COMMENT
-                elif chunks := writer.chunks(event):
-                    yield _data(*chunks)
+                elif frames := writer.frames(event):
+                    yield frames
                 event = await reader.next(self._keep_alive_s)
-            yield _data(*writer.chunks(event)) + DONE
+            yield writer.frames(event)
         except D2FError as error:
-            yield _data(error_body(error))
+            yield writer.failure(error_body(error))
 
     async def _read(self, request: Request, kind: type[AnswerRequest]) -> AnswerRequest:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -256,7 +268,7 @@ def _decode(body: bytes, kind: type[AnswerRequest]) -> AnswerRequest:
     try:
         values = msgspec.json.decode(body)
         if isinstance(values, dict):
-            check_fields(values, kind.fields)
+            kind.check(values)
         return msgspec.convert(values, kind)
     except UNREADABLE as error:
         raise MalformedBody(printable(error)) from error
@@ -264,10 +276,6 @@ def _decode(body: bytes, kind: type[AnswerRequest]) -> AnswerRequest:
 
 def _json(body: Struct) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
-
-
-def _data(*bodies: Struct) -> bytes:
-    return b"".join(data_frame(msgspec.json.encode(body)) for body in bodies)
 
 
 def _refusal(error: D2FError, asked: AnswerRequest | None = None) -> Response:
