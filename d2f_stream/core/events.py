@@ -103,7 +103,8 @@ class Block(msgspec.Struct, frozen=True, kw_only=True, tag="block.committed"):
 class Draft(msgspec.Struct, frozen=True, kw_only=True, tag="block.draft"):
     """The provisional state of a block that is being denoised. Opt-in, droppable, never replayed.
 
-    The first of a block comes when it joins and shows nothing but masks.
+    The first of a block comes when it joins and shows nothing but masks. One without any position
+    says that the block has left the canvas, with all that it showed.
     `filled` tells which positions hold a token (the others are still masked); `texts` holds one
     decoded piece per position, empty at masks, for canvases that draw position by position.
     """

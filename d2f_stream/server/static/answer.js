@@ -118,6 +118,7 @@ export class AnswerView {
     const block = this.#block(index);
     if (block.isFinal) return;
     if (filled.length === 0) {
+      block.cells.length = 0;
       block.span.textContent = text;
       return;
     }

@@ -29,12 +29,15 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
         committed: blocks that became final, in order.
         reason: why the answer ended; None before that.
         active: the blocks not committed yet; () unless drafts are asked for.
+        left: numbers of those that have left the canvas, since an EOS or a difference stands before
+            them; () unless drafts are asked for.
     """
 
     num_steps: int
     committed: Sequence[Committed]
     reason: FinishReason | None
     active: Sequence[BlockView] = ()
+    left: Sequence[int] = ()
 
 
 class Denoiser:
@@ -98,12 +101,16 @@ class Denoiser:
         """End the step; see `BlockDecoder.apply`."""
         decoder = self._decoder
         events = decoder.apply(proposals)
-        return Progress(
-            decoder.num_steps,
-            [event for event in events if isinstance(event, Committed)],
-            decoder.finish_reason,
-            decoder.active_blocks if self._params.drafts else (),
-        )
+        committed = [event for event in events if isinstance(event, Committed)]
+        reason = decoder.finish_reason
+        if not self._params.drafts:
+            return Progress(decoder.num_steps, committed, reason)
+        active = decoder.active_blocks
+        last = [event.index for event in committed] + [view.index for view in active]
+        stop = last[-1] + 1 if last else self._num_joined
+        left = range(stop, self._num_joined)
+        self._num_joined = stop
+        return Progress(decoder.num_steps, committed, reason, active, left)
 
 
 def decoder_of(

@@ -154,6 +154,8 @@ class Stream:
                 return
         self.outcome = reason
         self.show(progress.active)
+        if reason is None:
+            self._erase(progress.left)
 
     def end(self) -> None:
         """Announce the outcome as the terminal event; turn away a request that never began."""
@@ -222,6 +224,12 @@ class Stream:
         self._buffer.put(
             Draft(stream=self.id, index=view.index, text="".join(texts), filled=filled, texts=texts)
         )
+
+    def _erase(self, indices: Sequence[int]) -> None:
+        """Put empty drafts of blocks that have left the canvas."""
+        for index in indices:
+            self._drafts.pop(index, None)
+            self._buffer.put(Draft(stream=self.id, index=index, text="", filled=(), texts=()))
 
     def _next_seq(self) -> int:
         self._seq += 1
