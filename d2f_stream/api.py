@@ -34,7 +34,8 @@ def generate(
 ) -> Session:
     """Start an answer on the running event loop; the session streams it.
 
-        async for block in d2f_stream.generate("How many is 3 times 4?"):
+        question = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
+        async for block in d2f_stream.generate(question):
             print(block.text, end="")
 
     Args:
@@ -159,8 +160,9 @@ def connect(
 ) -> AbstractAsyncContextManager[Engine]:
     """Open an engine whose model is on a server; leaving the context ends its sessions.
 
+        question = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
         async with d2f_stream.connect("ws://127.0.0.1:8000") as engine:
-            async for block in engine.generate("How many is 3 times 4?"):
+            async for block in engine.generate(question):
                 print(block.text, end="")
 
     It is used like one of `load`. A connection that breaks is made again, and every answer goes on

@@ -52,7 +52,7 @@ class MqttEngine:
     """Requests through a broker; used like a local engine. Belongs to one event loop.
 
         async with connect_mqtt("mqtt://alice:secret@broker:1883") as engine:
-            async for block in engine.generate("..."):
+            async for block in engine.generate(question):
                 print(block.text, end="")
 
     Entering it connects and waits for the first worker; leaving it ends all sessions. Requests may

@@ -13,6 +13,8 @@ from d2f_stream.terminal.config import KEYS
 
 __all__ = ["ELSEWHERE", "build_parser", "check_command", "overrides_of"]
 
+QUESTION: Final = "Ben has 34 books. He buys 18 more. How many has he now?"
+
 ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
     "eval": "d2f_runtime.evaluation.__main__:main",
     "distill": "d2f_export.distill.command:main",
@@ -49,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
 
     _add_chat(add("chat", "talk with a model in the terminal", "d2f-stream chat -m sdar:4b"))
-    generate = add("generate", "answer a prompt, block by block", 'd2f-stream generate "How many?"')
+    generate = add(
+        "generate", "answer a prompt, block by block", f'd2f-stream generate "{QUESTION}"'
+    )
     _add_generate(generate)
     command.add_arguments(
         add("serve", "serve a model to many clients", "d2f-stream serve --port 8000")

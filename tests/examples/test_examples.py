@@ -70,13 +70,6 @@ def test_websocket_client_gets_its_answer_from_the_websocket_server(tmp_path: Pa
     assert (server.returncode, rest, errors) == (0, "stopped\n", "")
 
 
-def test_first_example_of_the_readme_answers_its_question(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = tmp_path / "readme.py"
-    script.write_text(readme.split("```python\n")[1].split("```")[0], encoding="utf-8")
-    assert "The answer is 52" in run(script, tmp_path)
-
-
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_example_is_short_and_has_a_docstring(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,210 @@
+"""What README, docs, docstrings and --help tell people to run does run, and is answered.
+
+Python examples run as they stand, with what they leave open filled in below: addresses lead to a
+server and a broker of the test's own, and models whose weights are elsewhere are replaced by the
+embedded one. Of shell commands, those that ask the embedded model are run; of all others the
+options that they name must exist.
+"""
+
+import ast
+import functools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from brokers import Mosquitto
+from d2f_stream.terminal.arguments import QUESTION
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGES = [ROOT / "d2f_stream", ROOT / "runtime" / "d2f_runtime"]
+RIGHT = "The answer is 52"
+
+PAST = {"open-text.md"}  # the record of an experiment whose code is gone
+ELSEWHERE = {"simple_evaluate": "fetches a data set"}
+FILLED_IN = (
+    (r"d2f_stream\.load\([^)]*\)", "d2f_stream.load()"),
+    (r"//127\.0\.0\.1:8000", "//127.0.0.1:{port}"),
+    (r"mqtt://alice(:secret)?@broker:1883", "mqtt://alice@127.0.0.1:{broker}"),
+)
+RUN = """
+import ast, asyncio, inspect, sys
+import openai
+import d2f_stream
+from d2f_runtime.engine.opening import embedded_folder
+from d2f_stream.client.mqtt_engine import connect_mqtt
+
+names = dict(globals(), folder=embedded_folder(), password="secret", question=sys.argv[1])
+names["prompt"] = names["question"]
+code = compile(sys.argv[2], "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+async def main():
+    async with d2f_stream.load() as names["engine"]:
+        running = eval(code, names)
+        if inspect.iscoroutine(running):
+            await running
+
+if "asyncio.run(" in sys.argv[2]:
+    exec(code, names)
+else:
+    asyncio.run(main())
+"""
+
+
+def python_examples() -> Iterator[tuple[str, str]]:
+    """Yield where each stands, and its code."""
+    for page in PAGES:
+        fences = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
+        yield from ((f"{page.name}-{number}", code) for number, code in enumerate(fences, 1))
+    for path in (path for package in PACKAGES for path in sorted(package.rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                for block in re.findall(
+                    r"(?<=\n\n)(?: {4,}.*\n)+", (ast.get_docstring(node) or "") + "\n"
+                ):
+                    if "async " in block or "await " in block:
+                        name = getattr(node, "name", "module")
+                        yield f"{path.stem}.{name}", textwrap.dedent(block)
+
+
+def shell_commands() -> Iterator[tuple[str, str]]:
+    """Yield where each stands, and the command with its continuation lines."""
+    for page in PAGES:
+        text = re.sub(r"\\\n +", "", page.read_text("utf-8")).replace("# or: ", "\n    ")
+        for line in re.findall(r"^ {4}((?:d2f-stream|python -m|pip|scripts/)\S* .*)", text, re.M):
+            is_synopsis = "[-" in line or re.search(r"[a-z] \| [a-z]", line)
+            if not is_synopsis and page.name not in PAST:
+                yield page.name, re.split(r"\s+#|\s{3,}", line)[0]
+
+
+def run(command: list[str], folder: Path, **options: str) -> str:
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, encoding="utf-8", timeout=100, check=False,
+        env={**os.environ, **options}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    mosquitto = Mosquitto(tmp_path_factory.mktemp("broker"))
+    mosquitto.start()
+    with Served("--mqtt", mosquitto.url):
+        yield mosquitto.port
+    mosquitto.stop()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    with Served() as process:
+        assert process.stdout is not None
+        found = re.search(r":(\d+) ", process.stdout.readline())
+        assert found is not None
+        yield int(found[1])
+
+
+class Served:
+    """A server over the embedded model, ready, in a process of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._command = [sys.executable, "-m", "d2f_stream.cli", "serve", "--port", "0", *arguments]
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize(("where", "code"), list(python_examples()))
+def test_python_example_runs(
+    where: str, code: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if reason := next((why for text, why in ELSEWHERE.items() if text in code), None):
+        pytest.skip(reason)
+    for pattern, replacement in FILLED_IN:
+        if re.search(pattern, code):
+            if "{port}" in replacement:
+                replacement = replacement.format(port=request.getfixturevalue("server"))
+            elif "{broker}" in replacement:
+                replacement = replacement.format(broker=request.getfixturevalue("broker"))
+            code = re.sub(pattern, replacement, code)
+    output = run([sys.executable, "-W", "ignore", "-c", RUN, QUESTION, code], tmp_path)
+    if "print(" in code:
+        assert RIGHT in output
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
+    ],
+)
+def test_shell_example_is_answered(block: str, tmp_path: Path) -> None:
+    shim = tmp_path / "d2f-stream"
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m d2f_stream.cli "$@"\n')
+    shim.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert RIGHT in run(["bash", "-euo", "pipefail", "-c", block], tmp_path, PATH=path)
+
+
+@functools.cache
+def help_of(*command: str) -> str:
+    return run([*command, "--help"], ROOT)
+
+
+@pytest.mark.parametrize(("page", "command"), list(shell_commands()))
+def test_documented_command_exists_with_its_options(
+    page: str, command: str, tmp_path: Path
+) -> None:
+    program, *arguments = shlex.split(command, comments=True)
+    if program == "pip":
+        extras = set(re.findall(r"\[(.*?)\]", command)[0].split(","))
+        assert extras <= set(declared_extras())
+        return
+    if program.startswith("scripts/"):
+        assert os.access(ROOT / program, os.X_OK)
+        if arguments:
+            cli = [sys.executable, "-m", "d2f_stream.cli", "generate", *arguments]
+            assert RIGHT in run(cli, tmp_path)
+        return
+    module = ["d2f_stream.cli"]
+    if program == "python" and arguments[1] == "pytest":
+        assert [path for path in arguments[2:] if not (ROOT / path).exists()] == []
+        return
+    if program == "python":
+        module, arguments = [arguments[1]], arguments[2:]
+    if arguments and re.fullmatch(r"[a-z_]+", arguments[0]):
+        module.append(arguments.pop(0))
+    if module == ["d2f_runtime.evaluation"]:
+        module.append("run")  # which lm-eval takes where none of its commands is named
+    told = help_of(sys.executable, "-m", *module)
+    options = [text.split("=")[0] for text in arguments if text.startswith("--")]
+    assert [option for option in options if option not in told] == []
+
+
+def declared_extras() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return list(project["optional-dependencies"])
+
+
+def test_question_of_the_help_is_answered(tmp_path: Path) -> None:
+    told = help_of(sys.executable, "-m", "d2f_stream.cli", "generate")
+    assert QUESTION in told
+    assert RIGHT in run([sys.executable, "-m", "d2f_stream.cli", "generate", QUESTION], tmp_path)
