@@ -175,11 +175,15 @@ class Chat:
     async def _ask(self, question: str) -> None:
         transcript = self._transcript
         transcript.ask(question)
+        is_whole = "max_new_tokens" not in self._overrides  # older turns make room for the answer
         while True:
             try:
-                text = await self._stream()
+                text = await self._stream(is_whole=is_whole)
             except PromptTooLong:
                 if not transcript.forget():
+                    if is_whole:
+                        is_whole = False  # and what the question itself leaves has to do
+                        continue
                     transcript.withdraw()
                     raise
                 self._say(
@@ -196,9 +200,16 @@ class Chat:
         else:
             transcript.withdraw()
 
-    async def _stream(self) -> str:
-        """Show one answer, and return it; Ctrl-C ends it early, and keeps what was final."""
-        session = self._current.generate(self._transcript.messages, **self._overrides)
+    async def _stream(self, *, is_whole: bool) -> str:
+        """Show one answer, and return it; Ctrl-C ends it early, and keeps what was final.
+
+        Args:
+            is_whole: ask for room for the model's longest answer, instead of what is left.
+        """
+        overrides: ParamOverrides = {**self._overrides}
+        if is_whole:
+            overrides["max_new_tokens"] = self._current.defaults.max_new_tokens
+        session = self._current.generate(self._transcript.messages, **overrides)
         async with session, _interruptible(session):
             drawing = Answer(self._console, self._current.info.description)
             with drawing:

@@ -110,6 +110,15 @@ async def test_full_context_leaves_the_oldest_turns_out_and_says_so() -> None:
     assert len(codec.asked[-1]) < 9
 
 
+async def test_older_turns_make_room_for_a_whole_answer_and_the_question_does_not() -> None:
+    backend = ScriptedBackend("A" * 300, info=replace(SCRIPTED_INFO, max_len=400))
+    shown, codec = await talk("B" * 20, "C" * 20, "D" * 200, backend=backend)
+    assert [len(asked) for asked in codec.asked] == [1, 3, 1, 3, 1, 1]
+    assert "error" not in shown
+    assert "256 tokens" in shown  # the default length
+    assert f"{400 - len('user: assistant: ') - 201} tokens" in shown  # what the last one leaves
+
+
 async def test_empty_answer_is_told() -> None:
     shown, _ = await talk("Anything?", backend=ScriptedBackend(""))
     assert "the model ended its answer at once" in shown
