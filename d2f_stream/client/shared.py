@@ -5,6 +5,7 @@ its task ends with its event loop.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -29,6 +30,11 @@ class SharedEngine(Engine, Protocol):
 
 _shared: Final[dict[asyncio.AbstractEventLoop, dict[str, SharedEngine]]] = {}
 _lock: Final = threading.Lock()
+
+if hasattr(os, "register_at_fork"):  # or a child that is forked amid a call would wait for ever
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 def shared_remote_engine(url: str, make: Callable[[], SharedEngine]) -> Engine:

@@ -134,7 +134,7 @@ def _serve(jobs: _Jobs) -> None:
 def _run_logged(function: Callable[[], object]) -> None:
     try:
         function()
-    except Exception:
+    except BaseException:  # a thread has nowhere to raise it to
         logger.exception("a call on the device thread failed")
 
 

@@ -112,6 +112,29 @@ async def flush(model: LoadedModel) -> None:
     await model.device.call(lambda: None)
 
 
+def test_engine_of_a_closed_loop_is_closed_from_another() -> None:
+    backend = ScriptedBackend(LONG)
+    model = shared(backend)
+    engine = LocalEngine(model)
+
+    async def leave() -> Session:
+        session = engine.generate("hi")
+        await anext(session)
+        return session
+
+    loop = asyncio.new_event_loop()
+    session = loop.run_until_complete(leave())
+    loop.close()
+
+    async def close() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await engine.close()
+
+    asyncio.run(close())
+    check_clean(backend)
+    del session
+
+
 def test_one_who_waits_for_room_gets_it_when_the_loop_that_has_it_is_closed() -> None:
     refused = threading.Event()
 

@@ -33,6 +33,13 @@ async def blocks_of_an_answer() -> None:
     session.cancel()
 
 
+async def stop_is_a_string_a_list_or_a_tuple() -> None:
+    d2f_stream.generate("How many?", stop="\n", seed=-1, may_narrow=False)
+    d2f_stream.generate("How many?", stop=["\n", "."])
+    GenerationParams(stop="\n")
+    GenerationParams(stop=["\n", "."])
+
+
 async def events_are_a_union_that_can_be_matched() -> None:
     async with d2f_stream.generate([{"role": "user", "content": "How many?"}]) as session:
         async for event in session.events():
@@ -49,7 +56,8 @@ async def events_are_a_union_that_can_be_matched() -> None:
 
 
 async def engines_are_alike_wherever_the_model_is() -> None:
-    local = d2f_stream.load(Path("model"), device="cpu")
+    local = d2f_stream.load(Path("model"), device="cpu", limits=d2f_stream.Limits(max_sessions=4))
+    d2f_stream.load("wss://host", token="secret")
     remote = d2f_stream.connect("ws://127.0.0.1:8000", token="secret")
     assert_type(remote, AbstractAsyncContextManager[Engine])
     async with local as engine, remote as other:

@@ -201,11 +201,21 @@ class LocalEngine:
         return await loop.run_in_executor(self._encoders, _encode, prompt, parts.codec, parts.info)
 
     def shut(self) -> None:
-        """Begin to close, without waiting. Idempotent."""
-        self._check_loop()
-        if not self._closing:
-            self._closing = True
-            self._encoders.shutdown(wait=False, cancel_futures=True)
+        """Begin to close, without waiting. Idempotent.
+
+        Where the engine's event loop was closed, any other may do it.
+        """
+        is_left = self._loop is not None and self._loop.is_closed()
+        if not is_left:
+            self._check_loop()
+        if self._closing:
+            return
+        self._closing = True
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+        if is_left:
+            self._model.device.post(self._model.do_reclaim)
+            self._release()
+        else:
             self._steps.close(self._release)
 
     async def close(self) -> None:
