@@ -7,9 +7,10 @@
 /                                                the chat page, and the files beside it
 """
 
+import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,6 +23,7 @@ from starlette.staticfiles import StaticFiles
 
 from d2f_stream.core.printable import printable
 from d2f_stream.server.http.middleware import (
+    AccessLog,
     BodyLimit,
     OriginGuard,
     PlainPaths,
@@ -60,6 +62,8 @@ def create_app(
     ui: bool = True,
     hosts: Collection[str] | None = None,
     open_metrics: bool = True,
+    stuck_s: float = math.inf,
+    access_log: bool = False,
 ) -> Starlette:
     """Return the application that serves the gateway's streams.
 
@@ -68,10 +72,12 @@ def create_app(
         metrics: what is told at `/metrics`; None has no such route.
         ui: whether to serve the chat page at `/`.
         hosts: names under which the server may be reached; None takes every name.
+        stuck_s: how long a step may take before the server calls itself stuck, seconds.
+        access_log: whether each request is a line of the log.
         open_metrics: whether `/metrics` needs no token where clients need one.
     """
     registry, auth = gateway.registry, gateway.auth
-    routes: list[BaseRoute] = [stream_route(gateway), _health_route(registry)]
+    routes: list[BaseRoute] = [stream_route(gateway), _health_route(registry, stuck_s)]
     routes += openai_routes(registry, auth, logins=gateway.logins, observer=metrics)
     routes += ollama_routes(registry, auth, logins=gateway.logins, observer=metrics)
     if metrics is not None:
@@ -92,6 +98,8 @@ def create_app(
             allow_headers=("*",),
         )
         middleware.insert(3, cors)
+    if access_log:
+        middleware.insert(0, Middleware(AccessLog))
     return Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_route}
     )
@@ -112,10 +120,25 @@ async def _no_route(request: Request, error: Exception) -> Response:
     return error_response(404, "not_found", sentence)
 
 
-def _health_route(registry: StreamRegistry) -> Route:
+@runtime_checkable
+class LocalWork(Protocol):
+    """An engine that works in this process, so that it can fail or hang."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests are accepted."""
+        ...
+
+    @property
+    def busy_s(self) -> float:
+        """For how long it has been at work on one step, seconds."""
+        ...
+
+
+def _health_route(registry: StreamRegistry, stuck_s: float) -> Route:
     async def health(request: Request) -> Response:
         del request
-        status, model = _status(registry), registry.engine.info.name
+        status, model = _status(registry, stuck_s), registry.engine.info.name
         code = 200 if status == "ok" else 503
         headers = {"Cache-Control": "no-store"}
         return JSONResponse({"status": status, "model": model}, status_code=code, headers=headers)
@@ -123,9 +146,14 @@ def _health_route(registry: StreamRegistry) -> Route:
     return Route("/healthz", health, methods=["GET"])
 
 
-def _status(registry: StreamRegistry) -> str:
-    if not getattr(registry.engine, "usable", True):  # LocalEngine's; an Engine need not have it
+def _status(registry: StreamRegistry, stuck_s: float) -> str:
+    engine = registry.engine
+    if registry.paused:
+        return "reloading"
+    if isinstance(engine, LocalWork) and not engine.usable:
         return "engine_failed"
+    if isinstance(engine, LocalWork) and engine.busy_s > stuck_s:
+        return "stuck"
     return "ok" if registry.admits else "shutting_down"
 
 

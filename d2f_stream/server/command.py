@@ -15,7 +15,7 @@ from typing import Final
 from d2f_stream.core.errors import InvalidParams, InvalidRequest, MissingExtra
 from d2f_stream.core.limits import Limits
 from d2f_stream.server.auth import Auth
-from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.options import add_options, limits_of, timeouts_of
 from d2f_stream.server.settings import ServeSettings
 
 __all__ = ["add_arguments", "run", "settings_of", "tokens_of"]
@@ -33,7 +33,6 @@ cancel another's.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    limits = ServeLimits()
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
@@ -87,18 +86,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ui", action=argparse.BooleanOptionalAction, default=True, help="the chat page at /"
     )
 
-    bounds = parser.add_argument_group("limits")
+    add_options(parser)
 
-    def add(flag: str, kind: type, default: float | None, metavar: str, text: str) -> None:
-        shown = text if default is None else f"{text} (%(default)s)"
-        bounds.add_argument(flag, type=kind, default=default, metavar=metavar, help=shown)
-
-    add("--max-streams", int, limits.max_streams, "N", "answers that run or wait")
-    add("--max-new-tokens", int, None, "N", "of one answer")
-    add("--max-prompt-tokens", int, None, "N", "of one prompt")
-    add("--requests-per-minute", int, None, "N", "of one client")
-    add("--resume-ttl", float, limits.resume_ttl_s, "S", "keep an ended answer for its reader")
-    add("--shutdown-deadline", float, 30.0, "S", "let answers end when asked to stop")
+    telling = parser.add_argument_group("what it tells")
+    telling.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="on standard error (%(default)s)",
+    )
+    telling.add_argument(
+        "--access-log", action="store_true", help="a line for each request and connection"
+    )
+    telling.add_argument(
+        "--open-metrics", action="store_true", help="let /metrics be read without a token"
+    )
+    telling.add_argument(
+        "--on-engine-failure",
+        choices=("reload", "exit"),
+        default="reload",
+        help="load the model anew, once, or end (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.mqtt is not None and importlib.util.find_spec("aiomqtt") is None:
         raise MissingExtra("serving over MQTT", "aiomqtt", "mqtt")
     check_address(settings)
-    configure_logging()
+    configure_logging(args.log_level)
 
     async def run_engine() -> int:
         engine = open_engine(
@@ -149,14 +157,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
     Raises:
         InvalidRequest: they do not fit together.
     """
-    for flag in ("max_streams", "max_new_tokens", "max_prompt_tokens", "requests_per_minute"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise InvalidParams(_flag(flag), value, "at least 1")
-    for flag in ("resume_ttl", "shutdown_deadline"):
-        value = getattr(args, flag)
-        if not 0.0 <= value <= 86_400.0:  # False for NaN too
-            raise InvalidParams(_flag(flag), value, "between 0 and 86400 seconds")
+    limits, timeouts = limits_of(args), timeouts_of(args)
     mqtt = args.mqtt or environment.get("D2F_MQTT") or None
     if mqtt is not None and BROKER.fullmatch(mqtt) is None:
         # Not shown: it may hold a password.
@@ -168,18 +169,16 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
         host=args.host,
         port=args.port,
         auth=Auth(tokens_of(given), tuple(_origin(origin) for origin in args.origin)),
-        limits=ServeLimits(
-            max_streams=args.max_streams,
-            max_new_tokens=args.max_new_tokens,
-            max_prompt_tokens=args.max_prompt_tokens,
-            requests_per_minute=args.requests_per_minute,
-            resume_ttl_s=args.resume_ttl,
-        ),
+        limits=limits,
+        timeouts=timeouts,
         ui=args.ui,
         mqtt=mqtt,
         mqtt_group=args.mqtt_group,
         insecure=args.insecure,
-        shutdown_deadline_s=args.shutdown_deadline,
+        open_metrics=args.open_metrics,
+        access_log=args.access_log,
+        on_engine_failure=args.on_engine_failure,
+        shutdown_deadline_s=args.shutdown_deadline_s,
     )
 
 
@@ -218,7 +217,3 @@ def _origin(text: str) -> str:
     if text != "*" and re.fullmatch(r"https?://[^/\s]+/?", text) is None:
         raise InvalidParams("--origin", text, "an origin, such as https://chat.example.com, or *")
     return text.rstrip("/")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -7,12 +7,13 @@ a burst of each kind is written, then one now and then, with the number of those
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from d2f_stream.core.printable import printable
 
-__all__ = ["PeerLog"]
+__all__ = ["OneLine", "PeerLog"]
 
+MAX_CHARACTERS: Final = 2000
 BURST: Final = 5
 INTERVAL_S: Final = 10.0
 
@@ -63,6 +64,20 @@ class PeerLog:
         more, kind.num_left_out = kind.num_left_out, 0
         line = text + (f" ({more} more of these were left out)" if more else "")
         self._logger.log(level, line, *map(printable, values))
+
+
+class OneLine(logging.Formatter):
+    """Formats a record so that nothing in it can look like another: its lines are its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line without its traceback."""
+        record.message = printable(record.message, MAX_CHARACTERS)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        """Return a traceback that is indented, whatever its errors say."""
+        lines = super().formatException(ei).splitlines()
+        return "\n".join("    " + printable(line, MAX_CHARACTERS) for line in lines)
 
 
 class _Kind:

@@ -14,14 +14,15 @@ import sys
 from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, Self, runtime_checkable
 
 import uvicorn
 
-from d2f_stream.core.errors import D2FError
+from d2f_stream.core.errors import D2FError, EngineFailed
 from d2f_stream.core.session import Engine
 from d2f_stream.server.app import create_app
 from d2f_stream.server.metrics import Metrics
+from d2f_stream.server.peer_log import OneLine
 from d2f_stream.server.settings import ServeSettings
 from d2f_stream.server.sockets import Sockets, accept_forever, max_sockets, raise_file_limit
 from d2f_stream.server.streams.gateway import Gateway
@@ -44,6 +45,9 @@ logger = logging.getLogger("d2f_stream.server")
 
 SEND_BUFFER_BYTES: Final = 128 * 1024
 """Of each connection, in the kernel, which would else hold megabytes for a peer that reads none."""
+
+HURRY_S: Final = 1.0
+"""For the engine to end streams that are not to end in order."""
 
 BACKLOG: Final = 1024
 """Connections that the kernel holds until they are taken."""
@@ -99,6 +103,8 @@ class Server:
             ui=settings.ui,
             hosts=hosts,
             open_metrics=settings.open_metrics,
+            stuck_s=settings.timeouts.stuck_s,
+            access_log=settings.access_log,
         )
         self._sockets = Sockets(
             most=most, most_idle=min(limits.max_idle_connections, max(1, most // 2))
@@ -138,6 +144,9 @@ class Server:
         listener = _listen(self.settings.host, self.settings.port)
         self._port = listener.getsockname()[1]
         self._tasks.append(asyncio.create_task(self._serve(listener), name="d2f-http-server"))
+        if isinstance(self.registry.engine, MendableEngine):
+            mending = self._mend(self.registry.engine)
+            self._tasks.append(asyncio.create_task(mending, name="d2f-engine-watch"))
         if self._mqtt is not None:
             self._tasks.append(asyncio.create_task(self._mqtt.run(), name="d2f-mqtt-gateway"))
         try:
@@ -156,7 +165,7 @@ class Server:
         """End what `shut_down` has left: streams, connections and the tasks behind them."""
         self.metrics.unwatch()
         self.gateway.announce_closing(0.0)
-        await self.registry.shut_down(0.0)
+        await self.registry.shut_down(0.0, grace_s=HURRY_S)
         self._uvicorn.ask_exit()
         self._uvicorn.abort_connections()
         for task in self._tasks[1:]:  # uvicorn's ends by itself, once its connections have
@@ -187,6 +196,24 @@ class Server:
                 await self.gateway.close()
         await self._uvicorn.finish_responses(self.settings.timeouts.close_s)
 
+    async def _mend(self, engine: "MendableEngine") -> None:
+        """Load the model once more when it fails.
+
+        Raises:
+            EngineFailed: it failed again, or is not to be loaded again.
+            D2FError: it cannot be loaded again.
+        """
+        await engine.wait_failed()
+        if self.settings.on_engine_failure == "reload":
+            logger.error("the engine failed; its model is loaded anew, once")
+            self.registry.pause()
+            try:
+                await engine.reload()
+            finally:
+                self.registry.go_on()
+            await engine.wait_failed()
+        raise EngineFailed("the engine failed; the log has more. Start the server again")
+
     def _open_mqtt(self, url: str | None) -> "MqttGateway | None":
         if url is None:
             return None
@@ -200,6 +227,19 @@ class Server:
             await self._uvicorn.serve(sockets=[listener])
         finally:
             self._uvicorn.ready.set()
+
+
+@runtime_checkable
+class MendableEngine(Protocol):
+    """An engine whose backend can fail, and be loaded anew."""
+
+    async def wait_failed(self) -> None:
+        """Wait until the backend has failed. Safe to cancel."""
+        ...
+
+    async def reload(self) -> None:
+        """Load the model anew, and accept requests again."""
+        ...
 
 
 class _Uvicorn(uvicorn.Server):
@@ -277,9 +317,11 @@ async def serve(engine: Engine, settings: ServeSettings) -> int:
     """Serve until SIGINT or SIGTERM; return the exit code: 0 after an orderly end.
 
     A second signal ends at once what the first has left running; the code then names that signal,
-    as shells do it: 128 and its number.
+    as shells do it: 128 and its number. Where a step hangs, so that the engine could not be closed,
+    this does not return: the process ends, with that code, or with 1.
 
     Raises:
+        EngineFailed: the engine failed, and is not loaded again.
         AddressUnavailable: the address is in use, or is not this machine's.
     """
     raise_file_limit()
@@ -295,7 +337,19 @@ async def serve(engine: Engine, settings: ServeSettings) -> int:
                 deadline_s,
             )
             hurried = await _first(signals.get(), server.shut_down(deadline_s))
-    return 0 if hurried is None else 128 + hurried
+    code = 0 if hurried is None else 128 + hurried
+    if server.registry.num_abandoned:
+        logger.error("a step of the model hangs; the process ends without it")
+        _end_process(code or 1)
+    return code
+
+
+def _end_process(code: int) -> NoReturn:
+    """End the process now, whatever its threads do."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 async def _first(signalled: Awaitable[int], work: Awaitable[None]) -> int | None:
@@ -363,15 +417,19 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def configure_logging() -> None:
-    """Write what the SDK and uvicorn log to standard error; for command lines. Idempotent."""
+def configure_logging(level: str = "info") -> None:
+    """Write what the SDK and uvicorn log to standard error; for command lines. Idempotent.
+
+    Args:
+        level: debug, info, warning or error.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("d2f_stream", "uvicorn"):
         ours = logging.getLogger(name)
         if not any(isinstance(old, logging.StreamHandler) for old in ours.handlers):
             ours.addHandler(handler)
-    logging.getLogger("d2f_stream").setLevel(logging.INFO)
+    logging.getLogger("d2f_stream").setLevel(level.upper())
 
 
 def _say_ready(engine: Engine, server: Server) -> None:

@@ -2,7 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
 from d2f_stream.server.auth import Auth
@@ -15,7 +15,7 @@ MIN_TOKEN_CHARACTERS: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a connection may take, in seconds.
+    """How long things may take, in seconds.
 
     Attributes:
         request_s: to send a whole request, from the connection's or its own beginning on.
@@ -24,6 +24,7 @@ class Timeouts:
         stall_s: to take any of a response that waits; longer than the limit that tells why.
         close_s: to take what is left, and to confirm, once the server closes it.
         ping_s: between websocket pings, and to answer one.
+        stuck_s: for the engine to take one step; /healthz says "stuck" after it.
     """
 
     request_s: float = 20.0
@@ -31,6 +32,7 @@ class Timeouts:
     stall_s: float = 35.0
     close_s: float = 5.0
     ping_s: float = 20.0
+    stuck_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,10 @@ class ServeSettings:
         mqtt_group: name under which workers share the broker's requests; hard to guess where the
             broker's users are not trusted.
         open_metrics: whether /metrics needs no token where clients need one.
+        access_log: whether each request and each connection is a line of the log.
         insecure: whether a server without tokens may listen beyond this machine.
+        on_engine_failure: "reload" loads the model anew, once, and lets the requests wait; whatever
+            comes after that, or "exit", ends the server.
         shutdown_deadline_s: how long running streams may go on once it shuts down, seconds.
 
     Raises:
@@ -64,7 +69,9 @@ class ServeSettings:
     mqtt: str | None = None
     mqtt_group: str = "d2f"
     open_metrics: bool = False
+    access_log: bool = False
     insecure: bool = False
+    on_engine_failure: Literal["reload", "exit"] = "reload"
     shutdown_deadline_s: float = 30.0
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -42,10 +43,17 @@ class DeviceThread:
         self._messages: _Jobs = queue.SimpleQueue()
         self._stopped = False
         self._process = os.getpid()
+        self._busy_since_s: float | None = None
         self._threads = (
             _start(name, self._jobs),
             _start(f"{name}-messenger", self._messages),
         )
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the call that runs now has run, seconds; 0 where none does."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     @property
     def forked(self) -> bool:
@@ -68,11 +76,14 @@ class DeviceThread:
         future: asyncio.Future[T] = loop.create_future()
 
         def job() -> None:
+            self._busy_since_s = time.monotonic()
             try:
                 result = function(*args, **kwargs)
             except BaseException as error:
+                self._busy_since_s = None
                 self._answer(partial(_post, loop, _fail, future, error))
             else:
+                self._busy_since_s = None
                 self._answer(partial(_post, loop, _resolve, future, result))
 
         self._jobs.put(job)

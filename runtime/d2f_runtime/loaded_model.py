@@ -100,9 +100,15 @@ class LoadedModel:
     """
 
     def __init__(
-        self, name: str, load: Callable[[], ModelParts], *, keeps_prefixes: bool = False
+        self,
+        name: str,
+        load: Callable[[], ModelParts],
+        *,
+        key: ModelKey | None = None,
+        keeps_prefixes: bool = False,
     ) -> None:
         self.name = name
+        self.key = key
         self.device = DeviceThread(f"d2f-device-{name}")
         self._load = load
         self._parts: ModelParts | None = None
@@ -293,12 +299,16 @@ class ModelCache:
         with self._lock:
             model = self._models.get(key) if key is not None else None
             if model is None:
-                model = LoadedModel(name, load, keeps_prefixes=key is not None)
+                model = LoadedModel(name, load, key=key, keeps_prefixes=key is not None)
                 self._leases[model] = 0
                 if key is not None:
                     self._models[key] = model
             self._leases[model] += 1
             return model
+
+    def renew(self, model: LoadedModel) -> LoadedModel:
+        """Return a lease of the same model, to be loaded anew: it failed, and was given back."""
+        return self.lease(model.key, model.name, model._load)
 
     def release(self, model: LoadedModel) -> "asyncio.Future[None] | None":
         """Give a lease back; the last one closes the model, which the future tells the end of."""

@@ -161,7 +161,7 @@ async def test_refused_request_leaves_the_connection_and_its_streams_alone() -> 
 
 async def test_engine_failure_reaches_every_stream_and_healthz() -> None:
     backend, gate = held(errors={1: RuntimeError("the device is gone")})
-    async with serving(backend) as server, Peer.to(server) as peer:
+    async with serving(backend, on_engine_failure="exit") as server, Peer.to(server) as peer:
         await peer.hello()
         await peer.generate()
         gate.open()

@@ -4,7 +4,9 @@ Plain ASGI, so that it holds for whatever answers behind it. Says no in the shap
 `{"error": {...}}`, since its clients are the ones that send bodies.
 """
 
+import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -12,15 +14,25 @@ from urllib.parse import quote, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
+from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth
 
-__all__ = ["BodyLimit", "OriginGuard", "PlainPaths", "SecurityHeaders", "error_response"]
+__all__ = [
+    "AccessLog",
+    "BodyLimit",
+    "OriginGuard",
+    "PlainPaths",
+    "SecurityHeaders",
+    "error_response",
+]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+access = logging.getLogger("d2f_stream.access")
 
 SLASHES: Final = re.compile("//+")
 HOST: Final = re.compile(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
@@ -42,6 +54,37 @@ def error_response(
     """Return an error in the shape that clients of the OpenAI API read."""
     error = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+class AccessLog:
+    """Writes a line for each request and each websocket, once it is over."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request or a websocket."""
+        began_s = time.monotonic()
+        status = "-"
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                status = str(message["status"])
+            elif message["type"] == "websocket.accept":
+                status = "101"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        finally:
+            host = (scope.get("client") or ("-",))[0]
+            method = scope.get("method", "WEBSOCKET")
+            path = printable(
+                scope.get("path", ""), 200
+            )  # without the query, which may hold secrets
+            took_s = time.monotonic() - began_s
+            access.info("%s %s %s %s %.3f s", host, method, path, status, took_s)
 
 
 class BodyLimit:

@@ -37,6 +37,7 @@ __all__ = ["StreamObserver", "StreamRegistry"]
 logger = logging.getLogger("d2f_stream.server")
 
 
+GRACE_S: Final = 5.0
 MAX_READING: Final = 2
 """Prompts that are read at once, each of another client."""
 MAX_ENTERING: Final = 8
@@ -89,6 +90,10 @@ class StreamRegistry:
         engine: open; what answers.
         limits: what is taken on.
         observer: is told of everything.
+
+    Attributes:
+        paused: whether requests wait until the engine is back.
+        num_abandoned: streams that the engine did not end in time when the registry shut down.
     """
 
     def __init__(
@@ -109,6 +114,8 @@ class StreamRegistry:
         self._ended: dict[str, _Ended] = {}  # by client
         self._running_tokens = 0
         self._admits = True
+        self.paused = False
+        self.num_abandoned = 0
         most, share = self.limits.max_running, self.limits.max_running_per_client
         share = max(1, most * 3 // 4) if share is None else share
         self._reading = FairTurns(most=MAX_READING, most_per_client=1)
@@ -196,16 +203,38 @@ class StreamRegistry:
         stream = self._requests.get((client, name)) or self._find(name, client)
         stream.cancel()
 
-    async def shut_down(self, deadline_s: float) -> None:
+    def pause(self) -> None:
+        """Let requests wait, those that come and those that wait already. Idempotent."""
+        self.paused = True
+        self._reading.pause()
+        self._running.pause()
+
+    def go_on(self) -> None:
+        """Serve the requests that wait. Idempotent."""
+        self.paused = False
+        self._reading.go_on()
+        self._running.go_on()
+
+    async def shut_down(self, deadline_s: float, *, grace_s: float = GRACE_S) -> None:
         """Refuse new requests, let the streams end, and cancel what is left at the deadline.
 
         Safe to cancel; the streams still running are then cancelled by closing the engine.
+
+        Args:
+            deadline_s: how long streams may run on, seconds.
+            grace_s: how long the engine may take to cancel them; those that it does not, since a
+                step hangs, are let go.
         """
         self._admits = False
         if self._pumps:
             await asyncio.wait(self._pumps, timeout=deadline_s)
         for stream in list(self._pumps.values()):
             stream.cancel()
+        if self._pumps:
+            await asyncio.wait(self._pumps, timeout=grace_s)
+        self.num_abandoned += len(self._pumps)
+        for pump in list(self._pumps):
+            pump.cancel()
         if self._pumps:
             await asyncio.wait(self._pumps)
 

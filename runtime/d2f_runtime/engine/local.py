@@ -200,6 +200,38 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoders, _encode, prompt, parts.codec, parts.info)
 
+    @property
+    def busy_s(self) -> float:
+        """For how long the device has been at work on one call, a step as a rule, seconds."""
+        return self._model.device.busy_s
+
+    async def wait_failed(self) -> None:
+        """Wait until the backend has failed. Safe to cancel."""
+        await self._steps.failed.wait()
+
+    async def reload(self) -> None:
+        """Load the model anew after the backend failed, and accept requests again.
+
+        What is known of the model stays known meanwhile. Safe to cancel; the engine has then
+        failed for good, as after an error.
+
+        Raises:
+            D2FError: the model cannot be loaded or warmed up.
+        """
+        freed = MODELS.release(self._model)
+        if freed is not None:
+            await asyncio.wait((freed,))
+            self._note_freed_model(freed)
+        if self._closing:
+            return
+        self._model = model = MODELS.renew(self._model)
+        steps = StepLoop(model, self._steps.limits)
+        await steps.load()
+        if self._warm_up:
+            await self._prepare_steps()
+        steps.observers = self._steps.observers
+        self._steps = steps
+
     def shut(self) -> None:
         """Begin to close, without waiting. Idempotent.
 
@@ -266,9 +298,12 @@ class LocalEngine:
             freed.add_done_callback(self._note_freed)
 
     def _note_freed(self, freed: asyncio.Future[None]) -> None:
+        self._note_freed_model(freed)
+        self._closed.set()
+
+    def _note_freed_model(self, freed: asyncio.Future[None]) -> None:
         if not freed.cancelled() and freed.exception() is not None:
             logger.error("model %s cannot be freed", self._model.name, exc_info=freed.exception())
-        self._closed.set()
 
     def _defaults_of(self, parts: ModelParts) -> GenerationParams:
         if not self._steps.limits.may_narrow:

@@ -54,6 +54,7 @@ class StepLoop:
     Attributes:
         parts: of the model, once it is loaded.
         failure: why nothing is accepted any more, if something broke.
+        failed: set once it did.
         limits: how much it takes on at once.
         observers: called after each step, in order; each under a key of its own.
     """
@@ -61,6 +62,7 @@ class StepLoop:
     def __init__(self, model: LoadedModel, limits: Limits) -> None:
         self.parts: ModelParts | None = None
         self.failure: D2FError | None = None
+        self.failed = asyncio.Event()
         self.limits = limits
         self.observers: dict[object, StepObserver] = {}
         self._model = model
@@ -325,6 +327,7 @@ class StepLoop:
         else:
             self.failure = EngineFailed(f"the backend failed: {error!r}")
             self.failure.__cause__ = error
+        self.failed.set()
 
     def _add(self, stream: Stream) -> None:
         prompt_tokens, block_size = stream.shares
