@@ -65,10 +65,11 @@ class MqttEngine:
     Args:
         url: mqtt://user:password@host:1883 or mqtts://...; the password is shown nowhere.
         client: the name in the topics, which the broker's access rules compare with the user.
-            None is the URL's user, and without one the client id.
+            None is the URL's user, without one the client id, and without that a new name.
         client_id: the name of this connection at the broker, one at a time. With it the broker
-            keeps its messages for `session_expiry_s` when the program is gone too; None is a new
-            one, kept over lost connections only.
+            keeps its messages for `session_expiry_s` when the program is gone too. Whoever knows it
+            can take its place where the broker does not bind it to the user, so it must be hard to
+            guess; None is a new one, kept over lost connections only.
         token: the user's password, so that it need not stand in the URL.
         encoding: of requests and events.
         connect_timeout_s: for the first connection and the first worker.
@@ -98,8 +99,10 @@ class MqttEngine:
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self._address = BrokerAddress.parse(url, password=token)
-        identifier = client_id or f"d2f-{secrets.token_hex(8)}"
-        self.client = client or self._address.username or identifier
+        # Names stand in topics; whoever knows an identifier can take the connection's place.
+        identifier = client_id or f"d2f-{secrets.token_hex(16)}"
+        named = client or self._address.username or client_id
+        self.client = named or f"d2f-{secrets.token_hex(8)}"
         events, drafts = (streams_of(self.client, kind) for kind in ("events", "drafts"))
         self._connect_timeout_s = connect_timeout_s
         self._reconnect_timeout_s = reconnect_timeout_s

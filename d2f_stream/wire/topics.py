@@ -31,6 +31,7 @@ __all__ = [
     "CANCELS",
     "GROUP",
     "STATUSES",
+    "UNREADABLE_REQUEST",
     "NodeStatus",
     "NodeStatusTopic",
     "OperationTopic",
@@ -59,6 +60,9 @@ CANCELS: Final = f"{ROOT}/clients/+/+/cancel"
 
 STATUSES: Final = f"{ROOT}/nodes/+/status"
 """What clients subscribe to."""
+
+UNREADABLE_REQUEST: Final = "unreadable-request"
+"""Stands for the id of a request that cannot be read: its rejection needs a topic."""
 
 StreamKind = Literal["events", "state", "drafts", "cancel"]
 STREAM_KINDS: Final[tuple[StreamKind, ...]] = ("events", "state", "drafts", "cancel")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -107,3 +108,86 @@ async def test_too_large_message_is_refused_by_its_name(mosquitto: Mosquitto) ->
         refused = await big.next_message()
         assert isinstance(refused, RequestRejected)
         assert (refused.code, refused.request_id) == ("message_too_large", REQUEST)
+
+
+@pytest.mark.mqtt
+@pytest.mark.usefixtures("nothing_left")
+async def test_request_that_cannot_be_read_is_refused_too(
+    mosquitto: Mosquitto, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    forged = "x\n2030-01-01 ERROR FORGED\x1b[2J"
+    bodies = (
+        b"\xff\xfe",
+        b'{"type":"generate","request_id":"short","prompt":"a"}',
+        json.dumps({"type": "generate", "prompt": "a", forged: 1}).encode(),
+        json.dumps({"type": "generate", "request_id": "x", "params": {forged: 1}}).encode(),
+    )
+    async with worker(mosquitto.url, ScriptedBackend(ANSWER)), Device(mosquitto, "odd") as device:
+        await device.subscribe(streams_of("odd", "events"))
+        for body in bodies:
+            await device.publish(RequestTopic("odd"), body)
+            refused = await device.next_message()
+            assert isinstance(refused, RequestRejected)
+            assert refused.code in ("protocol_error", "invalid_request")
+            assert refused.request_id is None
+    lines = [line.getMessage() for line in caplog.records if line.name.startswith("d2f")]
+    assert lines
+    assert not [line for line in lines if "\n" in line or "\x1b" in line]
+
+
+@pytest.mark.mqtt
+@pytest.mark.usefixtures("nothing_left")
+async def test_ending_with_its_reader_is_refused_since_a_worker_sees_none(
+    mosquitto: Mosquitto,
+) -> None:
+    asked = Generate(request_id=REQUEST, prompt="hi", on_disconnect="cancel")
+    async with worker(mosquitto.url, ScriptedBackend(ANSWER)), Device(mosquitto, "will") as device:
+        await device.subscribe(streams_of("will", "events"))
+        await device.send(RequestTopic("will"), asked)
+        refused = await device.next_message()
+        assert isinstance(refused, RequestRejected)
+        assert (refused.code, refused.request_id) == ("invalid_request", REQUEST)
+        assert "last will" in refused.message
+        other = Generate(request_id="another-0123456789", prompt="hi")
+        await device.send(RequestTopic("will"), other)
+        assert text_of(await device.events()) == ANSWER
+        again = Generate(request_id=other.request_id, prompt="something else")
+        await device.send(RequestTopic("will"), again)
+        conflict = await device.next_message()
+        assert isinstance(conflict, RequestRejected)
+        assert conflict.code == "request_conflict"
+
+
+async def test_identifiers_at_the_broker_are_random_and_stand_in_no_topic() -> None:
+    async with engine_over(ScriptedBackend("short")) as engine:
+        registry = StreamRegistry(engine)
+        hello = Gateway(registry).hello
+        gateways = [MqttGateway(registry, "mqtt://127.0.0.1:1", hello=hello) for _ in range(2)]
+    names = [gateway._link._identifier for gateway in gateways]
+    assert len(set(names)) == 2
+    for gateway, name in zip(gateways, names, strict=True):
+        secret = name.rpartition("-")[2]
+        assert len(secret) >= 32
+        assert secret not in gateway.node
+        assert gateway.node not in name
+
+
+def test_rejections_of_one_client_do_not_push_out_another_s() -> None:
+    async def feed() -> None:
+        async with engine_over(ScriptedBackend("short")) as engine:
+            registry = StreamRegistry(engine)
+            gateway = MqttGateway(registry, "mqtt://127.0.0.1:1", hello=Gateway(registry).hello)
+            gateway.on_message(garbage("bob"))
+            for _ in range(10_000):
+                gateway.on_message(garbage("mallory"))
+            waiting = [message.topic for message in gateway._link._outbox.values()]
+            assert sum("/bob/" in topic for topic in waiting) == 1
+            assert len(waiting) < 100
+            await gateway.close(0.0)
+
+    asyncio.run(feed())
+
+
+def garbage(client: str) -> Incoming:
+    return Incoming(str(RequestTopic(client)), b"garbage", None, False, {})

@@ -12,7 +12,7 @@ from d2f_stream.core.errors import EngineClosed, InvalidParams, InvalidRequest, 
 from d2f_stream.core.events import Block, Draft, StreamFinished, StreamStarted
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
-from d2f_stream.wire.protocol import Cancel, Generate, Overrides, Resume
+from d2f_stream.wire.protocol import Cancel, Generate, Overrides, RequestRejected, Resume
 from d2f_stream.wire.topics import (
     OperationTopic,
     RequestTopic,
@@ -314,7 +314,7 @@ async def test_unfit_request_is_refused_by_its_name(
         assert (refused.code, refused.request_id) == (code, REQUEST)
 
 
-async def test_request_without_a_usable_name_is_dropped_and_the_next_served(
+async def test_request_without_a_usable_name_is_refused_and_the_next_served(
     mosquitto: Mosquitto,
 ) -> None:
     async with (
@@ -325,6 +325,7 @@ async def test_request_without_a_usable_name_is_dropped_and_the_next_served(
         topic = RequestTopic("nameless")
         for data in (b"", b"\xff", b"{}", b'{"type": "generate", "request_id": "../../x"}'):
             await device.publish(topic, data)
+            assert isinstance(await device.next_message(), RequestRejected)
         params = Overrides(max_new_tokens=8)
         await device.send(topic, Generate(request_id=REQUEST, prompt="hi", params=params))
         assert text_of(await device.events()) == ANSWER[:8]

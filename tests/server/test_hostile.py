@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import resource
+import sys
 from collections.abc import AsyncIterator
 
 import httpx
@@ -13,7 +14,7 @@ from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.logins import FailedLogins
-from d2f_stream.server.peer_log import PeerLog
+from d2f_stream.server.peer_log import OneLine, PeerLog
 from d2f_stream.server.serve import Server
 from d2f_stream.server.sockets import max_sockets
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
@@ -234,6 +235,37 @@ def test_printable_text_has_no_character_that_moves_a_cursor_or_a_line() -> None
     shown = printable("".join(map(chr, [*range(0x250), *range(0x2000, 0x2100), 0xD800])), 10_000)
     assert shown.isprintable() or set(shown) <= set(map(chr, range(0x20, 0x2100)))
     assert not set(shown) & set("\n\r\x1b\x07\x85\u2028\u2029\u202e\ud800")
+
+
+async def test_access_log_has_a_line_for_each_request_without_its_query(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="d2f_stream.access")
+    async with serving(access_log=True) as server, client_of(server) as client:
+        await client.get("/healthz?key=secret")
+        await client.get("/v1/%0aforged")
+        async with Peer.to(server) as peer:
+            await peer.hello()
+    lines = [line.getMessage() for line in caplog.records if line.name == "d2f_stream.access"]
+    assert [line.split()[1:4] for line in lines] == [
+        ["GET", "/healthz", "200"],
+        ["GET", r"/v1/\x0aforged", "404"],
+        ["WEBSOCKET", "/v1/stream", "101"],
+    ]
+
+
+def test_lines_of_the_log_cannot_be_forged() -> None:
+    formatter = OneLine("%(levelname)s %(message)s")
+    try:
+        raise ValueError("x\n2030-01-01 ERROR forged\x1b[2J")
+    except ValueError:
+        failure = sys.exc_info()
+    record = logging.LogRecord("n", logging.ERROR, "f", 1, "a\nb %s", ("c\nd",), failure)
+    first, *others = formatter.format(record).splitlines()
+    assert first == r"ERROR a\x0ab c\x0ad"
+    assert others
+    assert all(line.startswith("    ") for line in others)
+    assert "\x1b" not in "".join(others)
 
 
 def test_errors_of_the_codec_are_one_line() -> None:

@@ -29,9 +29,10 @@ from d2f_stream.core.errors import (
     StreamLost,
 )
 from d2f_stream.server.mqtt.publisher import StreamPublisher
+from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.streams.served_stream import ServedStream
-from d2f_stream.wire.codec import JSON, Codec
+from d2f_stream.wire.codec import JSON, UNREADABLE, Codec
 from d2f_stream.wire.protocol import (
     Cancel,
     Generate,
@@ -43,6 +44,7 @@ from d2f_stream.wire.protocol import (
 from d2f_stream.wire.topics import (
     CANCELS,
     GROUP,
+    UNREADABLE_REQUEST,
     NodeStatus,
     NodeStatusTopic,
     OperationTopic,
@@ -59,12 +61,15 @@ from d2f_stream.wire.topics import (
 __all__ = ["MqttGateway"]
 
 logger = logging.getLogger("d2f_stream.mqtt")
+log = PeerLog(logger)
 
 STATUS_INTERVAL_S = 30.0
 """Between two announcements; three missed ones count as gone."""
 
 WILL_DELAY_S = 10
 CLOSE_GRACE_S = 5.0
+MAX_REJECTIONS = 64
+"""That wait for the broker, of one client; a later one takes the place of the oldest."""
 
 
 class MqttGateway:
@@ -110,12 +115,14 @@ class MqttGateway:
         self._publishers: dict[str, StreamPublisher] = {}  # by stream id
         self._publishing: set[asyncio.Task[None]] = set()
         self._num_connections = 0
+        self._num_rejections = 0
         self._closing = False
         self._closed = asyncio.Event()
         self._link = BrokerLink(
             BrokerAddress.parse(url),
             self,
-            identifier=f"d2f-{self.node}",
+            # Whoever connects by this name takes the worker's place, and nodes are known to all.
+            identifier=f"d2f-worker-{secrets.token_hex(16)}",
             subscriptions=[(self._requests, 1), (CANCELS, 1), (operations_of(self.node), 1)],
             session_expiry_s=will_delay_s,
             tls=tls,
@@ -203,7 +210,7 @@ class MqttGateway:
                 with contextlib.suppress(StreamLost):
                     self.registry.cancel(request_id, client=_principal(client))
             case _:
-                logger.info("a message to %.200r is dropped: it names no client", message.topic)
+                log.info("a message to %s is dropped: it names no client", message.topic)
 
     def _refusing(
         self, topic: RequestTopic | OperationTopic, message: Incoming, client: str, name: str | None
@@ -232,13 +239,17 @@ class MqttGateway:
                         "and resume to nodes/.../operations/"
                     )
         except D2FError as error:
-            name = name or _request_id_of(message.payload, codec)
-            if name is None:
-                logger.info("a message of %s is dropped, it names no request: %s", client, error)
-                return
+            name = name or _request_id_of(message.payload, codec) or UNREADABLE_REQUEST
+            if name == UNREADABLE_REQUEST:
+                log.info("a message of %s cannot be read: %s", client, error)
             self._reject(StreamTopic(client, name, "events"), error, stream_id, codec)
 
     def _generate(self, request: Generate, client: str, codec: Codec) -> None:
+        if request.on_disconnect != "continue":
+            raise InvalidRequest(
+                f"on_disconnect is {request.on_disconnect!r}, but over MQTT a worker does not see "
+                "who is gone; make the request's cancel your last will instead"
+            )
         stream = self.registry.generate(request, client=_principal(client))
         drafts = request.params.drafts is True
         self._publish(stream, client, codec, after_seq=-1, drafts=drafts)
@@ -294,7 +305,8 @@ class MqttGateway:
     def _reject(
         self, topic: StreamTopic, error: D2FError, stream_id: str | None, codec: Codec
     ) -> None:
-        name = None if stream_id else topic.request_id
+        unnamed = stream_id or topic.request_id == UNREADABLE_REQUEST
+        name = None if unnamed else topic.request_id
         rejection = RequestRejected.of(error, request_id=name, stream=stream_id)
         message = Outgoing(
             str(topic),
@@ -303,7 +315,10 @@ class MqttGateway:
             expiry_s=max(1, math.ceil(self.registry.limits.resume_ttl_s)),
             notes=(("node", self.node),),
         )
-        self._link.post(("rejection", str(topic)), message)
+        # So many wait for each client, however many it asks for: others' must not be pushed out.
+        self._num_rejections += 1
+        key = ("rejection", topic.client, self._num_rejections % MAX_REJECTIONS)
+        self._link.post(key, message)
 
     # What the node says of itself.
 
@@ -358,6 +373,6 @@ def _request_id_of(payload: bytes, codec: Codec) -> str | None:
     try:
         name: str = library.decode(payload, type=_Named).request_id
         check_request_id(name)
-    except (msgspec.MsgspecError, InvalidRequest, UnicodeError, RecursionError):
+    except (*UNREADABLE, InvalidRequest):
         return None
     return name
