@@ -104,3 +104,13 @@ def test_every_field_of_the_client_is_known() -> None:
 
     fields = set(params.ResponseCreateParamsBase.__annotations__) | {"stream"}
     assert fields <= set(RESPONSES)
+
+
+async def test_messages_are_taken_for_input() -> None:
+    backend = ScriptedBackend({"user: hi\nassistant: ": "hello"})
+    async with serving(backend) as served, served.http() as http:
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+        answer = (await http.post("/v1/responses", json=body)).json()
+        both = await http.post("/v1/responses", json={**body, "input": "hi"})
+    assert answer["output"][0]["content"][0]["text"] == "hello"
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "messages")

@@ -101,6 +101,11 @@ class AnswerRequest(Struct, frozen=True, kw_only=True):
     d2f: Overrides | None = None
 
     @classmethod
+    def renamed(cls, values: dict[str, object]) -> dict[str, object]:
+        """Return the body with its fields under the names of this class."""
+        return values
+
+    @classmethod
     def check(cls, values: Mapping[str, object]) -> None:
         """Refuse what is not done here, before the fields are read.
 

@@ -93,6 +93,13 @@ class ResponsesRequest(AnswerRequest, frozen=True, kw_only=True):
     max_output_tokens: int | None = None
 
     @classmethod
+    def renamed(cls, values: dict[str, object]) -> dict[str, object]:
+        """Take `messages` for `input`, as clients of the older API send them here."""
+        if "messages" not in values or "input" in values:
+            return values
+        return {"input" if name == "messages" else name: value for name, value in values.items()}
+
+    @classmethod
     def check(cls, values: Mapping[str, object]) -> None:
         """Refuse what is not done here.
 

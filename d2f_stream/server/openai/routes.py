@@ -268,6 +268,7 @@ def _decode(body: bytes, kind: type[AnswerRequest]) -> AnswerRequest:
     try:
         values = msgspec.json.decode(body)
         if isinstance(values, dict):
+            values = kind.renamed(values)
             kind.check(values)
         return msgspec.convert(values, kind)
     except UNREADABLE as error:
