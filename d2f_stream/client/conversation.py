@@ -1,23 +1,36 @@
-"""Conversation: what a client has asked of a server, and what it has to say next. Pure.
+"""Conversation: what a client has asked, and what it has to say next. Pure.
 
-Knows requests, messages and whether a connection is there; nothing of channels, tasks or time.
-Operations are pulled (`next_operation`), messages are pushed (`receive`). It survives its
-connections: on a new one (`opened`) it asks to read on what had started, and asks again for what
-had not, under the same request id, so that nothing is started twice.
+Knows requests, messages and whether anybody listens; nothing of channels, topics, tasks or time.
+Operations are pulled (`next_post`), messages are pushed (`receive`). Over a websocket one server
+answers; behind a broker there are several, of which the first that starts a request runs it.
+
+It survives its connections: on a new one (`opened`) it asks to read on what had started, and asks
+again for what had not, under the same request id, so that nothing is started twice. So whatever is
+said may be said twice, and whatever comes may come twice. The rules stand in a table of cases that
+the browser's client follows too: tests/sdk/conversation_cases.json.
 """
 
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import assert_never
+from typing import Final, assert_never
 
+from d2f_stream.client.asked import Asked, Post
 from d2f_stream.client.remote import RemoteStream
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError, LimitExceeded, StreamLost, error_from
+from d2f_stream.core.errors import (
+    D2FError,
+    LimitExceeded,
+    MessageTooLarge,
+    ProtocolError,
+    StreamLost,
+    Unauthorized,
+    error_from,
+)
 from d2f_stream.core.events import (
     Block,
     Draft,
+    Event,
     StreamFailed,
     StreamFinished,
     StreamNames,
@@ -27,9 +40,7 @@ from d2f_stream.wire.codec import JSON
 from d2f_stream.wire.protocol import (
     Cancel,
     Generate,
-    Operation,
     RequestRejected,
-    Resume,
     ServerClosing,
     ServerHello,
     ServerMessage,
@@ -37,61 +48,70 @@ from d2f_stream.wire.protocol import (
 
 __all__ = ["Conversation"]
 
-logger = logging.getLogger("d2f_stream.client.websocket_engine")
+logger = logging.getLogger("d2f_stream.client")
 
+PROTOCOL_ERROR: Final = 1002
+MESSAGE_TOO_LARGE: Final = 1009
+UNAUTHORIZED: Final = 4401
 
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """A request that the server has not ended.
+MAX_REMEMBERED: Final = 1024
+"""Requests that are over, remembered so that their late start can be cancelled."""
 
-    Attributes:
-        reached: whether the server may know of it.
-        cancelled: whether nobody reads it any more.
-        resumed_after: what was asked for again on this connection, because an event was missing.
-        served_as: the server's name of the stream; known even where its reader has gone before.
-    """
-
-    stream: RemoteStream
-    reached: bool = False
-    cancelled: bool = False
-    resumed_after: int | None = None
-    served_as: str | None = None
+MAX_BOUNCES: Final = 3
+"""So often a request that a closing server turns away is put to another."""
 
 
 class Conversation:
     """The requests of one client, over all its connections.
 
     Attributes:
-        up: whether the server has said hello on a connection that is not known to be broken.
-        hello: what it said last; None before the first time.
+        up: whether somebody listens: the server has said hello on a connection that is not known
+            to be broken, or a worker is online.
+        hello: what the server said last; None before the first time.
         closing: what it said, if it shuts down.
 
     Args:
         changed: called when there is something to send, or when a request has ended.
+        ended: called with the id of each request that is over.
+        has_others: whether another server may take what a closing one turns away.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        changed: Callable[[], None],
+        *,
+        ended: Callable[[str], None] = lambda _: None,
+        has_others: bool = False,
+    ) -> None:
         self.up = False
         self.hello: ServerHello | None = None
         self.closing: ServerClosing | None = None
         self._changed = changed
-        self._asked: dict[str, _Asked] = {}  # by request id, in order
-        self._by_stream: dict[str, _Asked] = {}
-        self._outbox: deque[Operation] = deque()
-        self._owed: dict[str, Cancel] = {}  # by request id: for streams that ended on this side
+        self._ended = ended
+        self._max_bounces = MAX_BOUNCES if has_others else 0
+        self._asked: dict[str, Asked] = {}  # by request id, in order
+        self._by_stream: dict[str, Asked] = {}
+        self._outbox: deque[Post] = deque()
+        self._owed: dict[str, Post] = {}  # by request id: cancels of what ended on this side
+        self._over: OrderedDict[str, str | None] = OrderedDict()  # request id -> stream
 
     @property
     def busy(self) -> bool:
         """Whether a connection is needed."""
         return bool(self._asked or self._owed)
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not over."""
+        return len(self._asked)
+
     # The reader's side: requests come and are given up.
 
     def ask(self, request: Generate, buffer: EventBuffer, names: StreamNames | None = None) -> None:
         """Take a request on; `buffer` gets its events."""
-        self._asked[request.request_id] = _Asked(RemoteStream(request, buffer, names))
+        asked = self._asked[request.request_id] = Asked(RemoteStream(request, buffer, names))
         if self.up:
-            self._post(request)
+            self._post(asked.ask())
         else:
             self._changed()
 
@@ -108,52 +128,68 @@ class Conversation:
         if not asked.reached:
             self._end_here(asked)
         elif self.up:
-            self._post(self._cancel_of(asked))
+            self._post(asked.cancel())
         else:
             self._owe(asked)
             self._end_here(asked)
 
+    def end_cancelled(self, request_id: str) -> None:
+        """Wait no longer for the server's last word on a request that was given up. Idempotent."""
+        asked = self._asked.get(request_id)
+        if asked is not None:
+            self._end_here(asked)
+
+    def has_started(self, request_id: str) -> bool:
+        """Whether a server runs the request."""
+        asked = self._asked.get(request_id)
+        return asked is not None and asked.served_as is not None
+
     def abandon(self, error: D2FError) -> None:
-        """Let every reader see `error` at once, and have the server end what it runs."""
+        """Let every reader see `error` at once, and have the servers end what they run."""
         for request_id, asked in list(self._asked.items()):
             asked.stream.fail(error)
             self.cancel(request_id)
 
-    def fail(self, error: D2FError) -> None:
-        """End everything on this side; nothing more is sent."""
-        self._outbox.clear()
-        self._owed.clear()
+    def fail(self, error: D2FError, *, started: bool = True) -> None:
+        """End everything on this side, or what has not started; nothing more is sent for it."""
+        if started:
+            self._outbox.clear()
+            self._owed.clear()
         for asked in list(self._asked.values()):
-            asked.stream.fail(error)
-            self._settle(asked)
+            if started or asked.served_as is None:
+                self._fail(asked, error)
 
-    def fail_unanswered(self, error: D2FError) -> None:
-        """End the requests that may have reached the server and got no answer."""
-        for asked in self._unanswered():
-            asked.stream.fail(error)
-            self._settle(asked)
-
-    def fail_largest(self, error: D2FError) -> None:
-        """End the largest of the requests that got no answer; nothing where there is none."""
-        unanswered = self._unanswered()
-        if unanswered:
-            asked = max(unanswered, key=lambda asked: len(JSON.encode(asked.stream.request)))
-            asked.stream.fail(error)
-            self._settle(asked)
+    def fail_request(self, request_id: str, error: D2FError) -> None:
+        """End one request on this side."""
+        if (asked := self._asked.get(request_id)) is not None:
+            self._fail(asked, error)
 
     # The connection's side.
 
-    def opened(self, hello: ServerHello) -> None:
-        """Note that a connection is there: read on, ask again, and cancel what is owed."""
-        self.hello, self.up = hello, True
+    def opened(self, hello: ServerHello | None = None) -> None:
+        """Note that somebody listens: cancel what is owed, read on, and ask again."""
+        self.up = True
+        self.hello = hello or self.hello
         self._outbox.extend(self._owed.values())
+        self.recover()
+
+    def recover(self, server: str | None = None, *, unstarted: bool = True) -> None:
+        """Say again what may be lost: for the streams of one server or all, and for requests."""
+        if not self.up:
+            return
         for asked in self._asked.values():
-            stream = asked.stream
-            self._outbox.append(self._resume_of(asked) if stream.started else stream.request)
+            if asked.served_as is None:
+                if unstarted:
+                    self._outbox.append(asked.ask())
+            elif server in (None, asked.server):
+                if asked.cancelled:
+                    self._outbox.append(asked.cancel())
+                asked.resumed_after = None
+                self._outbox.append(asked.resume())
         self._changed()
 
     def broken(self) -> None:
-        """Note that the connection is gone. What was cancelled on it ends here."""
+        """Note that nobody listens any more. What was cancelled meanwhile ends here."""
         self.up, self.closing = False, None
         self._outbox.clear()
         for asked in list(self._asked.values()):
@@ -162,32 +198,67 @@ class Conversation:
                 self._owe(asked)
                 self._end_here(asked)
 
-    def next_operation(self) -> Operation | None:
+    def closed(self, code: int, reason: str) -> D2FError | None:
+        """Note that the server closed the connection; return why trying again is of no use.
+
+        In that case everything has ended on this side.
+        """
+        self.broken()
+        error: D2FError | None = None
+        if code == UNAUTHORIZED:
+            error = Unauthorized(reason or "the server wants another token")
+        elif code == PROTOCOL_ERROR:
+            error = ProtocolError(f"the server cannot read this client: {reason}")
+        elif code == MESSAGE_TOO_LARGE:
+            # Sent again, it would be refused again. Which it was is not told: if not the largest
+            # alone, then the next is found in the same way.
+            self._fail_largest(
+                MessageTooLarge(
+                    f"a message was too large for the other side: {code} {reason}".strip()
+                )
+            )
+        if error is not None:
+            self.fail(error)
+        return error
+
+    def lost(self, server: str, error: D2FError) -> None:
+        """End the streams of a server that is gone."""
+        for asked in list(self._asked.values()):
+            if asked.served_as is not None and asked.server == server:
+                self._fail(asked, error)
+
+    def next_post(self) -> Post | None:
         """Take what is to be sent next; None where there is nothing now."""
         if not self._outbox:
             return None
-        operation = self._outbox.popleft()
-        if isinstance(operation, Generate):
-            self._asked[operation.request_id].reached = True
-        elif isinstance(operation, Cancel):
-            self._owed = {name: owed for name, owed in self._owed.items() if owed is not operation}
-        return operation
+        post = self._outbox.popleft()
+        if isinstance(post.operation, Generate):
+            self._asked[post.request_id].reached = True
+        elif isinstance(post.operation, Cancel):
+            self._owed = {name: owed for name, owed in self._owed.items() if owed is not post}
+        return post
 
-    def receive(self, message: ServerMessage) -> None:
-        """Take what the server sent."""
+    def receive(
+        self, message: ServerMessage, *, server: str = "", request_id: str | None = None
+    ) -> None:
+        """Take what a server sent.
+
+        Args:
+            message: of the server.
+            server: which; "" where there is but one.
+            request_id: that it is about, where the transport says so.
+        """
         match message:
             case StreamStarted():
-                asked = self._asked.get(message.request_id)
-                if asked is not None and asked.served_as in (None, message.stream):
-                    asked.served_as = message.stream
-                    self._by_stream[message.stream] = asked
-                    self._deliver(asked, message)
+                self._started(message, server)
             case Block() | Draft() | StreamFinished() | StreamFailed():
                 asked = self._by_stream.get(message.stream)
+                if asked is None and request_id is not None:
+                    asked = self._joined_late(message, request_id, server)
                 if asked is not None:
                     self._deliver(asked, message)
             case RequestRejected():
-                self._rejected(message)
+                self._rejected(message, message.request_id or request_id)
             case ServerClosing():
                 self.closing = message
             case ServerHello():
@@ -195,77 +266,111 @@ class Conversation:
             case _:
                 assert_never(message)
 
-    def _deliver(
-        self, asked: _Asked, event: StreamStarted | Block | Draft | StreamFinished | StreamFailed
-    ) -> None:
+    def _started(self, event: StreamStarted, server: str) -> None:
+        asked = self._asked.get(event.request_id)
+        known = self._over.get(event.request_id) if asked is None else asked.served_as
+        if asked is not None and known in (None, event.stream):
+            self._serve(asked, event.stream, server)
+            self._deliver(asked, event)
+        elif asked is not None or (event.request_id in self._over and known != event.stream):
+            # A second one runs what runs already, or what is over.
+            self._post(Post(Cancel(stream=event.stream), event.request_id, server))
+
+    def _joined_late(
+        self, event: Block | Draft | StreamFinished | StreamFailed, request_id: str, server: str
+    ) -> Asked | None:
+        """Return the request of a stream whose start was missed; None where it is none of ours."""
+        asked = self._asked.get(request_id)
+        if asked is None or asked.served_as is not None:
+            return None
+        # A stream that ended while it waited has its end as its only event.
+        if isinstance(event, StreamFinished) and event.seq == 0:
+            asked.stream.end(event)
+            self._settle(asked)
+            return None
+        if isinstance(event, StreamFailed) and event.seq == 0:
+            self._fail(asked, error_from(event.code, event.message))
+            return None
+        self._serve(asked, event.stream, server)
+        return asked
+
+    def _deliver(self, asked: Asked, event: Event) -> None:
         stream = asked.stream
         if not stream.receive(event):
             if asked.resumed_after != stream.last_seq:
                 logger.warning(
-                    "stream %s: an event after %s is missing", stream.stream_id, stream.last_seq
+                    "stream %s: an event after %s is missing", asked.served_as, stream.last_seq
                 )
                 asked.resumed_after = stream.last_seq
-                self._post(self._resume_of(asked))
+                self._post(asked.resume())
         elif isinstance(event, StreamFinished | StreamFailed):
             self._settle(asked)
 
-    def _rejected(self, message: RequestRejected) -> None:
+    def _rejected(self, message: RequestRejected, request_id: str | None) -> None:
         error = error_from(message.code, message.message)
         if isinstance(error, LimitExceeded):
             error.retry_after_s = message.retry_after_s
-        if message.stream is None and message.request_id is None:
+        if message.stream is None and request_id is None:
             # The server could not read an operation, so nobody can tell which.
             logger.error("the server cannot read a message: %s", error)
-            self.fail_unanswered(error)
+            for unanswered in self._unanswered():
+                self._fail(unanswered, error)
             return
-        asked = self._by_stream.get(message.stream or "") or self._asked.get(
-            message.request_id or ""
-        )
+        asked = self._by_stream.get(message.stream or "") or self._asked.get(request_id or "")
         if asked is None:
             return  # a stream that was cancelled after it had ended
-        if asked.cancelled and isinstance(error, StreamLost):
-            asked.stream.end_cancelled()
+        if asked.served_as is not None and asked.served_as != message.stream:
+            return  # a second server refuses what the first has begun
+        if message.code == "shutting_down" and asked.num_bounces < self._max_bounces:
+            asked.num_bounces += 1
+            self._post(asked.ask())
+        elif asked.cancelled and isinstance(error, StreamLost):
+            self._end_here(asked)
         else:
-            asked.stream.fail(error)
-        self._settle(asked)
+            self._fail(asked, error)
 
     # Small steps.
 
-    def _unanswered(self) -> list[_Asked]:
-        return [a for a in self._asked.values() if a.reached and not a.stream.started]
+    def _serve(self, asked: Asked, stream_id: str, server: str) -> None:
+        asked.served_as, asked.server = stream_id, server
+        self._by_stream[stream_id] = asked
 
-    def _post(self, operation: Operation) -> None:
-        self._outbox.append(operation)
+    def _unanswered(self) -> list[Asked]:
+        return [a for a in self._asked.values() if a.reached and a.served_as is None]
+
+    def _fail_largest(self, error: D2FError) -> None:
+        """End the largest of the requests that got no answer; nothing where there is none."""
+        if unanswered := self._unanswered():
+            self._fail(max(unanswered, key=lambda a: len(JSON.encode(a.stream.request))), error)
+
+    def _post(self, post: Post) -> None:
+        self._outbox.append(post)
         self._changed()
 
-    def _withdraw(self, request: Generate) -> None:
-        self._outbox = deque(waiting for waiting in self._outbox if waiting is not request)
-
-    def _end_here(self, asked: _Asked) -> None:
+    def _end_here(self, asked: Asked) -> None:
         asked.stream.end_cancelled()
         self._settle(asked)
 
-    def _settle(self, asked: _Asked) -> None:
-        self._asked.pop(asked.stream.request.request_id, None)
+    def _fail(self, asked: Asked, error: D2FError) -> None:
+        asked.stream.fail(error)
+        self._settle(asked)
+
+    def _settle(self, asked: Asked) -> None:
+        request_id = asked.request_id
+        self._asked.pop(request_id, None)
         if asked.served_as is not None:
             self._by_stream.pop(asked.served_as, None)
+        self._over[request_id] = asked.served_as
+        if len(self._over) > MAX_REMEMBERED:
+            self._over.popitem(last=False)
         if self._outbox:
-            self._withdraw(asked.stream.request)
+            self._outbox = deque(
+                post
+                for post in self._outbox
+                if post.request_id != request_id or isinstance(post.operation, Cancel)
+            )
+        self._ended(request_id)
         self._changed()
 
-    def _owe(self, asked: _Asked) -> None:
-        self._owed[asked.stream.request.request_id] = self._cancel_of(asked)
-
-    def _cancel_of(self, asked: _Asked) -> Cancel:
-        if asked.served_as is not None:
-            return Cancel(stream=asked.served_as)
-        return Cancel(request_id=asked.stream.request.request_id)
-
-    def _resume_of(self, asked: _Asked) -> Resume:
-        stream = asked.stream
-        assert stream.stream_id is not None
-        return Resume(
-            stream=stream.stream_id,
-            after_seq=stream.last_seq,
-            drafts=stream.request.params.drafts is True,
-        )
+    def _owe(self, asked: Asked) -> None:
+        self._owed[asked.request_id] = asked.cancel()

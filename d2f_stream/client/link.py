@@ -13,13 +13,7 @@ from typing import Final
 from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.client.backoff import Backoff, Retries
 from d2f_stream.client.conversation import Conversation
-from d2f_stream.core.errors import (
-    ConnectionLost,
-    EngineClosed,
-    MessageTooLarge,
-    ProtocolError,
-    Unauthorized,
-)
+from d2f_stream.core.errors import ConnectionLost, EngineClosed, ProtocolError
 from d2f_stream.wire.protocol import VERSION, ServerHello, ServerMessage
 
 __all__ = ["Dial", "Link"]
@@ -31,10 +25,6 @@ HELLO_TIMEOUT_S: Final = 20.0
 
 FAREWELL_S: Final = 1.0
 """How long the end of the event loop is held up to tell the server what to end."""
-
-PROTOCOL_ERROR: Final = 1002
-MESSAGE_TOO_LARGE: Final = 1009
-UNAUTHORIZED: Final = 4401
 
 Dial = Callable[[], Awaitable[Channel]]
 """Opens a channel. Raises ChannelClosed where it may succeed later, ConnectionLost where the server
@@ -104,7 +94,9 @@ class Link:
                 closed = await self._use(channel)
                 if closed is None:
                     continue
-                self._check_final(closed)
+                final = self._conversation.closed(closed.code, closed.reason)
+                if final is not None:
+                    raise final from closed
                 lost = closed
             logger.info("connection lost: %s", lost)
             if self._needed():
@@ -140,18 +132,6 @@ class Link:
                 raise error
         return None
 
-    def _check_final(self, closed: ChannelClosed) -> None:
-        if closed.code == UNAUTHORIZED:
-            raise Unauthorized(closed.reason or "the server wants another token") from closed
-        if closed.code == PROTOCOL_ERROR:
-            raise ProtocolError(f"the server cannot read this client: {closed.reason}") from closed
-        if closed.code == MESSAGE_TOO_LARGE:
-            # Sent again, it would be refused again. Which it was is not told: if not the largest
-            # alone, then the next is found in the same way.
-            self._conversation.fail_largest(
-                MessageTooLarge(f"a message was too large for the other side: {closed}")
-            )
-
     async def _read(self, channel: Channel) -> None:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -176,8 +156,8 @@ class Link:
         conversation = self._conversation
         while True:
             self._wake.clear()
-            while (operation := conversation.next_operation()) is not None:
-                await channel.send(channel.codec.encode(operation))
+            while (post := conversation.next_post()) is not None:
+                await channel.send(channel.codec.encode(post.operation))
             if conversation.busy or (self._stay() and not self._finishing):
                 await self._wake.wait()
             elif self._finishing:
@@ -194,8 +174,8 @@ class Link:
         conversation.abandon(EngineClosed("the engine's event loop was shut down"))
         with contextlib.suppress(ChannelClosed, TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
-                while (operation := conversation.next_operation()) is not None:
-                    await channel.send(channel.codec.encode(operation))
+                while (post := conversation.next_post()) is not None:
+                    await channel.send(channel.codec.encode(post.operation))
 
 
 async def _receive(channel: Channel) -> ServerMessage | None:

@@ -1,7 +1,7 @@
 """MqttEngine: an engine whose answers come from workers behind an MQTT broker.
 
 Owns when the engine is connected, and how long a broker or a worker may be away. The connection is
-a `BrokerLink`, the requests and what is said about them an `Exchange`, the workers are `Nodes`.
+a `BrokerLink`, the requests and what is said about them a `Conversation`, the workers are `Nodes`.
 """
 
 import asyncio
@@ -15,20 +15,30 @@ from typing import Final, Literal, Self, Unpack
 
 from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink, Sleep
-from d2f_stream.client.mqtt_exchange import Exchange
+from d2f_stream.client.conversation import Conversation
 from d2f_stream.client.mqtt_nodes import Nodes
+from d2f_stream.client.mqtt_posts import keys_of, message_of
 from d2f_stream.client.remote import new_request
+from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import (
     ConnectionLost,
     D2FError,
     EngineClosed,
+    MessageTooLarge,
+    RemoteError,
     Unauthorized,
+    WorkerLost,
 )
-from d2f_stream.core.events import StreamNames
+from d2f_stream.core.events import StreamNames, StreamStarted
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 from d2f_stream.wire.codec import JSON, MSGPACK
-from d2f_stream.wire.protocol import ModelCard
+from d2f_stream.wire.protocol import (
+    Generate,
+    ModelCard,
+    ServerClosing,
+    ServerHello,
+)
 from d2f_stream.wire.topics import (
     STATUSES,
     NodeStatus,
@@ -44,6 +54,13 @@ __all__ = ["MqttEngine", "connect_mqtt"]
 
 logger = logging.getLogger("d2f_stream.mqtt")
 
+CANCEL_GRACE_S: Final = 5.0
+"""So long a cancelled stream waits for its worker's last events."""
+
+LOSS_GRACE_S: Final = 1.0
+"""So long the last events of a worker may come after the news that it is gone."""
+
+MAX_REQUEST_BYTES: Final = 512 * 1024
 FLUSH_TIMEOUT_S: Final = 2.0
 LINGER_S: Final = 5.0
 
@@ -119,9 +136,9 @@ class MqttEngine:
             sleep=sleep,
         )
         self._nodes = Nodes(on_online=self._note_online, on_offline=self._note_offline)
-        self._exchange = Exchange(
-            *(self.client, MSGPACK if encoding == "msgpack" else JSON, self._nodes),
-            on_idle=self._note_idle,
+        self._codec = MSGPACK if encoding == "msgpack" else JSON
+        self._conversation = Conversation(
+            self._note_change, ended=self._note_ended, has_others=True
         )
         self._card: ModelCard | None = None
         self._absence: asyncio.TimerHandle | None = None  # broker or workers are away
@@ -172,17 +189,25 @@ class MqttEngine:
         self._check_open()
         defaults = None if self._card is None else self._card.params
         request = new_request(prompt, params, overrides, defaults=defaults)
+        size = len(self._codec.encode(request))
+        if size > MAX_REQUEST_BYTES:  # a broker would disconnect us, and again at each repetition
+            raise MessageTooLarge(
+                f"the request has {size} bytes but the limit over MQTT is {MAX_REQUEST_BYTES}; "
+                "shorten the prompt"
+            )
+        cancel = partial(self._cancel, request.request_id)
+        buffer = EventBuffer(cancel=cancel, pause=_go_on, resume=_go_on)
         self._start()
-        session = self._exchange.ask(request, names)
+        self._conversation.ask(request, buffer, names)
         self._watch()
-        return session
+        return Session(buffer)
 
     def shut(self) -> None:
         """Begin to close, without waiting. Idempotent."""
         if self._closing:
             return
         self._closing = True
-        self._exchange.abandon(EngineClosed("the engine was closed"))
+        self._conversation.abandon(EngineClosed("the engine was closed"))
         if self._links:
             self._ending = asyncio.create_task(self._end(), name="d2f-mqtt-closing")
 
@@ -233,7 +258,7 @@ class MqttEngine:
             self._resting.cancel()
             self._resting = None
         if self._running is None:
-            self._exchange.link = self._link = self._new_link()
+            self._link = self._new_link()
             self._running = asyncio.create_task(self._link.run(), name="d2f-mqtt-link")
             self._links.add(self._running)
             self._running.add_done_callback(self._note_link_end)
@@ -268,15 +293,15 @@ class MqttEngine:
     # What the link tells.
 
     def on_connected(self) -> None:
-        """Send again what may be lost: requests that have not started, places to read on."""
+        """Say again what may be lost, once a worker is known."""
         self._nodes.listen()
-        self._exchange.recover()
         self._watch()
 
     def on_lost(self, reason: str, *, refused: bool) -> None:
         """Wait for the link to come back, up to a bound."""
         self._trouble = reason
         self._nodes.pause()
+        self._conversation.broken()
         if refused and self._card is None:
             where = f"the broker at {self._address}"
             if "certificate" in reason:
@@ -286,13 +311,17 @@ class MqttEngine:
                     f"{where} does not let us in: {reason}; {self._address.credentials}"
                 )
             self._known.set()
-            self._exchange.fail(self._refusal)
+            self._conversation.fail(self._refusal)
             self._rest()
         self._watch()
 
     def on_refused(self, message: Outgoing, reason: str) -> None:
         """End the request that the broker does not take."""
-        self._exchange.note_refused(message, reason)
+        operation = codec_of(message.content_type).decode_operation(message.payload)
+        if isinstance(operation, Generate):
+            text = f"the broker does not let {self.client!r} publish to {message.topic}: {reason}"
+            kind = Unauthorized if "authori" in reason.lower() else RemoteError
+            self._conversation.fail_request(operation.request_id, kind(text))
 
     def on_message(self, message: Incoming) -> None:
         """Take an event of a stream, or the status of a worker."""
@@ -302,7 +331,7 @@ class MqttEngine:
                 case NodeStatusTopic(node):
                     self._note_status(node, message)
                 case StreamTopic(client, request_id, _) if client == self.client:
-                    self._exchange.note(request_id, message)
+                    self._receive(request_id, message)
                 case _:
                     pass
         except D2FError as error:
@@ -317,14 +346,35 @@ class MqttEngine:
         if broken is not None:
             logger.error("the connection to the broker failed", exc_info=broken)
             problem = ConnectionLost(f"the connection to the broker failed: {broken!r}")
-            self._exchange.fail(problem)
+            self._conversation.fail(problem)
         else:
-            self._exchange.fail(EngineClosed("the engine's event loop was shut down"))
+            self._conversation.fail(EngineClosed("the engine's event loop was shut down"))
 
-    def _note_idle(self) -> None:
-        if not self._entered and not self._closing and self._resting is None:
+    # What the conversation tells.
+
+    def _note_change(self) -> None:
+        """Publish what there is to say; rest if nobody waits for anything."""
+        while self._link is not None and (post := self._conversation.next_post()) is not None:
+            if (message := message_of(post, self.client, self._codec)) is not None:
+                self._link.post(*message)
+        is_idle = not (self._entered or self._closing or self._conversation.num_requests)
+        if is_idle and self._running is not None and self._resting is None:
             loop = asyncio.get_running_loop()
             self._resting = loop.call_later(self._linger_s, self._rest)
+
+    def _note_ended(self, request_id: str) -> None:
+        if self._link is not None:
+            for key in keys_of(request_id):
+                self._link.withdraw(key)
+
+    def _cancel(self, request_id: str) -> None:
+        """Give a request up; what runs has a while for its worker's last events."""
+        self._conversation.cancel(request_id)
+        if self._conversation.has_started(request_id):
+            loop = asyncio.get_running_loop()
+            loop.call_later(CANCEL_GRACE_S, self._conversation.end_cancelled, request_id)
+        else:
+            self._conversation.end_cancelled(request_id)
 
     # Workers.
 
@@ -341,19 +391,47 @@ class MqttEngine:
             self._card = self._nodes.card
         if self._card is not None:
             self._known.set()
-        self._exchange.recover(node, unstarted=requests_lost)
+        if self._conversation.up:
+            self._conversation.recover(node, unstarted=requests_lost)
 
     def _note_offline(self, node: str) -> None:
-        self._exchange.note_gone(node)
+        """Give up the streams of a worker, and ask others for what it may not have started."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(LOSS_GRACE_S, self._lose_streams, node)  # their ends may be on the way
+        if self._nodes.card is not None:
+            self._conversation.recover("", unstarted=True)
+
+    def _lose_streams(self, node: str) -> None:
+        if self._nodes.is_gone(node):
+            problem = WorkerLost(f"the worker {node} that ran the stream is gone")
+            self._conversation.lost(node, problem)
+
+    def _receive(self, request_id: str, message: Incoming) -> None:
+        """Take what a worker says about a request."""
+        node = message.notes.get("node", "")
+        said = codec_of(message.content_type).decode_message(message.payload)
+        if said is None or isinstance(said, ServerHello | ServerClosing):
+            return
+        self._conversation.receive(said, server=node, request_id=request_id)
+        if node and self._conversation.has_started(request_id):
+            self._nodes.expect(node)
+            if isinstance(said, StreamStarted) and self._nodes.is_gone(node):
+                self._note_offline(node)
 
     def _watch(self) -> None:
-        """Start or stop the clock of how long requests wait for a broker or a worker."""
+        """Note whether anybody listens; bound how long requests wait for a broker or a worker."""
         assert self._link is not None
-        if self._link.connected and self._nodes.card is not None:
+        is_up = self._link.connected and self._nodes.card is not None
+        if is_up != self._conversation.up:
+            if is_up:
+                self._conversation.opened()
+            else:
+                self._conversation.broken()
+        if is_up:
             if self._absence is not None:
                 self._absence.cancel()
                 self._absence = None
-        elif self._absence is None and self._exchange.num_requests:
+        elif self._absence is None and self._conversation.num_requests:
             loop = asyncio.get_running_loop()
             self._absence = loop.call_later(self._reconnect_timeout_s, self._give_up)
 
@@ -361,7 +439,7 @@ class MqttEngine:
         assert self._link is not None
         self._absence = None
         problem = self._absence_error(self._reconnect_timeout_s)
-        self._exchange.fail(problem, started=not self._link.connected)
+        self._conversation.fail(problem, started=not self._link.connected)
 
     def _absence_error(self, waited_s: float) -> ConnectionLost:
         where = f"the broker at {self._address}"
@@ -371,6 +449,10 @@ class MqttEngine:
                 "start one: d2f-stream serve --mqtt URL"
             )
         return ConnectionLost(f"{where} was not reached for {waited_s:g} s: {self._trouble}")
+
+
+def _go_on() -> None:
+    """Pause or resume nothing: the answer's own length bounds what waits for its reader."""
 
 
 connect_mqtt = MqttEngine

@@ -153,10 +153,7 @@ export interface Result {
 
 export declare class D2FError extends Error {
   constructor(code: string, message: string, retryAfterS?: number | null);
-  /**
-   * The server's code, or one of this side: "connection_lost" after giving up, "cancelled" where
-   * nothing had been sent yet.
-   */
+  /** The server's code, or one of this side: "connection_lost" after giving up. */
   readonly code: string;
   readonly retryAfterS: number | null;
 }

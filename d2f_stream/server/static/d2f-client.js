@@ -18,6 +18,18 @@ const NEVER_OPENED = 1006;
 
 const TIMES = { baseMs: 250, maxMs: 10_000, giveUpMs: 120_000, helloMs: 10_000 };
 
+/** What belongs to a stream; events of a kind that is not known are skipped. */
+const EVENTS = new Set([
+  "stream.started",
+  "block.committed",
+  "block.draft",
+  "stream.finished",
+  "stream.failed",
+]);
+
+/** Requests that are over, remembered so that their late start can be cancelled. */
+const MAX_REMEMBERED = 1024;
+
 /** Drafts that wait for one slow iteration; beyond it the oldest is dropped. */
 const MAX_WAITING_DRAFTS = 256;
 
@@ -44,6 +56,9 @@ export class D2FStream {
   #log = [];
   #readers = new Set();
   #error = null;
+  #promptTokens;
+  #firstBlock = null;
+  #lastBlock = null;
   #outcome;
   #settle;
 
@@ -56,8 +71,10 @@ export class D2FStream {
     this.tokenIds = [];
     this.ended = false;
     this._request = request;
-    this._wasSent = false;
+    this._wasSent = this.started; // whether the server may know of it
     this._isCancelled = false;
+    this._resumedAfter = null; // asked for again on this connection, as an event was missing
+    this.#promptTokens = 0;
     this.#outcome = new Promise((resolve, reject) => (this.#settle = { resolve, reject }));
     this.#outcome.catch(() => {}); // nobody has to ask for the result
   }
@@ -120,9 +137,12 @@ export class D2FStream {
     if (event.seq > this.lastSeq + 1) return false;
     this.lastSeq = event.seq;
     this.#log.push(event);
+    if (event.type === "stream.started") this.#promptTokens = event.prompt_tokens;
     if (event.type === "block.committed") {
       this.text += event.text;
       this.tokenIds.push(...event.token_ids);
+      this.#firstBlock ??= event;
+      this.#lastBlock = event;
     }
     if (event.type === "stream.finished") this.#end(event, null);
     if (event.type === "stream.failed") this.#end(event, new D2FError(event.code, event.message));
@@ -146,6 +166,30 @@ export class D2FStream {
       code,
       message,
     });
+  }
+
+  /** End the stream as cancelled from this side, with what has come. Idempotent. */
+  _endCancelled() {
+    if (this.ended) return;
+    const event = {
+      type: "stream.finished",
+      stream: this.id ?? this.requestId,
+      seq: this.lastSeq + 1,
+      reason: "cancelled",
+      text_length: this.text.length,
+      usage: {
+        prompt_tokens: this.#promptTokens,
+        completion_tokens: this.tokenIds.length,
+        steps: this.#lastBlock?.steps ?? 0,
+      },
+      timings: {
+        first_block_ms: this.#firstBlock?.elapsed_ms ?? null,
+        total_ms: this.#lastBlock?.elapsed_ms ?? 0,
+      },
+    };
+    this.#log.push(event);
+    this.#end(event, null);
+    this.#hand(event);
   }
 
   #end(event, error) {
@@ -191,6 +235,8 @@ export class D2FClient extends EventTarget {
   #times;
   #socket = null;
   #streams = new Set();
+  #owed = new Map(); // by request id: cancels of what ended on this side
+  #over = new Map(); // request id -> stream id
   #state = "closed";
   #waiting = []; // of connect()
   #retryTimer;
@@ -283,34 +329,19 @@ export class D2FClient extends EventTarget {
   }
 
   _cancel(stream) {
-    if (this.#state === "open" && stream._wasSent) {
-      this.#sendCancel(stream);
-    } else if (!stream.started && !stream._wasSent) {
-      this.#streams.delete(stream);
-      stream._fail(new D2FError("cancelled", "cancelled before it was sent"));
-    } // else: told with the next submission
+    if (!stream._wasSent) {
+      this.#endCancelled(stream);
+    } else if (this.#state === "open") {
+      this.#send(cancelOf(stream));
+    } else {
+      this.#owed.set(stream.requestId, cancelOf(stream));
+      this.#endCancelled(stream);
+    }
   }
 
   #submit(stream) {
-    const { requestId, prompt, params, onDisconnect, drafts } = stream._request;
-    if (stream.started) {
-      this.#send({ type: "resume", stream: stream.id, after_seq: stream.lastSeq, drafts });
-    } else {
-      this.#send({
-        type: "generate",
-        request_id: requestId,
-        prompt,
-        params,
-        on_disconnect: onDisconnect,
-      });
-    }
+    this.#send(stream.started ? resumeOf(stream) : generateOf(stream));
     stream._wasSent = true;
-    if (stream._isCancelled) this.#sendCancel(stream);
-  }
-
-  #sendCancel(stream) {
-    const name = stream.started ? { stream: stream.id } : { request_id: stream.requestId };
-    this.#send({ type: "cancel", ...name });
   }
 
   #send(message) {
@@ -338,7 +369,7 @@ export class D2FClient extends EventTarget {
         this.#reject(message);
         break;
       default:
-        if (typeof message.stream === "string") this.#route(message);
+        if (EVENTS.has(message.type)) this.#route(message);
     }
   }
 
@@ -349,6 +380,8 @@ export class D2FClient extends EventTarget {
     this.#numTries = 0;
     this.#downSince = null;
     this.#state = "open";
+    for (const cancel of this.#owed.values()) this.#send(cancel);
+    this.#owed.clear();
     for (const stream of this.#streams) this.#submit(stream); // before listeners add more
     this.#enter("open");
     this.#tell("hello", hello);
@@ -356,33 +389,56 @@ export class D2FClient extends EventTarget {
   }
 
   #route(event) {
+    const isStart = event.type === "stream.started";
     for (const stream of this.#streams) {
-      const isMine =
-        stream.id === event.stream ||
-        (event.type === "stream.started" && stream.requestId === event.request_id);
-      if (!isMine) continue;
-      if (!stream._receive(event)) this.#submit(stream); // an event is missing: read on from there
-      if (stream.ended) this.#streams.delete(stream);
+      if (stream.id !== event.stream && !(isStart && stream.requestId === event.request_id)) continue;
+      if (stream.started && stream.id !== event.stream) break; // a second one for the same request
+      if (!stream._receive(event) && stream._resumedAfter !== stream.lastSeq) {
+        stream._resumedAfter = stream.lastSeq;
+        this.#send(resumeOf(stream)); // an event is missing: read on from there
+      }
+      if (stream.ended) this.#settle(stream);
       return;
     }
+    const isKnown = [...this.#streams].some((stream) => stream.requestId === event.request_id);
+    const isLate = this.#over.has(event.request_id) && this.#over.get(event.request_id) !== event.stream;
+    if (isStart && (isKnown || isLate)) this.#send({ type: "cancel", stream: event.stream });
   }
 
   #reject({ code, message, request_id, stream: id, retry_after_s }) {
     const error = new D2FError(code, message, retry_after_s ?? null);
-    let mine = [...this.#streams].filter(
-      (stream) => (id && stream.id === id) || (request_id && stream.requestId === request_id),
-    );
     if (!id && !request_id) {
-      // The server could not read the names. With one request open there is no doubt which it was.
-      const open = [...this.#streams].filter((stream) => !stream.started);
-      mine = open.length === 1 ? open : [];
+      // The server could not read an operation, so nobody can tell which.
+      for (const stream of this.#unanswered()) this.#failStream(stream, error);
+      return;
     }
-    for (const stream of mine) this.#failStream(stream, error);
+    const stream = [...this.#streams].find(
+      (one) => (id && one.id === id) || (request_id && one.requestId === request_id),
+    );
+    if (stream === undefined || (stream.started && stream.id !== id)) return; // not about what runs
+    if (stream._isCancelled && code === "stream_lost") this.#endCancelled(stream);
+    else this.#failStream(stream, error);
+  }
+
+  /** The requests that may have reached the server and got no answer. */
+  #unanswered() {
+    return [...this.#streams].filter((stream) => stream._wasSent && !stream.started);
   }
 
   #failStream(stream, error) {
-    this.#streams.delete(stream);
     stream._fail(error);
+    this.#settle(stream);
+  }
+
+  #endCancelled(stream) {
+    stream._endCancelled();
+    this.#settle(stream);
+  }
+
+  #settle(stream) {
+    this.#streams.delete(stream);
+    this.#over.set(stream.requestId, stream.id);
+    if (this.#over.size > MAX_REMEMBERED) this.#over.delete(this.#over.keys().next().value);
   }
 
   // The connection.
@@ -429,7 +485,7 @@ export class D2FClient extends EventTarget {
       this.#stop(new D2FError("protocol_error", reason || "the server could not read a message"));
       return;
     }
-    if (code === MESSAGE_TOO_BIG) this.#failUnstarted(reason);
+    if (code === MESSAGE_TOO_BIG) this.#failLargest(reason);
     this.#downSince ??= Date.now();
     const left = this.#downSince + this.#times.giveUpMs - Date.now();
     if (left <= 0) {
@@ -445,11 +501,12 @@ export class D2FClient extends EventTarget {
     this.#enter("reconnecting", { retryInMs: delay });
   }
 
-  #failUnstarted(reason) {
+  /** End the largest request that got no answer: sent again, it would be refused again. */
+  #failLargest(reason) {
     const error = new D2FError("message_too_large", reason || "the message is too large to send");
-    for (const stream of [...this.#streams]) {
-      if (!stream.started) this.#failStream(stream, error);
-    }
+    const size = (stream) => JSON.stringify(generateOf(stream)).length;
+    const largest = this.#unanswered().sort((a, b) => size(b) - size(a))[0];
+    if (largest !== undefined) this.#failStream(largest, error);
   }
 
   /** Networks came back: a wait is over, and a connection that seems open may be dead. */
@@ -469,6 +526,12 @@ export class D2FClient extends EventTarget {
     if (socket === null) return;
     socket.onopen = socket.onmessage = socket.onclose = null;
     socket.close();
+    for (const stream of [...this.#streams]) {
+      stream._resumedAfter = null;
+      if (!stream._isCancelled) continue;
+      this.#owed.set(stream.requestId, cancelOf(stream));
+      this.#endCancelled(stream);
+    }
   }
 
   /** Give up; `retry`, `connect`, `authenticate` or a new request begin again. */
@@ -477,6 +540,7 @@ export class D2FClient extends EventTarget {
     this.#numTries = 0;
     this.#downSince = null;
     this.#hasGivenUp = error.code === "connection_lost" && !this.#isShut;
+    this.#owed.clear();
     for (const stream of [...this.#streams]) this.#failStream(stream, error);
     for (const { reject } of this.#waiting.splice(0)) reject(error);
     this.#enter("closed", { error });
@@ -490,6 +554,22 @@ export class D2FClient extends EventTarget {
   #tell(name, detail) {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
+}
+
+function generateOf(stream) {
+  const { requestId, prompt, params, onDisconnect } = stream._request;
+  const request = { request_id: requestId, prompt, params, on_disconnect: onDisconnect };
+  return { type: "generate", ...request };
+}
+
+function resumeOf(stream) {
+  const { drafts } = stream._request;
+  return { type: "resume", stream: stream.id, after_seq: stream.lastSeq, drafts };
+}
+
+function cancelOf(stream) {
+  const name = stream.started ? { stream: stream.id } : { request_id: stream.requestId };
+  return { type: "cancel", ...name };
 }
 
 function base64url(text) {

@@ -5,7 +5,6 @@ const SENTENCES = {
     "The server no longer knows this answer; it was probably restarted. What had arrived is kept.",
   unauthorized: "This server asks for a token.",
   shutting_down: "The server is shutting down and takes no more questions.",
-  cancelled: "Stopped before it was sent.",
 };
 
 /** Return the sentence for an error, with its capital and its full stop. */
