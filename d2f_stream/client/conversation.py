@@ -283,14 +283,6 @@ class Conversation:
         asked = self._asked.get(request_id)
         if asked is None or asked.served_as is not None:
             return None
-        # A stream that ended while it waited has its end as its only event.
-        if isinstance(event, StreamFinished) and event.seq == 0:
-            asked.stream.end(event)
-            self._settle(asked)
-            return None
-        if isinstance(event, StreamFailed) and event.seq == 0:
-            self._fail(asked, error_from(event.code, event.message))
-            return None
         self._serve(asked, event.stream, server)
         return asked
 

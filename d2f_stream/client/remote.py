@@ -109,15 +109,12 @@ class RemoteStream:
             )
         )
 
-    def end(self, finished: StreamFinished) -> None:
-        """End the stream with an event made on this side. Idempotent."""
-        if not self.ended:
-            self._put(finished)
-
     def end_cancelled(self) -> None:
         """End the stream as cancelled from this side, with what has come. Idempotent."""
+        if self.ended:
+            return
         first, last = self._first_block, self._last_block
-        self.end(
+        self._put(
             StreamFinished(
                 stream=self.stream_id or self.request.request_id,
                 seq=self.last_seq + 1,

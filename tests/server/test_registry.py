@@ -472,9 +472,11 @@ async def test_stream_that_waits_for_its_turn_is_cancelled_at_once() -> None:
         waiting = net.registry.generate(request("second"), client="alice")
         await until(lambda: net.registry.num_waiting == 1)
         waiting.cancel()
-        (end,) = await read(waiting)
+        start, end = await read(waiting)
+        assert isinstance(start, StreamStarted)
+        assert (start.seq, start.request_id) == (0, waiting.request_id)
         assert isinstance(end, StreamFinished)
-        assert (end.seq, end.reason) == (0, "cancelled")
+        assert (end.seq, end.reason) == (1, "cancelled")
         assert net.registry.num_waiting == 0
         gate.open()
         assert text_of(await read(running)) == ANSWER

@@ -24,7 +24,14 @@ from d2f_stream.core.errors import (
     StreamLost,
     TooManyStreams,
 )
-from d2f_stream.core.events import Event, StreamFinished, StreamNames, Timings, Usage
+from d2f_stream.core.events import (
+    Event,
+    StreamFinished,
+    StreamNames,
+    StreamStarted,
+    Timings,
+    Usage,
+)
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Engine, Prompt
 from d2f_stream.server.limits import RateLimit, ServeLimits
@@ -360,7 +367,8 @@ class StreamRegistry:
         stream = self._pumps.pop(pump)
         self._running_tokens -= stream.charge
         if pump.cancelled() and stream.withdrawn:  # by its client, while it waited
-            self._put(stream, _cancelled(stream))
+            for event in self._unrun(stream):
+                self._put(stream, event)
             stream.end()
         elif pump.cancelled():
             stream.end(ServerShuttingDown("the server was shut down"))
@@ -378,6 +386,29 @@ class StreamRegistry:
             )
         else:
             self._forget(stream)  # it was turned away: the same request may come again
+
+    def _unrun(self, stream: ServedStream) -> tuple[StreamStarted, StreamFinished]:
+        """Return the events of a stream that was cancelled while it waited.
+
+        It begins like any other: only that tells its client which request it is of.
+        """
+        started = StreamStarted(
+            stream=stream.id,
+            seq=0,
+            request_id=stream.request_id,
+            model=self.engine.info.name,
+            block_size=self.engine.defaults.block_size,
+            prompt_tokens=0,
+        )
+        finished = StreamFinished(
+            stream=stream.id,
+            seq=1,
+            reason="cancelled",
+            text_length=0,
+            usage=Usage(prompt_tokens=0, completion_tokens=0, steps=0),
+            timings=Timings(first_block_ms=None, total_ms=0.0),
+        )
+        return started, finished
 
     def _retain(self, stream: ServedStream) -> None:
         """Keep an ended stream, and forget old ones of whoever has most where all take too much."""
@@ -411,18 +442,6 @@ class _Ended:
 
     def discard(self, stream: ServedStream) -> None:
         self.num_bytes -= self.streams.pop(stream, 0)
-
-
-def _cancelled(stream: ServedStream) -> StreamFinished:
-    """Return the only event of a stream that was cancelled while it waited."""
-    return StreamFinished(
-        stream=stream.id,
-        seq=0,
-        reason="cancelled",
-        text_length=0,
-        usage=Usage(prompt_tokens=0, completion_tokens=0, steps=0),
-        timings=Timings(first_block_ms=None, total_ms=0.0),
-    )
 
 
 def _size_of(prompt: Prompt) -> int:
