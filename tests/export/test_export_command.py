@@ -61,6 +61,26 @@ def test_a_published_checkpoint_is_exported_exactly(model_type: str, tmp_path: P
     assert logits.max_error <= 1e-4
 
 
+async def test_a_gguf_file_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
+    import tiny_gguf
+
+    path = tmp_path / "tiny.gguf"
+    model = tiny_gguf.oracle("llama", tied=True)
+    tiny_gguf.write_gguf(path, "llama", model, stored="Q4_K", pre="smollm")
+    assert export(path, tmp_path / "onnx", "--quantize", "fp32") == 0
+    params = read_manifest(tmp_path / "onnx").params_for("cpu")
+    candidate = load(tmp_path / "onnx", device="cpu")
+    logits = compare_logits(load_checkpoint(path), candidate, [[5, 6, 7]], params)
+    assert logits.max_error <= 1e-4
+    chat = [{"role": "user", "content": "Say 1234, please.  <think>"}]
+    answers = []
+    for folder in (path, tmp_path / "onnx"):
+        async with d2f_stream.load(folder, device="cpu") as engine:
+            answers.append(await engine.generate(chat, max_new_tokens=12).result())
+    assert answers[0].text == answers[1].text
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+
+
 def test_a_verified_artefact_holds_its_bounds(tmp_path: Path) -> None:
     write_short(tmp_path / "model", "qwen3")
     assert export(tmp_path / "model", tmp_path / "onnx", "--quantize", "fp32") == 0
