@@ -1,6 +1,7 @@
 """Models in GGUF files against transformers' own loading of the same files."""
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 import d2f_stream
+from d2f_runtime.gguf.file import GgufFile
 from d2f_runtime.models.checkpoints import load_checkpoint, read_config, stored_as
 from d2f_runtime.models.config import Llama3Rope
 from d2f_runtime.models.transformer import Transformer
-from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
+from d2f_runtime.text.tokenizer import Tokenizer
+from d2f_stream.core.errors import ModelDamaged, ModelError, ModelNotFound, UnsupportedModel
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -205,6 +208,30 @@ def test_metadata_that_contradicts_the_tensors(
     assert str(path) in str(caught.value)
 
 
+def test_any_byte_of_the_metadata_may_be_wrong(tmp_path: Path) -> None:
+    """Each of 200 damaged files runs, or is refused by one of our errors, which names it."""
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", oracle("llama"), stored="Q4_K")
+    good = path.read_bytes()
+    weights = min(tensor.start for tensor in GgufFile.open(path).tensors.values())
+    lists = range(good.index(b"tokenizer.ggml.tokens") + 60, good.index(b"tokenizer.ggml.bos") - 8)
+    places = [place for place in range(8, weights) if place not in lists]
+    rng = random.Random(0)
+    wrong = [b"\xff" * 8, bytes(8), b"\0\0\xc0\x7f", b"\1\0\0\0", b"\0\0\x10\0"]  # with a NaN
+    num_refused = 0
+    for _ in range(200):
+        content = bytearray(good)
+        place, value = rng.choice(places), rng.choice([*wrong, rng.randbytes(1)])
+        content[place : place + len(value)] = value
+        path.write_bytes(content)
+        try:
+            Tokenizer.from_folder(path).encode("It's 1234 <think>")
+            stored_as(path)
+            logits(load_checkpoint(path))
+        except ModelError as error:
+            num_refused += str(path) in str(error)
+    assert 100 < num_refused < 200
+
+
 def test_tensors_are_named_as_the_file_names_them(tmp_path: Path) -> None:
     model = oracle("qwen2")
     path = tmp_path / "tiny.gguf"
@@ -286,6 +313,16 @@ async def test_greedy_answers_equal_generate_of_transformers(tmp_path: Path) -> 
             assert list(result.token_ids) == wanted[0, 20:].tolist()
             with pytest.raises(d2f_stream.PromptTooLong, match="holds 512 in all"):
                 await engine.generate([5] * 500, max_new_tokens=32).result()
+
+
+async def test_link_of_the_hubs_cache_is_the_file_that_it_is_called(tmp_path: Path) -> None:
+    blob = tmp_path / "8f3ac1"
+    write_gguf(blob, "llama", oracle("llama"))
+    link = tmp_path / "snapshot" / "tiny.gguf"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    async with d2f_stream.load(str(link), device="cpu") as engine:
+        assert engine.info.name == "tiny.gguf"
 
 
 async def test_adapter_merges_under_the_published_names(tmp_path: Path) -> None:

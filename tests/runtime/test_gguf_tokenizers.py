@@ -165,9 +165,19 @@ def test_chat_template_is_the_files(tmp_path: Path) -> None:
         bare.render(messages)
 
 
-def test_unused_tokens_at_the_end_are_no_ids(tmp_path: Path) -> None:
+def test_template_that_cannot_be_read_is_the_files(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": "{% for %}"})
+    with pytest.raises(ModelDamaged, match=r"the chat template of .*tiny\.gguf cannot be read"):
+        Tokenizer.from_folder(path)
+
+
+def test_unused_tokens_are_no_ids(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "tiny.gguf", unused=7)
     assert token_source(path).vocabulary().size == len(vocabulary()[0])
+    types = [1] * len(vocabulary()[0])
+    types[7] = 5
+    path = write_tokens(path, metadata={"tokenizer.ggml.token_type": types})
+    assert token_source(path).vocabulary().gaps(500) == (7,)
 
 
 def test_written_files_make_the_same_tokenizer(tmp_path: Path, texts: list[str]) -> None:

@@ -52,10 +52,12 @@ def locate(model: str | Path) -> Path | HubModel:
         ModelNotFound: it looks like a name of the catalogue ("word:size"), and is none.
     """
     path = Path(model).expanduser()
+    if is_gguf(path):
+        return path.absolute()  # the hub's cache links it to a name that says no format
     if isinstance(model, str) and not path.exists() and (entry := named(model)) is not None:
         return HubModel(entry.repo)
     match = _ID.fullmatch(model) if isinstance(model, str) else None
-    if match is None or path.exists() or is_gguf(path):
+    if match is None or path.exists():
         return path.resolve()
     return HubModel(match["repo"], match["revision"])
 

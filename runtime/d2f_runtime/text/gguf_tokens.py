@@ -37,6 +37,9 @@ class GgufTokens:
     Args:
         file: of the model.
 
+    Attributes:
+        path: of the file.
+
     Raises:
         UnsupportedModel: it is of a kind that this build does not know.
         ModelDamaged: a key is missing, of the wrong kind, or contradicts the others.
@@ -44,6 +47,7 @@ class GgufTokens:
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
+        self.path = file.path
         model = self._value("model")
         if model != MODEL:
             raise UnsupportedModel(

@@ -88,13 +88,13 @@ class Tokenizer:
     ) -> None:
         self.special_names: Mapping[str, str] = {}
         if isinstance(source, TokenizerFiles):
-            self._tokens = _build_tokenizer(source)
+            self._tokens, where = _build_tokenizer(source), source.folder
             self.special_names = source.special_names()
         elif isinstance(source, GgufTokens):
-            self._tokens = source.build()
+            self._tokens, where = source.build(), source.path
             self.special_names = source.special_names()
         elif holds_file(source):
-            self._tokens = _read_tokenizer(source)
+            self._tokens, where = _read_tokenizer(source), source
         else:
             raise ModelNotFound(f"no tokenizer at {source}; a model folder needs a tokenizer.json")
         added = self._tokens.get_added_tokens_decoder()
@@ -104,7 +104,7 @@ class Tokenizer:
         self._mask_id = mask_id
         self._render: Callable[..., str] | None = None
         if chat_template is not None:
-            self._render = _compile_template(chat_template)
+            self._render = _compile_template(chat_template, where)
 
     @classmethod
     def from_folder(cls, folder: Path, *, mask_id: int | None = None) -> Self:
@@ -303,7 +303,7 @@ def _add_tokens(tokens: Any, files: TokenizerFiles) -> None:
             tokens.add_special_tokens([text])
 
 
-def _compile_template(source: str) -> Callable[..., str]:
+def _compile_template(source: str, where: Path) -> Callable[..., str]:
     try:
         from jinja2 import TemplateError
         from jinja2.ext import Extension
@@ -351,4 +351,4 @@ def _compile_template(source: str) -> Callable[..., str]:
     try:
         return compile_bounded(environment, source)
     except TemplateError as error:
-        raise ModelDamaged(f"the chat template cannot be read: {error}") from error
+        raise ModelDamaged(f"the chat template of {where} cannot be read: {error}") from error
