@@ -19,8 +19,8 @@ from d2f_runtime.decoding.policy import AcceptancePolicy, ThresholdPolicy
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 
 if TYPE_CHECKING:
-    from d2f_export.embedded_model.evaluate import Answer
     from d2f_export.embedded_model.problems import Problem
+    from d2f_runtime.evaluation.answers import Answer
     from d2f_runtime.models.transformer import Transformer
     from d2f_runtime.text.tokenizer import TextCodec
 
@@ -123,7 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from d2f_export.embedded_model.evaluate import decode_all, held_out, report
+    from d2f_export.embedded_model.evaluate import held_out, report
+    from d2f_runtime.evaluation.answers import decode_all
     from d2f_runtime.text.tokenizer import Tokenizer
     from lab.ablations.command import note_origin
 

@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from d2f_export.__main__ import main
 from d2f_export.distill.log import TrainingLog
 from d2f_export.embedded_model.corpus import EOS_ID, Corpus
-from d2f_export.embedded_model.evaluate import decode_all, evaluate, held_out, report
+from d2f_export.embedded_model.evaluate import evaluate, held_out, report
 from d2f_export.embedded_model.recipe import RECIPES
 from d2f_export.embedded_model.stages import train_stage
 from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.evaluation.answers import decode_all
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.text.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ from d2f_export.distill.base import Base
 from d2f_export.distill.examples import Example
 from d2f_export.distill.sequences import encode_prompt
 from d2f_export.distill.settings import DistillSettings
-from d2f_export.embedded_model.evaluate import Answer, decode_all
 from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.evaluation.answers import Answer, decode_all
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import InvalidRequest
 from d2f_stream.core.params import GenerationParams

@@ -1,37 +1,22 @@
-"""How good and how parallel: exact answers and useful tokens per step on held-out problems.
-
-Runs many decoders side by side over one backend, so that a GPU evaluates a thousand problems in
-seconds; the proposals, and so the answers, are those of one stream at a time.
-"""
+"""How good and how parallel: exact answers and useful tokens per step on held-out problems."""
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
 
 from d2f_export.embedded_model.problems import Problem, is_correct, problems
-from d2f_runtime.backends.base import Backend, StepRow
-from d2f_runtime.decoding.decoder import BlockDecoder
-from d2f_runtime.decoding.policy import AcceptancePolicy
-from d2f_runtime.engine.denoiser import decoder_of
+from d2f_runtime.backends.base import Backend
+from d2f_runtime.evaluation.answers import Answer, decode_all
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["Answer", "Report", "decode_all", "evaluate", "held_out", "report"]
+__all__ = ["Report", "evaluate", "held_out", "report"]
 
 HELD_OUT_SEED = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One decoded answer."""
-
-    tokens: tuple[int, ...]
-    num_useful: int
-    num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,45 +64,6 @@ class Report:
 def held_out(number: int) -> list[Problem]:
     """Return the first `number` problems of the evaluation stream."""
     return list(itertools.islice(problems(HELD_OUT_SEED, split="held_out"), number))
-
-
-def decode_all(
-    backend: Backend,
-    prompts: Iterable[Sequence[int]],
-    params: GenerationParams,
-    *,
-    rows: int = 256,
-    policy: AcceptancePolicy | None = None,
-    on_answer: Callable[[], object] | None = None,
-) -> list[Answer]:
-    """Decode every prompt greedily, at most `rows` at a time; answers in order of the prompts.
-
-    `policy` replaces that of the parameters; `on_answer` is called after each, for progress bars.
-    """
-    waiting = list(enumerate(prompts))[::-1]
-    running: dict[int, tuple[Any, BlockDecoder]] = {}
-    answers: dict[int, Answer] = {}
-    while waiting or running:
-        while waiting and len(running) < rows:
-            number, prompt = waiting.pop()
-            decoder = decoder_of(backend.info, prompt, params, policy)
-            slot = backend.open_slot(len(prompt) + params.max_new_tokens + params.block_size)
-            running[number] = (slot, decoder)
-        step_rows: list[StepRow] = []
-        for number, (slot, decoder) in list(running.items()):
-            window = decoder.next_window()
-            if window is not None:
-                step_rows.append(StepRow(slot, window))
-                continue
-            del running[number]
-            backend.close_slot(slot)
-            answers[number] = _answer(decoder)
-            if on_answer is not None:
-                on_answer()
-        found = backend.step(step_rows) if step_rows else []
-        for (_, decoder), proposals in zip(running.values(), found, strict=True):
-            decoder.apply(proposals)
-    return [answers[number] for number in sorted(answers)]
 
 
 def evaluate(
@@ -171,8 +117,3 @@ def report(
         by_operations=by_operations,
         with_distractor=share(distracted),
     )
-
-
-def _answer(decoder: BlockDecoder) -> Answer:
-    useful = decoder.num_useful_tokens
-    return Answer(tuple(decoder.answer_tokens[:useful]), useful, decoder.num_steps)

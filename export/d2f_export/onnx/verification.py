@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from d2f_export.embedded_model.evaluate import decode_all
 from d2f_export.onnx.verify import compare_backends, compare_logits
 from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.evaluation.answers import decode_all
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.manifest import Manifest, read_manifest, verify_files
 from d2f_runtime.text.tokenizer import TextCodec

@@ -1,1 +1,1 @@
-"""Scores of a model on published tasks, through lm-evaluation-harness."""
+"""Scores of a model: many answers side by side, and published tasks by lm-evaluation-harness."""

@@ -1,0 +1,70 @@
+"""Answers to many prompts, decoded side by side over one backend.
+
+A GPU answers a thousand prompts in seconds so; the proposals, and so the answers, are those of one
+stream at a time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2f_runtime.backends.base import Backend, StepRow
+from d2f_runtime.decoding.decoder import BlockDecoder
+from d2f_runtime.decoding.policy import AcceptancePolicy
+from d2f_runtime.engine.denoiser import decoder_of
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["Answer", "decode_all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One decoded answer."""
+
+    tokens: tuple[int, ...]
+    num_useful: int
+    num_steps: int
+
+
+def decode_all(
+    backend: Backend,
+    prompts: Iterable[Sequence[int]],
+    params: GenerationParams,
+    *,
+    rows: int = 256,
+    policy: AcceptancePolicy | None = None,
+    on_answer: Callable[[], object] | None = None,
+) -> list[Answer]:
+    """Decode every prompt greedily, at most `rows` at a time; answers in order of the prompts.
+
+    `policy` replaces that of the parameters; `on_answer` is called after each, for progress bars.
+    """
+    waiting = list(enumerate(prompts))[::-1]
+    running: dict[int, tuple[Any, BlockDecoder]] = {}
+    answers: dict[int, Answer] = {}
+    while waiting or running:
+        while waiting and len(running) < rows:
+            number, prompt = waiting.pop()
+            decoder = decoder_of(backend.info, prompt, params, policy)
+            slot = backend.open_slot(len(prompt) + params.max_new_tokens + params.block_size)
+            running[number] = (slot, decoder)
+        step_rows: list[StepRow] = []
+        for number, (slot, decoder) in list(running.items()):
+            window = decoder.next_window()
+            if window is not None:
+                step_rows.append(StepRow(slot, window))
+                continue
+            del running[number]
+            backend.close_slot(slot)
+            answers[number] = _answer(decoder)
+            if on_answer is not None:
+                on_answer()
+        found = backend.step(step_rows) if step_rows else []
+        for (_, decoder), proposals in zip(running.values(), found, strict=True):
+            decoder.apply(proposals)
+    return [answers[number] for number in sorted(answers)]
+
+
+def _answer(decoder: BlockDecoder) -> Answer:
+    useful = decoder.num_useful_tokens
+    return Answer(tuple(decoder.answer_tokens[:useful]), useful, decoder.num_steps)
