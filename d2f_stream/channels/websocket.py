@@ -32,6 +32,7 @@ MAX_REASON_BYTES: Final = 123
 """Of a close frame: RFC 6455 allows 125 bytes for code and reason."""
 CLOSE_TIMEOUT_S: Final = 2.0
 UNAUTHORIZED: Final = 4401
+NOTHING_NEW: Final = ("", "no token was given", "the token is wrong")
 SECRETS: Final = frozenset(
     {"token", "access_token", "auth_token", "auth", "api_key", "apikey", "key", "password"}
 )
@@ -192,11 +193,12 @@ def _refused(url: str, status: int, token: str | None) -> Exception:
 
 
 def _refusal(host: str, token: str | None, said: str) -> str:
+    more = "" if said in NOTHING_NEW else f" ({said})"
     if token:
-        return f"{host} does not accept the token that was given ({said})"
+        return f"{host} does not accept the token that was given{more}"
     return (
-        f"{host} wants a token and none was given ({said}); pass it as token=, on the command line "
-        "as --token or in D2F_TOKEN"
+        f"{host} wants a token and none was given{more}; pass it as token=, on the command line as "
+        "--token or in D2F_TOKEN"
     )
 
 

@@ -30,6 +30,11 @@ def test_defaults_are_the_safe_ones() -> None:
     assert (chosen.host, chosen.port, chosen.auth.required) == ("127.0.0.1", 8000, False)
 
 
+@pytest.mark.parametrize(("arguments", "may"), [([], False), (["--may-narrow"], True)])
+def test_windows_narrow_only_where_that_is_asked_for(arguments: list[str], may: bool) -> None:
+    assert cli.build_parser().parse_args(["serve", *arguments]).may_narrow is may
+
+
 def test_arguments_become_settings() -> None:
     chosen = settings(
         *("--host", "0.0.0.0", "--port", "0", "--token", f"alice={ALICE}", "--no-ui"),
