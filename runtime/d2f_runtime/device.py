@@ -25,10 +25,12 @@ __all__ = ["DeviceThread", "on_loop"]
 
 logger = logging.getLogger("d2f_stream.device")
 
+IDLE_S = 1.0
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_Job = Callable[[], None]
+_Job = Callable[[], object]
 _Jobs = queue.SimpleQueue[_Job | None]
 
 
@@ -36,16 +38,21 @@ class DeviceThread:
     """Runs calls one after the other, in the order they came, for event loops of any thread.
 
     The thread is a daemon: its owner stops it, at the latest from an `atexit` hook.
+
+    Args:
+        name: of the thread.
+        on_idle: called there when no call has come for a second, and every second from then on as
+            long as it returns True.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, on_idle: Callable[[], bool] | None = None) -> None:
         self._jobs: _Jobs = queue.SimpleQueue()
         self._messages: _Jobs = queue.SimpleQueue()
         self._stopped = False
         self._process = os.getpid()
         self._busy_since_s: float | None = None
         self._threads = (
-            _start(name, self._jobs),
+            _start(name, self._jobs, on_idle),
             _start(f"{name}-messenger", self._messages),
         )
 
@@ -130,23 +137,33 @@ def on_loop(function: Callable[P, object]) -> Callable[P, None]:
     return call
 
 
-def _start(name: str, jobs: _Jobs) -> threading.Thread:
-    thread = threading.Thread(target=_serve, args=(jobs,), name=name, daemon=True)
+def _start(name: str, jobs: _Jobs, on_idle: Callable[[], bool] | None = None) -> threading.Thread:
+    thread = threading.Thread(target=_serve, args=(jobs, on_idle), name=name, daemon=True)
     thread.start()
     return thread
 
 
-def _serve(jobs: _Jobs) -> None:
-    while (job := jobs.get()) is not None:
+def _serve(jobs: _Jobs, on_idle: Callable[[], bool] | None) -> None:
+    looks = False
+    while True:
+        try:
+            job = jobs.get(timeout=IDLE_S if looks else None)
+        except queue.Empty:
+            looks = on_idle is not None and _run_logged(on_idle) is True
+            continue
+        if job is None:
+            return
         job()
         del job  # an idle thread keeps no rows, results or tracebacks alive
+        looks = on_idle is not None
 
 
-def _run_logged(function: Callable[[], object]) -> None:
+def _run_logged(function: Callable[[], T]) -> T | None:
     try:
-        function()
+        return function()
     except BaseException:  # a thread has nowhere to raise it to
         logger.exception("a call on the device thread failed")
+        return None
 
 
 def _post(loop: asyncio.AbstractEventLoop, settle: Callable[..., object], *args: object) -> None:

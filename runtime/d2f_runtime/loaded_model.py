@@ -109,7 +109,7 @@ class LoadedModel:
     ) -> None:
         self.name = name
         self.key = key
-        self.device = DeviceThread(f"d2f-device-{name}")
+        self.device = DeviceThread(f"d2f-device-{name}", on_idle=self._do_look)
         self._load = load
         self._parts: ModelParts | None = None
         self._failure: BaseException | None = None
@@ -262,6 +262,11 @@ class LoadedModel:
         for owner in {owner for owner in self._owners.values() if owner.is_gone()}:
             logger.warning("model %s takes slots back: their event loop is gone", self.name)
             self.do_close_slots_of(owner)
+
+    def _do_look(self) -> bool:
+        """Reclaim; return whether slots are left that are worth looking at again."""
+        self.do_reclaim()
+        return bool(self._owners)
 
     def do_close_slots_of(self, owner: SlotOwner) -> None:
         """Close every slot that the owner opened, also those it was never told of."""

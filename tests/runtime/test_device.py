@@ -23,6 +23,24 @@ async def test_calls_run_in_order_on_one_thread(device: DeviceThread) -> None:
     assert order == list(range(20))
 
 
+async def test_idle_thread_looks_for_as_long_as_there_is_something_to_look_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("d2f_runtime.device.IDLE_S", 0.01)
+    looked, left = threading.Semaphore(0), [True, True, False]
+
+    def look() -> bool:
+        looked.release()
+        return left.pop(0)
+
+    device = DeviceThread("looking", on_idle=look)
+    await device.call(lambda: None)
+    for _ in range(3):
+        assert await asyncio.to_thread(looked.acquire, timeout=10)
+    assert left == []
+    device.stop()
+
+
 async def test_error_reaches_the_caller_and_the_thread_goes_on(device: DeviceThread) -> None:
     with pytest.raises(ZeroDivisionError):
         await device.call(lambda: 1 / 0)

@@ -95,6 +95,27 @@ def test_slot_of_a_lost_loop_is_free_for_the_next(
     del session
 
 
+@pytest.mark.parametrize("lose", [abandon, leave_to_its_thread])
+def test_slot_of_a_lost_loop_is_closed_even_if_nobody_wants_it(
+    lose: Callable[[LoadedModel], Session],
+) -> None:
+    closed = threading.Event()
+
+    class Told(ScriptedBackend):
+        __slots__ = ()
+
+        def close_slot(self, slot: Slot) -> None:
+            ScriptedBackend.close_slot(self, slot)
+            closed.set()
+
+    backend = Told(LONG)
+    model = shared(backend)
+    session = lose(model)
+    assert closed.wait(TIMEOUT_S)
+    free(model, backend)
+    del session
+
+
 def test_session_that_is_dropped_after_its_loop_was_closed_frees_its_slot_by_itself() -> None:
     backend = ScriptedBackend(LONG)
     model = shared(backend)
