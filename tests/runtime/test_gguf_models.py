@@ -315,6 +315,20 @@ async def test_greedy_answers_equal_generate_of_transformers(tmp_path: Path) -> 
                 await engine.generate([5] * 500, max_new_tokens=32).result()
 
 
+async def test_draft_adapter_leaves_the_answers_the_files_own(tmp_path: Path) -> None:
+    from tiny_drafts import write_draft_adapter
+
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", oracle("llama"), stored="Q8_0")
+    (mask_id,) = tokens_of("<|mask|>")
+    write_draft_adapter(tmp_path / "adapter", read_config(path), mask_id=mask_id)
+    answers = []
+    for adapter in (None, tmp_path / "adapter"):
+        async with d2f_stream.load(path, adapter=adapter, device="cpu") as engine:
+            result = await engine.generate(TOKENS[0, :9].tolist(), max_new_tokens=20).result()
+            answers.append(list(result.token_ids))
+    assert answers[0] == answers[1]
+
+
 async def test_link_of_the_hubs_cache_is_the_file_that_it_is_called(tmp_path: Path) -> None:
     blob = tmp_path / "8f3ac1"
     write_gguf(blob, "llama", oracle("llama"))
