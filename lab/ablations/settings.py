@@ -63,7 +63,7 @@ STUDIES: Final[dict[str, tuple[str, ...]]] = {  # in order of what they tell
     "block-size": ("blocks of 8", PUBLISHED, "blocks of 32"),
     "recipe": (UNTRAINED, PUBLISHED, "stepped", "recipe"),
 }
-RECORDED: Final = ("fresh noise",)  # masks of the teacher's own: lost, and can no longer be trained
+RECORDED: Final = ("fresh noise",)  # of the teacher's own; it lost, and is no longer trained
 AS_PUBLISHED: Final = {  # what the published setting is in a study
     "loss": "forward KL",
     "schedule": "monotone",

@@ -68,8 +68,10 @@ def distill(
         MissingExtra: peft or accelerate is not installed.
         D2FError: a checkpoint cannot be written, or the memory does not do after all.
     """
+    accelerator = open_accelerator(settings, cpu=cpu)
+    show = console if accelerator.is_main_process else None
     folder = RunFolder(output)
-    if is_finished(folder, settings, patience=settings.patience, console=console):
+    if is_finished(folder, settings, patience=settings.patience, console=show):
         return output
     base = open_base(settings.model)
     if settings.length > base.config.max_len:
@@ -79,9 +81,7 @@ def distill(
         )
     files = _files(settings, settings.data)
     num_examples = files.check()
-    accelerator = open_accelerator(settings, cpu=cpu)
     compute = resolve(settings, accelerator.device.type)
-    show = console if accelerator.is_main_process else None
     validation = _validation(settings, base, accelerator)
     _check_memory(settings, base, accelerator, compute, show)
     return train(

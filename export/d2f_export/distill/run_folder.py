@@ -38,6 +38,7 @@ Writer = Callable[[Path, dict[str, Tensor]], None]  # puts trained weights into 
 SETTINGS_FILE: Final = "settings.toml"
 STATE_FILE: Final = "run.json"
 END_FILE: Final = "finished.json"
+MODEL_FILES: Final = ("adapter_config.json", "config.json")  # one of them: the folder is a model
 BEGUN: Final = {f".{SETTINGS_FILE}", "checkpoints"}  # what a kill may leave before the settings
 WEIGHTS_FILE: Final = "model.safetensors"
 
@@ -141,6 +142,8 @@ class RunFolder:
 
     @property
     def _end(self) -> RunState | None:
+        if not any((self.path / name).is_file() for name in MODEL_FILES):
+            return None  # its model was taken away; a checkpoint gives it back
         try:
             return msgspec.json.decode((self.path / END_FILE).read_bytes(), type=RunState)
         except (FileNotFoundError, msgspec.DecodeError):

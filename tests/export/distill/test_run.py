@@ -178,6 +178,10 @@ def test_finished_run_is_not_begun_anew(
     assert times() == before
     distill(settings(base, data, steps=3), run, cpu=True)
     assert [row["step"] for row in rows(run / "log.csv")] == ["1", "2", "3"]
+    (run / "adapter_config.json").unlink()
+    distill(settings(base, data, steps=3), run, cpu=True)
+    assert (run / "adapter_config.json").is_file()  # from the last checkpoint
+    assert len(rows(run / "log.csv")) == 3
     shutil.rmtree(run / "checkpoints")  # as one does to save space
     before = times()
     distill(settings(base, data, steps=3), run, cpu=True)
