@@ -1,6 +1,7 @@
 """Records: the JSON files of benchmark results, with their origin."""
 
 import json
+import os
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from d2f_runtime.provenance import environment
 
-__all__ = ["command_of", "spread", "write_record"]
+__all__ = ["command_of", "replace_text", "spread", "whole_lines", "write_record"]
 
 
 def command_of(module: str, arguments: Sequence[str]) -> str:
@@ -27,6 +28,26 @@ def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
         "p90": round(deciles[8], digits),
         "count": len(ordered),
     }
+
+
+def whole_lines(path: Path) -> str:
+    """Return a file's text; a last line that was not written whole is dropped from the file too.
+
+    Empty where there is no such file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        replace_text(path, whole)
+    return whole
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew, at once."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def write_record(path: Path, name: str, results: dict[str, Any], *, command: str) -> None:

@@ -18,6 +18,7 @@ from d2f_stream.core.errors import (
     ProtocolError,
     Unauthorized,
 )
+from d2f_stream.wire.addresses import SECRETS
 from d2f_stream.wire.codec import JSON, MSGPACK, SUBPROTOCOLS, Codec
 from d2f_stream.wire.protocol import Authenticate
 
@@ -33,9 +34,6 @@ MAX_REASON_BYTES: Final = 123
 CLOSE_TIMEOUT_S: Final = 2.0
 UNAUTHORIZED: Final = 4401
 NOTHING_NEW: Final = ("", "no token was given", "the token is wrong")
-SECRETS: Final = frozenset(
-    {"token", "access_token", "auth_token", "auth", "api_key", "apikey", "key", "password"}
-)
 
 
 class WebSocketChannel:

@@ -196,7 +196,7 @@ class MqttEngine:
                 "shorten the prompt"
             )
         cancel = partial(self._cancel, request.request_id)
-        buffer = EventBuffer(cancel=cancel, pause=_go_on, resume=_go_on)
+        buffer = EventBuffer(cancel=cancel)
         self._start()
         self._conversation.ask(request, buffer, names)
         self._watch()
@@ -449,10 +449,6 @@ class MqttEngine:
                 "start one: d2f-stream serve --mqtt URL"
             )
         return ConnectionLost(f"{where} was not reached for {waited_s:g} s: {self._trouble}")
-
-
-def _go_on() -> None:
-    """Pause or resume nothing: the answer's own length bounds what waits for its reader."""
 
 
 connect_mqtt = MqttEngine

@@ -24,7 +24,7 @@ from d2f_stream.core.events import (
 )
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt
-from d2f_stream.wire.protocol import Generate, OnDisconnect, Overrides, WirePrompt, wire_prompt
+from d2f_stream.wire.protocol import Generate, Overrides, WirePrompt, wire_prompt
 
 __all__ = ["RemoteStream", "new_request"]
 
@@ -146,7 +146,6 @@ def new_request(
     overrides: ParamOverrides,
     *,
     defaults: GenerationParams | None,
-    on_disconnect: OnDisconnect = "continue",
 ) -> Generate:
     """Return a request under a new id: every field of given params, else what is overridden.
 
@@ -155,7 +154,6 @@ def new_request(
         params: instead of the model's defaults.
         overrides: single fields, on top of either.
         defaults: the model's, where they are known already: the fields are then checked here.
-        on_disconnect: see Generate.
 
     Raises:
         InvalidRequest: prompt or parameters cannot be sent, or are known to be out of range.
@@ -171,7 +169,6 @@ def new_request(
         request_id=uuid.uuid4().hex,
         prompt=_sent_prompt(prompt),
         params=fields,
-        on_disconnect=on_disconnect,
     )
 
 

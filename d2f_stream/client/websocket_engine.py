@@ -31,7 +31,6 @@ from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 from d2f_stream.wire.protocol import (
     ModelCard,
-    OnDisconnect,
 )
 
 __all__ = ["RemoteEngine"]
@@ -60,7 +59,6 @@ class RemoteEngine:
         dial: opens a channel to the server.
         backoff: when to try again.
         linger_s: how long an idle connection is kept outside `async with`, seconds.
-        on_disconnect: whether the server goes on with an answer while this client is away.
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class RemoteEngine:
         *,
         backoff: Backoff | None = None,
         linger_s: float = LINGER_S,
-        on_disconnect: OnDisconnect = "continue",
     ) -> None:
         self._conversation = Conversation(self._note_change)
         self._link = Link(
@@ -79,7 +76,6 @@ class RemoteEngine:
             stay=lambda: self._entered,
             linger_s=linger_s,
         )
-        self._on_disconnect = on_disconnect
         self._entered = False
         self._closing = False
         self._failure: D2FError | None = None  # of the last try
@@ -136,13 +132,9 @@ class RemoteEngine:
             params,
             overrides,
             defaults=hello.model.params if hello else None,
-            on_disconnect=self._on_disconnect,
         )
-        buffer = EventBuffer(
-            cancel=partial(self._conversation.cancel, request.request_id),
-            pause=_go_on,
-            resume=_go_on,
-        )
+        # One unread answer must not hold up the others of its connection: nothing is paused.
+        buffer = EventBuffer(cancel=partial(self._conversation.cancel, request.request_id))
         self._conversation.ask(request, buffer, names)
         self._start()
         return Session(buffer)
@@ -248,7 +240,3 @@ class RemoteEngine:
             self._loop = loop
         elif self._loop is not loop:
             raise RuntimeError("this engine belongs to another event loop; connect() here")
-
-
-def _go_on() -> None:
-    """Do nothing: one unread answer must not hold up the others of its connection."""

@@ -19,6 +19,10 @@ HIGH_WATER = 16
 """Durable events that wait unread before the producer is paused; it resumes at a quarter."""
 
 
+def _go_on() -> None:
+    """Pause or resume nothing: the answer's own length bounds what waits for its reader."""
+
+
 class EventBuffer:
     """The events of one stream, from one producer to one reader at a time.
 
@@ -41,8 +45,8 @@ class EventBuffer:
         self,
         *,
         cancel: Callable[[], None],
-        pause: Callable[[], None],
-        resume: Callable[[], None],
+        pause: Callable[[], None] = _go_on,
+        resume: Callable[[], None] = _go_on,
         high: int = HIGH_WATER,
     ) -> None:
         self.text = ""

@@ -5,7 +5,6 @@ problems and the draws of noise, so that settings are compared in pairs.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Final
 from d2f_export.distill.corruption import BlockNoise
 from d2f_export.distill.distiller import LossWeights, Objective
 from d2f_export.embedded_model.recipe import DISTILLATION
+from lab.records import whole_lines
 
 __all__ = [
     "AS_PUBLISHED",
@@ -141,14 +141,7 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        self._runs = {_run_of(json.loads(line)) for line in whole.splitlines()}
-        if whole != text:
-            beside = path.with_name(path.name + ".part")
-            beside.write_text(whole, encoding="utf-8")
-            os.replace(beside, path)
+        self._runs = {_run_of(json.loads(line)) for line in whole_lines(path).splitlines()}
 
     def __contains__(self, run: Run) -> bool:
         return run in self._runs

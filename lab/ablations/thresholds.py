@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from d2f_runtime.evaluation.answers import Answer
     from d2f_runtime.models.transformer import Transformer
     from d2f_runtime.text.tokenizer import TextCodec
+from lab.records import whole_lines
 
 __all__ = ["FactorPolicy", "Setting", "add_arguments", "round_weights", "settings"]
 
@@ -199,10 +200,5 @@ def round_weights(model: "Transformer") -> None:
 
 def _recorded(output: Path) -> list[tuple[str, int, dict[str, Any]]]:
     """Return models, numbers of problems and settings; a last line that is not whole is dropped."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    text = output.read_text(encoding="utf-8") if output.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        output.write_text(whole, encoding="utf-8")
-    records = map(json.loads, whole.splitlines())
+    records = map(json.loads, whole_lines(output).splitlines())
     return [(r["model"], r["num_problems"], r["setting"]) for r in records]

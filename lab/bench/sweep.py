@@ -8,7 +8,6 @@ nor on how many answers run side by side.
 
 import csv
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.session import Engine
 from lab.bench.sweep_grid import Setting
 from lab.bench.sweep_tasks import SweepTask
-from lab.records import command_of
+from lab.records import command_of, replace_text, whole_lines
 
 __all__ = ["COLUMNS", "Table", "sweep"]
 
@@ -49,15 +48,12 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        rows = list(csv.DictReader(whole.splitlines()))
-        if whole and tuple(whole.splitlines()[0].split(",")) != COLUMNS:
+        lines = whole_lines(path).splitlines()
+        if lines and tuple(lines[0].split(",")) != COLUMNS:
             raise InvalidParams("output", str(path), "a new file, or one that a sweep has written")
-        self._keys = {self._key(row) for row in rows}
-        if whole != text or not whole:
-            self._replace(whole or ",".join(COLUMNS) + "\n")
+        self._keys = {self._key(row) for row in csv.DictReader(lines)}
+        if not lines:
+            replace_text(path, ",".join(COLUMNS) + "\n")
 
     def __contains__(self, row: dict[str, Any]) -> bool:
         return self._key(row) in self._keys
@@ -67,11 +63,6 @@ class Table:
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         self._keys.add(self._key(row))
-
-    def _replace(self, text: str) -> None:
-        beside = self.path.with_name(self.path.name + ".part")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path)
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.models.transformer import block_causal_mask, head_states
+from d2f_runtime.models.transformer import block_causal_mask
 from tiny_models import CONFIGS, MASK, tiny_model
 
 pytest.importorskip("transformers")
@@ -38,11 +38,3 @@ def test_mask_shows_the_cache_and_the_own_block() -> None:
     first, second = (mask[:, 0] * 1).tolist()
     assert first == [[1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1]]
     assert second == [[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
-
-
-def test_shifted_heads_begin_with_the_last_cached_state() -> None:
-    hidden = torch.arange(6.0).view(1, 3, 2)
-    last = torch.tensor([[8.0, 9.0]])
-    rows = torch.tensor([[0, 2]])
-    assert head_states(hidden, last, rows, shift=True).tolist() == [[[8.0, 9.0], [2.0, 3.0]]]
-    assert head_states(hidden, last, rows, shift=False).tolist() == [[[0.0, 1.0], [4.0, 5.0]]]

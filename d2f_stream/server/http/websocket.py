@@ -25,12 +25,12 @@ from d2f_stream.server.auth import (
 )
 from d2f_stream.server.streams.connection import CLOSE_CODES
 from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.wire.addresses import SECRETS
 from d2f_stream.wire.codec import JSON, SUBPROTOCOLS, Codec
 
 __all__ = ["WebSocketChannel", "stream_route"]
 
 PATH: Final = "/v1/stream"
-QUERY_TOKENS: Final = ("token", "access_token", "auth_token", "api_key", "apikey", "key")
 MAX_REASON_BYTES: Final = 123
 """Of a close frame: RFC 6455 allows 125 bytes for code and reason."""
 
@@ -123,7 +123,7 @@ def _choose(offered: list[str]) -> tuple[Codec, str | None]:
 
 def _client_of(socket: WebSocket, offered: list[str], auth: Auth) -> str | None:
     """Return whose connection it is; None where the first message has to tell."""
-    if any(name.lower() in QUERY_TOKENS for name in socket.query_params):
+    if any(name.lower() in SECRETS for name in socket.query_params):
         raise Unauthorized(
             "a token must not stand in a query string, which ends up in logs; see the docs"
         )

@@ -137,11 +137,6 @@ class MqttGateway:
         """Whether there is a connection to the broker now."""
         return self._link.connected
 
-    @property
-    def num_publishing(self) -> int:
-        """Streams that have events which the broker has not acknowledged, or may get some."""
-        return len(self._publishing)
-
     async def wait_connected(self) -> None:
         """Wait until requests can come in. Safe to cancel."""
         await self._link.wait_connected()

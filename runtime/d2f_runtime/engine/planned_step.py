@@ -1,11 +1,13 @@
-"""PlannedStep: one step of one batch, planned on the event loop and run on the device thread.
+"""PlannedStep: one step of a batch, planned on the event loop and run on the device thread.
 
 The event loop plans a step while the one before it runs, so that the device thread goes from one to
 the next without waiting for anybody. Whatever must not be so far ahead stops it there: the event
 loop withdraws the plan, or a stream of the step before came to its end.
 """
 
+import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from d2f_runtime.engine.scheduler import Batch
 from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import LoadedModel
 
-__all__ = ["Joined", "PlannedStep", "StepResult"]
+__all__ = ["Joined", "PlannedStep", "StepQueue", "StepResult"]
 
 Joined = Sequence[tuple[Stream, Sequence[BlockView]]]
 
@@ -107,6 +109,57 @@ class PlannedStep:
         except Exception as error:
             return error
         return row
+
+
+class StepQueue:
+    """The steps that the device thread runs now or will run next, in order.
+
+    Belongs to the event loop. Two steps deep as a rule: one runs, and the next stands behind it.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._steps: deque[tuple[PlannedStep, asyncio.Future[StepResult | None]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def newest(self) -> PlannedStep | None:
+        """The step that was put last, if its result was not taken yet."""
+        return self._steps[-1][0] if self._steps else None
+
+    def put(self, step: PlannedStep) -> None:
+        """Queue a step on the device thread."""
+        self._steps.append((step, self._model.device.call(step.do_run, self._model)))
+
+    async def take(self) -> tuple[PlannedStep, StepResult | None]:
+        """Wait for the oldest step; its result is None if it was not run.
+
+        Not safe to cancel: the step may run on. `abandon` follows, as it does after an error.
+
+        Raises:
+            Exception: whatever the backend raised.
+        """
+        step, future = self._steps[0]
+        if future.done():
+            await asyncio.sleep(0)  # readers have their turn between two steps
+        result = await future
+        self._steps.popleft()
+        return step, result
+
+    def withdraw(self) -> None:
+        """Let no step begin that has not begun; they are still to be taken."""
+        for step, _ in self._steps:
+            step.withdrawn = True
+
+    def abandon(self) -> None:
+        """Withdraw all steps and forget them; one that has begun runs to its end all the same."""
+        self.withdraw()
+        for _, future in self._steps:
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # of which the model has taken note
+        self._steps.clear()
 
 
 def _end(stream: Stream, proposals: Proposals) -> Progress | Exception:

@@ -27,9 +27,8 @@ from typing import TypeVar
 from d2f_runtime.device import on_loop
 from d2f_runtime.engine.early_requests import EarlyRequests, Prepare
 from d2f_runtime.engine.limits import EngineLoad, Limits
-from d2f_runtime.engine.planned_step import Joined, PlannedStep
+from d2f_runtime.engine.planned_step import Joined, PlannedStep, StepQueue
 from d2f_runtime.engine.scheduler import Batch, Scheduler
-from d2f_runtime.engine.step_queue import StepQueue
 from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_stream.core.buffer import EventBuffer

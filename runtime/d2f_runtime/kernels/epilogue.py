@@ -5,15 +5,13 @@ Hopper only, as `streamed`, whose programs call this.
 Shapes: H query heads, KV key/value heads, HALF of a head's size; a tile is [OUTPUTS, ROWS].
 """
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
+from d2f_runtime.kernels.gluon import (
+    HAS_GLUON,
+    gl,
+    gluon,
+)
 
-    HAS_GLUON = True
-except ImportError:
-    HAS_GLUON = False
-
-__all__ = ["HAS_GLUON", "finish"]
+__all__ = ["finish"]
 
 if HAS_GLUON:
 

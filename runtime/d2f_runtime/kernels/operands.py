@@ -4,17 +4,14 @@ The codes lie as `fragments` has them, so that no thread needs what another one 
 arithmetic of `unpacking` all that is left is to say which number is which. Hopper only.
 """
 
+from d2f_runtime.kernels.gluon import (
+    HAS_GLUON,
+    gl,
+    gluon,
+)
 from d2f_runtime.kernels.unpacking import unpack_eight_bits, unpack_four_bits
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-
-    HAS_GLUON = True
-except ImportError:
-    HAS_GLUON = False
-
-__all__ = ["HAS_GLUON", "operand_of_4", "operand_of_8", "quarters_of"]
+__all__ = ["operand_of_4", "operand_of_8", "quarters_of"]
 
 if HAS_GLUON:
     _FOUR_BITS = gl.constexpr(unpack_four_bits())

@@ -24,26 +24,21 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.kernels.activation import Activation
+from d2f_runtime.kernels.gluon import (
+    HAS_GLUON,
+    TensorDescriptor,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from d2f_runtime.kernels.language import gdc_launch_dependents, gdc_wait
 from d2f_runtime.kernels.rope import Rotation
 from d2f_runtime.kernels.skinny import Tiling
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    HAS_GLUON = True
-except ImportError:
-    HAS_GLUON = False
-
-__all__ = ["HAS_GLUON", "streamed_product", "streamed_rotation"]
+__all__ = ["streamed_product", "streamed_rotation"]
 
 
 def streamed_product(

@@ -10,6 +10,17 @@ Shapes: M rows, H query heads, KV key/value heads, hd head size, T pool places, 
 import torch
 from torch import Tensor
 
+from d2f_runtime.kernels.gluon import (
+    HAS_GLUON,
+    TensorDescriptor,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from d2f_runtime.kernels.language import (
     MULTIPROCESSORS,
     gdc_launch_dependents,
@@ -17,22 +28,6 @@ from d2f_runtime.kernels.language import (
     is_hopper,
     power_of_2,
 )
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    HAS_GLUON = True
-except ImportError:
-    HAS_GLUON = False
 
 __all__ = ["can_stream", "streamed_attention"]
 

@@ -14,25 +14,20 @@ import torch
 from torch import Tensor
 
 from d2f_runtime.kernels.fragments import TILE, PackedCodes
+from d2f_runtime.kernels.gluon import (
+    HAS_GLUON,
+    TensorDescriptor,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from d2f_runtime.kernels.language import gdc_launch_dependents, gdc_wait
 from d2f_runtime.kernels.low_bit_tiling import STRIDES, LowBitTiling
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    HAS_GLUON = True
-except ImportError:
-    HAS_GLUON = False
-
-__all__ = ["HAS_GLUON", "streamed_low_bit_product"]
+__all__ = ["streamed_low_bit_product"]
 
 
 def streamed_low_bit_product(

@@ -26,7 +26,6 @@ __all__ = [
     "Past",
     "Transformer",
     "block_causal_mask",
-    "head_states",
     "rotary_frequencies",
 ]
 
@@ -78,21 +77,6 @@ class MaskRows:
         for first in range(0, self.visible_until.shape[1], self.num_rows):
             rows = slice(first, first + self.num_rows)
             yield rows, block_causal_mask(self.start, self.visible_until, self.num_cached, rows)
-
-
-def head_states(hidden: Tensor, last_hidden: Tensor, rows: Tensor, *, shift: bool) -> Tensor:
-    """Select the states that predict the given window positions: [B, R, D].
-
-    Args:
-        hidden: [B, W, D] final states of the window.
-        last_hidden: [B, D] final state of the last cached position (used where `shift`).
-        rows: [B, R] int64, window positions to predict.
-        shift: position i is predicted by the state before it (Dream).
-    """
-    if shift:
-        hidden = torch.cat([last_hidden[:, None], hidden], dim=1)
-    index = rows[:, :, None].expand(-1, -1, hidden.shape[2])
-    return torch.gather(hidden, 1, index)
 
 
 class RMSNorm(nn.Module):

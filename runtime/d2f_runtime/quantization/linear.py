@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2f_runtime.kernels.activation import FP8, Activation, quantise_rows
+from d2f_runtime.kernels.gluon import HAS_GLUON
 from d2f_runtime.kernels.language import HAS_TRITON, is_hopper
 from d2f_runtime.kernels.rope import Rotation
 from d2f_runtime.kernels.skinny import Tiling, skinny_product, tiling_for
-from d2f_runtime.kernels.streamed import HAS_GLUON, streamed_product, streamed_rotation
+from d2f_runtime.kernels.streamed import streamed_product, streamed_rotation
 from d2f_runtime.quantization.low_bit_linear import LowBitLinear, pack_low_bit
 from d2f_runtime.quantization.stored import LOW_BIT, StoredWeight, dense, quantise
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from d2f_runtime.kernels.activation import Activation
 from d2f_runtime.kernels.fragments import TILE, PackedCodes, pack_codes, pack_scales
+from d2f_runtime.kernels.gluon import HAS_GLUON
 from d2f_runtime.kernels.language import is_hopper
 from d2f_runtime.kernels.low_bit import low_bit_product
 from d2f_runtime.kernels.low_bit_tiling import STRIDES, LowBitTiling, low_bit_tiling
-from d2f_runtime.kernels.streamed_low_bit import HAS_GLUON, streamed_low_bit_product
+from d2f_runtime.kernels.streamed_low_bit import streamed_low_bit_product
 from d2f_runtime.quantization.nf4 import Nf4Weight
 from d2f_runtime.quantization.stored import QuantizedWeight
 
