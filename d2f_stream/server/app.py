@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.staticfiles import StaticFiles
 
 from d2f_stream.core.printable import printable
@@ -111,8 +111,9 @@ async def _no_route(request: Request, error: Exception) -> Response:
     method, path = request.method, printable(request.url.path, 100)
     if request.url.path.startswith("/api/"):  # as Ollama's clients read it
         return JSONResponse({"error": f"{method} {path}: not found"}, error.status_code)
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+    methods = _methods_at(request)
+    if methods or error.status_code == 405:
+        allowed = ", ".join(sorted(methods or METHODS))
         sentence = f"{path} does not take {method}; it takes {allowed}"
         headers = {"Allow": allowed}
         return error_response(405, "method_not_allowed", sentence, headers=headers)
@@ -155,6 +156,15 @@ def _status(registry: StreamRegistry, stuck_s: float) -> str:
     if isinstance(engine, LocalWork) and engine.busy_s > stuck_s:
         return "stuck"
     return "ok" if registry.admits else "shutting_down"
+
+
+def _methods_at(request: Request) -> set[str]:
+    """Return the methods that an address takes; empty where there is none but the page's."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
+            found |= route.methods or set()
+    return found
 
 
 def _page_route() -> Route:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -219,3 +220,34 @@ async def test_closed_keep_alive_connection_does_not_wait_for_its_reader() -> No
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
             await reader.readuntil(b"}")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models/", 200),
+        ("GET", "//healthz", 200),
+        ("GET", "http://localhost/healthz", 200),
+        ("POST", "/v1//completions/", 415),
+        ("GET", "/v1/chat/completions", 405),
+        ("PUT", "/healthz", 405),
+        ("POST", "/chat/completions", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1", 404),
+        ("GET", "/v1/nothing.html", 404),
+        ("OPTIONS", "/v1/nothing", 404),
+    ],
+)
+async def test_addresses_are_read_as_they_are_meant(method: str, path: str, status: int) -> None:
+    async with serving() as server, raw(server) as (reader, writer):
+        writer.write(
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            "Content-Length: 0\r\n\r\n".encode()
+        )
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"application/json" in head
+    if status >= 400:
+        error = json.loads(body)["error"]
+        assert error["message"]
+        assert (status != 405) or b"allow: " in head.lower()

@@ -310,6 +310,8 @@ async def test_several_prompts_are_refused() -> None:
         ({"messages": []}, "messages", "invalid_prompt"),
         ({"messages": "hi"}, "messages", "invalid_request"),
         ({"temperature": "hot"}, "temperature", "invalid_request"),
+        ({"seed": 2**64}, "seed", "invalid_params"),
+        ({"max_tokens": -(2**70)}, "max_tokens", "invalid_params"),
         ({"messages": [{"content": "hi"}]}, "messages[0]", "invalid_request"),
     ],
 )

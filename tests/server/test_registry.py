@@ -493,6 +493,7 @@ async def test_stream_that_waits_for_its_turn_is_cancelled_at_once() -> None:
         (request(temperature=-1.0), InvalidParams),
         (request(block_size=999), InvalidParams),
         (request(max_new_tokens=513), MessageTooLarge),
+        (Generate(request_id="large-id--------", prompt=[2**70]), InvalidPrompt),
         (Generate(request_id="mixed-prompt-----", prompt=[1, {"role": "user"}]), InvalidRequest),
         (Generate(request_id="no-role----------", prompt=[{"content": "x"}]), InvalidPrompt),
     ],

@@ -34,6 +34,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 access = logging.getLogger("d2f_stream.access")
 
+ABSOLUTE: Final = re.compile("^https?://[^/]*/?")
 SLASHES: Final = re.compile("//+")
 HOST: Final = re.compile(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 POLICY: Final = (
@@ -183,7 +184,8 @@ class OriginGuard:
 class PlainPaths:
     """Reads an address as clients mean it: without doubled slashes, and without one at the end.
 
-    They come from base URLs that end in a slash, or that leave one out.
+    They come from base URLs that end in a slash, or that leave one out. Some proxies send the whole
+    address (RFC 9112, 3.2.2).
     """
 
     def __init__(self, app: App) -> None:
@@ -192,7 +194,7 @@ class PlainPaths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request or a websocket handshake."""
         path = scope.get("path", "")
-        plain = SLASHES.sub("/", path).rstrip("/") or "/"
+        plain = SLASHES.sub("/", ABSOLUTE.sub("/", path)).rstrip("/") or "/"
         if plain != path:
             scope = {**scope, "path": plain, "raw_path": quote(plain).encode()}
         await self._app(scope, receive, send)

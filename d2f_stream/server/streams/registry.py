@@ -266,9 +266,12 @@ class StreamRegistry:
                 )
             overrides["max_new_tokens"] = limit
         clamp = clamp or is_open
+        max_len = self.engine.info.max_len
+        if not clamp and params.max_new_tokens > max_len:
+            raise PromptTooLong(1, params.max_new_tokens, max_len, at_least=True)
         most = min(params.max_new_tokens, limit or params.max_new_tokens)
         if clamp:
-            most = min(most, self.engine.info.max_len)
+            most = min(most, max_len)
         prompt = _prompt_of(request)
         if isinstance(self.engine, PromptReader):
             self.engine.check_size(prompt)

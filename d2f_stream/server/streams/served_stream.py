@@ -10,8 +10,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-import msgspec
-
 from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
 from d2f_stream.core.session import Session
@@ -219,7 +217,8 @@ class Cursor:
 
 def digest_of(request: Generate) -> bytes:
     """Return what tells a request from another one with the same id."""
-    return hashlib.sha256(msgspec.msgpack.encode(request)).digest()
+    # Not msgpack, which has no integers beyond 64 bits: a request may be wrong, but not break this.
+    return hashlib.sha256(repr(request).encode(errors="surrogatepass")).digest()
 
 
 def _bytes_of(event: Event) -> int:
