@@ -49,6 +49,9 @@ SEND_BUFFER_BYTES: Final = 128 * 1024
 HURRY_S: Final = 1.0
 """For the engine to end streams that are not to end in order."""
 
+RECEIVE_BUFFER_BYTES: Final = 32 * 1024
+"""Of each connection, so that what many send at once is read in many turns of the event loop."""
+
 BACKLOG: Final = 1024
 """Connections that the kernel holds until they are taken."""
 
@@ -404,6 +407,7 @@ def _listen(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it lets two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)

@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     serving.add_argument("--part", action="append", help="only this part; repeat")
     serving.set_defaults(run=_serving)
 
-    for command in (stream, overhead, steps, step, footprint, serving):
+    attacks = commands.add_parser("attacks", help="what others notice of a client that asks much")
+    attacks.add_argument("--part", action="append", help="only this part; repeat")
+    attacks.set_defaults(run=_attacks)
+
+    for command in (stream, overhead, steps, step, footprint, serving, attacks):
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
     if arguments.run is _sweep:
@@ -275,6 +279,12 @@ def _serving(arguments: argparse.Namespace) -> dict[str, Any]:
     from lab.bench.serving import PARTS, serving
 
     return asyncio.run(serving(arguments.part or list(PARTS)))
+
+
+def _attacks(arguments: argparse.Namespace) -> dict[str, Any]:
+    from lab.bench.serving_attacks import PARTS, attacks
+
+    return asyncio.run(attacks(arguments.part or list(PARTS)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from d2f_runtime.backends.base import StepRow
@@ -14,11 +14,21 @@ from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_stream.core.params import GenerationParams
+from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.serve import Server
 from d2f_stream.server.settings import ServeSettings
 
-__all__ = ["LENGTH", "PARAMS", "answer_to", "rss_mb", "serving_model", "until_forgotten", "url_of"]
+__all__ = [
+    "LENGTH",
+    "PARAMS",
+    "answer_to",
+    "engine_of",
+    "rss_mb",
+    "serving_model",
+    "until_forgotten",
+    "url_of",
+]
 
 PARAMS: Final = GenerationParams(max_new_tokens=512, block_size=8)
 LENGTH: Final = 320  # of answers, bytes
@@ -51,17 +61,29 @@ async def serving_model(
     metrics: Metrics | None = None,
     **settings: Any,
 ) -> AsyncIterator[Server]:
-    """Serve the scripted model on a free port."""
+    """Serve the scripted model on a free port, to as many streams at once as its engine takes."""
+    room = Limits(max_sessions=1024, max_rows=64)
+    limits = replace(
+        settings.pop("limits", ServeLimits()),
+        max_running=room.max_sessions,
+        max_running_per_client=room.max_sessions,
+    )
+    chosen = ServeSettings(port=0, ui=False, limits=limits, **settings)
+    async with (
+        engine_of(step_s=step_s, length=length, limits=room) as engine,
+        Server(engine, chosen, metrics=metrics) as server,
+    ):
+        yield server
+
+
+def engine_of(*, step_s: float, length: int, limits: Limits | None = None) -> LocalEngine:
+    """Return an engine over the scripted model."""
 
     def answers(ids: tuple[int, ...]) -> list[int]:
         return list(answer_to(ByteCodec().decode(ids), length).encode())
 
     backend = _Backend(answers, step_s=step_s)
-    room = Limits(max_sessions=1024, max_rows=64)
-    chosen = ServeSettings(port=0, ui=False, **settings)
-    engine = LocalEngine.over(backend, ByteCodec(), defaults=PARAMS, limits=room)
-    async with engine, Server(engine, chosen, metrics=metrics) as server:
-        yield server
+    return LocalEngine.over(backend, ByteCodec(), defaults=PARAMS, limits=limits)
 
 
 def url_of(server: Server) -> str:
