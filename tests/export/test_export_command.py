@@ -18,6 +18,7 @@ from d2f_runtime.models.manifest import read_manifest
 from d2f_runtime.quantization.int8 import Int8Weight
 from d2f_runtime.quantization.stored import quantise
 from d2f_stream import cli
+from d2f_stream.core.errors import OutOfCapacity
 from d2f_stream.core.params import GenerationParams
 from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
 from tiny_families import Tiny
@@ -88,7 +89,8 @@ def test_a_verified_artefact_holds_its_bounds(tmp_path: Path) -> None:
     more = ["--model", str(tmp_path / "model"), "--compared", "2", "--output", str(report)]
     assert verify(tmp_path / "onnx", *more) == 0
     found = json.loads((report / "report.json").read_text())
-    assert found["bounds"] == {"logits within 0.0001": True, "identical tokens": True}
+    bounds = {"logits within 2e-05 of their size": True, "identical tokens": True}
+    assert found["bounds"] == bounds
     assert found["decoding"]["num_prompts"] == 2
 
 
@@ -129,6 +131,66 @@ def test_a_checkpoint_that_is_quantised_is_exported_as_what_it_means(tmp_path: P
     params = GenerationParams(max_new_tokens=4, block_size=1)
     meant = load_checkpoint(tmp_path / "model", dtype=torch.float32)
     assert compare_logits(meant, candidate, [[5, 6, 7]], params).max_error <= 1e-4
+
+
+def test_logits_are_held_to_their_own_size(tmp_path: Path) -> None:
+    """fp32 has seven digits, be the logits 4 or 400."""
+    write_short(tmp_path / "model", "qwen2")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    head = "model.embed_tokens.weight" if "lm_head.weight" not in weights else "lm_head.weight"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": False})
+    )
+    save_file(weights | {"lm_head.weight": weights[head] * 100}, path)
+    assert export(tmp_path / "model", tmp_path / "onnx", "--quantize", "fp32") == 0
+    more = ["--model", str(tmp_path / "model"), "--compared", "2", "--output", str(tmp_path)]
+    assert verify(tmp_path / "onnx", *more) == 0
+    found = json.loads((tmp_path / "report.json").read_text())["logits"]
+    assert found["max_error"] > 1e-4 > 2e-5 > found["max_relative"]
+
+
+def test_a_timing_process_that_fails_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_short(tmp_path / "model", "qwen2")
+    assert export(tmp_path / "model", tmp_path / "onnx", "--quantize", "fp32") == 0
+    manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
+    manifest["defaults"]["cpu"]["temperature"] = 1.0
+    manifest["defaults"]["cpu"]["top_p"] = 0.5  # which the graph does not have
+    (tmp_path / "onnx" / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "onnx") == 1
+    assert "a new process could not answer with" in capfd.readouterr().err
+
+
+async def test_a_static_graph_has_defaults_that_fit_and_refuses_more(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "Dream")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    more = ["--target", "device", "--window", "16", "--capacity", "48", "--quantize", "fp32"]
+    assert export(tmp_path / "model", tmp_path / "onnx", *more) == 0
+    manifest = read_manifest(tmp_path / "onnx")
+    assert (manifest.max_len, manifest.params_for("cpu").max_new_tokens) == (48, 24)
+    assert verify(tmp_path / "onnx", "--model", str(tmp_path / "model"), "--compared", "2") == 0
+    async with d2f_stream.load(tmp_path / "onnx") as engine:
+        assert engine.info.max_len == 48
+        assert (await engine.generate([5] * 24).result()).usage.completion_tokens <= 24
+        with pytest.raises(d2f_stream.PromptTooLong, match="holds 48 in all"):
+            await engine.generate([5] * 30, max_new_tokens=19).result()
+    backend = load(tmp_path / "onnx", device="cpu")
+    with pytest.raises(OutOfCapacity, match="holds 48; export it with a larger --capacity"):
+        backend.open_slot(49)
+
+
+def test_questions_that_do_not_fit_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_short(tmp_path / "model", "qwen2")
+    assert export(tmp_path / "model", tmp_path / "onnx", "--quantize", "fp32") == 0
+    line = json.dumps({"prompt": "apples " * 500})
+    (tmp_path / "questions.jsonl").write_text(f"\ufeff{line}\n", encoding="utf-8")
+    assert verify(tmp_path / "onnx", "--questions", str(tmp_path / "questions.jsonl")) == 2
+    assert "the model holds 512 in all" in capfd.readouterr().err
 
 
 def test_defaults_are_the_published_ones_without_a_nucleus(tmp_path: Path) -> None:

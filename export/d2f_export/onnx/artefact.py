@@ -6,7 +6,7 @@ The folder appears under its name only when it is whole; see whole_folder.
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -35,6 +35,7 @@ from d2f_runtime.text.gguf_tokens import GgufTokens
 from d2f_runtime.text.tokenizer import token_source
 from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import InvalidParams, ModelNotFound
+from d2f_stream.core.params import GenerationParams
 
 __all__ = [
     "MIN_ONNXRUNTIME",
@@ -143,9 +144,24 @@ def write_artefact(
         if description.chat_template is not None:
             (unfinished / TEMPLATE_FILE).write_text(description.chat_template, encoding="utf-8")
         files = {path.name: file_info(path) for path in sorted(unfinished.iterdir())}
+        if onnx.windows:
+            config = replace(config, max_len=capacity)
+            description = replace(description, defaults=_fitting(description.defaults, capacity))
         manifest = describe(config, description, files=files, onnx=onnx)
         (unfinished / FILE_NAME).write_bytes(_encoded(manifest))
     return manifest
+
+
+def _fitting(defaults: Defaults, capacity: int) -> Defaults:
+    """Return defaults whose answers leave half of a static graph's tokens to the prompt."""
+    fitted: Defaults = {}
+    for kind, fields in (defaults or {"cpu": {}}).items():
+        asked = fields.get("max_new_tokens", GenerationParams().max_new_tokens)
+        most = max(1, capacity // 2)
+        fitted[kind] = fields | {
+            "max_new_tokens": min(asked, most) if isinstance(asked, int) else asked
+        }
+    return fitted
 
 
 def _check_output(folder: Path, checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ TITLES: Final = {
 NAMES: Final = {
     "num_rows": "rows compared",
     "max_error": "largest error",
+    "max_relative": "largest error, by the largest logit of its row",
     "mean_error": "mean error",
     "top1": "same best token",
     "moved": "beyond the bound: moved when computed again (checkpoint, artefact)",

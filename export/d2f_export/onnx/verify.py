@@ -31,6 +31,7 @@ class LogitsComparison:
     Attributes:
         num_rows: compared, one for each mask of each step.
         max_error: the largest difference.
+        max_relative: the same by the largest logit of its row, or 1 where that is smaller.
         mean_error: over all logits.
         top1: share of rows whose best token is the same.
         moved: largest differences of the reference's logits, and of the candidate's, between two
@@ -40,6 +41,7 @@ class LogitsComparison:
 
     num_rows: int
     max_error: float
+    max_relative: float
     mean_error: float
     top1: float
     moved: tuple[float, float] = (0.0, 0.0)
@@ -137,12 +139,13 @@ def compare_logits(
         candidate: over an artefact of it.
         prompts: token ids.
         params: how to decode.
-        exact: steps with a larger error are computed again.
+        exact: steps with a larger relative error are computed again.
     """
     config = model.config
     allowed = torch.arange(config.num_tokens)
-    allowed = allowed[allowed != config.mask_id]
+    allowed = allowed[~torch.isin(allowed, torch.tensor(config.forbidden_ids, dtype=torch.long))]
     errors: list[Tensor] = []
+    relative: list[Tensor] = []
     agree: list[Tensor] = []
     moved = torch.zeros(2)
     for prompt in prompts:
@@ -155,7 +158,9 @@ def compare_logits(
             stops = [stop for stop in stops if stop <= window.start]
             wanted, found = both = _both(model, candidate, canvas, stops, row)[..., allowed]
             errors.append((found - wanted).abs())
-            if errors[-1].max() > exact:
+            sizes = wanted.abs().amax(dim=-1).clamp(min=1.0)
+            relative.append(errors[-1].amax(dim=-1) / sizes)
+            if relative[-1].max() > exact:
                 again = _both(model, candidate, canvas, stops, row)[..., allowed]
                 moved = moved.maximum((again - both).abs().amax(dim=(1, 2)))
             agree.append(found.argmax(dim=-1) == wanted.argmax(dim=-1))
@@ -168,6 +173,7 @@ def compare_logits(
     return LogitsComparison(
         num_rows=len(same),
         max_error=float(every.max()),
+        max_relative=float(torch.cat(relative).max()),
         mean_error=float(every.mean()),
         top1=float(same.float().mean()),
         moved=(float(moved[0]), float(moved[1])),
@@ -216,9 +222,8 @@ def _decode(
 ) -> tuple[BlockDecoder, list[tuple[Proposals, Proposals]]]:
     """Decode by the leader's proposals; the shadow runs the same windows."""
     decoder = decoder_of(leader.info, prompt, params)
-    capacity = _capacity(leader.info, prompt, params)
     backends = [leader] if shadow is None else [leader, shadow]
-    slots = [backend.open_slot(capacity) for backend in backends]
+    slots = [backend.open_slot(_capacity(backend.info, prompt, params)) for backend in backends]
     pairs: list[tuple[Proposals, Proposals]] = []
     try:
         while window := decoder.next_window():
@@ -235,7 +240,8 @@ def _decode(
 
 
 def _capacity(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) -> int:
-    return len(prompt) + params.max_new_tokens + max(params.block_size, info.native_block_size)
+    beyond = max(params.block_size, info.native_block_size)
+    return min(info.max_len, len(prompt) + params.max_new_tokens + beyond)
 
 
 def _useful(decoder: BlockDecoder) -> tuple[int, ...]:

@@ -83,8 +83,15 @@ class OnnxBackend:
         """Reserve K/V storage for `capacity` tokens.
 
         Raises:
-            OutOfCapacity: all slots together would hold too many tokens.
+            OutOfCapacity: all slots together would hold too many tokens, or this one more than a
+                graph with static shapes does.
         """
+        fixed = self._widest.fixed
+        if fixed is not None and capacity > fixed.capacity:
+            raise OutOfCapacity(
+                f"no room for the K/V of {capacity} tokens: the graph of model {self.info.name} "
+                f"holds {fixed.capacity}; export it with a larger --capacity"
+            )
         free = self._max_tokens - self._num_reserved
         if capacity > free:
             raise OutOfCapacity(

@@ -46,7 +46,8 @@ def decode_all(
         while waiting and len(running) < rows:
             number, prompt = waiting.pop()
             decoder = decoder_of(backend.info, prompt, params, policy)
-            slot = backend.open_slot(len(prompt) + params.max_new_tokens + params.block_size)
+            capacity = len(prompt) + params.max_new_tokens + params.block_size
+            slot = backend.open_slot(min(capacity, backend.info.max_len))
             running[number] = (slot, decoder)
         step_rows: list[StepRow] = []
         for number, (slot, decoder) in list(running.items()):
