@@ -89,7 +89,7 @@ class InvalidParams(InvalidRequest):
         self.name = name
         self.value = value
         self.allowed = allowed
-        super().__init__(f"{name} is {value!r} but must be {allowed}")
+        super().__init__(f"{name} is {value!r:.200} but must be {allowed}")
 
 
 class InvalidPrompt(InvalidRequest):

@@ -157,7 +157,7 @@ def _is_in_layers(config: ConfigFile, module: str) -> bool:
         return True
     wanted = layers if isinstance(layers, list) else [layers]
     if not all(isinstance(layer, int) for layer in wanted):
-        raise ModelDamaged(f"{config.path}: layers_to_transform is {layers!r}")
+        raise ModelDamaged(f"{config.path}: layers_to_transform is {layers!r:.100}")
     pattern = config.values.get("layers_pattern") or []
     parents = [pattern] if isinstance(pattern, str) else _names(config, "layers_pattern")
     *above, _ = module.split(".")
@@ -170,5 +170,5 @@ def _is_in_layers(config: ConfigFile, module: str) -> bool:
 def _names(config: ConfigFile, key: str) -> list[str]:
     value = config.values.get(key, [])
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ModelDamaged(f"{config.path}: {key} is {value!r} but must be a list of names")
+        raise ModelDamaged(f"{config.path}: {key} is {value!r:.100} but must be a list of names")
     return value

@@ -131,16 +131,16 @@ class TransformerConfig(ModelFacts):
         family = values.get("family")
         if family not in FAMILIES:
             families = ", ".join(FAMILIES)
-            raise UnsupportedModel(f"model family is {family!r} but must be one of {families}")
+            raise UnsupportedModel(f"model family is {family!r:.100} but must be one of {families}")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r}")
+            raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r:.100}")
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
             if "missing required field" in str(error):
-                raise UnsupportedModel(f"model config is incomplete: {error}") from error
-            raise ModelDamaged(f"model config: {error}") from error
+                raise UnsupportedModel(f"model config is incomplete: {error!s:.300}") from error
+            raise ModelDamaged(f"model config: {error!s:.300}") from error
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:

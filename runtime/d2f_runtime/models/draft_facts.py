@@ -48,8 +48,8 @@ class DraftFacts:
         kind = about.values.get("kind")
         if kind != "draft":
             raise UnsupportedModel(
-                f"{config.path} has an adapter of the kind {kind!r}, but this build runs 'draft', "
-                "and merges adapters without a kind"
+                f"{config.path} has an adapter of the kind {kind!r:.100}, but this build runs "
+                "'draft', and merges adapters without a kind"
             )
         mask_ids, sizes = about.ids("mask_id"), about.ids("block_sizes")
         if len(mask_ids) != 1 or not sizes or not all(sizes):

@@ -210,7 +210,7 @@ def family_of(config: ConfigFile) -> Family:
     if family is None:
         known = ", ".join(PUBLISHED)
         raise UnsupportedModel(
-            f"{config.path} has the model_type {model_type!r}, but this build runs {known}"
+            f"{config.path} has the model_type {model_type!r:.100}, but this build runs {known}"
         )
     return _variant_of(family, config)
 

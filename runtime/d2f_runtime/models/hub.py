@@ -49,16 +49,21 @@ def locate(model: str | Path) -> Path | HubModel:
     A path wins over a name or a hub id of the same text; a Path is never either, nor is x/y.gguf.
 
     Raises:
-        ModelNotFound: it looks like a name of the catalogue ("word:size"), and is none.
+        ModelNotFound: it looks like a name of the catalogue ("word:size"), and is none; or no file
+            system has such names.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        whole, exists = path.resolve(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelNotFound(f"there is no model {str(model)!r:.100}: {error!s:.100}") from error
     if is_gguf(path):
         return path.absolute()  # the hub's cache links it to a name that says no format
-    if isinstance(model, str) and not path.exists() and (entry := named(model)) is not None:
+    if isinstance(model, str) and not exists and (entry := named(model)) is not None:
         return HubModel(entry.repo)
     match = _ID.fullmatch(model) if isinstance(model, str) else None
-    if match is None or path.exists():
-        return path.resolve()
+    if match is None or exists:
+        return whole
     return HubModel(match["repo"], match["revision"])
 
 

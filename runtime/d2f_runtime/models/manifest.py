@@ -182,7 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         manifest = _decode(content)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelDamaged(f"{path} cannot be read: {error}") from error
+        raise ModelDamaged(f"{path} cannot be read: {error!s:.300}") from error
     _check(path, manifest)
     if manifest.family not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -226,7 +226,9 @@ def verify_files(folder: Path, manifest: Manifest, *, max_hash_bytes: int | None
     for name, expected in manifest.files.items():
         path = _inside(folder, name)
         if not holds_file(path):
-            raise ModelDamaged(f"{path} is missing; {FILE_NAME} expects {expected.bytes} bytes")
+            raise ModelDamaged(
+                f"{folder / name[:200]} is missing; {FILE_NAME} expects {expected.bytes} bytes"
+            )
         found = path.stat().st_size
         if found != expected.bytes:
             raise ModelDamaged(
@@ -266,7 +268,7 @@ def _inside(folder: Path, name: str) -> Path:
     """Return a file's path; links may lead out of the folder, as the hub's cache has them."""
     path = Path(name)
     if path.anchor or ".." in path.parts:
-        raise ModelDamaged(f"{folder / FILE_NAME} names a file outside of its folder: {name}")
+        raise ModelDamaged(f"{folder / FILE_NAME} names a file outside of its folder: {name:.200}")
     return folder / path
 
 

@@ -106,7 +106,7 @@ class Published:
             return msgspec.structs.replace(PRESETS[preset], **changes)
         except InvalidParams as error:
             where = "the model" if self.generation is None else str(self.generation.path)
-            raise ModelDamaged(f"{where}: {error}") from error
+            raise ModelDamaged(f"{where}: {error!s:.300}") from error
 
 
 def is_published(config: ConfigFile) -> bool:

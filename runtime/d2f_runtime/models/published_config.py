@@ -166,7 +166,8 @@ def _rope_scaling(rope: ConfigFile, config: ConfigFile) -> Llama3Rope | None:
         return None
     if kind != "llama3":
         raise UnsupportedModel(
-            f"{rope.path} scales its rotary positions by {kind!r}, but this build knows llama3 only"
+            f"{rope.path} scales its rotary positions by {kind!r:.100}, but this build knows "
+            "llama3 only"
         )
     for where in (rope, config):
         if where.number("partial_rotary_factor", 1.0) != 1.0:
@@ -225,7 +226,7 @@ def _refuse_variants(config: ConfigFile) -> None:
         if key == "quantization_config" and _is_bitsandbytes(value):
             continue  # the tensors say the rest
         if value not in allowed:
-            shown = "a quantization" if key == "quantization_config" else f"{key} {value!r}"
+            shown = "a quantization" if key == "quantization_config" else f"{key} {value!r:.100}"
             raise UnsupportedModel(f"{config.path} asks for {shown}, which this build does not run")
     _refuse_windows(config)
     if values["model_type"] == "Dream" and "block_size" in config:
@@ -248,7 +249,9 @@ def _refuse_windows(config: ConfigFile) -> None:
     if kinds is None:
         first = values.get("max_window_layers", DEFAULT_WINDOW_LAYERS)
         if not isinstance(first, int):
-            raise ModelDamaged(f"{config.path}: max_window_layers is {first!r}, not an integer")
+            raise ModelDamaged(
+                f"{config.path}: max_window_layers is {first!r:.100}, not an integer"
+            )
         has_windows = window is not None and first < number
         kinds = ["sliding_attention"] if has_windows else []
     elif not isinstance(kinds, list) or len(kinds) != number:
@@ -257,8 +260,8 @@ def _refuse_windows(config: ConfigFile) -> None:
     wide_enough = window is not None and window >= config.integer("max_position_embeddings")
     if any(kind != "sliding_attention" for kind in others) or (others and not wide_enough):
         raise UnsupportedModel(
-            f"{config.path} asks for layers of {others[0]!r} (sliding_window {window}), but this "
-            "build runs full_attention only"
+            f"{config.path} asks for layers of {others[0]!r:.100} (sliding_window {window}), "
+            "but this build runs full_attention only"
         )
 
 

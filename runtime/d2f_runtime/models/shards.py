@@ -136,12 +136,14 @@ class Shards:
             ModelDamaged: for the first that is missing, unknown or of another shape.
         """
         if missing := sorted(set(expected) - set(self.headers)):
-            raise ModelDamaged(f"{self.path} lacks the tensor {missing[0]} ({len(missing)} in all)")
+            raise ModelDamaged(
+                f"{self.path} lacks the tensor {missing[0]:.200} ({len(missing)} in all)"
+            )
         buffers = {name for name in self.headers if name.endswith(ROTARY_BUFFER)}
         passed_over = self._beside | buffers | set(ignored)
         if unknown := sorted(set(self.headers) - set(expected) - passed_over):
             raise ModelDamaged(
-                f"{self.path} has the unknown tensor {unknown[0]} ({len(unknown)} in all)"
+                f"{self.path} has the unknown tensor {unknown[0]:.200} ({len(unknown)} in all)"
             )
         for name, shape in expected.items():
             header = self.headers[name]
@@ -230,7 +232,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as exc:
-        raise ModelDamaged(f"{path} cannot be read ({exc}); fetch or export it again") from exc
+        raise ModelDamaged(
+            f"{path} cannot be read ({exc!s:.300}); fetch or export it again"
+        ) from exc
 
 
 def _weight_map(index: ConfigFile) -> Mapping[str, str]:

@@ -40,7 +40,7 @@ def read_bytes(path: Path) -> bytes | None:
             raise ModelDamaged(f"{path} has {size} bytes, but at most {MAX_BYTES} are read")
         return path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     except (OSError, ValueError) as error:
-        raise ModelDamaged(f"{path} cannot be read: {error}") from error
+        raise ModelDamaged(f"{path} cannot be read: {error!s:.300}") from error
 
 
 def read_text(path: Path) -> str | None:
@@ -73,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except RecursionError as error:
         raise ModelDamaged(f"{path} is not valid JSON: it is nested too deeply") from error
     except ValueError as error:
-        raise ModelDamaged(f"{path} is not valid JSON: {error}") from error
+        raise ModelDamaged(f"{path} is not valid JSON: {error!s:.300}") from error
     if not isinstance(values, dict):
         raise ModelDamaged(f"{path} holds no JSON object")
     return values

@@ -206,7 +206,9 @@ def _build_tokenizer(files: TokenizerFiles) -> Any:
     try:
         _add_tokens(tokens, files)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ModelDamaged(f"the added tokens of {files.folder} are damaged: {error}") from error
+        raise ModelDamaged(
+            f"the added tokens of {files.folder} are damaged: {error!s:.300}"
+        ) from error
     tokens.encode_special_tokens = files.splits_special_tokens
     return tokens
 
@@ -217,7 +219,7 @@ def _read_tokenizer(path: Path) -> Any:
     try:
         tokens = parts.Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises bare Exception for every kind of damage
-        raise ModelDamaged(f"{path} is not a tokenizer.json: {error}") from error
+        raise ModelDamaged(f"{path} is not a tokenizer.json: {error!s:.300}") from error
     # What a trainer stored is of its batches. transformers sets both anew with every call, too.
     tokens.no_truncation()
     tokens.no_padding()
@@ -261,7 +263,7 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
         model = parts.models.BPE(vocab, [tuple(line.split(" ")) for line in lines])
     except Exception as error:  # see above
         raise ModelDamaged(
-            f"{files.vocab} and {files.merges.name} are not a BPE vocabulary: {error}"
+            f"{files.vocab} and {files.merges.name} are not a BPE vocabulary: {error!s:.300}"
         ) from error
     return byte_level(KINDS["qwen2"], model)
 

@@ -129,7 +129,7 @@ class TokenizerFiles:
                 more = values.get(key) or ()
                 listed = more.values() if isinstance(more, dict) else more
                 if not isinstance(more, list | dict | tuple):
-                    raise ModelDamaged(f"{self.folder}: {key} is {more!r} but must be a list")
+                    raise ModelDamaged(f"{self.folder}: {key} is {more!r:.100} but must be a list")
                 texts |= {text for text in map(_text_of, listed) if text is not None}
         return texts
 
@@ -186,7 +186,7 @@ class TokenizerFiles:
                 raise ModelDamaged(f"{self.whole}: added_tokens must be a list")
             for token in added:
                 if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-                    raise ModelDamaged(f"{self.whole}: an added token is {token!r}")
+                    raise ModelDamaged(f"{self.whole}: an added token is {token!r:.100}")
                 ids[token["content"]] = _id(self.whole, token.get("id"))
         elif holds_file(self.vocab):
             base = _vocab_ids(self.vocab, _object(self.vocab))
@@ -219,7 +219,7 @@ def _text_of(token: object) -> str | None:
 
 def _added_token(path: Path, key: str, facts: object) -> AddedToken:
     if not isinstance(facts, dict) or not isinstance(facts.get("content"), str):
-        raise ModelDamaged(f"{path}: added token {key} is {facts!r}, without a content")
+        raise ModelDamaged(f"{path}: added token {key} is {facts!r:.100}, without a content")
     flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
     chosen = {name: bool(facts[name]) for name in flags if name in facts}
     return AddedToken(_id(path, key), facts["content"], **chosen)
@@ -230,4 +230,4 @@ def _id(path: Path, value: object) -> int:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID:
         return value
-    raise ModelDamaged(f"{path}: {value!r} is no token id")
+    raise ModelDamaged(f"{path}: {value!r:.100} is no token id")
