@@ -131,7 +131,9 @@ class LoadedModel:
                 raise
             info = self._parts.backend.info
             # With both, what follows the prompt is predicted from a state that is not kept.
-            if self._max_kept and not (info.prompt_attention == "full" and info.shift_logits):
+            is_lost = info.prompt_attention == "full" and info.shift_logits
+            # And no answer may depend on whether somebody asked something like it before.
+            if self._max_kept and not (is_lost or info.window_scaled):
                 self.prefixes = PrefixCache(
                     info.prompt_attention, info.native_block_size, max_kept=self._max_kept
                 )

@@ -3,16 +3,19 @@
 import random
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 
+from d2f_runtime.backends.onnx_backend import load
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.engine import LocalEngine
+from d2f_runtime.engine.local import default_params
 from d2f_runtime.loaded_model import LoadedModel, ModelParts
 from d2f_stream import GenerationParams, StreamNames
-from tiny_models import CONFIGS, tiny_model
+from tiny_models import CONFIGS, Stored, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.torch
 
@@ -65,6 +68,25 @@ async def test_conversation_is_the_same_with_and_without(family: str) -> None:
     # with shifted logits not even that.
     assert reused > 3 * 17 if family in ("llama", "a2d", "sdar", "fast_dllm_v2") else True
     assert reused == {"llada": 17, "dream": 0}.get(family, reused)
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar", "llama"])
+@pytest.mark.parametrize("stored", ["fp32", "int8", "int4"])
+async def test_graph_answers_the_same_whatever_was_asked_before(
+    family: str, stored: Stored
+) -> None:
+    backend = load(tiny_folder(family, stored), device="cpu")
+    parts = ModelParts(backend, ByteCodec(), default_params(backend.info))
+    model = LoadedModel(family, lambda: parts, keeps_prefixes=True)
+    async with LocalEngine(model) as engine:
+        for seed in range(12):
+            prompt = text(seed, 24)
+            ask = partial(engine.generate, max_new_tokens=16, confidence_threshold=0.05)
+            first, again = [await ask(prompt).result() for _ in range(2)]
+            assert (again.token_ids, again.usage) == (first.token_ids, first.usage)
+    # int8 graphs scale what a window holds by all of it, the prompt too.
+    assert (model.prefixes is None) is (stored == "int8")
+    model.device.stop(last=model.do_close)
 
 
 async def test_next_turn_computes_only_what_is_new() -> None:

@@ -233,10 +233,12 @@ def _model_info(manifest: Manifest, session: StepSession) -> ModelInfo:
     max_len = manifest.max_len
     if session.fixed is not None:
         max_len = min(max_len, session.fixed.capacity, session.fixed.width)
+    quantization = "fp32" if manifest.onnx is None else manifest.onnx.quantization
     return ModelInfo(
         **manifest.facts | {"max_len": max_len},
         name=manifest.name,
         kv_bytes_per_token=elements * session.dtype.itemsize,
         device=kind if kind == "cpu" else f"{kind}:{index}",
-        quantization="fp32" if manifest.onnx is None else manifest.onnx.quantization,
+        quantization=quantization,
+        window_scaled=quantization == "int8",
     )

@@ -59,6 +59,8 @@ class ModelInfo(ModelFacts):
         device: "cpu", "cuda:0", ...
         quantization: "fp32", "bf16", "int8", ...
         description: what the model can do, for its users; from the manifest.
+        window_scaled: whether activations are quantised by all that a window holds, so that what is
+            computed of a prompt depends on how much of it was stored before.
     """
 
     name: str
@@ -66,3 +68,4 @@ class ModelInfo(ModelFacts):
     device: str
     quantization: str
     description: str = ""
+    window_scaled: bool = False
