@@ -152,11 +152,11 @@ class Feed:
                     if isinstance(event, StreamFinished | StreamFailed):
                         last = event
                     else:
-                        buffer.put(event)
+                        buffer.append(event)
             finally:
                 await self.end()
             assert last is not None
-            buffer.put(last)
+            buffer.append(last)
         except asyncio.CancelledError:
             buffer.reject(EngineClosed("the event loop was shut down"))
             raise

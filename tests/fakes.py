@@ -81,7 +81,7 @@ class Producer:
 
     def put(self, *events: Event) -> None:
         for event in events:
-            self.buffer.put(event)
+            self.buffer.append(event)
 
     def session(self) -> Session:
         return Session(self.buffer)

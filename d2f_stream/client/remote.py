@@ -137,7 +137,7 @@ class RemoteStream:
             event = msgspec.structs.replace(event, stream=self._names.stream)
             if isinstance(event, StreamStarted):
                 event = msgspec.structs.replace(event, request_id=self._names.request)
-        self._buffer.put(event)
+        self._buffer.append(event)
 
 
 def new_request(

@@ -2,8 +2,8 @@
 
 Knows events, marks and readers; nothing of models, requests or time. Engines hold the buffer and
 never the `Session`, so that a session nobody holds can be collected while its engine still works
-for it. The marks and the reader flag follow `Assembler` of websockets (asyncio/messages.py): `put`
-is synchronous, and a hard bound is impossible because what was committed must not be lost.
+for it. The marks and the reader flag follow `Assembler` of websockets (asyncio/messages.py):
+`append` is synchronous, and a hard bound is impossible because what was committed must not be lost.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ class EventBuffer:
 
     # Producer side: called by engines only.
 
-    def put(self, event: Event) -> None:
+    def append(self, event: Event) -> None:
         """Append an event; pauses the producer above the high mark.
 
         A draft replaces the unread one of its block and is dropped while durable events pile up.
@@ -99,7 +99,7 @@ class EventBuffer:
 
     @property
     def ended(self) -> bool:
-        """Whether the producer has nothing more to put."""
+        """Whether the producer has nothing more to append."""
         return self._ended.is_set()
 
     @property
@@ -156,7 +156,7 @@ class EventBuffer:
             self._resume()
 
     async def wait_ended(self) -> None:
-        """Wait until the producer has nothing more to put. Safe to cancel; no event is lost."""
+        """Wait until the producer has nothing more to append. Safe to cancel; no event is lost."""
         await self._ended.wait()
 
     def _put_draft(self, draft: Draft) -> None:

@@ -1,4 +1,4 @@
-"""Writes the documents: `python -m d2f_stream.schema [FOLDER]`, by default beside this file."""
+"""Command that writes the documents: `python -m d2f_stream.schema [FOLDER]`, by default here."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Makes the documents. Pure: classes in, texts out."""
+"""Documents of the protocol. Pure: classes in, texts out."""
 
 import inspect
 import json

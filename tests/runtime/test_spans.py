@@ -7,30 +7,30 @@ from d2f_runtime.backends.spans import Spans
 
 def test_takes_from_the_front_and_refuses_what_does_not_fit() -> None:
     spans = Spans(10)
-    assert (spans.take(4), spans.take(6), spans.take(1)) == (0, 4, None)
+    assert (spans.reserve(4), spans.reserve(6), spans.reserve(1)) == (0, 4, None)
     assert spans.num_free == 0
 
 
 def test_a_gap_is_used_again() -> None:
     spans = Spans(10)
-    first, second, _ = spans.take(3), spans.take(3), spans.take(3)
+    first, second, _ = spans.reserve(3), spans.reserve(3), spans.reserve(3)
     assert (first, second) == (0, 3)
-    spans.give(3, 3)
-    assert spans.take(4) is None  # four are free, but not side by side
+    spans.free(3, 3)
+    assert spans.reserve(4) is None  # four are free, but not side by side
     assert spans.num_free == 4
-    assert spans.take(2) == 3
-    assert spans.take(1) == 5
+    assert spans.reserve(2) == 3
+    assert spans.reserve(1) == 5
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
 def test_neighbours_rejoin_in_any_order(order: tuple[int, ...]) -> None:
     spans = Spans(9)
-    starts = [spans.take(3) for _ in range(3)]
+    starts = [spans.reserve(3) for _ in range(3)]
     for index in order:
         start = starts[index]
         assert start is not None
-        spans.give(start, 3)
-    assert spans.take(9) == 0
+        spans.free(start, 3)
+    assert spans.reserve(9) == 0
 
 
 def test_nothing_is_handed_out_twice() -> None:
@@ -43,10 +43,10 @@ def test_nothing_is_handed_out_twice() -> None:
             key = rng.choice(list(held))
             start, length = held.pop(key)
             owner[start : start + length] = [None] * length
-            spans.give(start, length)
+            spans.free(start, length)
         else:
             length = rng.randrange(0, 12)
-            place = spans.take(length)
+            place = spans.reserve(length)
             if place is not None:
                 assert owner[place : place + length] == [None] * length
                 owner[place : place + length] = [number] * length

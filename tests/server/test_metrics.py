@@ -129,7 +129,7 @@ async def test_drafts_that_nobody_took_in_time_are_counted() -> None:
         await registry.shut_down(10.0)
     assert stream.num_drafts_dropped == 8  # all masks at first, then after each step but the last
     assert reader(metrics)("dropped_drafts_total") == 8
-    assert absent.take() == uninterested.take() == stream.log[0]
+    assert absent.next_event() == uninterested.next_event() == stream.log[0]
 
 
 def test_codes_that_no_class_has_share_a_label() -> None:

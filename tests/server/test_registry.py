@@ -196,11 +196,11 @@ async def test_stream_that_is_to_end_with_its_readers_ends_with_the_last() -> No
 
 def test_draft_is_not_read_after_its_block() -> None:
     stream = ServedStream(request(), client="alice", charge=1)
-    stream.put(started())
+    stream.append(started())
     reader = stream.read(drafts=True, wake=lambda: None)
     for event in (draft(0), draft(1), block(0)):
-        stream.put(event)
-    assert [reader.take() for _ in range(4)] == [started(), block(0), draft(1), None]
+        stream.append(event)
+    assert [reader.next_event() for _ in range(4)] == [started(), block(0), draft(1), None]
 
 
 class Readers(RuleBasedStateMachine):
@@ -209,7 +209,7 @@ class Readers(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stream = ServedStream(request(), client="alice", charge=1)
-        self.stream.put(started())
+        self.stream.append(started())
         self.num_blocks = 0
         self.over = False
         self.readers: list[tuple[Cursor, list[Event], int]] = []
@@ -220,13 +220,13 @@ class Readers(RuleBasedStateMachine):
     @rule(ahead=st.integers(0, 2), text=st.text(max_size=2))
     def draft(self, ahead: int, text: str) -> None:
         self.woken.clear()
-        self.stream.put(draft(self.num_blocks + ahead, text))
+        self.stream.append(draft(self.num_blocks + ahead, text))
 
     @precondition(lambda self: not self.over)
     @rule()
     def commit(self) -> None:
         self.woken.clear()
-        self.stream.put(block(self.num_blocks))
+        self.stream.append(block(self.num_blocks))
         self.num_blocks += 1
         assert self.woken == set(range(len(self.readers)))
 
@@ -234,7 +234,7 @@ class Readers(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         self.over = True
-        self.stream.put(finished(self.num_blocks + 1))
+        self.stream.append(finished(self.num_blocks + 1))
         self.stream.end()
 
     @rule(data=st.data(), drafts=st.booleans())
@@ -253,7 +253,7 @@ class Readers(RuleBasedStateMachine):
     def take(self, data: st.DataObject, times: int) -> None:
         cursor, seen, _ = data.draw(st.sampled_from(self.readers))
         for _ in range(times):
-            if (event := cursor.take()) is not None:
+            if (event := cursor.next_event()) is not None:
                 seen.append(event)
                 if isinstance(event, Draft):
                     assert event.index >= self.num_blocks
@@ -268,7 +268,7 @@ class Readers(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for cursor, seen, after_seq in self.readers:
-            while (event := cursor.take()) is not None:
+            while (event := cursor.next_event()) is not None:
                 seen.append(event)
             durable = [event for event in seen if not isinstance(event, Draft)]
             assert durable == self.stream.log[after_seq + 1 :]

@@ -106,7 +106,7 @@ class StreamPublisher:
         """Publish what there is; True once nothing more will come."""
         while True:
             cursor, error = self._cursor, self.stream.error
-            if (event := cursor.take()) is not None:
+            if (event := cursor.next_event()) is not None:
                 await self._publish_event(cursor, event)
             elif cursor.exhausted and error is not None:
                 await self._publish_rejection(error)

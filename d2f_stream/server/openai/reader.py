@@ -28,7 +28,7 @@ class AnswerReader:
         cursor = self._cursor
         try:
             async with asyncio.timeout(patience_s):
-                while (event := cursor.take()) is None:
+                while (event := cursor.next_event()) is None:
                     if cursor.exhausted:
                         raise cursor.stream.error or D2FError("the stream has no end")
                     self._changed.clear()

@@ -314,7 +314,7 @@ class Connection:
             await self._wake.wait()
 
     async def _write_next(self, stream_id: str, cursor: Cursor) -> bool:
-        event = cursor.take()
+        event = cursor.next_event()
         if event is not None:
             await self._send(event)
         elif cursor.exhausted and cursor.stream.error is not None:

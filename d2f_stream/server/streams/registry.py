@@ -362,7 +362,7 @@ class StreamRegistry:
                 self._entering.give_back(stream.client)
 
     def _put(self, stream: ServedStream, event: Event) -> None:
-        stream.put(event)
+        stream.append(event)
         if self._observer is not None:
             self._observer.on_event(stream, event)
 

@@ -111,7 +111,7 @@ class ServedStream:
         try:
             while not cursor.exhausted:
                 changed.clear()
-                while (event := cursor.take()) is not None:
+                while (event := cursor.next_event()) is not None:
                     yield event
                 if not cursor.exhausted:
                     await changed.wait()
@@ -135,7 +135,7 @@ class ServedStream:
         """Note the session that `cancel` ends."""
         self._session = session
 
-    def put(self, event: Event) -> None:
+    def append(self, event: Event) -> None:
         """Append a durable event, or keep a draft until a later state overtakes it."""
         match event:
             case Draft():
@@ -186,7 +186,7 @@ class Cursor:
         """Whether everything was taken and nothing more will come."""
         return self.stream.ended and self._next_seq == len(self.stream.log)
 
-    def take(self) -> Event | None:
+    def next_event(self) -> Event | None:
         """Return the next event, None where there is none now. Drafts come after durable events."""
         log = self.stream.log
         if self._next_seq < len(log):

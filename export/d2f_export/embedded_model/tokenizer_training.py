@@ -1,4 +1,4 @@
-"""Trains the byte-level BPE tokenizer of the embedded model on word problems.
+"""Training of the byte-level BPE tokenizer of the embedded model, on word problems.
 
 Owns the vocabulary: 1024 entries, of which two are special, 256 are the bytes, so that any text can
 be encoded, and the rest are every word of the problems and the commonest merges. A digit is always

@@ -1,4 +1,4 @@
-"""Writes a model folder that the runtime runs: graph, weights, tokenizer, template, manifest.
+"""Artefact: a model folder that the runtime runs: graph, weights, tokenizer, template, manifest.
 
 The folder appears under its name only when it is whole; see whole_folder.
 """

@@ -1,4 +1,4 @@
-"""Writes ONNX graphs node by node, with weights that are made only when they are stored.
+"""GraphBuilder: an ONNX graph node by node, with weights that are made only when they are stored.
 
 The graph is known before the first weight is read, so that a model larger than memory is written
 piece by piece. Knows ONNX, not transformers; needs neither torch nor onnxscript.

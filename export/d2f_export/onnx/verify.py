@@ -1,4 +1,4 @@
-"""Compares an exported artefact with the checkpoint it was made from.
+"""Comparison of an exported artefact with the checkpoint that it was made from.
 
 By logits, by what the decoder sees, that is the proposals of every step when both are shown the
 same windows, and by the answers when each goes its own way. fp32 artefacts agree to rounding;

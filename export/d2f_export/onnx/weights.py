@@ -1,4 +1,4 @@
-"""Streams a checkpoint's weights into a step graph, so that memory holds few of them at a time.
+"""A checkpoint's weights on their way into a step graph, of which memory holds few at a time.
 
 Each stored tensor is made of the parameters that it needs, read when its turn comes, adapter merged
 in, and let go before the next.

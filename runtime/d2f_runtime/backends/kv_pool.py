@@ -83,7 +83,7 @@ class KVPool:
         Raises:
             OutOfCapacity: no free span is long enough, or all slots are open.
         """
-        offset = self._spans.take(capacity) if self._free_indices else None
+        offset = self._spans.reserve(capacity) if self._free_indices else None
         if offset is None:
             raise OutOfCapacity(
                 f"no room for the K/V of {capacity} tokens: {self._spans.num_free} of "
@@ -112,7 +112,7 @@ class KVPool:
     def close(self, slot: Slot) -> None:
         """Free a slot's span. Idempotent."""
         if span := self._slots.pop(slot, None):
-            self._spans.give(span.offset, span.capacity)
+            self._spans.free(span.offset, span.capacity)
             self._free_indices.append(span.index)
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs an exported step graph with onnxruntime: numpy and onnxruntime only, no torch.
+"""OnnxBackend: an exported step graph under onnxruntime: numpy and onnxruntime only, no torch.
 
 One graph run for each row; K/V stay where they are, see OnnxSlot. A graph with static shapes gets
 its window padded: rows that nobody sees, whose K/V are overwritten by the next step.

@@ -1,4 +1,4 @@
-"""Opens onnxruntime sessions for step graphs: versions, device, threads, names and shapes.
+"""StepSession: an onnxruntime session of a step graph: versions, device, threads, names, shapes.
 
 Knows nothing of windows or slots.
 """

@@ -1,4 +1,4 @@
-"""Hands out contiguous spans of one linear store. Plain Python; first fit, neighbours rejoin.
+"""Spans: contiguous parts of one linear store. Plain Python; first fit, neighbours rejoin.
 
 Contiguous, because a single row's K/V is then a view of the pool: no gather, no page table.
 """
@@ -20,7 +20,7 @@ class Spans:
         """Free places in all; a fragmented store may still refuse a span of that length."""
         return sum(stop - start for start, stop in self._free)
 
-    def take(self, length: int) -> int | None:
+    def reserve(self, length: int) -> int | None:
         """Reserve `length` places and return the first; None where no free span is long enough."""
         for index, (start, stop) in enumerate(self._free):
             if stop - start >= length:
@@ -29,8 +29,8 @@ class Spans:
                 return start
         return None
 
-    def give(self, start: int, length: int) -> None:
-        """Return a span that `take` handed out."""
+    def free(self, start: int, length: int) -> None:
+        """Return a span that `reserve` handed out."""
         if not length:
             return
         stop = start + length

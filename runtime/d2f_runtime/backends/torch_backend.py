@@ -1,4 +1,4 @@
-"""Runs a `Transformer` with torch on a CPU or one GPU.
+"""TorchBackend: a `Transformer` that runs with torch on a CPU or one GPU.
 
 Owns the weights and the K/V of all slots; how the rows of a step run is a runner's: the fast one
 where the device allows it, else the plain one.

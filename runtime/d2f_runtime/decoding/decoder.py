@@ -1,4 +1,4 @@
-"""Block decoding of one answer as a pure state machine: windows out, proposals in.
+"""BlockDecoder: one answer, block by block, as a pure state machine: windows out, proposals in.
 
 Owns the canvas: which blocks exist, which positions are filled, what is final. Knows nothing of
 models, batches, text or time. The loop is Algorithm 2 of the D2F paper (arXiv 2508.09192) as its

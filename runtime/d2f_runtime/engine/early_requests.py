@@ -34,7 +34,7 @@ class EarlyRequests:
     def __contains__(self, stream_id: StreamId) -> bool:
         return stream_id in self._requests
 
-    def put(self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer) -> None:
+    def add(self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer) -> None:
         """Take a request on."""
         self._requests[stream_id] = _Request(prepare, buffer)
 
@@ -42,7 +42,7 @@ class EarlyRequests:
         """End a request. Nothing happens where it is not, or not any more, among these."""
         request = self._requests.pop(stream_id, None)
         if request is not None:
-            request.buffer.put(cancelled_unstarted(stream_id))
+            request.buffer.append(cancelled_unstarted(stream_id))
 
     def start(self, parts: ModelParts, add: Callable[[Stream], None]) -> None:
         """Make streams of all requests and add them; turn away those that are refused."""

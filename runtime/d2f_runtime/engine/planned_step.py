@@ -126,14 +126,14 @@ class StepQueue:
 
     @property
     def newest(self) -> PlannedStep | None:
-        """The step that was put last, if its result was not taken yet."""
+        """The step that was queued last, if its result was not taken yet."""
         return self._steps[-1][0] if self._steps else None
 
-    def put(self, step: PlannedStep) -> None:
+    def enqueue(self, step: PlannedStep) -> None:
         """Queue a step on the device thread."""
         self._steps.append((step, self._model.device.call(step.do_run, self._model)))
 
-    async def take(self) -> tuple[PlannedStep, StepResult | None]:
+    async def next_result(self) -> tuple[PlannedStep, StepResult | None]:
         """Wait for the oldest step; its result is None if it was not run.
 
         Not safe to cancel: the step may run on. `abandon` follows, as it does after an error.
@@ -149,7 +149,7 @@ class StepQueue:
         return step, result
 
     def withdraw(self) -> None:
-        """Let no step begin that has not begun; they are still to be taken."""
+        """Let no step begin that has not begun; their results are still to come."""
         for step, _ in self._steps:
             step.withdrawn = True
 

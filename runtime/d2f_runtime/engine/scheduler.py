@@ -1,4 +1,4 @@
-"""Admission and fairness: who takes part in the next step, and how many blocks each may denoise.
+"""Scheduler: who takes part in the next step, and how many blocks each may denoise.
 
 Pure bookkeeping over session ids and token counts; knows neither decoders nor backends. Sessions
 are admitted in order of arrival while slots and K/V last, and each step takes those that waited

@@ -111,7 +111,7 @@ class StepLoop:
         if stream_id in self._streams or stream_id in self._early:
             raise ValueError(f"another stream of this engine is called {stream_id!r}")
         if self.parts is None:
-            self._early.put(stream_id, prepare, buffer)
+            self._early.add(stream_id, prepare, buffer)
         else:
             self._add(prepare(self.parts))
             if self._scheduler.admits:
@@ -219,12 +219,12 @@ class StepLoop:
         ready = [each for each in asked if each[0].slot is not None and each[0].outcome is None]
         if ready:
             after, show = self._steps.newest, on_loop(self._show)
-            self._steps.put(PlannedStep(batch, ready, after=after, show=show))
+            self._steps.enqueue(PlannedStep(batch, ready, after=after, show=show))
         return bool(ready)
 
     async def _announce_oldest(self) -> None:
         """Wait for the oldest step under way, and announce what it brought."""
-        step, result = await self._steps.take()
+        step, result = await self._steps.next_result()
         if result is None:
             self._scheduler.take_back(step.batch)
             return

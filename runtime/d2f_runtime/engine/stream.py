@@ -123,7 +123,7 @@ class Stream:
         if self._seq:
             return
         self._started_at = time.perf_counter()
-        self._buffer.put(
+        self._buffer.append(
             StreamStarted(
                 stream=self.id,
                 seq=self._next_seq(),
@@ -166,13 +166,13 @@ class Stream:
         self.start()
         if isinstance(self.outcome, D2FError):
             error = self.outcome
-            self._buffer.put(
+            self._buffer.append(
                 StreamFailed(
                     stream=self.id, seq=self._next_seq(), code=error.code, message=str(error)
                 )
             )
             return
-        self._buffer.put(
+        self._buffer.append(
             StreamFinished(
                 stream=self.id,
                 seq=self._next_seq(),
@@ -198,7 +198,7 @@ class Stream:
         self._text_length += len(text)
         self._num_tokens += len(tokens)
         self._drafts.pop(block.index, None)
-        self._buffer.put(
+        self._buffer.append(
             Block(
                 stream=self.id,
                 seq=self._next_seq(),
@@ -221,7 +221,7 @@ class Stream:
             self._piece(token) if known else ""
             for token, known in zip(view.tokens, filled, strict=True)
         )
-        self._buffer.put(
+        self._buffer.append(
             Draft(stream=self.id, index=view.index, text="".join(texts), filled=filled, texts=texts)
         )
 
@@ -229,7 +229,7 @@ class Stream:
         """Put empty drafts of blocks that have left the canvas."""
         for index in indices:
             self._drafts.pop(index, None)
-            self._buffer.put(Draft(stream=self.id, index=index, text="", filled=(), texts=()))
+            self._buffer.append(Draft(stream=self.id, index=index, text="", filled=(), texts=()))
 
     def _next_seq(self) -> int:
         self._seq += 1

@@ -1,4 +1,4 @@
-"""Dequantises weights of 4 and 8 bits that lie as `fragments` has them; the plain product of them.
+"""Weights of 4 and 8 bits, dequantised from where `fragments` has them; the plain product of them.
 
 For products of many rows, and for GPUs whose matrix units the streamed product was not written for:
 the weight is written out once and multiplied by the vendor's library.

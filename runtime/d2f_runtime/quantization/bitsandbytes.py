@@ -1,4 +1,4 @@
-"""Reads weights that transformers saved with bitsandbytes, without bitsandbytes.
+"""Weights that transformers saved with bitsandbytes, read without bitsandbytes.
 
 Beside a quantised `weight` lie, for NF4: `weight.absmax`, `weight.quant_map`,
 `weight.quant_state.bitsandbytes__nf4` (JSON in bytes) and, where the scales are quantised as well,
