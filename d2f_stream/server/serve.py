@@ -331,8 +331,12 @@ async def serve(engine: Engine, settings: ServeSettings) -> int:
     with _signals() as signals:
         async with Server(engine, settings) as server:
             _say_ready(engine, server)
-            if await _first(signals.get(), server.wait_failed()) is None:
-                raise RuntimeError("the server stopped by itself")
+            try:
+                if await _first(signals.get(), server.wait_failed()) is None:
+                    raise RuntimeError("the server stopped by itself")
+            except D2FError:
+                await server.shut_down(0.0)  # whoever failed with the engine still hears of it
+                raise
             deadline_s = settings.shutdown_deadline_s
             logger.info(
                 "shutting down: %d streams have %g s to end; a second signal ends them now",

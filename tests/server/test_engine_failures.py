@@ -21,7 +21,7 @@ from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelParts
 from d2f_stream.core.errors import EngineFailed
 from d2f_stream.core.events import StreamFailed
-from d2f_stream.server.serve import Server
+from d2f_stream.server.serve import Server, serve
 from d2f_stream.server.settings import ServeSettings, Timeouts
 from serving import Peer, check_whole, held, request, serving
 
@@ -102,6 +102,26 @@ async def test_engine_that_fails_again_ends_the_server() -> None:
         with pytest.raises(EngineFailed, match="Start the server again"):
             await server.wait_failed()
         assert await health_of(server) == "engine_failed"
+
+
+async def test_client_of_the_last_failure_has_its_answer_before_the_process_ends(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with engine_of(Breaking(), Breaking()) as engine:
+        serving_task = asyncio.create_task(serve(engine, ServeSettings(port=0)))
+        line = ""
+        while not line.endswith("\n"):
+            assert not serving_task.done()
+            await fakes.turn()
+            line += capsys.readouterr().out
+        url = line.split(" at ")[1].split()[0]
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            for _ in range(2):
+                answer = await client.post("/v1/completions", json={"prompt": "hi"})
+                assert answer.status_code == 503
+                assert answer.json()["error"]["code"] == "engine_failed"
+        with pytest.raises(EngineFailed):
+            await serving_task
 
 
 async def test_engine_that_cannot_be_loaded_again_ends_the_server() -> None:
