@@ -5,20 +5,28 @@ import contextlib
 import logging
 import resource
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 import httpx
 import pytest
 
+from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
+from d2f_runtime.engine.local import LocalEngine
+from d2f_runtime.models import __path__ as models_path
+from d2f_runtime.text import bounded_template
+from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.logins import FailedLogins
 from d2f_stream.server.peer_log import OneLine, PeerLog
 from d2f_stream.server.serve import Server
+from d2f_stream.server.settings import ServeSettings
 from d2f_stream.server.sockets import max_sockets
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from d2f_stream.wire.protocol import Authenticate
+from fakes import ANSWER, params
 from serving import ALICE, BOB, TWO_CLIENTS, Peer, check_whole, handshake, held, request, serving
 
 DEEP = b"[" * 5000 + b"]" * 5000
@@ -272,3 +280,39 @@ def test_errors_of_the_codec_are_one_line() -> None:
     forged = b'{"type":"generate","request_id":"r","prompt":"a","params":{"x\\n2030 FORGED":1}}'
     with pytest.raises(Exception, match=r"x\\x0a2030 FORGED"):
         JSON.decode_operation(forged)
+
+
+class LoopingCodec(ByteCodec):
+    """A codec whose chat template does not end."""
+
+    def __init__(self) -> None:
+        folder = Path(models_path[0]) / "embedded"
+        loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        self._tokenizer = Tokenizer(folder / "tokenizer.json", chat_template=loop)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self._tokenizer.render(messages)
+
+
+async def test_template_that_loops_is_cut_off_while_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounded_template, "MAX_RENDER_S", 1.0)
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    async with (
+        LocalEngine.over(ScriptedBackend(ANSWER), LoopingCodec(), defaults=params()) as engine,
+        Server(engine, ServeSettings(port=0)) as server,
+        client_of(server) as looping,
+        client_of(server) as other,
+    ):
+        asking = asyncio.create_task(looping.post("/v1/chat/completions", json=body, timeout=60))
+        num_answered = 0
+        while not asking.done():
+            assert (await other.get("/healthz", timeout=60)).status_code == 200
+            num_answered += 1
+        refused = await asking
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_prompt")
+        assert "takes more than" in refused.json()["error"]["message"]
+        assert num_answered > 3
+        answer = await other.post("/v1/completions", json={"prompt": "hi"}, timeout=60)
+        assert answer.json()["choices"][0]["text"] == ANSWER
