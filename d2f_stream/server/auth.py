@@ -14,7 +14,14 @@ from urllib.parse import urlsplit
 
 from d2f_stream.core.errors import Unauthorized
 
-__all__ = ["AUTH_SUBPROTOCOL", "LOCAL", "Auth", "token_of_header", "token_of_subprotocols"]
+__all__ = [
+    "AUTH_SUBPROTOCOL",
+    "LOCAL",
+    "Auth",
+    "asker_of",
+    "token_of_header",
+    "token_of_subprotocols",
+]
 
 LOCAL: Final = "local"
 """The client that everybody is where the server has no tokens."""
@@ -72,6 +79,16 @@ class Auth:
         except ValueError:  # such as http://[
             return False
         return bool(host) and netloc.lower() == str(host).lower()
+
+
+def asker_of(client: str, place: object) -> str:
+    """Return who takes turns with others: the client, or the place where everybody is one.
+
+    Args:
+        client: its name.
+        place: a connection or a host.
+    """
+    return f"{client} at {place}" if client == LOCAL else client
 
 
 def token_of_header(authorization: str | None) -> str | None:

@@ -282,6 +282,24 @@ def test_errors_of_the_codec_are_one_line() -> None:
         JSON.decode_operation(forged)
 
 
+async def test_connections_take_turns_where_nobody_has_a_token() -> None:
+    backend, gate = held()
+    async with (
+        serving(backend, limits=ServeLimits(max_running=4)) as server,
+        Peer.to(server) as greedy,
+        Peer.to(server) as modest,
+    ):
+        await greedy.hello()
+        await modest.hello()
+        await greedy.send(*(request() for _ in range(20)))
+        for _ in range(3):  # three quarters
+            await greedy.started()
+        await modest.send(request())
+        gate.open()
+        check_whole(await modest.answer())
+        assert server.registry.num_waiting > 4
+
+
 class LoopingCodec(ByteCodec):
     """A codec whose chat template does not end."""
 

@@ -21,7 +21,7 @@ from d2f_stream import __version__
 from d2f_stream.core.errors import D2FError, InvalidRequest, ModelNotFound, NoChatTemplate
 from d2f_stream.core.events import Block, Event, StreamFinished
 from d2f_stream.core.printable import printable
-from d2f_stream.server.auth import Auth
+from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.http.login import client_of
 from d2f_stream.server.http.sse import EventStream, unless_disconnected
 from d2f_stream.server.logins import FailedLogins
@@ -204,7 +204,8 @@ class _Api:
             params=asked.overrides(),
             on_disconnect="cancel",
         )
-        stream = self._registry.generate(generate, client=client, clamp=True)
+        asker = asker_of(client, request.client and request.client.host)
+        stream = self._registry.generate(generate, client=client, asker=asker, clamp=True)
         reader = AnswerReader(stream, self._registry)
         if not asked.is_streamed:
             try:

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from d2f_stream.core.errors import D2FError, ModelNotFound, SlowConsumer
 from d2f_stream.core.events import Event, StreamFinished
 from d2f_stream.core.printable import printable
-from d2f_stream.server.auth import Auth
+from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.http.login import client_of
 from d2f_stream.server.http.sse import COMMENT, EventStream, unless_disconnected
 from d2f_stream.server.logins import FailedLogins
@@ -184,7 +184,8 @@ class _Api:
         generate = Generate(
             request_id=name, prompt=prompt, params=asked.overrides(), on_disconnect="cancel"
         )
-        stream = self._registry.generate(generate, client=client, clamp=True)
+        asker = asker_of(client, request.client and request.client.host)
+        stream = self._registry.generate(generate, client=client, asker=asker, clamp=True)
         reader = AnswerReader(stream, self._registry)
         writer = self._writer(asked, name)
         if asked.stream:

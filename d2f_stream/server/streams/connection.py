@@ -22,7 +22,7 @@ from d2f_stream.core.errors import (
     Unauthorized,
 )
 from d2f_stream.core.events import Draft
-from d2f_stream.server.auth import Auth
+from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.logins import FailedLogins, Peer
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
@@ -257,7 +257,9 @@ class Connection:
         assert self.client is not None
         if not any(c.stream.request_id == request.request_id for c in self._cursors.values()):
             self._check_room()
-        stream = self._registry.generate(request, client=self.client)
+        stream = self._registry.generate(
+            request, client=self.client, asker=asker_of(self.client, id(self))
+        )
         drafts = request.params.drafts is True
         self._follow(stream, after_seq=-1, drafts=drafts)
 

@@ -157,7 +157,9 @@ class StreamRegistry:
         """Whether new requests are taken on."""
         return self._admits
 
-    def generate(self, request: Generate, *, client: str, clamp: bool = False) -> ServedStream:
+    def generate(
+        self, request: Generate, *, client: str, asker: str | None = None, clamp: bool = False
+    ) -> ServedStream:
         """Start a stream, or return the one that this request started before.
 
         What is wrong with the prompt shows later, as the stream's `error`.
@@ -165,6 +167,7 @@ class StreamRegistry:
         Args:
             request: what is asked.
             client: whose stream it is.
+            asker: who takes turns with others; None is the client.
             clamp: whether an answer is shortened, not refused, where the model has no room for its
                 length. One whose length the request leaves open always is.
 
@@ -184,7 +187,7 @@ class StreamRegistry:
                 if self._observer is not None:
                     self._observer.on_resume(known)
                 return known
-            return self._start(request, client, clamp)
+            return self._start(request, client, asker or client, clamp)
         except D2FError as error:
             if self._observer is not None:
                 self._observer.on_refused(error)
@@ -252,7 +255,7 @@ class StreamRegistry:
             raise StreamLost(f"there is no stream {stream_id[:64]!r}; {kept}")
         return stream
 
-    def _start(self, request: Generate, client: str, clamp: bool) -> ServedStream:
+    def _start(self, request: Generate, client: str, asker: str, clamp: bool) -> ServedStream:
         if not self._admits:
             raise ServerShuttingDown("the server is shutting down; try again later")
         overrides = request.params.to_dict()
@@ -278,7 +281,7 @@ class StreamRegistry:
         charge = most + _size_of(prompt)
         self._check_room(client, charge)
         self._rate.take(client, asyncio.get_running_loop().time())
-        stream = ServedStream(request, client=client, charge=charge)
+        stream = ServedStream(request, client=client, asker=asker, charge=charge)
         self._streams[stream.id] = stream
         self._requests[client, stream.request_id] = stream
         self._running_tokens += stream.charge
@@ -323,10 +326,10 @@ class StreamRegistry:
         """Run a stream from its prompt to its end; return why it was turned away, if it was."""
         try:
             if isinstance(self.engine, PromptReader):
-                async with self._reading.turn(stream.client):
+                async with self._reading.turn(stream.asker):
                     prompt = await self.engine.encode(prompt)
                 overrides = self._fitted(overrides, len(prompt), clamp)
-            async with self._running.turn(stream.client):
+            async with self._running.turn(stream.asker):
                 await self._pump(stream, prompt, overrides)
         except D2FError as error:
             return error
@@ -346,7 +349,7 @@ class StreamRegistry:
 
     async def _pump(self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides) -> None:
         """Drain a session into its stream's log."""
-        await self._entering.take(stream.client)
+        await self._entering.take(stream.asker)
         enters = True
         try:
             names = StreamNames(stream.id, stream.request_id, stream.client)
@@ -355,11 +358,11 @@ class StreamRegistry:
             async for event in session.events():
                 if enters:
                     enters = False
-                    self._entering.give_back(stream.client)
+                    self._entering.give_back(stream.asker)
                 self._put(stream, event)
         finally:
             if enters:
-                self._entering.give_back(stream.client)
+                self._entering.give_back(stream.asker)
 
     def _put(self, stream: ServedStream, event: Event) -> None:
         stream.append(event)

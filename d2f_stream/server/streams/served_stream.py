@@ -29,6 +29,7 @@ class ServedStream:
     Attributes:
         id: unguessable; whoever knows it may read and cancel the stream.
         client: whose it is.
+        asker: who takes turns with others for it.
         request_id: the client's name for it.
         digest: of the request that it answers.
         charge: tokens that prompt and answer may take, about.
@@ -39,9 +40,12 @@ class ServedStream:
         ended: whether no more events come.
     """
 
-    def __init__(self, request: Generate, *, client: str, charge: int) -> None:
+    def __init__(
+        self, request: Generate, *, client: str, charge: int, asker: str | None = None
+    ) -> None:
         self.id = secrets.token_urlsafe(18)
         self.client = client
+        self.asker = asker or client
         self.request_id = request.request_id
         self.digest = digest_of(request)
         self.charge = charge
