@@ -283,6 +283,7 @@ class MqttEngine:
         if self._running is not None:
             self._running.cancel()
             self._running = None
+        self._conversation.broken()
 
     def _check_open(self) -> None:
         if self._closing:

@@ -95,6 +95,6 @@ async def test_room_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="the scripted backend takes memory for K/V as"):
         async with d2f_stream.load(tmp_path, kv_tokens=5):
             pass
-    with pytest.raises(InvalidRequest, match="kv_tokens, .* are the server's own choice"):
+    with pytest.raises(InvalidRequest, match=r"kv_tokens, .* are the server's own choice"):
         async with d2f_stream.load("ws://127.0.0.1:1", kv_tokens=5):
             pass
