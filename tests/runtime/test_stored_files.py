@@ -1,16 +1,24 @@
 """Files from other systems and other libraries: read as transformers reads them, or refused."""
 
+import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import d2f_stream
+from d2f_runtime.models.adapter_config import ADAPTER_KEYS
+from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.published import read_published
+from d2f_runtime.text.detokenizer import Detokenizer
 from d2f_runtime.text.files import read_object, read_text
 from d2f_runtime.text.tokenizer import Tokenizer
-from d2f_stream.core.errors import InvalidPrompt, ModelDamaged
+from d2f_runtime.text.tokenizer_files import SPECIAL_NAMES
+from d2f_stream.core.errors import InvalidPrompt, ModelDamaged, UnsupportedModel
 from tiny_checkpoints import FAMILIES, added_tokens, config_of, write_model, write_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -111,6 +119,86 @@ async def test_token_that_was_added_beyond_the_embedding(tmp_path: Path) -> None
             InvalidPrompt, match=rf"does not embed: its ids go from 0 to {size - 1}"
         ):
             await engine.generate(f"Ann has {stored.id_to_token(last)}", max_new_tokens=4).result()
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, True),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, False),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, True),
+        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}, True),
+        ({"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}, True),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}, False),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "default"}}, True),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 99.0}}, True),
+        ({"rope_parameters": {"type": "default", "rope_theta": 99.0}, "rope_scaling": {}}, True),
+        ({"bos_token_id": None, "pad_token_id": None}, True),
+        ({"hidden_act": "swish", "pretraining_tp": 2, "torch_dtype": None}, True),
+        ({"eos_token_id": [9999, 3]}, True),
+    ],
+)
+def test_config_means_what_transformers_reads(
+    tmp_path: Path, changes: dict[str, Any], runs: bool
+) -> None:
+    write_model(tmp_path, "qwen2")
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not runs:
+        with pytest.raises(UnsupportedModel, match="sliding_attention"):
+            load_checkpoint(tmp_path)
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(0, 280, (1, 24), generator=torch.Generator().manual_seed(1))
+    ours = load_checkpoint(tmp_path)
+    with torch.no_grad():
+        hidden, _ = ours(tokens, torch.arange(24)[None], None, causal=True)
+        wanted = theirs(tokens).logits
+    assert (ours.logits(hidden) - wanted).abs().max() <= 1e-4
+
+
+def test_gaps_of_a_tokenizer_are_forbidden(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    gone = [text for text, token in values["model"]["vocab"].items() if token in (30, 31, 77)]
+    values["model"]["vocab"] = {t: i for t, i in values["model"]["vocab"].items() if t not in gone}
+    values["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    config = read_published(folder).config
+    assert config.unnamed_ids == (30, 31, 77)
+    assert {30, 31, 77} <= set(config.forbidden_ids)
+
+
+@pytest.mark.parametrize("stop", ["<|tool|>", "y<|tool|>", "<|tool|>z", "y<|tool|>z"])
+def test_stop_string_that_names_a_special_token(stop: str) -> None:
+    texts = {1: "x", 2: "y", 3: "z", 4: "<|to", 5: "ol|>"}
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(texts.get(token, "") for token in ids)
+
+    for answer in ([1, 2, 9, 3, 1], [1, 2, 4, 5, 3, 1]):  # the token, and the same as text
+        for size in (1, 2, 5):
+            detokenizer = Detokenizer(decode=decode, stop=[stop], special_tokens={"<|tool|>": 9})
+            parts = [detokenizer.push(answer[i : i + size]) for i in range(0, len(answer), size)]
+            text = "".join(parts) + detokenizer.flush()
+            assert detokenizer.stopped
+            assert text == ("x" if stop.startswith("y") else "xy")
+    other = Detokenizer(decode=decode, stop=["<|tool|>q"], special_tokens={"<|tool|>": 9})
+    assert other.push([1, 9]) == "x"  # what may come true yet is not shown, nor missed
+    assert other.push([3, 1]) + other.flush() == "zx"
+    assert not other.stopped
+
+
+KEYS = re.compile(r"`([A-Za-z0-9_]+)`")
+
+
+def test_table_has_every_key_that_is_read() -> None:
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    listed = set(KEYS.findall(text.partition("## What of a file counts")[2].partition("\n## ")[0]))
+    kinds = (transformers.LlamaConfig, transformers.Qwen2Config, transformers.Qwen3Config)
+    read = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    read |= set(vars(transformers.GenerationConfig())) | {*ADAPTER_KEYS, *SPECIAL_NAMES}
+    assert sorted(read - listed) == []
 
 
 @pytest.mark.parametrize(

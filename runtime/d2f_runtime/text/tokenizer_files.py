@@ -14,7 +14,7 @@ from typing import Any, Final
 from d2f_runtime.text.files import holds_file, read_object, read_text
 from d2f_stream.core.errors import ModelDamaged
 
-__all__ = ["AddedToken", "TokenizerFiles", "Vocabulary"]
+__all__ = ["SPECIAL_NAMES", "AddedToken", "TokenizerFiles", "Vocabulary"]
 
 MAX_ID: Final = 2**31 - 1
 MAX_DIGITS: Final = 10
@@ -67,7 +67,7 @@ class Vocabulary:
 
     def gaps(self, stop: int) -> tuple[int, ...]:
         """Return the ids below `stop` and `size` that no text has."""
-        return tuple(set(range(min(stop, self.size))) - self._known)
+        return tuple(sorted(set(range(min(stop, self.size))) - self._known))
 
     def __contains__(self, token: int) -> bool:
         return token in self._known
