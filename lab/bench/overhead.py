@@ -59,6 +59,9 @@ class _TimedBackend:
         self.left.append(time.perf_counter())
         return result
 
+    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        self._inner.copy_prefix(source, target, num_tokens)
+
     def close_slot(self, slot: Slot) -> None:
         self._inner.close_slot(slot)
 

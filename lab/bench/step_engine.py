@@ -97,6 +97,7 @@ class _Borrowed:
         self.warm_up = inner.warm_up
         self.open_slot = inner.open_slot
         self.step = inner.step
+        self.copy_prefix = inner.copy_prefix
         self.close_slot = inner.close_slot
 
     def close(self) -> None:
@@ -107,6 +108,7 @@ class _Silent:
     """A codec for token ids whose text nobody reads."""
 
     special_tokens: Mapping[str, int] = MappingProxyType({})
+    longest_token = 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -162,6 +164,9 @@ class _Accepting:
         width = len(rows[0].window.tokens)
         self.calls.append(_Call(width, began, stepped, time.perf_counter()))
         return changed
+
+    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        self._inner.copy_prefix(source, target, num_tokens)
 
     def close_slot(self, slot: Slot) -> None:
         self._inner.close_slot(slot)

@@ -35,7 +35,7 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def change_config(folder: Path, name: str = "adapter_config.json", **changes: object) -> None:
+def change_config(folder: Path, *, name: str = "adapter_config.json", **changes: Any) -> None:
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -99,7 +99,7 @@ def compare_with_peft(
     config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": targets} | settings)
     theirs = oracle(tiny, **changes)
     write_checkpoint(folder / "base", tiny, theirs)
-    change_config(folder / "base", "config.json", **changes)
+    change_config(folder / "base", name="config.json", **changes)
     wrapped = peft.get_peft_model(oracle(tiny, **changes), config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_adapter_of_a_sibling_is_merged_with_a_warning(
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_name(
-    base: Path, adapter: Path, key: str, value: object
+    base: Path, adapter: Path, key: str, value: Any
 ) -> None:
     change_config(adapter, **{key: value})
     with pytest.raises(UnsupportedModel, match=rf"asks for {key} .*only plain LoRA"):

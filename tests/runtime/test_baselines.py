@@ -263,3 +263,5 @@ def attention_stops(family: str, visible: tuple[int, ...]) -> tuple[int, ...]:
             return (*range(size, length, size), length)
         case "full":
             return (num_prompt, *range(num_prompt + size, length, size), length)
+        case other:
+            raise AssertionError(f"none of these families has a prompt of {other}")
