@@ -1,6 +1,7 @@
 """The fast step decodes what the plain step decodes: whole answers, step by step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,3 +155,10 @@ def test_a_consumed_model_gives_its_layers_away() -> None:
     model = tiny_model(CONFIGS["llada"])
     FastTransformer(model, quantization="fp32", ops=REFERENCES, consume=True)
     assert all(isinstance(layer, torch.nn.Identity) for layer in model.layers)
+
+
+def test_positions_that_have_no_room_take_no_memory() -> None:
+    config = replace(CONFIGS["dream"], max_len=2**31 - 1)
+    made = TorchBackend(tiny_model(config), name="long", runner="fast", max_tokens=64)
+    assert made.info.max_len == 64
+    assert trace(made)[0].tokens == trace(backend("dream", "fast"))[0].tokens

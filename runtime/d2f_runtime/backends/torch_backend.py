@@ -110,7 +110,11 @@ class TorchBackend:
             ops = KERNELS if self._device.type == "cuda" else REFERENCES
             with torch.inference_mode():
                 packed = FastTransformer(
-                    model, quantization=quantization or named, ops=ops, consume=consume
+                    model,
+                    quantization=quantization or named,
+                    ops=ops,
+                    consume=consume,
+                    max_len=self.info.max_len,
                 )
                 del model
                 self._runner = FastRunner(packed, self._pool, self.info, use_graphs=graphs != "off")

@@ -105,10 +105,17 @@ class FastTransformer:
             else for the model's dtype.
         ops: kernels or references.
         consume: free each layer of `model` once it is packed; the model is unusable after that.
+        max_len: positions that occur; None is the model's, which may be many more than have room.
     """
 
     def __init__(
-        self, model: Transformer, *, quantization: str, ops: Ops, consume: bool = False
+        self,
+        model: Transformer,
+        *,
+        quantization: str,
+        ops: Ops,
+        consume: bool = False,
+        max_len: int | None = None,
     ) -> None:
         self.config = model.config
         self.ops = ops
@@ -125,7 +132,9 @@ class FastTransformer:
             self._norm = model.norm.weight.detach()
             unnamed = model.config.unnamed_ids
             self._unnamed = ids_on(unnamed, head.device) if unnamed else None
-            self._table = _rope_table(model.config, self._embedding.device)
+            self._table = _rope_table(
+                model.config, max_len or model.config.max_len, self._embedding.device
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -305,8 +314,8 @@ def _merged_draft(draft: DraftAdapter, config: TransformerConfig, index: int) ->
     )
 
 
-def _rope_table(config: TransformerConfig, device: torch.device) -> Tensor:
+def _rope_table(config: TransformerConfig, max_len: int, device: torch.device) -> Tensor:
     """Return [max_len, hd] fp32, cosines before sines of every canvas position."""
-    cos, sin = rotary(torch.arange(config.max_len, device=device)[None], config)
+    cos, sin = rotary(torch.arange(max_len, device=device)[None], config)
     half = config.head_dim // 2
     return torch.cat([cos[0, :, 0, :half], sin[0, :, 0, :half]], dim=1).contiguous()
