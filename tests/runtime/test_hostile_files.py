@@ -1,7 +1,6 @@
 """Model folders from elsewhere: whatever a file says, it is loaded or refused, in bounded time."""
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -114,7 +113,7 @@ def check(root: Path, name: str, data: st.DataObject, run: Callable[[], None]) -
 
 
 SETTINGS = settings(
-    max_examples=int(os.environ.get("D2F_EXAMPLES", "25")),
+    max_examples=25,
     deadline=30_000,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
