@@ -1,11 +1,13 @@
 """How a matrix is stored in a step graph and multiplied there.
 
 `fp32` and `fp16`: as it is. `int8`: dynamic quantization, weights per output channel, activations
-per matrix at run time. On CPUs it was the fastest of what onnxruntime offers at every window size
-but one row (bench/onnx), because D2F windows are bound by arithmetic and the integer kernels do
-more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's MatMulNBits reads;
-symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix whose
-inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
+per row at run time, so that what becomes of a row does not depend on the rows beside it. (One scale
+for all rows, for which onnxruntime has a fused operator, was no faster, and four times as rough
+where rows differ in size.) On CPUs it was the fastest of what onnxruntime offers at every window
+size but one row (bench/onnx), because D2F windows are bound by arithmetic and the integer kernels
+do more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's MatMulNBits
+reads; symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix
+whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
 
 int8 weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
 8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run.
@@ -29,7 +31,9 @@ Quantization = Literal["fp32", "fp16", "int8", "int4", "int4-fp16"]
 QUANTIZATIONS: Final[tuple[Quantization, ...]] = ("fp32", "fp16", "int8", "int4", "int4-fp16")
 FLOATS: Final = {"fp16": "float16", "int4-fp16": "float16"}  # of activations; else float32
 
-INT8_MAX: Final = 64
+INT8_MAX: Final = 64  # of weights
+ROW_MAX: Final = 127.0  # of activations, around 128
+SMALLEST: Final = 1e-9  # of a row's largest magnitude; a row of zeros has a scale all the same
 INT4_BLOCK: Final = 32
 FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
 ROWS_AT_ONCE: Final = 4096  # bounds the memory of a conversion
@@ -91,12 +95,24 @@ class Linear:
         )
         weights = Weights(tuple(parameters), stored, lambda *w: pack_int8(w))
         matrix, scale = self.graph.store(weights)
-        if x not in self._quantized:
-            self._quantized[x] = self.graph.ops("DynamicQuantizeLinear", 3, x)
-        levels, step, zero = self._quantized[x]
+        levels, step = self._rows(x)
+        zero = self.graph.constant(128, "uint8")
         product = self.graph.op("MatMulInteger", levels, matrix, zero)
-        product = self.graph.op("Cast", product, to=1)
-        return self.graph.op("Mul", product, self.graph.op("Mul", step, scale))
+        product = self.graph.op("Mul", self.graph.op("Cast", product, to=1), step)
+        return self.graph.op("Mul", product, scale)
+
+    def _rows(self, x: Value) -> list[Value]:
+        """Return uint8 levels of [..., K] around 128, and what a level is in each row, [..., 1]."""
+        if x not in self._quantized:
+            graph = self.graph
+            largest = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
+            largest = graph.op("Max", largest, graph.constant(SMALLEST, "float32"))
+            factor = graph.op("Div", graph.constant(ROW_MAX, "float32"), largest)
+            levels = graph.op("Mul", x, factor)
+            levels = graph.op("Add", levels, graph.constant(128.5, "float32"))  # the cast cuts off
+            step = graph.op("Mul", largest, graph.constant(1 / ROW_MAX, "float32"))
+            self._quantized[x] = [graph.op("Cast", levels, to=2), step]
+        return self._quantized[x]
 
     def _int4(
         self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]
