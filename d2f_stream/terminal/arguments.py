@@ -18,6 +18,7 @@ QUESTION: Final = "Ben has 34 books. He buys 18 more. How many has he now?"
 ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
     "eval": "d2f_runtime.evaluation.__main__:main",
     "distill": "d2f_export.distill.command:main",
+    "distill-data": "d2f_export.distill.from_ar.command:write",
     "export": "d2f_export.onnx.command:run_export",
     "verify": "d2f_export.onnx.command:run_verify",
 }
@@ -70,7 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     commands.add_parser("eval", help="run tasks of lm-evaluation-harness", add_help=False)
-    commands.add_parser("distill", help="train a D2F student of a diffusion model", add_help=False)
+    commands.add_parser("distill", help="train a D2F student of a model", add_help=False)
+    commands.add_parser(
+        "distill-data", help="let a model write the text that its draft learns from", add_help=False
+    )
     commands.add_parser("export", help="write a model as a folder for onnxruntime", add_help=False)
     commands.add_parser("verify", help="compare such a folder with its checkpoint", add_help=False)
     return parser

@@ -1,18 +1,17 @@
 """The arguments of `d2f-stream distill`: a flag for each setting, over those of a TOML file."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
 from d2f_export.distill.settings import DistillSettings, read_settings, settings_of
 from d2f_stream.core.errors import MissingExtra
 
-__all__ = ["build_parser", "main", "values_of"]
-
-_REPEATED: Final = ("data",)
+__all__ = ["add_settings", "build_parser", "main", "values_of"]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "d2f-stream distill") -> None:
@@ -22,8 +21,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "d2f-stream distill")
         MissingExtra: a library of the export extra is not installed.
         D2FError: see `distill`.
     """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if any(flag.partition("=")[0] == "--from-ar" for flag in given):
+        from d2f_export.distill.from_ar.command import train
+
+        return train(given, prog=prog)
     parser = build_parser(prog)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     settings = settings_of(values_of(args))
     try:
         from rich.console import Console
@@ -39,15 +43,21 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Distil a LLaDA- or Dream-family model into a block-causal D2F student.",
+        epilog="--from-ar MODEL --help: train a draft adapter of an autoregressive model instead.",
     )
     parser.add_argument("--output", type=Path, required=True, help="the run's folder; resumes")
     parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
     parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
+    add_settings(parser, DistillSettings)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: type[msgspec.Struct]) -> None:
+    """Add a flag for each field of the settings, those that must be given first."""
     group = parser.add_argument_group("settings")
-    fields = msgspec.structs.fields(DistillSettings)
+    fields = msgspec.structs.fields(kind)
     for field in sorted(fields, key=lambda field: not field.required):
         _add(group, field.name, field.type, field.default)
-    return parser
 
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,8 +74,10 @@ def _add(group: "argparse._ArgumentGroup", name: str, kind: Any, default: Any) -
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown.strip()}
     if plain is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif name in _REPEATED:
-        options |= {"nargs": "+", "metavar": "FILE"}
+    elif get_origin(plain) is tuple:
+        is_number = int in [getattr(part, "__origin__", part) for part in get_args(plain)]
+        options |= {"nargs": "+", "metavar": "N" if is_number else "FILE"}
+        options |= {"type": int} if is_number else {}
     elif get_origin(plain) is Literal:
         options["choices"] = get_args(plain)
     else:

@@ -13,15 +13,25 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
 
-__all__ = ["FREE", "DistillSettings", "TrainSettings", "read_settings", "settings_of", "to_toml"]
+__all__ = [
+    "FREE",
+    "DistillSettings",
+    "TrainSettings",
+    "build_settings",
+    "check_values",
+    "read_settings",
+    "settings_of",
+    "to_toml",
+]
 
+Settings = TypeVar("Settings", bound=msgspec.Struct)
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 
@@ -53,8 +63,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     log_every: Annotated[int, Meta(ge=1, description="steps between rows of log.csv")] = 10
 
     def __post_init__(self) -> None:
-        for field in msgspec.structs.fields(self):
-            _check(field.name, getattr(self, field.name), field.type)
+        check_values(self)
 
 
 class DistillSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -169,12 +178,17 @@ FREE: Final = frozenset(
 
 
 def settings_of(values: Mapping[str, Any]) -> DistillSettings:
+    """Build a distillation's settings; see `build_settings`."""
+    return build_settings(DistillSettings, values)
+
+
+def build_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Build settings from plain values, as TOML and the command line give them.
 
     Raises:
         InvalidParams: for the first unknown, missing or bad one.
     """
-    fields = {field.name: field for field in msgspec.structs.fields(DistillSettings)}
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in values:
         if name not in fields:
             raise InvalidParams("setting", name, "one of " + ", ".join(sorted(fields)))
@@ -184,7 +198,7 @@ def settings_of(values: Mapping[str, Any]) -> DistillSettings:
     listed: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
-    return DistillSettings(**listed)
+    return kind(**listed)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -201,7 +215,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"{path} is not valid TOML: {error}") from error
 
 
-def to_toml(settings: TrainSettings) -> str:
+def to_toml(settings: msgspec.Struct) -> str:
     """Return a TOML file that `read_settings` reads back; fields that are None are left out."""
     values = msgspec.structs.asdict(settings)
     # TOML's strings, numbers, booleans and lists of strings are written as JSON's.
@@ -210,6 +224,16 @@ def to_toml(settings: TrainSettings) -> str:
         for name, value in values.items()
         if value is not None
     )
+
+
+def check_values(settings: msgspec.Struct) -> None:
+    """Check every field against its type and bounds.
+
+    Raises:
+        InvalidParams: for the first one out of range.
+    """
+    for field in msgspec.structs.fields(settings):
+        _check(field.name, getattr(settings, field.name), field.type)
 
 
 def _check(name: str, value: object, kind: Any) -> None:

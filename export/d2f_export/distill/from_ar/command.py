@@ -1,0 +1,63 @@
+"""The arguments of `d2f-stream distill --from-ar` and `d2f-stream distill-data`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2f_export.distill.command import add_settings, values_of
+from d2f_export.distill.from_ar.settings import DraftSettings, WritingSettings
+from d2f_export.distill.settings import build_settings
+from d2f_stream.core.errors import MissingExtra
+
+__all__ = ["train", "write"]
+
+
+def train(argv: Sequence[str], *, prog: str = "d2f-stream distill") -> None:
+    """Train a draft adapter as the arguments say.
+
+    Raises:
+        MissingExtra: a library of the export extra is not installed.
+        D2FError: see `train_draft`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Train a draft adapter of an autoregressive model."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the run's folder; resumes")
+    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
+    add_settings(parser, DraftSettings)
+    args = parser.parse_args(argv)
+    settings = build_settings(DraftSettings, values_of(args))
+    try:
+        from rich.console import Console
+
+        from d2f_export.distill.from_ar.run import train_draft
+    except ImportError as error:
+        raise MissingExtra("distillation", error.name or "torch", "export") from error
+    train_draft(settings, args.output, cpu=args.cpu, console=Console())
+
+
+def write(argv: Sequence[str]) -> None:
+    """Let a model write data as the arguments say.
+
+    Raises:
+        MissingExtra: a library of the export extra is not installed.
+        D2FError: see `write_data`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="d2f-stream distill-data",
+        description="Let an autoregressive model write the text that its draft learns from.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the file, NAME.npz")
+    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
+    add_settings(parser, WritingSettings)
+    args = parser.parse_args(argv)
+    settings = build_settings(WritingSettings, values_of(args))
+    try:
+        from rich.console import Console
+
+        from d2f_export.distill.from_ar.writing import write_data
+    except ImportError as error:
+        raise MissingExtra("writing data", error.name or "torch", "export") from error
+    write_data(settings, args.output, cpu=args.cpu, console=Console())

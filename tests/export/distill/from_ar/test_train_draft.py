@@ -1,0 +1,194 @@
+"""Whole trainings on a tiny Llama: to an adapter that the runtime drafts with, and over a stop."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from d2f_export.distill.from_ar.base import free_mask_id, open_ar_base
+from d2f_export.distill.from_ar.run import train_draft
+from d2f_export.distill.from_ar.settings import DraftSettings
+from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_stream.core.errors import (
+    D2FError,
+    InvalidParams,
+    InvalidRequest,
+    ModelDamaged,
+    UnsupportedModel,
+)
+from tiny_checkpoints import write_model
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder, "qwen2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = [
+        {"prompt": f"Ann has {n}", "answer": f"{n} + 4 = {n + 4}. So she has {n + 4} apples now."}
+        for n in range(24)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def settings(base: Path, data: Path, **changes: Any) -> DraftSettings:
+    values: dict[str, Any] = {
+        "from_ar": str(base), "data": (str(data),), "rank": 4, "rows": 2, "clean_length": 128,
+        "noisy_length": 128, "steps": 6, "lr": 1e-2, "warmup": 2, "block_sizes": (2, 4),
+        "curriculum": 4, "log_every": 1, "save_every": 2, "decay": 0.0,
+    }  # fmt: skip
+    return DraftSettings(**(values | changes))
+
+
+def test_training_ends_in_an_adapter_that_the_runtime_drafts_with(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = train_draft(settings(base, data, steps=40, decay=0.3), tmp_path / "run", cpu=True)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[-1]["skipped"] == 0
+    assert rows[-1]["tokens"] == 40 * 2 * 128
+    assert rows[-1]["rate"] < rows[20]["rate"]
+    model = load_checkpoint(base, adapter=folder)
+    assert model.draft is not None
+    about = json.loads((folder / "adapter_config.json").read_text())["d2f"]
+    assert about["mask_id"] == free_mask_id(open_ar_base(str(base)))
+    assert about["block_sizes"] == [2, 4]
+    assert len(about["base"]["sha256"]) == 64
+    plain = load_checkpoint(base)
+    assert all(
+        torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items()
+    )
+
+
+def test_a_run_that_stopped_ends_as_one_that_did_not(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    whole = train_draft(settings(base, data), tmp_path / "whole", cpu=True)
+    train_draft(settings(base, data, steps=3), tmp_path / "parts", cpu=True)
+    moved = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "parts", moved)
+    parts = train_draft(settings(base, data), moved, cpu=True)
+    expected = load_file(whole / "adapter_model.safetensors")
+    found = load_file(parts / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_stop_while_a_checkpoint_is_written_leaves_the_one_before(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train_draft(settings(base, data, steps=2), tmp_path / "run", cpu=True)
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def fails(content: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(D2FError, match=r"could not be written: .*No space left"):
+        train_draft(settings(base, data, steps=4), folder, cpu=True)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not (folder / ".checkpoint.pt").exists()
+    monkeypatch.undo()
+    train_draft(settings(base, data, steps=4), folder, cpu=True)
+
+
+def test_damaged_checkpoint_is_named(base: Path, data: Path, tmp_path: Path) -> None:
+    folder = train_draft(settings(base, data, steps=1), tmp_path / "run", cpu=True)
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(ModelDamaged, match=r"checkpoint\.pt cannot be read"):
+        train_draft(settings(base, data, steps=2), folder, cpu=True)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from d2f_export.distill.from_ar.training import Training
+
+    whole = Training.loss
+
+    def loss(self: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        found = whole(self, batch)
+        return found * float("nan") if batch["clean"].sum() % 2 else found
+
+    monkeypatch.setattr(Training, "loss", loss)
+    folder = train_draft(settings(base, data, steps=12), tmp_path / "run", cpu=True)
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["skipped"] < 12
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in stored.values())
+
+
+def test_other_settings_are_refused_and_more_data_is_not(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = train_draft(settings(base, data, steps=1), tmp_path / "run", cpu=True)
+    with pytest.raises(InvalidRequest, match="holds a training with rank 4, not 8"):
+        train_draft(settings(base, data, rank=8), folder, cpu=True)
+    more = msgspec.structs.replace(settings(base, data, steps=2), data=(str(data), str(data)))
+    train_draft(more, folder, cpu=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("text")
+    with pytest.raises(InvalidRequest, match="holds something else than a training"):
+        train_draft(settings(base, data), tmp_path / "full", cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"prompt": "a"}', "has no 'answer'"),
+        ('{"prompt": "a", "answer": " "}', "has an empty 'answer'"),
+        ("", "there is no example in"),
+    ],
+)
+def test_data_without_answers_is_refused(base: Path, tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "d.jsonl").write_text(line)
+    with pytest.raises(InvalidRequest, match=told):
+        train_draft(settings(base, tmp_path / "d.jsonl"), tmp_path / "run", cpu=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_examples_that_fit_nowhere_are_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "a", "answer": "no " * 400}))
+    with pytest.raises(InvalidRequest, match="none of the 1 examples fits into clean_length"):
+        train_draft(settings(base, tmp_path / "d.jsonl"), tmp_path / "run", cpu=True)
+
+
+def test_memory_that_does_not_do_is_told_before_the_start(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"needs [\d.]+ GiB but the device has .* lower rows"):
+        train_draft(settings(base, data, rows=1 << 20), tmp_path / "run", cpu=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_sees_ahead_is_refused(data: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "llada", "llada")
+    with pytest.raises(UnsupportedModel, match="--from-ar takes an autoregressive one"):
+        train_draft(settings(tmp_path / "llada", data), tmp_path / "run", cpu=True)
+
+
+def test_a_mask_that_ends_answers_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    end = open_ar_base(str(base)).config.eos_ids[0]
+    with pytest.raises(InvalidRequest, match="that id ends the answers"):
+        train_draft(settings(base, data, mask_id=end), tmp_path / "run", cpu=True)
+
+
+def test_sizes_that_fall_are_refused(base: Path, data: Path) -> None:
+    with pytest.raises(InvalidParams, match=r"block_sizes is .* must be rising"):
+        settings(base, data, block_sizes=(8, 4))
