@@ -37,7 +37,7 @@ export class AnswerView {
   #description; // what the model is for
 
   /**
-   * `turn` is the record of conversation.js; what it holds already is shown at once.
+   * `turn` is the record of transcript.js; what it holds already is shown at once.
    * `description` says what the model is for, where that is known.
    */
   constructor(turn, description = "") {

@@ -1,7 +1,7 @@
 /** The chat page: joins the conversation, the views of its answers and the connection. */
 
 import { AnswerView, element } from "./answer.js";
-import { Conversation, textOf } from "./conversation.js";
+import { Transcript, textOf } from "./transcript.js";
 import { D2FClient, newRequestId } from "./d2f-client.js";
 import { examplesFor } from "./examples.js";
 import { showConnection, storedToken } from "./link.js";
@@ -24,7 +24,7 @@ const ACTS = {
 // The page and its script ship together: each id is there, and is the element that is meant.
 const $ = (id) => /** @type {any} */ (document.getElementById(id));
 
-const conversation = new Conversation();
+const transcript = new Transcript();
 const settings = new Settings($("fields"));
 const choice = new ViewChoice($("show-canvas"), $("pace"), {
   onChange: () => running?.player.setPace(choice.pace),
@@ -46,7 +46,7 @@ let takesMessages = true; // until a model without a chat template refuses them
 
 function ask(question) {
   const params = settings.overrides;
-  const turn = conversation.add({ question, requestId: newRequestId(), params });
+  const turn = transcript.add({ question, requestId: newRequestId(), params });
   run(turn, render(turn));
   scrollToEnd();
 }
@@ -63,11 +63,11 @@ async function run(turn, view) {
     if (error.code === "no_chat_template" && takesMessages) {
       takesMessages = false;
       turn.requestId = newRequestId();
-      conversation.save();
+      transcript.save();
       run(turn, view);
       return;
     }
-    conversation.fail(turn, error);
+    transcript.fail(turn, error);
   }
   mine.player.push({ type: "end" }); // behind what is still to be shown
   showAct();
@@ -79,13 +79,13 @@ function open(turn) {
   if (stream !== null) {
     return client.resume({ stream, request_id: requestId, after_seq: lastSeq, drafts });
   }
-  const prompt = takesMessages ? conversation.messagesFor(turn) : turn.question;
+  const prompt = takesMessages ? transcript.messagesFor(turn) : turn.question;
   return client.generate(prompt, { params, requestId, drafts });
 }
 
 /** Keep and announce at once what has come; showing it takes the time that it takes. */
 function receive(event, { turn, player }) {
-  if (event.type !== "block.draft") conversation.apply(turn, event);
+  if (event.type !== "block.draft") transcript.apply(turn, event);
   if (event.type === "block.committed" && event.text.trim()) {
     $("announcer").append(element("p", "", event.text));
   }
@@ -161,7 +161,7 @@ function remedy(turn, view) {
 }
 
 function readOn(turn, view) {
-  conversation.reopen(turn);
+  transcript.reopen(turn);
   const fresh = new AnswerView(turn, client.model?.description);
   view.root.replaceWith(fresh.root);
   run(turn, fresh);
@@ -175,7 +175,7 @@ function action(label, act) {
 }
 
 function forget(turn, view) {
-  conversation.remove(turn);
+  transcript.remove(turn);
   view.root.previousElementSibling.remove();
   view.root.remove();
   showWelcome();
@@ -184,7 +184,7 @@ function forget(turn, view) {
 function startOver() {
   running?.stream.cancel();
   running = null;
-  conversation.clear();
+  transcript.clear();
   $("conversation").replaceChildren();
   $("announcer").replaceChildren();
   showWelcome();
@@ -193,7 +193,7 @@ function startOver() {
 }
 
 function showWelcome() {
-  const isEmpty = conversation.turns.length === 0;
+  const isEmpty = transcript.turns.length === 0;
   $("welcome").hidden = !isEmpty;
   $("new-chat").hidden = isEmpty;
 }
@@ -298,7 +298,7 @@ showConnection(client, $);
 // Begin: what this tab was showing, and the answer it was reading.
 
 watchTheme($);
-for (const turn of conversation.turns) {
+for (const turn of transcript.turns) {
   const view = render(turn);
   if (turn.status === "running") run(turn, view);
 }

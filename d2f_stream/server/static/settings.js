@@ -5,7 +5,7 @@
  */
 
 import { element } from "./answer.js";
-import { read, write } from "./conversation.js";
+import { read, write } from "./transcript.js";
 
 const FIELDS = [
   {

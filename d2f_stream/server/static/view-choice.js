@@ -1,6 +1,6 @@
 /** How the reader wants answers shown: with the canvas or in whole blocks, and how fast. */
 
-import { read, write } from "./conversation.js";
+import { read, write } from "./transcript.js";
 import { PACES } from "./player.js";
 
 const CANVAS_KEY = "d2f.canvas";

@@ -1,5 +1,5 @@
 /**
- * Conversation: the turns of this tab, kept in its sessionStorage after every event that lasts.
+ * Transcript: the turns of this tab, kept in its sessionStorage after every event that lasts.
  *
  * A turn holds all that is needed to draw its answer again and, while it runs, to read it on after
  * a reload. Knows neither the page nor the connection.
@@ -9,7 +9,7 @@ import { sentenceFor } from "./sentences.js";
 
 const KEY = "d2f.conversation";
 
-export class Conversation {
+export class Transcript {
   #storage;
 
   constructor(storage = globalThis.sessionStorage) {
