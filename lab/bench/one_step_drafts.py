@@ -1,10 +1,11 @@
-"""HeldOut: how good a draft is on answers that it has not learnt from, without decoding them.
+"""How good a draft is on answers that it has not learnt from, without decoding them.
 
 The one-step length is the cheapest figure of speed: how many tokens of an all-masked block are the
 base's own, up to the first that is not. The first is always right, it comes from a causal row.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ class OneStep:
     length: float
     right: tuple[float, ...]
     num_blocks: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        return asdict(self)
 
 
 @torch.no_grad()
