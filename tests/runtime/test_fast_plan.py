@@ -33,7 +33,17 @@ def plan(*rows: tuple[int, Window, Span], info: ModelInfo = SCRIPTED_INFO) -> St
 def filled(plan: StepPlan, per_tile: int = 4) -> dict[str, list[int]]:
     flat = np.full(LAYOUT.size, 77, dtype=np.int32)  # poison: every place must be written
     plan.fill(flat.data, LAYOUT, per_tile)
-    names = "tokens positions places visible head drafts tiles last_from last_to".split()
+    names = [
+        "tokens",
+        "positions",
+        "places",
+        "visible",
+        "head",
+        "drafts",
+        "tiles",
+        "last_from",
+        "last_to",
+    ]
     edges = np.cumsum((0, *LAYOUT.sizes)).tolist()
     return {n: flat[edges[i] : edges[i + 1]].tolist() for i, n in enumerate(names)}
 
