@@ -13,7 +13,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 from d2f_export.onnx.artefact import Description, describe, file_info
@@ -26,7 +25,7 @@ from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.backends.onnx_session import GRAPH_FILE, GRAPH_INTERFACE, nodes_by_provider
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.manifest import FILE_NAME, FileInfo, OnnxInfo
+from d2f_runtime.models.manifest import FILE_NAME, FileInfo, OnnxInfo, encode_manifest
 from lab.bench.step import StepSettings, time_steps
 from lab.bench.step_models import SHAPES
 from lab.records import spread
@@ -101,7 +100,7 @@ def write_random(config: TransformerConfig, quantization: Quantization, folder: 
         opset=OPSET, min_onnxruntime="1.31", interface=GRAPH_INTERFACE, quantization=quantization
     )
     manifest = describe(config, Description(name="random"), files=files, onnx=info)
-    (folder / FILE_NAME).write_bytes(msgspec.json.encode(manifest))
+    (folder / FILE_NAME).write_bytes(encode_manifest(manifest))
 
 
 def _noise(stored: Sequence[Stored]) -> list[Array]:

@@ -20,6 +20,7 @@ EDGE = {
     "numpy": "2.4.6",
     "jinja2": "3.1.6",
     "rich": "15.0.0",
+    "prompt-toolkit": "3.0.53",
 }
 
 
@@ -62,7 +63,7 @@ def test_installed_backend_that_fails_its_trial_does_not_work() -> None:
 def test_complete_extra_lacks_nothing_and_others_say_what_they_lack() -> None:
     extras = {extra.name: extra for extra in examined(EDGE).extras}
     assert extras["edge"].missing == ()
-    assert extras["torch"].missing == ("huggingface-hub", "safetensors", "torch")
+    assert extras["torch"].missing == ("gguf", "huggingface-hub", "safetensors", "torch")
     assert extras["torch"].command == "pip install 'd2f-stream[torch]'"
 
 
