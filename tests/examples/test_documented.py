@@ -190,7 +190,7 @@ def test_documented_command_exists_with_its_options(
         return
     if program == "python":
         module, arguments = [arguments[1]], arguments[2:]
-    if arguments and re.fullmatch(r"[a-z_-]+", arguments[0]):
+    if arguments and re.fullmatch(r"[a-z][a-z_-]*", arguments[0]):
         module.append(arguments.pop(0))
     if module == ["d2f_runtime.evaluation"]:
         module.append("run")  # which lm-eval takes where none of its commands is named
