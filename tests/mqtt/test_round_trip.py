@@ -234,9 +234,10 @@ async def test_leaving_a_session_ends_its_stream_at_the_worker(mosquitto: Mosqui
         async with engine.generate("hi") as session:
             gate.let_through(6)
             assert (await anext(session)).text
+            # Before the end can come: it does at once where no step is under way.
+            await watch.subscribe(streams_of(engine.client, "events"))
             session.cancel()
             await watch.wait_cancelled(node)
-            await watch.subscribe(streams_of(engine.client, "events"))
             gate.open()
         end = (await watch.events())[-1]
         assert isinstance(end, StreamFinished)
