@@ -228,6 +228,7 @@ async def test_leaving_a_session_ends_its_stream_at_the_worker(mosquitto: Mosqui
         worker(mosquitto.url, ScriptedBackend(ANSWER, gate=gate)) as one,
         connect_mqtt(mosquitto.url) as engine,
         Device(mosquitto, "watch") as watch,
+        Device(mosquitto, "reader") as reader,
     ):
         node = one.gateway.node
         await watch.subscribe(operations_of(node), streams_of("watch", "events"))
@@ -235,11 +236,11 @@ async def test_leaving_a_session_ends_its_stream_at_the_worker(mosquitto: Mosqui
             gate.let_through(6)
             assert (await anext(session)).text
             # Before the end can come: it does at once where no step is under way.
-            await watch.subscribe(streams_of(engine.client, "events"))
+            await reader.subscribe(streams_of(engine.client, "events"))
             session.cancel()
             await watch.wait_cancelled(node)
             gate.open()
-        end = (await watch.events())[-1]
+        end = (await reader.events())[-1]
         assert isinstance(end, StreamFinished)
         assert end.reason == "cancelled"
         assert (await session.result()).reason == "cancelled"
