@@ -35,6 +35,9 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.server.auth": {CORE},
     "d2f_stream.server.peer_log": {CORE},
     "d2f_stream.server.logins": {"d2f_stream.server.peer_log"},
+    "d2f_stream.server.settings": {CORE, "d2f_stream.server.auth", "d2f_stream.server.limits"},
+    "d2f_stream.server.listening": {CORE}
+    | {"d2f_stream.server." + n for n in ("peer_log", "settings")},
     "d2f_stream.server.streams": STREAMS,
     "d2f_stream.server.http": STREAMS,
     "d2f_stream.server.openai": STREAMS,
@@ -47,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.server.mqtt": STREAMS,
     "d2f_stream.server": {"d2f_stream", "d2f_stream.api", "d2f_runtime.engine"}
     | STREAMS
-    | {"d2f_stream.server." + n for n in ("openai", "ollama", "mqtt")},
+    | {"d2f_stream.server." + n for n in ("openai", "ollama", "mqtt", "listening", "settings")},
     "d2f_stream.transformers_streamer": {CORE},
     "d2f_stream.api": SDK
     | {"d2f_stream.client", "d2f_runtime.engine", "d2f_stream.transformers_streamer"},

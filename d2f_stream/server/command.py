@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
     from d2f_runtime.engine.opening import open_engine
 
     try:
-        from d2f_stream.server.serve import check_address, configure_logging, serve
+        from d2f_stream.server.listening.listener import check_address
+        from d2f_stream.server.serve import configure_logging, serve
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("d2f_stream", "d2f_runtime")):
             raise
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, os.environ)
     if settings.mqtt is not None and importlib.util.find_spec("aiomqtt") is None:
         raise MissingExtra("serving over MQTT", "aiomqtt", "mqtt")
-    check_address(settings)
+    check_address(settings.host, settings.port)
     configure_logging(args.log_level)
 
     async def run_engine() -> int:

@@ -19,11 +19,11 @@ from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.listening.sockets import max_sockets
 from d2f_stream.server.logins import FailedLogins
 from d2f_stream.server.peer_log import OneLine, PeerLog
 from d2f_stream.server.serve import Server
 from d2f_stream.server.settings import ServeSettings
-from d2f_stream.server.sockets import max_sockets
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from d2f_stream.wire.protocol import Authenticate
 from fakes import ANSWER, params

@@ -11,8 +11,8 @@ from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_runtime.engine.local import Limits
 from d2f_stream.core.events import Block
 from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.listening.uvicorn_guard import MAX_FRAGMENTS
 from d2f_stream.server.settings import Timeouts
-from d2f_stream.server.uvicorn_guard import MAX_FRAGMENTS
 from d2f_stream.wire.codec import MSGPACK
 from serving import Peer, check_whole, handshake, held, request, serving, small_socket
 

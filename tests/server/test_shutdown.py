@@ -12,7 +12,8 @@ import pytest
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.core.events import Block, StreamFinished
-from d2f_stream.server.serve import AddressUnavailable, Server, serve
+from d2f_stream.server.listening.listener import AddressUnavailable
+from d2f_stream.server.serve import Server, serve
 from d2f_stream.server.settings import ServeSettings
 from d2f_stream.wire.protocol import RequestRejected, ServerClosing
 from serving import Address, Peer, check_whole, held, request, serving, text_of

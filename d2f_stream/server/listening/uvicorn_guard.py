@@ -18,9 +18,9 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 
+from d2f_stream.server.listening.sockets import Sockets
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.settings import Timeouts
-from d2f_stream.server.sockets import Sockets
 
 __all__ = ["guarded_protocols", "uvicorn_config"]
 

@@ -1,0 +1,1 @@
+"""How a server listens: its port, the connections that come, and uvicorn behind them."""
