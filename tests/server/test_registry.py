@@ -407,7 +407,7 @@ async def test_ended_streams_are_bounded_in_bytes_and_whoever_has_most_gives_way
             net.registry.resume(alices[0].id, client="alice")
         assert net.registry.num_retained * bobs.num_bytes <= 20_000
         await until(lambda: net.registry.num_active == 0)
-        assert len(net.registry._expiries) == net.registry.num_retained
+        assert len(net.registry._shelf._expiries) == net.registry.num_retained
 
 
 async def test_request_id_stands_for_one_request() -> None:
@@ -507,7 +507,7 @@ async def test_request_that_does_not_fit_is_refused_and_leaves_nothing(
             await read(net.registry.generate(asked, client="alice"))
         await until(lambda: net.registry.num_active == 0)
         assert net.registry.num_retained == 0
-        assert net.registry._running_tokens == 0
+        assert net.registry._admission.num_tokens == 0
 
 
 async def test_number_of_streams_is_bounded_for_each_client_and_in_all() -> None:

@@ -10,20 +10,11 @@ enters the engine. So what one client asks for is no other client's wait.
 
 import asyncio
 import logging
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 import msgspec
 
-from d2f_stream.core.errors import (
-    D2FError,
-    InvalidRequest,
-    MessageTooLarge,
-    PromptTooLong,
-    RequestConflict,
-    ServerShuttingDown,
-    StreamLost,
-    TooManyStreams,
-)
+from d2f_stream.core.errors import D2FError, RequestConflict, ServerShuttingDown
 from d2f_stream.core.events import (
     Event,
     StreamFinished,
@@ -34,12 +25,15 @@ from d2f_stream.core.events import (
 )
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Engine, Prompt
-from d2f_stream.server.limits import RateLimit, ServeLimits
+from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.streams.admission import Admission, Measured, PromptReader, measured
+from d2f_stream.server.streams.observer import StreamObserver
 from d2f_stream.server.streams.served_stream import ServedStream, digest_of
+from d2f_stream.server.streams.shelf import Shelf
 from d2f_stream.server.streams.turns import FairTurns
 from d2f_stream.wire.protocol import Generate, ModelCard, ModelDefaults, check_request_id
 
-__all__ = ["StreamObserver", "StreamRegistry"]
+__all__ = ["StreamRegistry"]
 
 logger = logging.getLogger("d2f_stream.server")
 
@@ -49,43 +43,6 @@ MAX_READING: Final = 2
 """Prompts that are read at once, each of another client."""
 MAX_ENTERING: Final = 8
 """Streams in the engine that have no slot yet: it takes them in order of arrival."""
-
-
-@runtime_checkable
-class PromptReader(Protocol):
-    """An engine that reads prompts off the event loop."""
-
-    def check_size(self, prompt: Prompt) -> None:
-        """Refuse a prompt that is too long at first sight."""
-        ...
-
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """Return a prompt's ids, which generate() takes for it. Safe to cancel."""
-        ...
-
-
-class StreamObserver(Protocol):
-    """Is told what happens to the streams; for metrics. Called on the event loop; must not wait."""
-
-    def on_start(self, stream: ServedStream) -> None:
-        """A request was taken on; its stream waits or runs."""
-        ...
-
-    def on_event(self, stream: ServedStream, event: Event) -> None:
-        """The stream had an event."""
-        ...
-
-    def on_end(self, stream: ServedStream) -> None:
-        """The stream ended, or was turned away: `stream.error`."""
-        ...
-
-    def on_resume(self, stream: ServedStream) -> None:
-        """A reader came back to the stream."""
-        ...
-
-    def on_refused(self, error: D2FError) -> None:
-        """A request was refused before it had a stream."""
-        ...
 
 
 class StreamRegistry:
@@ -113,13 +70,9 @@ class StreamRegistry:
         self.engine = engine
         self.limits = limits or ServeLimits()
         self._observer = observer
-        self._rate = RateLimit(self.limits.requests_per_minute)
-        self._streams: dict[str, ServedStream] = {}  # in order of arrival
-        self._requests: dict[tuple[str, str], ServedStream] = {}  # by client and request id
+        self._shelf = Shelf(self.limits)
+        self._admission = Admission(self.limits)
         self._pumps: dict[asyncio.Task[D2FError | None], ServedStream] = {}
-        self._expiries: dict[str, asyncio.TimerHandle] = {}  # by stream id
-        self._ended: dict[str, _Ended] = {}  # by client
-        self._running_tokens = 0
         self._admits = True
         self.paused = False
         self.num_abandoned = 0
@@ -150,7 +103,7 @@ class StreamRegistry:
     @property
     def num_retained(self) -> int:
         """Streams that can be read, those that ended included."""
-        return len(self._streams)
+        return len(self._shelf)
 
     @property
     def admits(self) -> bool:
@@ -177,7 +130,7 @@ class StreamRegistry:
         """
         try:
             check_request_id(request.request_id)
-            known = self._requests.get((client, request.request_id))
+            known = self._shelf.of_request(request.request_id, client=client)
             if known is not None:
                 if known.digest != digest_of(request):
                     raise RequestConflict(
@@ -199,7 +152,7 @@ class StreamRegistry:
         Raises:
             StreamLost: there is none of that id.
         """
-        stream = self._find(stream_id, client)
+        stream = self._shelf.find(stream_id, client=client)
         if self._observer is not None:
             self._observer.on_resume(stream)
         return stream
@@ -210,8 +163,8 @@ class StreamRegistry:
         Raises:
             StreamLost: there is none.
         """
-        stream = self._requests.get((client, name)) or self._find(name, client)
-        stream.cancel()
+        stream = self._shelf.of_request(name, client=client)
+        (stream or self._shelf.find(name, client=client)).cancel()
 
     def pause(self) -> None:
         """Let requests wait, those that come and those that wait already. Idempotent."""
@@ -248,104 +201,35 @@ class StreamRegistry:
         if self._pumps:
             await asyncio.wait(self._pumps)
 
-    def _find(self, stream_id: str, client: str) -> ServedStream:
-        stream = self._streams.get(stream_id)
-        if stream is None or stream.client != client:
-            kept = f"streams are kept for {self.limits.resume_ttl_s:g} s after their end"
-            raise StreamLost(f"there is no stream {stream_id[:64]!r}; {kept}")
-        return stream
-
     def _start(self, request: Generate, client: str, asker: str, clamp: bool) -> ServedStream:
         if not self._admits:
             raise ServerShuttingDown("the server is shutting down; try again later")
-        overrides = request.params.to_dict()
-        is_open = "max_new_tokens" not in overrides
-        params = self.engine.defaults.with_overrides(overrides)
-        limit = self.limits.max_new_tokens
-        if limit is not None and params.max_new_tokens > limit:
-            if not is_open:
-                raise MessageTooLarge(
-                    f"max_new_tokens is {params.max_new_tokens} but this server allows {limit}"
-                )
-            overrides["max_new_tokens"] = limit
-        clamp = clamp or is_open
-        max_len = self.engine.info.max_len
-        if not clamp and params.max_new_tokens > max_len:
-            raise PromptTooLong(1, params.max_new_tokens, max_len, at_least=True)
-        most = min(params.max_new_tokens, limit or params.max_new_tokens)
-        if clamp:
-            most = min(most, max_len)
-        prompt = _prompt_of(request)
-        if isinstance(self.engine, PromptReader):
-            self.engine.check_size(prompt)
-        charge = most + _size_of(prompt)
-        self._check_room(client, charge)
-        self._rate.take(client, asyncio.get_running_loop().time())
-        stream = ServedStream(request, client=client, asker=asker, charge=charge)
-        self._streams[stream.id] = stream
-        self._requests[client, stream.request_id] = stream
-        self._running_tokens += stream.charge
+        asked = measured(request, self.engine, self.limits, clamp=clamp)
+        self._admission.admit(client, asked.charge, now_s=asyncio.get_running_loop().time())
+        stream = ServedStream(request, client=client, asker=asker, charge=asked.charge)
+        self._shelf.add(stream)
         if self._observer is not None:
             self._observer.on_start(stream)
-        work = self._run(stream, prompt, overrides, clamp)
-        pump = asyncio.create_task(work, name=f"d2f-pump-{stream.id}")
+        pump = asyncio.create_task(self._run(stream, asked), name=f"d2f-pump-{stream.id}")
         stream.wait(pump.cancel)
         self._pumps[pump] = stream
         pump.add_done_callback(self._note_end)
         return stream
 
-    def _check_room(self, client: str, charge: int) -> None:
-        """Refuse a request that there is no room for.
-
-        Raises:
-            TooManyStreams: names the limit.
-        """
-        limits = self.limits
-        if self.num_active >= limits.max_streams:
-            raise TooManyStreams(
-                f"{self.num_active} streams are running or waiting and the limit is "
-                f"{limits.max_streams}; try again later"
-            )
-        bound = limits.max_streams_per_client
-        if bound is not None:
-            own = sum(stream.client == client for stream in self._pumps.values())
-            if own >= bound:
-                raise TooManyStreams(
-                    f"{own} of your streams are running or waiting and the limit is {bound}; "
-                    "wait for one to end, or cancel it"
-                )
-        if self._running_tokens + charge > limits.max_running_tokens:
-            raise TooManyStreams(
-                f"the running streams may take {limits.max_running_tokens} tokens in all; "
-                "try again later, or lower max_new_tokens"
-            )
-
-    async def _run(
-        self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides, clamp: bool
-    ) -> D2FError | None:
+    async def _run(self, stream: ServedStream, asked: Measured) -> D2FError | None:
         """Run a stream from its prompt to its end; return why it was turned away, if it was."""
+        prompt, overrides = asked.prompt, asked.overrides
         try:
             if isinstance(self.engine, PromptReader):
                 async with self._reading.turn(stream.asker):
                     prompt = await self.engine.encode(prompt)
-                overrides = self._fitted(overrides, len(prompt), clamp)
+                max_len = self.engine.info.max_len
+                overrides = asked.fitted(len(prompt), limits=self.limits, max_len=max_len)
             async with self._running.turn(stream.asker):
                 await self._pump(stream, prompt, overrides)
         except D2FError as error:
             return error
         return None
-
-    def _fitted(self, overrides: ParamOverrides, num_tokens: int, clamp: bool) -> ParamOverrides:
-        """Return the parameters with an answer that fits behind the prompt, where that may be."""
-        limit = self.limits.max_prompt_tokens
-        if limit is not None and num_tokens > limit:
-            raise MessageTooLarge.of_prompt(num_tokens, limit)
-        room = self.engine.info.max_len - num_tokens
-        if not clamp or overrides.get("max_new_tokens", 0) <= room:
-            return overrides  # the engine fits what was left open
-        if room < 1:
-            raise PromptTooLong(num_tokens, 1, self.engine.info.max_len)
-        return {**overrides, "max_new_tokens": room}
 
     async def _pump(self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides) -> None:
         """Drain a session into its stream's log."""
@@ -371,7 +255,7 @@ class StreamRegistry:
 
     def _note_end(self, pump: "asyncio.Task[D2FError | None]") -> None:
         stream = self._pumps.pop(pump)
-        self._running_tokens -= stream.charge
+        self._admission.release(stream.client, stream.charge)
         if pump.cancelled() and stream.withdrawn:  # by its client, while it waited
             for event in self._unrun(stream):
                 self._put(stream, event)
@@ -386,12 +270,9 @@ class StreamRegistry:
         if self._observer is not None:
             self._observer.on_end(stream)
         if stream.started:
-            self._retain(stream)
-            self._expiries[stream.id] = asyncio.get_running_loop().call_later(
-                self.limits.resume_ttl_s, self._forget, stream
-            )
+            self._shelf.retain(stream)
         else:
-            self._forget(stream)  # it was turned away: the same request may come again
+            self._shelf.forget(stream)  # it was turned away: the same request may come again
 
     def _unrun(self, stream: ServedStream) -> tuple[StreamStarted, StreamFinished]:
         """Return the events of a stream that was cancelled while it waited.
@@ -415,53 +296,3 @@ class StreamRegistry:
             timings=Timings(first_block_ms=None, total_ms=0.0),
         )
         return started, finished
-
-    def _retain(self, stream: ServedStream) -> None:
-        """Keep an ended stream, and forget old ones of whoever has most where all take too much."""
-        self._ended.setdefault(stream.client, _Ended()).add(stream)
-        limit = self.limits.max_retained_bytes
-        while sum(ended.num_bytes for ended in self._ended.values()) > limit:
-            most = max(self._ended.values(), key=lambda ended: ended.num_bytes)
-            self._forget(next(iter(most.streams)))
-
-    def _forget(self, stream: ServedStream) -> None:
-        if (ended := self._ended.get(stream.client)) is not None:
-            ended.discard(stream)
-            if not ended.streams:
-                del self._ended[stream.client]
-        if (expiry := self._expiries.pop(stream.id, None)) is not None:
-            expiry.cancel()  # or the timer would hold the log until it is due
-        if self._streams.pop(stream.id, None) is not None:
-            del self._requests[stream.client, stream.request_id]
-
-
-class _Ended:
-    """The streams of one client that have ended and are kept, the oldest first."""
-
-    def __init__(self) -> None:
-        self.streams: dict[ServedStream, int] = {}
-        self.num_bytes = 0
-
-    def add(self, stream: ServedStream) -> None:
-        self.streams[stream] = num_bytes = stream.num_bytes
-        self.num_bytes += num_bytes
-
-    def discard(self, stream: ServedStream) -> None:
-        self.num_bytes -= self.streams.pop(stream, 0)
-
-
-def _size_of(prompt: Prompt) -> int:
-    """Return about how many tokens a prompt has."""
-    if isinstance(prompt, str):
-        return len(prompt) // 4
-    return sum(1 if isinstance(item, int) else len(item.get("content", "")) // 4 for item in prompt)
-
-
-def _prompt_of(request: Generate) -> Prompt:
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return prompt
-    kinds = {type(item) for item in prompt}
-    if len(kinds) > 1:
-        raise InvalidRequest("the prompt mixes token ids and chat messages; send one or the other")
-    return prompt  # type: ignore[return-value]  # all ints or all messages, as just checked
