@@ -379,7 +379,7 @@ async def test_client_that_answers_nothing_is_not_read_without_end() -> None:
             await asyncio.sleep(0)
         assert not flooding.done()
         (connection,) = net.gateway._connections
-        assert len(connection._replies) < 50
+        assert len(connection._outgoing._replies) < 50
         for _ in range(1000):
             assert (await peer.rejected()).code == "stream_lost"
         await flooding

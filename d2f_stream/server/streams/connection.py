@@ -1,14 +1,12 @@
 """Connection: one client's side of /v1/stream on a server, over any channel.
 
-Reads operations, writes events; knows neither sockets nor HTTP. One task reads and one writes. The
-writer goes around the streams that the connection reads, so none waits for another, and a reader
-that does not take what is sent loses its connection, not its streams.
+Reads operations one after the other, and leaves what is to be told to `Outgoing`, which another
+task writes. Knows neither sockets nor HTTP.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import Final, assert_never
 
@@ -21,12 +19,11 @@ from d2f_stream.core.errors import (
     TooManyStreams,
     Unauthorized,
 )
-from d2f_stream.core.events import Draft
 from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.logins import FailedLogins, Peer
 from d2f_stream.server.peer_log import PeerLog
+from d2f_stream.server.streams.outgoing import Outgoing
 from d2f_stream.server.streams.registry import StreamRegistry
-from d2f_stream.server.streams.served_stream import Cursor, ServedStream
 from d2f_stream.wire.protocol import (
     Authenticate,
     Cancel,
@@ -35,7 +32,6 @@ from d2f_stream.wire.protocol import (
     Resume,
     ServerClosing,
     ServerHello,
-    ServerMessage,
 )
 
 __all__ = ["CLOSE_CODES", "Connection"]
@@ -52,7 +48,6 @@ CLOSE_CODES: Final = {
 }
 """Websocket close codes of the reasons that the server closes a connection for."""
 
-MAX_WAITING_REPLIES: Final = 32
 LAST_WORDS_S: Final = 1.0
 LARGE_BYTES: Final = 16 * 1024
 """Larger messages are read one in each turn of the event loop, whoever sent them."""
@@ -99,32 +94,26 @@ class Connection:
         self._limits = registry.limits
         self._auth = auth
         self._hello = hello
-        self._on_slow = on_slow
         self._on_client = on_client
         self._logins = logins
         self._peer = peer
         self._reading_large = reading_large
-        self._cursors: dict[str, Cursor] = {}  # by stream id
-        self._replies: deque[ServerMessage] = deque()
-        self._wake = asyncio.Event()  # for the writer
-        self._room = asyncio.Event()  # for the reader: replies were written
-        self._ending: D2FError | None = None
-        self._left = False  # the client: nothing can be written any more
+        self._outgoing = Outgoing(
+            channel, stall_timeout_s=self._limits.stall_timeout_s, on_slow=on_slow
+        )
         self._num_bad = 0
 
     async def serve(self) -> None:
         """Serve it to its end. Safe to cancel; its streams go on or end as asked."""
         reader = asyncio.create_task(self._read(), name="d2f-connection-reader")
-        writer = asyncio.create_task(self._write(), name="d2f-connection-writer")
+        writer = asyncio.create_task(self._outgoing.write(), name="d2f-connection-writer")
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
             if writer.done() and not writer.cancelled():
                 await self._read_rest(reader, writer.exception())
         finally:
             try:
-                for cursor in self._cursors.values():
-                    cursor.detach()
-                self._cursors.clear()
+                self._outgoing.detach()
                 code, reason = await self._end(reader, writer)
                 with contextlib.suppress(ChannelClosed):
                     await self._channel.close(code, reason)
@@ -134,20 +123,17 @@ class Connection:
     async def _read_rest(self, reader: "asyncio.Task[None]", broken: BaseException | None) -> None:
         """Take what a client sent before it left: its last words may cancel streams."""
         if isinstance(broken, ChannelClosed):
-            self._left = True
-            self._room.set()
+            self._outgoing.leave()
             await asyncio.wait((reader,), timeout=LAST_WORDS_S)
 
     def note_closing(self, message: ServerClosing) -> None:
         """Tell the client that the server shuts down."""
         if self.client is not None:
-            self._replies.append(message)
-            self._wake.set()
+            self._outgoing.reply(message)
 
     def finish(self, reason: D2FError) -> None:
         """Close it, after what is ready for it was sent."""
-        self._ending = self._ending or reason
-        self._wake.set()
+        self._outgoing.finish(reason)
 
     async def _end(
         self, reader: "asyncio.Task[None]", writer: "asyncio.Task[None]"
@@ -170,18 +156,14 @@ class Connection:
                 code, reason = 1011, "internal error"
         return code, reason
 
-    # Reading: one operation after the other.
-
     async def _read(self) -> None:
         if self.client is None:
             self.client = await self._authenticate()
         self._on_client(self, self.client)
-        self._reply(self._hello)
+        self._outgoing.reply(self._hello)
         while True:
             await self._take(await self._channel.receive())
-            while len(self._replies) > MAX_WAITING_REPLIES and not self._left:
-                self._room.clear()
-                await self._room.wait()
+            await self._outgoing.wait_room()
 
     async def _authenticate(self) -> str:
         timeout_s = self._limits.auth_timeout_s
@@ -213,7 +195,7 @@ class Connection:
                 operation = codec.decode_operation(data)
         except D2FError as error:
             request_id, stream = codec.names_of(data)
-            self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
+            self._outgoing.reply(RequestRejected.of(error, request_id=request_id, stream=stream))
             if isinstance(error, ProtocolError):
                 self._note_bad()
             return
@@ -225,7 +207,7 @@ class Connection:
         except D2FError as error:
             request_id = getattr(operation, "request_id", None)
             stream = getattr(operation, "stream", None)
-            self._reply(RequestRejected.of(error, request_id=request_id, stream=stream))
+            self._outgoing.reply(RequestRejected.of(error, request_id=request_id, stream=stream))
 
     def _note_bad(self) -> None:
         self._num_bad += 1
@@ -255,20 +237,20 @@ class Connection:
 
     def _generate(self, request: Generate) -> None:
         assert self.client is not None
-        if not any(c.stream.request_id == request.request_id for c in self._cursors.values()):
+        if not self._outgoing.reads(request_id=request.request_id):
             self._check_room()
         stream = self._registry.generate(
             request, client=self.client, asker=asker_of(self.client, id(self))
         )
         drafts = request.params.drafts is True
-        self._follow(stream, after_seq=-1, drafts=drafts)
+        self._outgoing.follow(stream, after_seq=-1, drafts=drafts)
 
     def _resume(self, operation: Resume) -> None:
         assert self.client is not None
         stream = self._registry.resume(operation.stream, client=self.client)
-        if operation.stream not in self._cursors:
+        if not self._outgoing.reads(stream_id=operation.stream):
             self._check_room()
-        self._follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)
+        self._outgoing.follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)
 
     def _cancel(self, operation: Cancel) -> None:
         assert self.client is not None
@@ -277,68 +259,14 @@ class Connection:
             raise InvalidRequest("cancel names either a stream or a request_id")
         self._registry.cancel(names[0], client=self.client)
 
-    def _follow(self, stream: ServedStream, *, after_seq: int, drafts: bool) -> None:
-        cursor = stream.read(after_seq=after_seq, drafts=drafts, wake=self._wake.set)
-        old = self._cursors.pop(stream.id, None)  # only now: a refusal must change nothing
-        self._cursors[stream.id] = cursor
-        if old is not None:
-            old.detach()
-
     def _check_room(self) -> None:
         limit = self._limits.max_streams_per_connection
-        if len(self._cursors) >= limit:
+        num_streams = self._outgoing.num_streams
+        if num_streams >= limit:
             raise TooManyStreams(
-                f"this connection reads {len(self._cursors)} streams and the limit is {limit}; "
+                f"this connection reads {num_streams} streams and the limit is {limit}; "
                 "wait for one to end, or open another connection"
             )
-
-    def _reply(self, message: ServerMessage) -> None:
-        if self._left:
-            return
-        self._replies.append(message)
-        self._wake.set()
-
-    # Writing: replies first, then one event of each stream in turn.
-
-    async def _write(self) -> None:
-        while True:
-            self._wake.clear()
-            while self._replies:
-                await self._send(self._replies.popleft())
-                self._room.set()
-            sent = False
-            for stream_id, cursor in list(self._cursors.items()):
-                sent = await self._write_next(stream_id, cursor) or sent
-            if sent or self._replies:
-                continue
-            if self._ending is not None:
-                raise self._ending
-            await self._wake.wait()
-
-    async def _write_next(self, stream_id: str, cursor: Cursor) -> bool:
-        event = cursor.next_event()
-        if event is not None:
-            await self._send(event)
-        elif cursor.exhausted and cursor.stream.error is not None:
-            stream = cursor.stream
-            assert stream.error is not None
-            name = None if stream.started else stream.request_id
-            told = stream.id if stream.started else None
-            await self._send(RequestRejected.of(stream.error, request_id=name, stream=told))
-        if cursor.exhausted and self._cursors.get(stream_id) is cursor:
-            del self._cursors[stream_id]
-            cursor.detach()
-        return event is not None
-
-    async def _send(self, message: ServerMessage) -> None:
-        timeout_s = self._limits.stall_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._channel.send(self._channel.codec.encode(message))
-        except TimeoutError:
-            self._on_slow()
-            kind = "a draft" if isinstance(message, Draft) else "a message"
-            raise SlowConsumer(f"the reader did not take {kind} for {timeout_s:g} s") from None
 
 
 class _Closing(Exception):
