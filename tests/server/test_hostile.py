@@ -48,7 +48,7 @@ async def test_refused_resume_leaves_the_reading_of_its_stream_alone(after_seq: 
         started = await peer.generate()
         await peer.resume(started.stream, after_seq=after_seq)
         assert (await peer.rejected()).code == "invalid_request"
-        (stream,) = server.registry._streams.values()
+        (stream,) = server.registry._shelf._streams.values()
         assert stream.num_readers == 1
         gate.open()
         check_whole([started, *await peer.answer()])
