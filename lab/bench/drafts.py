@@ -68,25 +68,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _training(args: argparse.Namespace, base: ArBase) -> Training:
     """Return a training that stands where the adapter was written."""
-    factors, rank = read_adapter(args.adapter, base.config.num_layers)
-    about = json.loads((args.adapter / "adapter_config.json").read_text())["d2f"]
+    adapter = read_adapter(args.adapter, base.config)
     settings = DraftSettings(
         from_ar=args.base,
         data=(str(args.held_out),),
-        rank=rank,
+        rank=adapter.rank,
         rows=args.rows,
-        block_sizes=tuple(about["block_sizes"]),
+        block_sizes=adapter.facts.block_sizes,
     )
     is_cuda = torch.cuda.is_available() and not args.cpu
     training = Training(
         settings,
         load_checkpoint(base.path, device="cpu", dtype=torch.float32),
-        mask_id=about["mask_id"],
+        mask_id=adapter.facts.mask_id,
         device=torch.device("cuda" if is_cuda else "cpu"),
     )
-    for name, value in training.flat.stored().items():
-        value.copy_(factors[name])
-    training.flat.refresh()
+    training.flat.load(adapter.factors)
     return training
 
 

@@ -12,7 +12,7 @@ import torch
 
 from d2f_export.distill.from_ar.answers import Answers
 from d2f_export.distill.from_ar.feed import Feed, Stage
-from d2f_export.distill.from_ar.noise import draw_blank
+from d2f_export.distill.from_ar.noise import Noise
 from d2f_export.distill.from_ar.training import Training
 
 __all__ = ["OneStep", "one_step"]
@@ -51,7 +51,7 @@ def one_step(training: Training, answers: Answers, block_size: int, num_batches:
         mask_id=training.mask_id,
         seed=12345,
         stages=[(0, Stage((block_size,), (1.0,)))],
-        draw=draw_blank,
+        noise=Noise(),
     )
     lengths: list[int] = []
     rights = np.zeros((block_size - 1, 2))

@@ -8,17 +8,30 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2f_export.distill.from_ar.settings import DraftSettings
 from d2f_export.distill.from_ar.streams import AdapterLayer
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.draft_facts import DraftFacts
+from d2f_stream.core.errors import InvalidRequest
 
-__all__ = ["MASK_EMBEDDING", "adapter_layers", "new_adapter", "read_adapter", "write_adapter"]
+__all__ = [
+    "MASK_EMBEDDING",
+    "StoredAdapter",
+    "adapter_layers",
+    "check_start",
+    "new_adapter",
+    "read_adapter",
+    "write_adapter",
+]
 
 MASK_EMBEDDING: Final = "mask_embedding"
 _MODULES: Final = {  # of each product: its module, and the joined A with its place in it
@@ -127,18 +140,74 @@ def write_adapter(
     os.replace(partial, folder / "adapter_config.json")
 
 
-def read_adapter(folder: Path, num_layers: int) -> tuple[dict[str, Tensor], int]:
-    """Read what `write_adapter` wrote: the factors, joined again, and their rank."""
-    from safetensors.torch import load_file
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A draft adapter as `write_adapter` wrote it.
 
-    stored = load_file(folder / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    factors = {MASK_EMBEDDING: stored[MASK_EMBEDDING].float()}
-    for index in range(num_layers):
-        joined: dict[str, list[Tensor]] = {}
-        for name, (module, joined_name, _) in _MODULES.items():
-            prefix = f"base_model.model.model.layers.{index}.{module}"
-            joined.setdefault(joined_name, []).append(stored[f"{prefix}.lora_A.weight"].float())
-            factors[f"{index}.{name}_b"] = stored[f"{prefix}.lora_B.weight"].float()
-        factors |= {f"{index}.{name}": torch.cat(parts) for name, parts in joined.items()}
-    return factors, int(config["r"])
+    Attributes:
+        folder: where it was read.
+        factors: of `new_adapter`'s names, fp32.
+        rank: of every product.
+        facts: mask and block sizes.
+        base_sha256: of the base's file; None where its writer did not say.
+    """
+
+    folder: Path
+    factors: dict[str, Tensor]
+    rank: int
+    facts: DraftFacts
+    base_sha256: str | None
+
+
+def read_adapter(folder: Path, config: TransformerConfig) -> StoredAdapter:
+    """Read what `write_adapter` wrote, the factors joined again.
+
+    Raises:
+        InvalidRequest: the folder holds no draft adapter, or one of a model of another shape.
+    """
+    try:
+        facts = DraftFacts.read(folder)
+        if facts is None:
+            raise InvalidRequest(
+                f"{folder} holds no draft adapter (its adapter_config.json has no 'd2f'); give a "
+                "folder that distill --from-ar wrote"
+            )
+        stored = load_file(folder / "adapter_model.safetensors")
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = int(about["r"])
+        factors = {MASK_EMBEDDING: stored[MASK_EMBEDDING].float()}
+        for index in range(config.num_layers):
+            joined: dict[str, list[Tensor]] = {}
+            for name, (module, joined_name, _) in _MODULES.items():
+                prefix = f"base_model.model.model.layers.{index}.{module}"
+                joined.setdefault(joined_name, []).append(stored[f"{prefix}.lora_A.weight"].float())
+                factors[f"{index}.{name}_b"] = stored[f"{prefix}.lora_B.weight"].float()
+            factors |= {f"{index}.{name}": torch.cat(parts) for name, parts in joined.items()}
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise InvalidRequest(f"{folder} is no draft adapter that can be read: {error}") from error
+    base = about["d2f"].get("base")
+    return StoredAdapter(
+        folder, factors, rank, facts, base.get("sha256") if isinstance(base, dict) else None
+    )
+
+
+def check_start(adapter: StoredAdapter, settings: DraftSettings, base_sha256: str | None) -> None:
+    """Refuse to begin with an adapter of another base, mask or rank.
+
+    Raises:
+        InvalidRequest: it does not fit.
+    """
+    if None not in (adapter.base_sha256, base_sha256) and adapter.base_sha256 != base_sha256:
+        raise InvalidRequest(
+            f"{adapter.folder} was trained for weights with the digest {adapter.base_sha256}, but "
+            f"those of {settings.from_ar} have {base_sha256}; give the base that it was made of"
+        )
+    for name, own, wanted in (
+        ("rank", adapter.rank, settings.rank),
+        ("mask_id", adapter.facts.mask_id, settings.mask_id),
+    ):
+        if wanted is not None and own != wanted:
+            raise InvalidRequest(
+                f"{name} is {wanted}, but {adapter.folder} has {own}; a training that begins with "
+                "it keeps that"
+            )

@@ -4,7 +4,7 @@ So the place in the data is one integer, and a run goes on anywhere. A row holds
 after the other (clean), and noisy copies of their answers until it is full.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d2f_export.distill.from_ar.answers import Answers
-from d2f_export.distill.from_ar.noise import NoisyAnswer, draw_noise
+from d2f_export.distill.from_ar.noise import Noise
 
 __all__ = ["Batch", "Feed", "Stage"]
 
 BLOCK_WEIGHT: Final = 0.7  # of a block's loss against that of the block before it
+PLACE_WEIGHT: Final = 0.85  # the same of a token: one counts where all before it are right
 POOL: Final = 512  # examples that are packed into rows together
 
 Batch = dict[str, Tensor]
@@ -52,7 +53,7 @@ class Feed(Dataset[Batch]):
         mask_id: the id that stands for a mask.
         seed: of order and noise.
         stages: (first batch, stage), rising.
-        draw: the noise of an answer; see draw_noise.
+        noise: of the answers.
         pad_to: the number of rows that learn is made a multiple of it, with weight 0.
         rank: of this process; each of `num_ranks` takes every num_ranks-th row.
         num_ranks: processes.
@@ -69,11 +70,11 @@ class Feed(Dataset[Batch]):
         seed: int,
         stages: Sequence[tuple[int, Stage]],
         pad_to: int = 1,
-        draw: Callable[[np.random.Generator, int, int], NoisyAnswer] = draw_noise,
+        noise: Noise,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
-        self._pad_to, self._draw = pad_to, draw
+        self._pad_to, self._noise = pad_to, noise
         self._answers, self._starts = answers, answers.starts
         self._rows, self._clean, self._noisy = rows, clean_length, noisy_length
         self._mask_id, self._seed, self._stages = mask_id, seed, stages
@@ -164,7 +165,7 @@ class Feed(Dataset[Batch]):
         """Add one noisy copy of a document's answer; cut where the row is full."""
         prompt, start, stop = clean.prompts[doc], clean.starts[doc], clean.stops[doc]
         first = start + prompt
-        noise = self._draw(random, stop - first, block_size)
+        noise = self._noise.draw(random, stop - first, block_size)
         answer = clean.tokens[first:stop]
         tokens = np.where(noise.masked, self._mask_id, answer)
         place = np.arange(first, stop, dtype=np.int32)
@@ -172,6 +173,7 @@ class Feed(Dataset[Batch]):
         next_masked = np.append(noise.masked[1:], False)
         same = np.append(noise.window[1:] == noise.window[:-1], False)
         next_block = np.append(noise.block[1:], 0)
+        in_block = np.arange(stop - first) - noise.window_start - noise.block * block_size
         learns = next_masked & same
         noisy.add(
             noisy=tokens,
@@ -181,7 +183,7 @@ class Feed(Dataset[Batch]):
             window=window + noise.window,
             block=noise.block,
             target=np.where(learns, place, -1),
-            weight=np.where(learns, BLOCK_WEIGHT**next_block, 0.0),
+            weight=np.where(learns, BLOCK_WEIGHT**next_block * PLACE_WEIGHT**in_block, 0.0),
         )
         return window + int(noise.window[-1]) + 1
 

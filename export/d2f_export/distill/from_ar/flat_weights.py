@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from d2f_stream.core.errors import InvalidRequest
+
 __all__ = ["FlatWeights"]
 
 
@@ -42,6 +44,23 @@ class FlatWeights:
             view.grad = self._gradient[place : place + size].view(tensor.shape)
             self.named[name] = view
             place += -(-size // 64) * 64
+        self.refresh()
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take over values of the same names and shapes.
+
+        Raises:
+            InvalidRequest: one is missing, or of another shape.
+        """
+        for name, place in self.stored().items():
+            found = tuple(values[name].shape) if name in values else None
+            if found != place.shape:
+                raise InvalidRequest(
+                    f"the adapter's {name} has the shape {found}, but this base needs "
+                    f"{tuple(place.shape)}; give an adapter of this base"
+                )
+            place.copy_(values[name])
         self.refresh()
 
     @torch.no_grad()

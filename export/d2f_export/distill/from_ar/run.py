@@ -20,7 +20,7 @@ from rich.console import Console
 from d2f_export.distill.from_ar.answers import Answers
 from d2f_export.distill.from_ar.base import ArBase, free_mask_id, open_ar_base
 from d2f_export.distill.from_ar.checkpoint import Progress, read_checkpoint, write_checkpoint
-from d2f_export.distill.from_ar.draft_adapter import write_adapter
+from d2f_export.distill.from_ar.draft_adapter import check_start, read_adapter, write_adapter
 from d2f_export.distill.from_ar.examples import read_examples
 from d2f_export.distill.from_ar.memory import check_draft_fits, plan_draft_memory
 from d2f_export.distill.from_ar.schedule import rate_at
@@ -62,7 +62,13 @@ def train_draft(
         D2FError: a checkpoint cannot be written.
     """
     base = open_ar_base(settings.from_ar)
-    mask_id = free_mask_id(base) if settings.mask_id is None else settings.mask_id
+    first = None
+    if settings.from_adapter is not None:
+        first = read_adapter(Path(settings.from_adapter), base.config)
+        check_start(first, settings, base.sha256())
+    mask_id = settings.mask_id
+    if mask_id is None:
+        mask_id = free_mask_id(base) if first is None else first.facts.mask_id
     if mask_id in base.config.eos_ids:
         raise InvalidRequest(f"mask_id is {mask_id}, but that id ends the answers of {base.name}")
     answers, num_dropped = read_examples(settings, base)
@@ -80,6 +86,8 @@ def train_draft(
         )
         del model
         progress = read_checkpoint(output, training)
+        if first is not None and not progress.step:
+            training.flat.load(first.factors)
         if show is not None:
             show.print(
                 f"{output}: {len(answers)} examples ({num_dropped} too long), "

@@ -40,10 +40,20 @@ class DraftSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Loss, Meta(description="kl is KL(base || draft), ce the cross entropy to the data")
     ] = "kl"
     rank: Annotated[int, Meta(ge=1, description="of the adapter's factors")] = 64
+    from_adapter: Annotated[
+        str | None, Meta(description="folder of a draft adapter of this base, to begin with")
+    ] = None
     block_sizes: Annotated[
         tuple[Annotated[int, Meta(ge=2, le=1024)], ...],
         Meta(min_length=1, description="rising; one more joins at a time"),
-    ] = (4, 8, 16)
+    ] = (4, 6, 8, 16)
+    window_blocks: Annotated[
+        int, Meta(ge=1, le=8, description="blocks drafted at a time; verified decoding drafts one")
+    ] = 1
+    all_masked: Annotated[
+        float,
+        Meta(ge=0.0, le=1.0, description="share of windows without any filled position"),
+    ] = 1.0
     curriculum: Annotated[
         int, Meta(ge=0, description="steps after which all block sizes are trained")
     ] = 300

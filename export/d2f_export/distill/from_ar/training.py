@@ -18,6 +18,7 @@ from d2f_export.distill.from_ar.draft_adapter import MASK_EMBEDDING, adapter_lay
 from d2f_export.distill.from_ar.feed import Batch, Feed
 from d2f_export.distill.from_ar.flat_weights import FlatWeights
 from d2f_export.distill.from_ar.head_loss import ROWS, head_loss
+from d2f_export.distill.from_ar.noise import Noise
 from d2f_export.distill.from_ar.schedule import curriculum
 from d2f_export.distill.from_ar.settings import DraftSettings
 from d2f_export.distill.from_ar.streams import named_weights, streams_of
@@ -165,6 +166,7 @@ class Training:
             mask_id=self.mask_id,
             seed=settings.seed,
             stages=curriculum(settings.block_sizes, settings.curriculum),
+            noise=Noise(settings.window_blocks, settings.all_masked),
             pad_to=ROWS if self._fused else 1,
             rank=self.rank,
             num_ranks=self.num_ranks,

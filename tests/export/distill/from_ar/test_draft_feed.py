@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d2f_export.distill.from_ar.answers import Answers
 from d2f_export.distill.from_ar.feed import Feed, Stage
-from d2f_export.distill.from_ar.noise import WINDOW_BLOCKS, draw_blank, draw_noise
+from d2f_export.distill.from_ar.noise import Noise
 from d2f_export.distill.from_ar.schedule import curriculum
 from d2f_stream.core.errors import InvalidRequest
 
@@ -25,22 +25,22 @@ def feed(**changes: object) -> Feed:
     ]
     values: dict[str, object] = {
         "rows": 2, "clean_length": 128, "noisy_length": 256, "mask_id": MASK, "seed": 3,
-        "stages": [(0, Stage((2, 4), (0.5, 0.5)))],
+        "stages": [(0, Stage((2, 4), (0.5, 0.5)))], "noise": Noise(4, 0.4),
     }  # fmt: skip
     return Feed(Answers.of(examples), **(values | changes))  # type: ignore[arg-type]
 
 
 @given(length=st.integers(1, 200), block=st.integers(2, 16), seed=st.integers(0, 10**6))
 def test_noise_covers_the_answer_by_windows_of_blocks(length: int, block: int, seed: int) -> None:
-    for draw in (draw_noise, draw_blank):
-        noise = draw(np.random.default_rng(seed), length, block)
+    for noise_of in (Noise(), Noise(4, 0.4)):
+        noise = noise_of.draw(np.random.default_rng(seed), length, block)
         for window in range(int(noise.window[-1]) + 1):
             place = np.flatnonzero(noise.window == window)
             assert (np.diff(place) == 1).all()
             assert (noise.window_start[place] == place[0]).all()
             assert (noise.block[place] == (place - place[0]) // block).all()
-            assert noise.block[place].max() < (WINDOW_BLOCKS if draw is draw_noise else 1)
-        assert noise.masked.all() or draw is draw_noise
+            assert noise.block[place].max() < noise_of.window_blocks
+        assert noise.masked.all() or noise_of.all_masked < 1
 
 
 def test_rows_that_learn_are_of_the_window_of_the_mask_that_they_predict() -> None:

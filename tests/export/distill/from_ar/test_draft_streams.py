@@ -11,6 +11,7 @@ from d2f_export.distill.from_ar.answers import Answers
 from d2f_export.distill.from_ar.draft_adapter import adapter_layers, new_adapter
 from d2f_export.distill.from_ar.feed import Batch, Feed, Stage
 from d2f_export.distill.from_ar.head_loss import head_loss
+from d2f_export.distill.from_ar.noise import Noise
 from d2f_export.distill.from_ar.settings import Loss
 from d2f_export.distill.from_ar.streams import named_weights, streams_of
 from d2f_export.distill.from_ar.visibility import Visibility
@@ -58,7 +59,7 @@ def batch(number: int = 0, *, sizes: tuple[int, ...] = (2, 4)) -> Batch:
     share = 1 / len(sizes)
     feed = Feed(
         answers(), rows=2, clean_length=CLEAN, noisy_length=NOISY, mask_id=MASK, seed=0,
-        stages=[(0, Stage(sizes, (share,) * len(sizes)))],
+        stages=[(0, Stage(sizes, (share,) * len(sizes)))], noise=Noise(4, 0.4),
     )  # fmt: skip
     return feed[number]
 

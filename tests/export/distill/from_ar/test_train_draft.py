@@ -192,3 +192,28 @@ def test_a_mask_that_ends_answers_is_refused(base: Path, data: Path, tmp_path: P
 def test_sizes_that_fall_are_refused(base: Path, data: Path) -> None:
     with pytest.raises(InvalidParams, match=r"block_sizes is .* must be rising"):
         settings(base, data, block_sizes=(8, 4))
+
+
+def test_a_training_begins_with_an_adapter_and_refuses_one_that_does_not_fit(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    first = train_draft(settings(base, data, steps=30), tmp_path / "first", cpu=True)
+    begun = {"from_adapter": str(first), "steps": 2, "lr": 1e-6}
+    second = train_draft(settings(base, data, **begun), tmp_path / "second", cpu=True)
+    expected = load_file(first / "adapter_model.safetensors")
+    found = load_file(second / "adapter_model.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].float(), value.float(), rtol=1e-2, atol=1e-3)
+    for name, value, message in (
+        ("rank", 8, r"rank is 8, but .*first has 4"),
+        ("mask_id", 3, r"mask_id is 3, but .*first has "),
+        ("from_adapter", str(base), r"holds no draft adapter"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            train_draft(settings(base, data, **(begun | {name: value})), tmp_path / "x", cpu=True)
+    config = json.loads((first / "adapter_config.json").read_text())
+    config["d2f"]["base"]["sha256"] = "0" * 64
+    (first / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidRequest, match="give the base that it was made of"):
+        train_draft(settings(base, data, **begun), tmp_path / "x", cpu=True)
+    assert not (tmp_path / "x").exists()
