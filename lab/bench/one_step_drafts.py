@@ -1,7 +1,8 @@
 """How good a draft is on answers that it has not learnt from, without decoding them.
 
-The one-step length is the cheapest figure of speed: how many tokens of an all-masked block are the
-base's own, up to the first that is not. The first is always right, it comes from a causal row.
+The one-step length is the cheapest figure of speed: how many tokens are the base's own, up to the
+first that is not, of those that a step with a block of masks brings. The first is always right, it
+comes from a causal row; each mask brings one more.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,9 +24,9 @@ class OneStep:
     """The figure for one block size.
 
     Attributes:
-        block_size: tokens.
-        length: mean tokens accepted of a block, the first one included.
-        right: share of right tokens at each place of a block after the first.
+        block_size: masks.
+        length: mean tokens accepted, the first one included.
+        right: share of right tokens that each mask brings.
         num_blocks: that were looked at.
     """
 
@@ -54,7 +55,7 @@ def one_step(training: Training, answers: Answers, block_size: int, num_batches:
         noise=Noise(),
     )
     lengths: list[int] = []
-    rights = np.zeros((block_size - 1, 2))
+    rights = np.zeros((block_size, 2))
     for number in range(num_batches):
         batch = training.on_device(feed[number])
         states, goal = training.states(batch)
@@ -66,9 +67,9 @@ def one_step(training: Training, answers: Answers, block_size: int, num_batches:
         for row, places in zip(right.reshape(window.shape), window, strict=True):
             edges = np.flatnonzero(np.diff(places)) + 1
             for part in np.split(row, edges)[1:-1]:
-                if len(part) != block_size:
+                if len(part) != block_size or not part.all():  # the answer ends there
                     continue
-                good = part[:-1] == 2
+                good = part == 2
                 rights[:, 0] += good
                 rights[:, 1] += 1
                 lengths.append(1 + int(good.cumprod().sum()))

@@ -86,6 +86,6 @@ def test_bench_measures_an_adapter_that_was_trained(tmp_path: Path) -> None:
     )  # fmt: skip
     results = json.loads(output.read_text())["results"]
     assert [found["block_size"] for found in results["one_step"]] == [2, 4]
-    assert all(1.0 <= found["length"] <= found["block_size"] for found in results["one_step"])
+    assert all(1.0 <= found["length"] <= found["block_size"] + 1 for found in results["one_step"])
     assert all(found["same_as_ar"] == 1.0 for found in results["decoding"])
     assert results["decoding"][0]["sums"] == results["decoding"][0]["tokens_per_step"]

@@ -169,9 +169,12 @@ class Feed(Dataset[Batch]):
         answer = clean.tokens[first:stop]
         tokens = np.where(noise.masked, self._mask_id, answer)
         place = np.arange(first, stop, dtype=np.int32)
-        # Row i - 1 predicts position i where both are of one window.
+        # Row i - 1 predicts position i. Of windows of one block the last row does, too, where the
+        # answer goes on: its draft is the token behind the block.
         next_masked = np.append(noise.masked[1:], False)
         same = np.append(noise.window[1:] == noise.window[:-1], False)
+        if self._noise.window_blocks == 1:
+            same[:-1] |= noise.masked[:-1]
         next_block = np.append(noise.block[1:], 0)
         in_block = np.arange(stop - first) - noise.window_start - noise.block * block_size
         learns = next_masked & same

@@ -59,6 +59,20 @@ def test_rows_that_learn_are_of_the_window_of_the_mask_that_they_predict() -> No
     assert int(missed.sum()) == len(row)  # every other mask is learnt
 
 
+def test_each_mask_of_a_single_block_learns_the_token_behind_it() -> None:
+    batch = feed(noise=Noise())[4]
+    noisy, position = batch["noisy"].flatten(), batch["noisy_position"].flatten()
+    window = batch["window"].flatten()
+    assert (noisy[window >= 0] == MASK).all()
+    row = batch["student_row"]
+    same = window[row] == window[row + 1]
+    assert 0.2 < float(same.float().mean()) < 0.9  # the others are the last of their window
+    assert (position[row + 1] == position[row] + 1).all()
+    assert (batch["clean_position"].flatten()[batch["teacher_row"]] == position[row]).all()
+    ends = torch.cat([position[1:] != position[:-1] + 1, torch.tensor([True])])
+    assert len(row) == int((~ends).sum())  # all but the last of each copy
+
+
 def test_a_batch_is_a_function_of_its_number() -> None:
     one, other = feed(), feed()
     expected = one[7]
