@@ -12,7 +12,7 @@ from d2f_runtime.backends.onnx_backend import load
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.engine import LocalEngine
-from d2f_runtime.engine.local import default_params
+from d2f_runtime.engine.answer_params import default_params
 from d2f_runtime.loaded_model import LoadedModel, ModelParts
 from d2f_stream import GenerationParams, StreamNames
 from tiny_models import CONFIGS, Stored, tiny_folder, tiny_model

@@ -6,44 +6,33 @@ model runs on is behind `backends.base`.
 
 import asyncio
 import logging
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Final, Self, Unpack
 
-import msgspec
-
 from d2f_runtime.backends.base import Backend
+from d2f_runtime.engine.answer_params import default_params, fitted_params
 from d2f_runtime.engine.limits import EngineLoad, Limits
+from d2f_runtime.engine.prompts import check_size, encode
 from d2f_runtime.engine.step_loop import StepLoop, StepObserver
 from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import (
-    EngineClosed,
-    EngineFailed,
-    InvalidParams,
-    InvalidPrompt,
-    MessageTooLarge,
-    PromptTooLong,
-)
+from d2f_stream.core.errors import EngineClosed, EngineFailed
 from d2f_stream.core.events import StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
-from d2f_stream.core.presets import PRESETS
 from d2f_stream.core.session import Prompt, Session
 
-__all__ = ["Limits", "LocalEngine", "default_params"]
+__all__ = ["Limits", "LocalEngine"]
 
 logger = logging.getLogger("d2f_stream.engine")
 
 NUM_ENCODERS: Final = 2
 """Threads that read prompts, of which one may be long."""
-SLACK: Final = 4
-"""A tokenizer may drop or join characters before it cuts a text into tokens."""
 
 
 class LocalEngine:
@@ -162,9 +151,9 @@ class LocalEngine:
         def prepare(parts: ModelParts) -> Stream:
             chosen = (params or self._defaults_of(parts)).with_overrides(overrides)
             must_fit = params is not None or "max_new_tokens" in overrides
-            _check_size(prompt, parts)
-            tokens = _encode(prompt, parts.codec, parts.info)
-            fitted = _fitted(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
+            check_size(prompt, parts)
+            tokens = encode(prompt, parts)
+            fitted = fitted_params(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
             return Stream(
                 given,
                 prompt_tokens=tokens,
@@ -183,7 +172,7 @@ class LocalEngine:
         Raises:
             PromptTooLong: it has more tokens than the model holds, whatever they are.
         """
-        _check_size(prompt, self._parts())
+        check_size(prompt, self._parts())
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's ids, which generate() takes for it; long ones hold nobody up.
@@ -196,9 +185,9 @@ class LocalEngine:
         """
         self._check_open()
         parts = self._parts()
-        _check_size(prompt, parts)
+        check_size(prompt, parts)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, _encode, prompt, parts.codec, parts.info)
+        return await loop.run_in_executor(self._encoders, encode, prompt, parts)
 
     @property
     def busy_s(self) -> float:
@@ -336,111 +325,3 @@ class LocalEngine:
             raise RuntimeError(
                 "this engine belongs to another event loop; load() one here, the weights are shared"
             )
-
-
-def default_params(info: ModelInfo) -> GenerationParams:
-    """Return the parameters of a request that gives none, for a model that has no defaults."""
-    if info.commit_attention == "causal" and info.shift_logits and info.native_block_size > 1:
-        return msgspec.structs.replace(PRESETS["verified"], block_size=info.native_block_size)
-    return GenerationParams(block_size=info.native_block_size)
-
-
-def _fitted(
-    params: GenerationParams,
-    num_prompt_tokens: int,
-    parts: ModelParts,
-    limits: Limits,
-    *,
-    must_fit: bool,
-) -> GenerationParams:
-    """Return the parameters of an answer that the model has room for.
-
-    Args:
-        params: as asked for.
-        num_prompt_tokens: of the prompt.
-        parts: of the model.
-        limits: of the engine.
-        must_fit: whether max_new_tokens was asked for, else it is cut to the room that is left.
-
-    Raises:
-        InvalidRequest: prompt or parameters do not fit the model, or the limits.
-    """
-    info = parts.info
-    if params.attention == "blocks" and params.block_size > info.max_block_size:
-        allowed = f"at most {info.max_block_size} for model {info.name}"
-        raise InvalidParams("block_size", params.block_size, allowed)
-    if limits.max_prompt_tokens is not None and num_prompt_tokens > limits.max_prompt_tokens:
-        raise MessageTooLarge.of_prompt(num_prompt_tokens, limits.max_prompt_tokens)
-    room = min(info.max_len, limits.max_tokens) - num_prompt_tokens
-    least = params.block_size if params.tail == "drop" else 1
-    if params.max_new_tokens > room >= least and not must_fit:
-        params = params.with_overrides({"max_new_tokens": room})
-    if num_prompt_tokens + params.max_new_tokens > info.max_len:
-        raise PromptTooLong(num_prompt_tokens, params.max_new_tokens, info.max_len)
-    parts.backend.check(params)
-    return params
-
-
-def _check_size(prompt: Prompt, parts: ModelParts) -> None:
-    if not isinstance(prompt, Sequence) or not prompt:
-        return
-    per_token = SLACK * parts.codec.longest_token
-    if isinstance(prompt, str):
-        size = len(prompt)
-    elif isinstance(prompt[0], Mapping):
-        texts = [m.get("content") for m in prompt if isinstance(m, Mapping)]
-        size = sum(len(text) for text in texts if isinstance(text, str))
-    else:
-        size, per_token = len(prompt), 1
-    if size > parts.info.max_len * per_token:
-        raise PromptTooLong(-(-size // per_token), 1, parts.info.max_len, at_least=True)
-
-
-def _encode(prompt: Prompt, codec: TextCodec, info: ModelInfo) -> list[int]:
-    if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes | bytearray):
-        shapes = "a string, a list of chat messages or a list of token ids"
-        raise InvalidPrompt(f"the prompt is {type(prompt).__name__} but must be {shapes}")
-    if len(prompt) == 0:
-        raise InvalidPrompt("the prompt is empty")
-    if isinstance(prompt, str):
-        tokens = codec.encode(prompt)
-    elif isinstance(prompt[0], Mapping):
-        tokens = codec.encode(codec.render(_messages(prompt)))
-    else:
-        tokens = _ids(prompt, info)
-    if not tokens:
-        raise InvalidPrompt("the prompt has no tokens")
-    if max(tokens) >= info.num_tokens:
-        raise InvalidPrompt(
-            f"the prompt's text holds the token {codec.decode([max(tokens)]) or max(tokens)!r} of "
-            f"the tokenizer, which model {info.name} does not embed: its ids go from 0 to "
-            f"{info.num_tokens - 1}"
-        )
-    return tokens
-
-
-def _messages(prompt: Sequence[object]) -> list[Mapping[str, str]]:
-    messages: list[Mapping[str, str]] = []
-    for number, message in enumerate(prompt):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise InvalidPrompt(f"chat message {number} is {message!r}; it needs role and content")
-        messages.append(message)
-    return messages
-
-
-def _ids(prompt: Sequence[object], info: ModelInfo) -> list[int]:
-    ids = [token for token in prompt if type(token) is int]
-    if len(ids) == len(prompt) and min(ids) >= 0 and max(ids) < info.num_tokens:
-        return ids  # a tenth of the time of what follows, on the event loop
-    ids = []
-    for number, token in enumerate(prompt):
-        try:
-            ids.append(operator.index(token))  # type: ignore[arg-type]
-        except TypeError:
-            raise InvalidPrompt(f"prompt token {number} is {token!r}, not an integer") from None
-        if not 0 <= ids[-1] < info.num_tokens:
-            raise InvalidPrompt(
-                f"prompt token {number} is {ids[-1]} but the ids of model {info.name} go from 0 "
-                f"to {info.num_tokens - 1}"
-            )
-    return ids

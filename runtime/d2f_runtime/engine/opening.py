@@ -14,7 +14,8 @@ import d2f_runtime.models
 from d2f_runtime.backends import check_backend, choose_backend, open_backend
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.scripted import ByteCodec
-from d2f_runtime.engine.local import Limits, LocalEngine, default_params
+from d2f_runtime.engine.answer_params import default_params
+from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.models.catalogue import named
 from d2f_runtime.models.config_file import ConfigFile
