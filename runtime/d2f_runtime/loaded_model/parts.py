@@ -1,0 +1,44 @@
+"""What makes a loaded model: the key that tells it from others, and the parts of one."""
+
+from dataclasses import InitVar, dataclass, field, replace
+from pathlib import Path
+
+from d2f_runtime.backends.base import Backend
+from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.hub import HubModel
+from d2f_runtime.text.tokenizer import TextCodec
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["ModelKey", "ModelParts"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKey:
+    """What makes two loaded models the same."""
+
+    path: Path | HubModel
+    backend: str
+    device: str
+    quantization: str
+    adapter: Path | HubModel | None = None
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What loading a model yields.
+
+    `info` is the backend's, with a description, and with a name where its folder is not its name.
+    """
+
+    backend: Backend
+    codec: TextCodec
+    defaults: GenerationParams
+    description: InitVar[str] = ""
+    name: InitVar[str | None] = None
+    info: ModelInfo = field(init=False)
+
+    def __post_init__(self, description: str, name: str | None) -> None:
+        info = self.backend.info
+        info = replace(info, name=name or info.name, description=description or info.description)
+        object.__setattr__(self, "info", info)
