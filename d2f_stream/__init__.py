@@ -53,6 +53,7 @@ from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.presets import PRESETS
 
 if TYPE_CHECKING:
+    from d2f_stream import sync
     from d2f_stream.api import connect, generate, load
     from d2f_stream.core.session import Engine, EngineInfo, Prompt, Result, Session
 
@@ -108,6 +109,7 @@ __all__ = [
     "connect",
     "generate",
     "load",
+    "sync",
 ]
 
 __version__ = "0.1.0"
@@ -120,6 +122,8 @@ _LAZY = {
 if not TYPE_CHECKING:  # or a type checker would accept any name
 
     def __getattr__(name: str) -> object:
+        if name == "sync":
+            return importlib.import_module("d2f_stream.sync")
         for module, names in _LAZY.items():
             if name in names:
                 value = globals()[name] = getattr(importlib.import_module(module), name)

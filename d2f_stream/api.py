@@ -4,6 +4,7 @@ Knows which engine a request goes to. The runtime and the clients are imported o
 that importing d2f_stream stays light.
 """
 
+import asyncio
 import contextlib
 import operator
 from collections.abc import AsyncIterator, Sequence
@@ -38,6 +39,8 @@ def generate(
         async for block in d2f_stream.generate(question):
             print(block.text, end="")
 
+    Awaited, the session gives the whole answer: `result = await d2f_stream.generate(question)`.
+
     Args:
         prompt: a string, taken verbatim; a list of chat messages ({"role": ..., "content": ...}),
             put through the model's template; or a list of token ids.
@@ -62,7 +65,9 @@ def generate(
             session's first await.
         RemoteError: the server cannot be reached, or refuses; raised by the session's first await.
         MissingExtra: a streamer was given and numpy is not installed.
+        RuntimeError: no event loop runs.
     """
+    _check_loop()
     feed = None
     if streamer is not None:
         from d2f_stream.transformers_streamer import Feed
@@ -169,8 +174,8 @@ def connect(
     where it broke off.
 
     Args:
-        url: ws://host:port or wss://host, whose path is /v1/stream unless it has another; or
-            mqtt://broker, mqtts://broker.
+        url: ws://host:port or wss://host, whose path is /v1/stream unless it has another; http://
+            and https:// mean these; or mqtt://broker, mqtts://broker.
         token: of a server that asks for one. Never put it into the address.
         reconnect_timeout_s: how long a server that was lost is tried, before every session fails.
             One that does not answer at first is not tried again.
@@ -191,6 +196,16 @@ def _ids(prompt: Prompt) -> list[int]:
     return [operator.index(item) for item in ids] if len(ids) == len(prompt) else []
 
 
+def _check_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "generate() needs a running event loop: call it in `async def main()`, which "
+            "asyncio.run(main()) starts, or use d2f_stream.sync.generate(), which needs none"
+        ) from None
+
+
 def _remote_engine(
     url: str, *, token: str | None = None, reconnect_timeout_s: float = 30.0
 ) -> "SharedEngine":
@@ -199,9 +214,10 @@ def _remote_engine(
         from d2f_stream.client.mqtt_engine import connect_mqtt
 
         return connect_mqtt(url, token=token, reconnect_timeout_s=reconnect_timeout_s)
-    if scheme not in ("ws", "wss"):
+    if scheme not in ("ws", "wss", "http", "https"):
         raise InvalidRequest(
-            f"{scheme}:// is no address of a model; it must be one of ws, wss, mqtt, mqtts"
+            f"{scheme}:// is no address of a model; it must be one of ws, wss, http, https, mqtt, "
+            "mqtts"
         )
     from d2f_stream.channels.websocket import check_url, open_websocket
     from d2f_stream.client.backoff import Backoff

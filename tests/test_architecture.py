@@ -54,13 +54,14 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.transformers_streamer": {CORE},
     "d2f_stream.api": SDK
     | {"d2f_stream.client", "d2f_runtime.engine", "d2f_stream.transformers_streamer"},
+    "d2f_stream.sync": {"d2f_stream", "d2f_stream.api", CORE},
     "d2f_stream.cli": {"d2f_stream", "d2f_stream.terminal", "d2f_stream.api", "d2f_stream.server"}
     | SDK
     | RUNTIME
     | {"d2f_export"},
     "d2f_stream.__main__": {"d2f_stream.cli"},
     "d2f_stream.terminal": {"d2f_stream", "d2f_stream.api", "d2f_stream.server", CORE} | RUNTIME,
-    "d2f_stream": {CORE, "d2f_stream.api"},
+    "d2f_stream": {CORE, "d2f_stream.api", "d2f_stream.sync"},
     "d2f_runtime.decoding": {CORE},
     "d2f_runtime.kernels": MODEL,
     "d2f_runtime.quantization": MODEL,

@@ -100,6 +100,8 @@ class WebSocketChannel:
 def check_url(url: str) -> str:
     """Return the address to connect to; without a path it is that of a d2f server.
 
+    A server's http:// or https:// address means its websocket.
+
     Raises:
         InvalidRequest: it is no websocket address, or it holds a secret.
     """
@@ -114,13 +116,14 @@ def check_url(url: str) -> str:
         raise InvalidRequest(
             f"the address of {host} holds a {secret} in its query; give it as token= instead"
         )
-    if parts.scheme not in ("ws", "wss") or not host or parts.fragment:
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    if scheme not in ("ws", "wss") or not host or parts.fragment:
         raise InvalidRequest(
             f"the address is {url!r} but must be of the form ws://host:port or wss://host"
         )
     del port  # read, since it raises where it is no number
     path = parts.path if parts.path not in ("", "/") else PATH
-    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+    return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
 
 
 async def open_websocket(url: str, *, token: str | None = None) -> WebSocketChannel:

@@ -17,7 +17,7 @@ where it would have to wait, that is an error, since nobody could wake the one w
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, Unpack
@@ -176,6 +176,10 @@ class Session:
         if not isinstance(end, StreamFinished):
             raise _failure_of(end)
         return Result(buffer.text, tuple(buffer.token_ids), end.reason, end.usage, end.timings)
+
+    def __await__(self) -> Generator[object, None, Result]:
+        """Wait for the whole answer, as `result`: `result = await generate(...)`."""
+        return self.result().__await__()
 
     def events(self) -> AsyncIterator[Event]:
         """Iterate over every event: StreamStarted, blocks, drafts where asked for, and the end.

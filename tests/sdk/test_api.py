@@ -101,13 +101,13 @@ async def test_model_loaded_twice_is_held_once(folder: Path) -> None:
         assert first.info is second.info
 
 
-@pytest.mark.parametrize("url", ["http://host/v1/stream", "hf://model", "://"])
+@pytest.mark.parametrize("url", ["ftp://host/v1/stream", "hf://model", "://"])
 async def test_address_of_no_known_kind_lists_the_known(url: str) -> None:
-    with pytest.raises(InvalidRequest, match="ws, wss, mqtt, mqtts"):
+    with pytest.raises(InvalidRequest, match="ws, wss, http, https, mqtt, mqtts"):
         d2f_stream.generate("hi", model=url)
-    with pytest.raises(InvalidRequest, match="ws, wss, mqtt, mqtts"):
+    with pytest.raises(InvalidRequest, match="ws, wss, http, https, mqtt, mqtts"):
         d2f_stream.connect(url)
-    with pytest.raises(InvalidRequest, match="ws, wss, mqtt, mqtts"):
+    with pytest.raises(InvalidRequest, match="ws, wss, http, https, mqtt, mqtts"):
         async with d2f_stream.load(url):
             pass
 

@@ -185,12 +185,23 @@ def test_address_with_a_secret_is_refused_without_repeating_it(url: str) -> None
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "url", ["ws://", "ws://host:port", "http://host", "ws://host#here", "a://b"]
-)
+@pytest.mark.parametrize("url", ["ws://", "ws://host:port", "http://", "ws://host#here", "a://b"])
 def test_address_of_another_kind_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest):
         connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("http://host:8000", "ws://host:8000/v1/stream"),
+        ("https://host/", "wss://host/v1/stream"),
+        ("https://host/behind/a/proxy", "wss://host/behind/a/proxy"),
+        ("ws://host", "ws://host/v1/stream"),
+    ],
+)
+def test_address_of_a_server_means_its_websocket(url: str, meant: str) -> None:
+    assert check_url(url) == meant
 
 
 async def test_server_on_this_machine_is_reached_past_a_proxy(

@@ -17,6 +17,7 @@ from d2f_stream import (
     StreamFailed,
     StreamFinished,
     StreamStarted,
+    sync,
 )
 
 
@@ -31,6 +32,25 @@ async def blocks_of_an_answer() -> None:
     assert_type(result, Result)
     assert_type(result.text, str)
     session.cancel()
+
+
+async def answer_is_awaited() -> None:
+    assert_type(await d2f_stream.generate("How many?"), Result)
+    assert_type(await d2f_stream.generate("How many?").result(), Result)
+
+
+def answers_without_an_event_loop() -> None:
+    for block in sync.generate("How many?", max_new_tokens=32, stop=["\n"]):
+        assert_type(block, Block)
+    assert_type(sync.generate("How many?").result(), Result)
+    for event in sync.generate("How many?").events():
+        assert_type(event, Event)
+    with sync.load("model", device="cpu") as engine, sync.connect("http://host") as other:
+        assert_type(engine, sync.Engine)
+        assert_type(other.generate([1, 2]), sync.Session)
+        assert_type(sync.generate("How many?", model=engine), sync.Session)
+    sync.generate("How many?", max_tokens=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    sync.load(quantisation="fp8")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 async def stop_is_a_string_a_list_or_a_tuple() -> None:

@@ -1,0 +1,325 @@
+"""The functions of d2f_stream for programs without an event loop: the same names, without await.
+
+    from d2f_stream import sync
+
+    for block in sync.generate("Ben has 34 books. He buys 18 more. How many has he now?"):
+        print(block.text, end="", flush=True)
+
+Owns one event loop, in one thread of the process, which starts with the first call and ends with
+the process; all calls of all threads share it, so that their requests share the steps of a model.
+A forked process gets a loop of its own; sessions and engines that it inherited say that they are
+its parent's.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypedDict, TypeVar, Unpack
+
+from d2f_stream import api
+from d2f_stream.core.errors import EngineClosed
+from d2f_stream.core.events import Block, Event
+from d2f_stream.core.limits import Limits
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Engine as AsyncEngine
+from d2f_stream.core.session import EngineInfo, Prompt, Result
+from d2f_stream.core.session import Session as AsyncSession
+
+__all__ = ["Engine", "LoadOptions", "Session", "connect", "generate", "load"]
+
+EXIT_TIMEOUT_S: Final = 5.0
+
+Value = TypeVar("Value")
+
+
+class LoadOptions(TypedDict, total=False):
+    """The keyword arguments of load(), which are those of `d2f_stream.load`."""
+
+    adapter: str | Path | None
+    backend: str
+    quantization: str
+    device: str
+    kv_tokens: int | None
+    limits: Limits | None
+    warm_up: bool
+    token: str | None
+
+
+class Session:
+    """An answer in progress: an iterator of its blocks, and a context manager.
+
+    Leaving `with session`, `cancel()` and letting go of the last reference give the answer up, and
+    so do `break`, an error and Ctrl-C in `for block in generate(...)`, whose loop holds the only
+    reference. One thread reads at a time.
+    """
+
+    def __init__(self, background: "_Background", session: AsyncSession) -> None:
+        self._background = background
+        self._session = session
+
+    @property
+    def text(self) -> str:
+        """The text committed so far, read or not."""
+        return self._session.text
+
+    def cancel(self) -> None:
+        """Give the answer up; its slot is free within one step. Idempotent; from any thread."""
+        self._session.cancel()
+
+    def result(self) -> Result:
+        """Wait for the whole answer. Ctrl-C ends the wait, not the answer.
+
+        Raises:
+            D2FError: the request was turned away, or its stream failed.
+        """
+        return self._background.run(self._session.result())
+
+    def events(self) -> Iterator[Event]:
+        """Iterate over every event: StreamStarted, blocks, drafts where asked for, and the end.
+
+        A stream that fails ends with StreamFailed and raises nothing.
+        """
+        events = self._session.events()
+        while (event := self._background.run(_next(events))) is not None:
+            yield event
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Block:
+        """Wait for the next block. Ctrl-C ends the wait; no event is lost.
+
+        Raises:
+            D2FError: the request was turned away, or its stream failed.
+        """
+        try:
+            block = self._background.run(_next(self._session))
+        finally:
+            # The traceback of an interrupted read keeps this frame; it must not keep the session.
+            del self
+        if block is None:
+            raise StopIteration
+        return block
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Cancel, and wait until the slot is free."""
+        self._background.run(self._session.__aexit__(kind, error, trace))
+
+
+class Engine:
+    """An open engine; its requests are waited for by whoever reads them, in any thread."""
+
+    def __init__(self, background: "_Background", engine: AsyncEngine) -> None:
+        self._background = background
+        self._engine = engine
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the model."""
+        return self._engine.info
+
+    @property
+    def defaults(self) -> GenerationParams:
+        """The parameters of a request that gives none."""
+        return self._engine.defaults
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: GenerationParams | None = None,
+        **overrides: Unpack[ParamOverrides],
+    ) -> Session:
+        """Start a request; the session streams its answer. See `d2f_stream.generate`."""
+        start = partial(self._engine.generate, prompt, params, **overrides)
+        return _session(self._background, start)
+
+
+def generate(
+    prompt: Prompt,
+    *,
+    model: str | Path | Engine | None = None,
+    params: GenerationParams | None = None,
+    **overrides: Unpack[ParamOverrides],
+) -> Session:
+    """Start an answer; the session streams it. The arguments are those of `d2f_stream.generate`.
+
+    Raises:
+        D2FError: as `d2f_stream.generate`; what that raises from a session's first await is raised
+            by the first read here.
+    """
+    if isinstance(model, Engine):
+        return model.generate(prompt, params, **overrides)
+    start = partial(api.generate, prompt, model=model, params=params, **overrides)
+    return _session(_background(), start)
+
+
+@contextlib.contextmanager
+def load(model: str | Path | None = None, **options: Unpack[LoadOptions]) -> Iterator[Engine]:
+    """Load a model and open an engine over it; leaving the context ends its sessions.
+
+    Args:
+        model: as of `d2f_stream.load`.
+        options: as of `d2f_stream.load`.
+
+    Raises:
+        D2FError: as `d2f_stream.load`.
+    """
+    with _opened(partial(api.load, model, **options)) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def connect(
+    url: str, *, token: str | None = None, reconnect_timeout_s: float = 30.0
+) -> Iterator[Engine]:
+    """Open an engine whose model is on a server; leaving the context ends its sessions.
+
+    Args:
+        url: as of `d2f_stream.connect`, like the others.
+        token: of a server that asks for one.
+        reconnect_timeout_s: how long a server that was lost is tried.
+
+    Raises:
+        D2FError: as `d2f_stream.connect`.
+    """
+    with _opened(
+        partial(api.connect, url, token=token, reconnect_timeout_s=reconnect_timeout_s)
+    ) as engine:
+        yield engine
+
+
+class _Background:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="d2f-sync", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it works for this process."""
+        return self._pid == os.getpid() and not self._stop.is_set()
+
+    def run(self, work: Coroutine[object, None, Value]) -> Value:
+        """Wait in this thread for what the loop does; an interrupted wait cancels it.
+
+        Raises:
+            EngineClosed: the loop is the parent's of this process, or the process ends.
+            RuntimeError: the loop's own thread would wait for itself.
+        """
+        if not self.alive or self._thread is threading.current_thread():
+            work.close()
+            self._refuse()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # of no effect once it is done
+
+    def stop(self) -> None:
+        """End all that runs, and the thread. Idempotent."""
+        if self.alive:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(EXIT_TIMEOUT_S)
+
+    def _serve(self) -> None:
+        asyncio.run(self._live())
+
+    async def _live(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._started.set()
+        await self._stop.wait()
+
+    def _refuse(self) -> None:
+        if self._pid != os.getpid():
+            raise EngineClosed(
+                "this session or engine belongs to the process that this one was forked from; "
+                "begin anew here, or start processes by spawn"
+            )
+        if not self.alive:
+            raise EngineClosed("the process ends, and its sessions have ended")
+        raise RuntimeError(
+            "d2f_stream.sync was called from its own event loop, which would wait for itself; "
+            "use d2f_stream there"
+        )
+
+
+_lock: Final = threading.Lock()
+_shared: Final[list[_Background]] = []  # one, of this process
+
+
+def _background() -> _Background:
+    with _lock:
+        if not _shared or not _shared[0].alive:
+            _shared[:] = [_Background()]
+        return _shared[0]
+
+
+def _stop() -> None:
+    for background in _shared:
+        background.stop()
+
+
+def _stop_first() -> None:
+    """Let the sessions end before the models that were loaded for them: hooks run backwards."""
+    atexit.unregister(_stop)
+    atexit.register(_stop)
+
+
+if hasattr(os, "register_at_fork"):  # or a child that is forked amid a call would wait for ever
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
+
+def _session(background: _Background, start: Callable[[], AsyncSession]) -> Session:
+    async def on_the_loop() -> AsyncSession:
+        return start()
+
+    try:
+        return Session(background, background.run(on_the_loop()))
+    finally:
+        _stop_first()
+
+
+@contextlib.contextmanager
+def _opened(opening: Callable[[], AbstractAsyncContextManager[AsyncEngine]]) -> Iterator[Engine]:
+    background = _background()
+    context = opening()
+    engine = background.run(_enter(context))
+    _stop_first()
+    try:
+        yield Engine(background, engine)
+    finally:
+        background.run(_leave(context))
+
+
+async def _enter(context: AbstractAsyncContextManager[AsyncEngine]) -> AsyncEngine:
+    return await context.__aenter__()
+
+
+async def _leave(context: AbstractAsyncContextManager[AsyncEngine]) -> None:
+    await context.__aexit__(None, None, None)
+
+
+async def _next(iterator: AsyncIterator[Value]) -> Value | None:
+    return await anext(iterator, None)
