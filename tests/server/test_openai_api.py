@@ -191,17 +191,30 @@ async def test_completions_take_one_prompt_verbatim(prompt: Any, stream: bool) -
 
 
 async def test_messages_of_every_role_and_of_text_parts() -> None:
-    script = {"system: a\nsystem: b\nuser: one two\nassistant: three\nassistant: ": "four"}
+    script = {
+        "system: a\nsystem: b\nuser: one two\nassistant: three\nuser: and?\nassistant: ": "four"
+    }
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     messages: Any = [
         {"role": "system", "content": "a"},
         {"role": "developer", "content": "b", "name": "boss"},
         {"role": "user", "content": parts},
         {"role": "assistant", "content": "three", "tool_calls": None},
+        {"role": "user", "content": "and?"},
     ]
     async with serving(ScriptedBackend(script)) as served:
         answer = await served.openai().chat.completions.create(model="d2f", messages=messages)
     assert answer.choices[0].message.content == "four"
+
+
+async def test_answer_that_is_begun_is_continued() -> None:
+    messages: Any = [
+        {"role": "user", "content": "count"},
+        {"role": "assistant", "content": "one "},
+    ]
+    async with serving(ScriptedBackend({"user: count\nassistant: one ": "two"})) as served:
+        answer = await served.openai().chat.completions.create(model="d2f", messages=messages)
+    assert answer.choices[0].message.content == "two"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Final
 
 from d2f_runtime.loaded_model import ModelParts
 from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.errors import InvalidPrompt, PromptTooLong
 from d2f_stream.core.session import Prompt
 
@@ -51,7 +52,7 @@ def encode(prompt: Prompt, parts: ModelParts) -> list[int]:
     if isinstance(prompt, str):
         tokens = codec.encode(prompt)
     elif isinstance(prompt[0], Mapping):
-        tokens = codec.encode(codec.render(_messages(prompt)))
+        tokens = codec.encode(_rendered(_messages(prompt), codec))
     else:
         tokens = _ids(prompt, info)
     if not tokens:
@@ -63,6 +64,14 @@ def encode(prompt: Prompt, parts: ModelParts) -> list[int]:
             f"{info.num_tokens - 1}"
         )
     return tokens
+
+
+def _rendered(messages: Sequence[Mapping[str, str]], codec: TextCodec) -> str:
+    """Return the prompt of a conversation; a last message of the assistant's is to be continued."""
+    *before, last = messages
+    if not before or last["role"] != "assistant":
+        return codec.render(messages)
+    return codec.render(before) + last["content"]
 
 
 def _messages(prompt: Sequence[object]) -> list[Mapping[str, str]]:
