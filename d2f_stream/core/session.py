@@ -74,6 +74,16 @@ class EngineInfo(Protocol):
         """What the model can do, in a sentence or two for its users; may be empty."""
         ...
 
+    @property
+    def license(self) -> str:
+        """Of the weights, such as "Apache-2.0"; empty where it is not known."""
+        ...
+
+    @property
+    def examples(self) -> Sequence[str]:
+        """Prompts that show what the model can do."""
+        ...
+
 
 class Engine(Protocol):
     """Serves requests for one model; an async context manager that closes it on exit."""

@@ -151,6 +151,8 @@ class ModelCard(Struct, frozen=True, kw_only=True):
         max_len: prompt and answer together, tokens.
         defaults: the parameters of a request that gives none.
         description: what the model can do, in a sentence or two for its users.
+        license: of the weights, such as "Apache-2.0"; empty where it is not known.
+        examples: prompts that show what the model can do.
     """
 
     name: str
@@ -160,6 +162,8 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     max_len: int
     defaults: ModelDefaults
     description: str = ""
+    license: str = ""
+    examples: tuple[str, ...] = ()
 
     @property
     def params(self) -> GenerationParams:

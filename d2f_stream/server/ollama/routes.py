@@ -128,7 +128,7 @@ class _Api:
                 "modelfile": "",
                 "parameters": "",
                 "template": "",
-                "license": "",
+                "license": info.license,
                 "details": self._details(),
                 "model_info": facts,
                 "capabilities": ["completion"],

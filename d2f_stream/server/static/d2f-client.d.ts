@@ -102,6 +102,10 @@ export interface ModelCard {
   max_len: number;
   defaults: Required<Params>;
   description: string;
+  /** Of the weights, such as "Apache-2.0"; empty where it is not known. */
+  license: string;
+  /** Prompts that show what the model can do. */
+  examples: string[];
 }
 
 export interface ServerHello {

@@ -19,6 +19,7 @@ from d2f_export.onnx.whole_folder import whole_or_absent
 from d2f_runtime.backends.onnx_session import GRAPH_FILE, GRAPH_INTERFACE
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.facts import About
 from d2f_runtime.models.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -74,7 +75,7 @@ class Description:
         name: the model's, for people.
         defaults: GenerationParams fields by kind of device ("cpu", "cuda").
         training: where the weights come from.
-        text: what the model can do, for its users.
+        about: what is told to people.
         tokenizer: tokenizer.json; None takes the checkpoint's tokenizer files.
         chat_template: jinja text, instead of the checkpoint's.
     """
@@ -82,7 +83,7 @@ class Description:
     name: str
     defaults: Defaults = field(default_factory=dict)
     training: TrainingInfo | None = None
-    text: str = ""
+    about: About = field(default_factory=About)
     tokenizer: Path | None = None
     chat_template: str | None = None
 
@@ -275,7 +276,7 @@ def describe(
         files=files,
         onnx=onnx,
         training=description.training,
-        description=description.text,
+        **description.about.about,
     )
 
 

@@ -50,11 +50,14 @@ def run_export(argv: Sequence[str]) -> int:
     about.add_argument("--chat-template", help="jinja text")
     about.add_argument("--defaults", type=json.loads, metavar="JSON", help="by kind of device")
     about.add_argument("--description", default="", help="what the model can do")
+    about.add_argument("--license", default="", help="of the weights, such as Apache-2.0")
+    about.add_argument("--example", action="append", default=[], help="a prompt; may be repeated")
     about.add_argument("--training", default="", help="what made the checkpoint")
     about.add_argument("--figures", type=json.loads, default={}, metavar="JSON")
     arguments = parser.parse_args(argv)
     _require("export")
     from d2f_export.onnx.artefact import Description, write_artefact
+    from d2f_runtime.models.facts import About
     from d2f_runtime.models.manifest import TrainingInfo
 
     checkpoint, name = _fetched(arguments.model)
@@ -64,7 +67,11 @@ def run_export(argv: Sequence[str]) -> int:
         name=arguments.name or name,
         defaults=arguments.defaults or _defaults(checkpoint, adapter),
         training=training if arguments.training or arguments.figures else None,
-        text=arguments.description,
+        about=About(
+            description=arguments.description,
+            license=arguments.license,
+            examples=tuple(arguments.example),
+        ),
         tokenizer=arguments.tokenizer,
         chat_template=arguments.chat_template,
     )

@@ -16,10 +16,12 @@ from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.engine.answer_params import default_params
 from d2f_runtime.engine.local import Limits, LocalEngine
+from d2f_runtime.gguf.file import GgufFile, is_gguf
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
-from d2f_runtime.models.catalogue import named
+from d2f_runtime.models.catalogue import CATALOGUE, named
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
+from d2f_runtime.models.facts import About
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
 from d2f_runtime.models.published import Published, find_published
@@ -192,15 +194,25 @@ def _load(key: ModelKey) -> ModelParts:
         adapter=adapter,
         kv_tokens=key.kv_tokens,
     )
-    description = ""
     if manifest is not None:
-        defaults, description = manifest.params_for(backend.info.device), manifest.description
+        defaults = manifest.params_for(backend.info.device)
     elif defaults is None:
         defaults = default_params(backend.info)
     if draft is not None:
         defaults = draft.defaults(defaults)
     hub_name = key.path.name if isinstance(key.path, HubModel) else None
-    return ModelParts(backend, codec, defaults, description, name=hub_name)
+    about = _about(key.path, path) if manifest is None else manifest.people
+    return ModelParts(backend, codec, defaults, about, name=hub_name)
+
+
+def _about(source: Path | HubModel, path: Path) -> About:
+    """Return what is known of a model without a manifest: its licence, where it has a name."""
+    if is_gguf(path):
+        named = GgufFile.open(path).metadata.get("general.license")
+        return About(license=named if isinstance(named, str) else "")
+    repo = source.repo if isinstance(source, HubModel) else None
+    licences = (entry.licence for entry in CATALOGUE if entry.repo == repo)
+    return About(license=next(licences, ""))
 
 
 def _mask_id(

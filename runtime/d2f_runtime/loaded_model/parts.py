@@ -4,7 +4,7 @@ from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 
 from d2f_runtime.backends.base import Backend
-from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.facts import About, ModelInfo
 from d2f_runtime.models.hub import HubModel
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.params import GenerationParams
@@ -28,17 +28,18 @@ class ModelKey:
 class ModelParts:
     """What loading a model yields.
 
-    `info` is the backend's, with a description, and with a name where its folder is not its name.
+    `info` is the backend's, with what its folder tells people, and with a name where its folder is
+    not its name.
     """
 
     backend: Backend
     codec: TextCodec
     defaults: GenerationParams
-    description: InitVar[str] = ""
+    about: InitVar[About | None] = None
     name: InitVar[str | None] = None
     info: ModelInfo = field(init=False)
 
-    def __post_init__(self, description: str, name: str | None) -> None:
+    def __post_init__(self, about: About | None, name: str | None) -> None:
         info = self.backend.info
-        info = replace(info, name=name or info.name, description=description or info.description)
+        info = replace(info, name=name or info.name, **(about or About()).about)
         object.__setattr__(self, "info", info)

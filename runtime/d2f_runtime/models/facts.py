@@ -1,9 +1,9 @@
-"""What must be known of a model, whoever runs it: ModelFacts, and ModelInfo of a loaded one."""
+"""What must be known of a model, whoever runs it: its facts, and what is told about it."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-__all__ = ["FAMILIES", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
+__all__ = ["FAMILIES", "About", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
 
 FAMILIES = ("a2d", "dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
 """The kinds of model that folders may name; "scripted" has no transformer."""
@@ -50,6 +50,27 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a model's folder tells people of it.
+
+    Attributes:
+        description: what the model can do, in a sentence or two for its users.
+        license: of the weights, such as "Apache-2.0".
+        examples: prompts that show what it can do.
+    """
+
+    description: str = ""
+    license: str = ""
+    examples: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Those of these fields that tell something, as keyword arguments."""
+        told = {field.name: getattr(self, field.name) for field in fields(About)}
+        return {name: value for name, value in told.items() if value}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo(ModelFacts):
     """What the decoder and the engine must know of a loaded model.
 
@@ -58,7 +79,7 @@ class ModelInfo(ModelFacts):
         kv_bytes_per_token: K/V storage of one position over all layers.
         device: "cpu", "cuda:0", ...
         quantization: "fp32", "bf16", "int8", ...
-        description: what the model can do, for its users; from the manifest.
+        description, license, examples: see `About`.
         window_scaled: whether activations are quantised by all that a window holds, so that what is
             computed of a prompt depends on how much of it was stored before.
     """
@@ -68,4 +89,6 @@ class ModelInfo(ModelFacts):
     device: str
     quantization: str
     description: str = ""
+    license: str = ""
+    examples: tuple[str, ...] = ()
     window_scaled: bool = False

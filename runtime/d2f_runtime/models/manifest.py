@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from d2f_runtime.models.facts import FAMILIES, ModelFacts
+from d2f_runtime.models.facts import FAMILIES, About, ModelFacts
 from d2f_runtime.text.files import holds_file, read_bytes
 from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound, UnsupportedModel
 from d2f_stream.core.params import MAX_BLOCK_SIZE, GenerationParams
@@ -127,7 +127,7 @@ class Manifest(ModelFacts):
         onnx: present where the folder holds an ONNX graph.
         verification: of the graph against the checkpoint that it was made of.
         training: where the weights come from.
-        description: what the model can do, in a sentence or two for its users.
+        description, license, examples: see `About`.
     """
 
     format_version: int
@@ -139,6 +139,13 @@ class Manifest(ModelFacts):
     verification: VerificationInfo | None = None
     training: TrainingInfo | None = None
     description: str = ""
+    license: str = ""
+    examples: tuple[str, ...] = ()
+
+    @property
+    def people(self) -> About:
+        """What is told to people."""
+        return About(description=self.description, license=self.license, examples=self.examples)
 
     def params_for(self, device: str) -> GenerationParams:
         """Return the defaults for a device such as "cpu" or "cuda:0".
