@@ -1,5 +1,6 @@
 """The wheel: what it holds, how large it is, and that it imports outside the repository."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from d2f_stream import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ROOT / "scripts" / "page-libraries.js"
 MAX_WHEEL_BYTES = 60 * 2**20
 MAX_SOURCE_BYTES = 5 * 10**6
 EMBEDDED = "d2f_runtime/models/embedded/"
@@ -86,6 +88,22 @@ def test_wheel_holds_every_module_of_the_repository(unpacked: Path) -> None:
 def test_wheel_is_typed_and_licensed(unpacked: Path) -> None:
     assert all((unpacked / name / "py.typed").is_file() for name in ("d2f_stream", "d2f_runtime"))
     assert (unpacked / DIST_INFO / "licenses" / "LICENSE").is_file()
+
+
+def test_page_has_the_files_that_it_may_have_and_the_licences_of_all_it_takes(
+    unpacked: Path,
+) -> None:
+    page = unpacked / "d2f_stream" / "server" / "static"
+    files = [path.relative_to(page) for path in page.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".css", ".html", ".js", ".svg", ".ts", ".txt"}
+    vendored = {path.name for path in files if path.parent.name == "vendor"}
+    assert vendored == {"LICENSES.txt", "libraries.d.ts", "libraries.js"}
+    packages = json.loads((ROOT / "package-lock.json").read_text())["packages"]
+    licences = (page / "vendor" / "LICENSES.txt").read_text()
+    for name, version in re.findall(r"^==== (\S+) (\S+) ", licences, re.MULTILINE):
+        assert packages[f"node_modules/{name}"]["version"] == version
+    for name in re.findall(r'from "(@[^"/]+/[^"/]+|[^"/]+)', LIBRARIES.read_text()):
+        assert f"==== {name} " in licences
 
 
 def test_wheel_is_small_enough(wheel: Path) -> None:
