@@ -203,13 +203,17 @@ async def _answer(
 
 async def _chat(args: argparse.Namespace, load: Loader) -> int:
     try:
-        from d2f_stream.terminal.chat import Chat, console_and_reader
+        from rich.console import Console
+
+        from d2f_stream.terminal.chat import COMMANDS, Chat
+        from d2f_stream.terminal.line_reader import line_reader
     except ModuleNotFoundError as error:
         raise MissingExtra("the chat", error.name or "prompt_toolkit", "chat") from error
     overrides = overrides_of(args)
     GenerationParams().with_overrides(overrides)  # complain before the model loads
-    console, read_line = console_and_reader(data_folder(os.environ) / "history")
-    opened = partial(_opened, args, load)
+    history = data_folder(os.environ) / "history"
+    read_line = line_reader(history, commands=[name.partition(" ")[0] for name in COMMANDS])
+    opened, console = partial(_opened, args, load), Console(highlight=False)
     chat = Chat(opened, read_line, console=console, overrides=overrides, system=args.system)
     await chat.run(None)
     return 0

@@ -7,29 +7,25 @@ needs both, so that the command line imports this module on demand.
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from rich.console import Console
-from rich.live import Live
-from rich.markdown import Markdown
 from rich.text import Text
 
-from d2f_stream.core.errors import D2FError, InvalidParams, InvalidRequest, PromptTooLong
-from d2f_stream.core.events import Block, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.errors import D2FError, InvalidRequest, PromptTooLong
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine, Session
-from d2f_stream.terminal.markdown_stream import MarkdownStream
+from d2f_stream.terminal.answer import Answer
+from d2f_stream.terminal.line_reader import ReadLine
 from d2f_stream.terminal.transcript import Transcript
-from d2f_stream.terminal.views import about_silence, printable
 
-__all__ = ["COMMANDS", "Chat", "console_and_reader"]
+__all__ = ["COMMANDS", "Chat"]
 
 Open = Callable[[str | None], AbstractAsyncContextManager[Engine]]
-ReadLine = Callable[[], Awaitable[str]]
 
 COMMANDS: Final = {
     "/new": "begin a new chat; the system prompt stays",
@@ -41,7 +37,6 @@ COMMANDS: Final = {
     "/help": "show this",
     "/quit": "leave; so does Ctrl-D",
 }
-FRAMES_PER_S: Final = 12
 
 
 class Chat:
@@ -226,67 +221,6 @@ class Chat:
         self._console.print(Text(f"error: {text}", style="red"))
 
 
-class Answer:
-    """One answer on the console: settled Markdown above, what may still change below it."""
-
-    def __init__(self, console: Console, description: str = "") -> None:
-        self._console = console
-        self._description = description
-        self._markdown = MarkdownStream()
-        self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._is_empty = True
-        self.failure: StreamFailed | None = None
-
-    def __enter__(self) -> None:
-        self._live.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._settle()
-
-    def apply(self, event: object) -> None:
-        """Draw an event of the stream."""
-        match event:
-            case StreamStarted():
-                self._live.update(Text("...", style="dim"), refresh=True)
-            case Block():
-                self._is_empty = self._is_empty and not event.text.strip()
-                if settled := self._markdown.append(printable(event.text)):
-                    self._live.console.print(Markdown(settled))
-                self._live.update(self._draw_tail(), refresh=True)
-            case StreamFinished():
-                self._settle()
-                self._console.print(Text(self._figures(event), style="dim"))
-            case StreamFailed():
-                self.failure = event
-            case _:
-                pass
-
-    def _draw_tail(self) -> Markdown | Text:
-        """Return what may still change; of what is higher than the terminal, the end."""
-        tail, room = self._markdown.tail, self._console.height - 2
-        lines = tail.splitlines()
-        return Markdown(tail) if len(lines) <= room else Text("\n".join(lines[-room:]))
-
-    def _settle(self) -> None:
-        """Draw the rest for good. Idempotent."""
-        if self._live.is_started:
-            self._live.stop()
-        if rest := self._markdown.finish():
-            self._console.print(Markdown(rest))
-
-    def _figures(self, event: StreamFinished) -> str:
-        usage, seconds = event.usage, max(event.timings.total_ms / 1000, 1e-3)
-        told = f"{usage.completion_tokens} tokens, {usage.tokens_per_step:.1f} a step"
-        told += f", {usage.completion_tokens / seconds:,.0f} a second"
-        if event.reason == "length":
-            told += "; cut off at max_new_tokens"
-        elif event.reason == "cancelled":
-            told += "; stopped"
-        if self._is_empty and (silence := about_silence(event.reason, self._description)):
-            told = f"{silence}\n{told}"
-        return told
-
-
 @contextlib.asynccontextmanager
 async def _interruptible(session: Session) -> AsyncIterator[None]:
     """Make Ctrl-C cancel the session, not the program."""
@@ -315,37 +249,3 @@ def _listed(params: GenerationParams) -> str:
     values = msgspec.structs.asdict(params)
     width = max(map(len, values))
     return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())
-
-
-def console_and_reader(history: Path) -> tuple[Console, ReadLine]:
-    """Return the terminal to draw on, and a reader of lines; Alt-Enter begins another line.
-
-    Raises:
-        InvalidParams: the history's folder cannot be written.
-    """
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    try:
-        history.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidParams(
-            "history", str(history), f"a file that can be written ({error})"
-        ) from error
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    commands = WordCompleter([name.partition(" ")[0] for name in COMMANDS], sentence=True)
-    session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(history)),
-        key_bindings=keys,
-        completer=commands,
-        complete_while_typing=False,
-        prompt_continuation="... ",
-    )
-    return Console(highlight=False), lambda: session.prompt_async(">>> ")
