@@ -3,7 +3,8 @@
 /v1/stream                                       websocket, the protocol of protocol.py
 /v1/chat/completions, /v1/completions, /v1/responses, /v1/models    the OpenAI API
 /api/chat, /api/generate, /api/tags, /api/show    the Ollama API
-/healthz  /metrics
+/healthz, /health                                whether it works
+/metrics
 /                                                the chat page, and the files beside it
 """
 
@@ -27,6 +28,7 @@ from d2f_stream.server.http.middleware import (
     BodyLimit,
     OriginGuard,
     PlainPaths,
+    RequestIds,
     SecurityHeaders,
     error_response,
 )
@@ -77,7 +79,7 @@ def create_app(
         open_metrics: whether `/metrics` needs no token where clients need one.
     """
     registry, auth = gateway.registry, gateway.auth
-    routes: list[BaseRoute] = [stream_route(gateway), _health_route(registry, stuck_s)]
+    routes: list[BaseRoute] = [stream_route(gateway), *_health_routes(registry, stuck_s)]
     routes += openai_routes(registry, auth, logins=gateway.logins, observer=metrics)
     routes += ollama_routes(registry, auth, logins=gateway.logins, observer=metrics)
     if metrics is not None:
@@ -96,10 +98,12 @@ def create_app(
             allow_origins=auth.origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
+            expose_headers=("X-Request-Id",),
         )
         middleware.insert(3, cors)
     if access_log:
         middleware.insert(0, Middleware(AccessLog))
+    middleware.insert(0, Middleware(RequestIds))
     return Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_route}
     )
@@ -136,7 +140,7 @@ class LocalWork(Protocol):
         ...
 
 
-def _health_route(registry: StreamRegistry, stuck_s: float) -> Route:
+def _health_routes(registry: StreamRegistry, stuck_s: float) -> list[Route]:
     async def health(request: Request) -> Response:
         del request
         status, model = _status(registry, stuck_s), registry.engine.info.name
@@ -144,7 +148,7 @@ def _health_route(registry: StreamRegistry, stuck_s: float) -> Route:
         headers = {"Cache-Control": "no-store"}
         return JSONResponse({"status": status, "model": model}, status_code=code, headers=headers)
 
-    return Route("/healthz", health, methods=["GET"])
+    return [Route(path, health, methods=["GET"]) for path in ("/healthz", "/health")]
 
 
 def _status(registry: StreamRegistry, stuck_s: float) -> str:

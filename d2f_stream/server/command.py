@@ -76,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let pages of this origin connect too, https://chat.example.com; may be repeated",
     )
     reach.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer under this name too where no token is needed: host.docker.internal, the name "
+        "of this machine for a container; may be repeated",
+    )
+    reach.add_argument(
         "--insecure", action="store_true", help="listen beyond this machine without a token"
     )
     reach.add_argument("--mqtt", metavar="URL", help="serve a broker too, mqtt[s]://host[:port]")
@@ -175,6 +183,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
         ui=args.ui,
         mqtt=mqtt,
         mqtt_group=args.mqtt_group,
+        allowed_hosts=tuple(_host(name) for name in args.allowed_host),
         insecure=args.insecure,
         open_metrics=args.open_metrics,
         access_log=args.access_log,
@@ -212,6 +221,13 @@ def _lines_of(path: Path | None) -> list[str]:
     if not tokens:
         raise InvalidRequest(f"the token file {path} holds no token")
     return tokens
+
+
+def _host(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9._-]+", name) is None:
+        allowed = "a name without scheme and port, such as host.docker.internal"
+        raise InvalidParams("--allowed-host", name, allowed)
+    return name.lower()
 
 
 def _origin(text: str) -> str:

@@ -85,7 +85,8 @@ class Server:
         self.metrics.watch(engine, self.gateway)
         # With a token, a page that reached the server under a false name still has none.
         is_open = settings.is_loopback and not settings.auth.required
-        hosts = {*LOOPBACK_NAMES, settings.host.strip("[]")} if is_open else None
+        names = {*LOOPBACK_NAMES, settings.host.strip("[]"), *settings.allowed_hosts}
+        hosts = names if is_open else None
         app = create_app(
             self.gateway,
             metrics=self.metrics,

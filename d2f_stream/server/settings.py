@@ -51,6 +51,8 @@ class ServeSettings:
             broker's users are not trusted.
         open_metrics: whether /metrics needs no token where clients need one.
         access_log: whether each request and each connection is a line of the log.
+        allowed_hosts: further names under which a server that is open to this machine alone may be
+            reached, such as host.docker.internal.
         insecure: whether a server without tokens may listen beyond this machine.
         on_engine_failure: "reload" loads the model anew, once, and lets the requests wait; whatever
             comes after that, or "exit", ends the server.
@@ -70,6 +72,7 @@ class ServeSettings:
     mqtt_group: str = "d2f"
     open_metrics: bool = False
     access_log: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
     on_engine_failure: Literal["reload", "exit"] = "reload"
     shutdown_deadline_s: float = 30.0

@@ -128,6 +128,14 @@ async def test_foreign_name_of_this_machine_is_refused() -> None:
     assert status == 403
 
 
+async def test_name_that_a_container_has_for_this_machine_can_be_allowed() -> None:
+    async with serving(allowed_hosts=("host.docker.internal",)) as server:
+        name = f"host.docker.internal:{server.port}"
+        status = await raw_status(server.port, host=name, origin=f"http://{name}")
+        other = await raw_status(server.port, host="evil.example", origin="http://evil.example")
+    assert (status, other) == (101, 403)
+
+
 async def test_client_cannot_read_cancel_or_resume_anothers_stream() -> None:
     backend, gate = held()
     async with (

@@ -39,11 +39,13 @@ def test_arguments_become_settings() -> None:
     chosen = settings(
         *("--host", "0.0.0.0", "--port", "0", "--token", f"alice={ALICE}", "--no-ui"),
         *("--origin", "https://chat.example/", "--mqtt", "mqtt://127.0.0.1"),
+        *("--allowed-host", "Host.Docker.Internal", "--allowed-host", "d2f"),
         *("--max-streams", "3", "--max-new-tokens", "4", "--max-prompt-tokens", "5"),
         *("--requests-per-minute", "6", "--resume-ttl", "7", "--shutdown-deadline", "8"),
     )
     assert chosen.auth.tokens == {"alice": ALICE}
     assert chosen.auth.origins == ("https://chat.example",)
+    assert chosen.allowed_hosts == ("host.docker.internal", "d2f")
     assert (chosen.ui, chosen.mqtt, chosen.shutdown_deadline_s) == (False, "mqtt://127.0.0.1", 8.0)
     limits = chosen.limits
     assert (limits.max_streams, limits.max_new_tokens, limits.max_prompt_tokens) == (3, 4, 5)
@@ -85,6 +87,7 @@ def test_clients_and_tokens_are_distinct(given: list[str]) -> None:
         (["--host", "::"], "host :: can be reached from other machines"),
         (["--host", "myhost"], "host myhost can be reached"),
         (["--origin", "chat.example"], "--origin is 'chat.example' but must be an origin"),
+        (["--allowed-host", "http://d2f:8000"], "--allowed-host is 'http://d2f:8000' but must be"),
         (["--mqtt", "http://user:secret@x"], "--mqtt needs a URL of a broker"),
         (["--token-file", "/nonexistent"], "the token file /nonexistent cannot be read"),
         (["--max-streams", "0"], "--max-streams is 0 but must be at least 1"),

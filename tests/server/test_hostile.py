@@ -250,11 +250,13 @@ async def test_access_log_has_a_line_for_each_request_without_its_query(
 ) -> None:
     caplog.set_level(logging.INFO, logger="d2f_stream.access")
     async with serving(access_log=True) as server, client_of(server) as client:
-        await client.get("/healthz?key=secret")
+        await client.get("/healthz?key=secret", headers={"X-Request-Id": "trace-7"})
         await client.get("/v1/%0aforged")
         async with Peer.to(server) as peer:
             await peer.hello()
     lines = [line.getMessage() for line in caplog.records if line.name == "d2f_stream.access"]
+    assert lines[0].split()[-1] == "trace-7"
+    assert lines[1].split()[-1].startswith("req_")
     assert [line.split()[1:4] for line in lines] == [
         ["GET", "/healthz", "200"],
         ["GET", r"/v1/\x0aforged", "404"],

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 
 import httpx
@@ -42,6 +43,36 @@ async def test_health_names_the_model() -> None:
     assert response.status_code == 200
     assert response.json() == {"status": "ok", "model": "scripted"}
     assert "server" not in response.headers
+
+
+async def test_health_has_the_name_that_other_servers_give_it() -> None:
+    async with serving() as server, client_of(server) as client:
+        health, other = await client.get("/health"), await client.get("/healthz")
+    assert (health.status_code, health.json()) == (200, other.json())
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/health", "/metrics", "/v1/models", "/api/tags", "/api/version"]
+)
+async def test_head_is_get_without_its_body(path: str) -> None:
+    async with serving() as server, client_of(server) as client:
+        head = await client.head(path)
+        get = await client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+async def test_request_is_named_by_its_client_or_the_server() -> None:
+    async with serving() as server, client_of(server) as client:
+        for path in ("/healthz", "/v1/nothing", "/v1/models"):
+            named = await client.get(path, headers={"X-Request-Id": "trace-7.a"})
+            assert named.headers["x-request-id"] == "trace-7.a"
+        unnamed = [await client.get("/healthz") for _ in range(2)]
+        names = {response.headers["x-request-id"] for response in unnamed}
+        assert len(names) == 2
+        for bad in (b"a b", b"x" * 129, b"<script>", b"na\xefve"):
+            response = await client.get("/healthz", headers={b"X-Request-Id": bad})
+            assert re.fullmatch("req_[0-9a-f]{32}", response.headers["x-request-id"])
 
 
 async def test_metrics_tell_of_the_streams() -> None:

@@ -116,6 +116,21 @@ async def test_options_are_obeyed() -> None:
         assert whole.message.content == TEXT
 
 
+async def test_turns_with_tools_are_accepted_as_history() -> None:
+    messages: Any = [
+        *QUESTION,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "4", "tool_name": "add"},
+    ]
+    prompt = (
+        'user: How many?\nassistant: <tool_call>\n{"name":"add","arguments":{"a":1}}\n'
+        "</tool_call>\nuser: <tool_response>\n4\n</tool_response>\nassistant: "
+    )
+    server = Server(ScriptedBackend({prompt: TEXT}), ByteCodec(), Auth({}))
+    async with server:
+        assert (await server.client().chat("d2f", messages)).message.content == TEXT
+
+
 @pytest.mark.parametrize(
     ("path", "change", "named"),
     [
@@ -126,7 +141,7 @@ async def test_options_are_obeyed() -> None:
         ("chat", {"options": {"heat": 1}}, "options.heat"),
         ("chat", {"noise": 1}, "noise"),
         ("chat", {"messages": [{"role": "user", "content": "?", "images": ["x"]}]}, "images"),
-        ("chat", {"messages": [{"role": "tool", "content": "?"}]}, "tool"),
+        ("chat", {"messages": [{"role": "critic", "content": "?"}]}, "critic"),
         ("generate", {"suffix": "end"}, "suffix"),
         ("generate", {"raw": True, "system": "?"}, "system"),
         ("generate", {"options": {"temperature": -1}}, "temperature"),

@@ -217,11 +217,42 @@ async def test_answer_that_is_begun_is_continued() -> None:
     assert answer.choices[0].message.content == "two"
 
 
+CALL: Any = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
+
+
+async def test_turns_with_tools_are_accepted_as_history() -> None:
+    """As LangChain, Open WebUI and `message.model_dump()` of the openai client send them back."""
+    nothing = dict.fromkeys(("refusal", "annotations", "audio", "function_call"))
+    broken = {"function": {"name": "sub", "arguments": "no JSON"}}
+    messages: Any = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, broken], **nothing},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+        {"role": "tool", "content": [{"type": "text", "text": "5"}], "tool_call_id": "2"},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "assistant", "content": "So", "function_call": {"name": "end", "arguments": ""}},
+        {"role": "function", "content": None, "name": "end"},
+    ]
+    calls = (
+        '<tool_call>\n{"name":"add","arguments":{"a":1}}\n</tool_call>\n'
+        '<tool_call>\n{"name":"sub","arguments":"no JSON"}\n</tool_call>'
+    )
+    results = "<tool_response>\n4\n</tool_response>\n<tool_response>\n5\n</tool_response>"
+    prompt = (
+        f"user: ?\nassistant: {calls}\nuser: {results}\nassistant: I cannot.\n"
+        'assistant: So\n<tool_call>\n{"name":"end","arguments":""}\n</tool_call>\n'
+        "user: <tool_response>\n\n</tool_response>\nassistant: "
+    )
+    async with serving(ScriptedBackend({prompt: "eight"})) as served:
+        answer = await served.openai().chat.completions.create(model="d2f", messages=messages)
+    assert answer.choices[0].message.content == "eight"
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "4", "tool_call_id": "1"}, "messages[0].role"),
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "critic", "content": "4"}, "messages[0].role"),
+        ({"role": "user", "content": "4", "tool_calls": [CALL]}, "messages[0].tool_calls"),
         ({"role": "user", "content": None}, "messages[0].content"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
     ],

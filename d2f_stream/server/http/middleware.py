@@ -7,6 +7,7 @@ Plain ASGI, so that it holds for whatever answers behind it. Says no in the shap
 import logging
 import re
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -22,8 +23,10 @@ __all__ = [
     "BodyLimit",
     "OriginGuard",
     "PlainPaths",
+    "RequestIds",
     "SecurityHeaders",
     "error_response",
+    "request_id_of",
 ]
 
 Message = MutableMapping[str, Any]
@@ -36,6 +39,7 @@ access = logging.getLogger("d2f_stream.access")
 
 ABSOLUTE: Final = re.compile("^https?://[^/]*/?")
 SLASHES: Final = re.compile("//+")
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 HOST: Final = re.compile(r"[A-Za-z0-9.\-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -55,6 +59,36 @@ def error_response(
     """Return an error in the shape that clients of the OpenAI API read."""
     error = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+def request_id_of(scope: Mapping[str, Any]) -> str:
+    """Return the name of a request, which its answer and the log show; "-" where it has none."""
+    return str(scope.get("d2f.request_id", "-"))
+
+
+class RequestIds:
+    """Names each request, by its header x-request-id where that can be shown, and says so.
+
+    Of a client's own name nothing depends: two requests may have the same.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request or a websocket."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+        async def named_send(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        await self._app({**scope, "d2f.request_id": name}, receive, named_send)
 
 
 class AccessLog:
@@ -85,7 +119,8 @@ class AccessLog:
                 scope.get("path", ""), 200
             )  # without the query, which may hold secrets
             took_s = time.monotonic() - began_s
-            access.info("%s %s %s %s %.3f s", host, method, path, status, took_s)
+            name = request_id_of(scope)
+            access.info("%s %s %s %s %.3f s %s", host, method, path, status, took_s, name)
 
 
 class BodyLimit:
@@ -173,7 +208,7 @@ class OriginGuard:
     def _refusal(self, host: str, origin: str | None) -> str | None:
         try:
             if self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts:
-                return f"this server is not known as {host[:100]!r}; start it with --origin"
+                return f"this server is not known as {host[:100]!r}; start it with --allowed-host"
             if not self._auth.allows_origin(origin, host):
                 return f"pages of {origin!r:.100} may not connect; start the server with --origin"
         except ValueError:  # of urlsplit

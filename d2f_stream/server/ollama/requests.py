@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from d2f_stream.server.openai.fields import Field, Fields, UnsupportedParameter, check_known
+from d2f_stream.server.openai.history import ToolCall, joined, result_text, with_calls
 from d2f_stream.wire.protocol import Overrides, WirePrompt
 
 __all__ = ["ChatBody", "GenerateBody", "ShowBody"]
@@ -57,11 +58,11 @@ GENERATE: Final[Fields] = {
     "images": Field("refused", ([],)),
 }
 MESSAGE: Final[Fields] = {
-    **{name: Field("obeyed") for name in ("role", "content")},
+    **{name: Field("obeyed") for name in ("role", "content", "tool_calls")},
     "thinking": Field("no effect"),  # of an earlier answer
-    "tool_name": Field("no effect"),
+    "tool_name": Field("no effect"),  # results stand in the order of their calls
+    "tool_call_id": Field("no effect"),
     "images": Field("refused", ([],)),
-    "tool_calls": Field("refused", ([],)),
 }
 
 
@@ -91,8 +92,18 @@ class Options(Struct, frozen=True, kw_only=True):
 class Message(Struct, frozen=True, kw_only=True):
     """A message of the conversation."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str = ""
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """The message as a template takes it."""
+        text = self.content or ""
+        if self.role == "tool":
+            return {"role": "user", "content": result_text(text)}
+        calls = [call.function for call in self.tool_calls or ()]
+        return {"role": self.role, "content": with_calls(text, calls)}
 
 
 class Body(Struct, frozen=True, kw_only=True):
@@ -129,7 +140,7 @@ class ChatBody(Body, frozen=True, kw_only=True):
     @property
     def wire_prompt(self) -> WirePrompt | None:
         """The prompt as the registry takes it; None where nothing is asked."""
-        return [{"role": m.role, "content": m.content} for m in self.messages] or None
+        return [*joined((m.turn, m.role == "tool") for m in self.messages)] or None
 
 
 class GenerateBody(Body, frozen=True, kw_only=True):

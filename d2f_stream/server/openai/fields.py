@@ -109,9 +109,9 @@ STREAM_OPTIONS: Final[Fields] = {
 
 MESSAGE: Final[Fields] = {
     **_obeyed("role", "content", "name", "reasoning_content"),
-    **_without_effect("tool_call_id"),  # of a tool's message, which is refused by its role
-    **_refused(tool_calls=([],), function_call=(), audio=(), refusal=()),
-    **_refused(annotations=([],), prefix=(False,), partial=(False,)),
+    **_obeyed("refusal", "tool_calls", "function_call"),
+    **_without_effect("tool_call_id"),  # results stand in the order of their calls
+    **_refused(audio=(), annotations=([],), prefix=(False,), partial=(False,)),
 }
 
 TEXT_PART: Final[Fields] = {**_obeyed("type", "text"), **_without_effect("cache_control")}

@@ -26,6 +26,7 @@ from d2f_stream.core.events import Event, StreamFinished
 from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.http.login import client_of
+from d2f_stream.server.http.middleware import request_id_of
 from d2f_stream.server.http.sse import COMMENT, EventStream, unless_disconnected
 from d2f_stream.server.logins import FailedLogins
 from d2f_stream.server.openai.chunks import AnswerWriter
@@ -174,8 +175,9 @@ class _Api:
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
         except Exception:
-            logger.exception("a request failed")
-            return self._refuse(D2FError("an error inside the server; its log has more"))
+            name = request_id_of(request.scope)
+            logger.exception("request %s failed", name)
+            return self._refuse(D2FError(f"an error inside the server; see {name} in its log"))
 
     async def _start(
         self, request: Request, asked: AnswerRequest, prompt: WirePrompt, client: str
