@@ -96,6 +96,7 @@ async def load(
     quantization: str = "auto",
     device: str = "auto",
     kv_tokens: int | None = None,
+    family: str | None = None,
     limits: Limits | None = None,
     warm_up: bool = False,
     token: str | None = None,
@@ -117,6 +118,8 @@ async def load(
             taken from the device's memory (torch only). By default 1 GiB of them; where one request
             of the model's full length needs more, that, but at most half of what is free once the
             weights are loaded.
+        family: which family a published model is of, by its model_type in docs/models.md, where its
+            own files do not tell or tell a wrong one (torch only).
         limits: how much the engine takes on at once, and whether the windows of its sessions may
             narrow; by default they do not: an answer is the same whatever else runs.
         warm_up: prepare the steps of one session beforehand (on a GPU: compile kernels, capture
@@ -131,11 +134,11 @@ async def load(
         RemoteError: the server cannot be reached, or refuses.
     """
     if isinstance(model, str) and "://" in model:
-        chosen = (adapter, backend, quantization, device, kv_tokens, limits, warm_up)
-        if chosen != (None, "auto", "auto", "auto", None, None, False):
+        chosen = (adapter, backend, quantization, device, kv_tokens, family, limits, warm_up)
+        if chosen != (None, "auto", "auto", "auto", None, None, None, False):
             raise InvalidRequest(
-                "adapter, backend, quantization, device, kv_tokens, limits and warm_up are the "
-                "server's own choice; leave them out"
+                "adapter, backend, quantization, device, kv_tokens, family, limits and warm_up are "
+                "the server's own choice; leave them out"
             )
         async with connect(model, token=token) as remote:
             yield remote
@@ -154,6 +157,7 @@ async def load(
         quantization=quantization,
         device=device,
         kv_tokens=kv_tokens,
+        family=family,
         limits=limits,
         warm_up=warm_up,
     ) as engine:

@@ -57,6 +57,7 @@ class Loader(Protocol):
         quantization: str,
         device: str,
         kv_tokens: int | None = None,
+        family: str | None = None,
         token: str | None = None,
     ) -> AbstractAsyncContextManager[Engine]:
         """Return the engine as an async context manager."""
@@ -134,6 +135,7 @@ def _run_elsewhere(command: str, arguments: list[str]) -> int:
 def _opened(
     args: argparse.Namespace, load: Loader, model: str | None = None
 ) -> AbstractAsyncContextManager[Engine]:
+    said = {} if args.family is None else {"family": str(args.family)}
     return load(
         model or args.model,
         token=args.token if model in (None, args.model) else None,
@@ -142,6 +144,7 @@ def _opened(
         quantization=args.quantization,
         device=args.device,
         kv_tokens=args.kv_tokens,
+        **said,
     )
 
 

@@ -47,6 +47,7 @@ class LoadOptions(TypedDict, total=False):
     quantization: str
     device: str
     kv_tokens: int | None
+    family: str | None
     limits: Limits | None
     warm_up: bool
     token: str | None

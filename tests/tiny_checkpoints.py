@@ -34,7 +34,12 @@ __all__ = [
     "write_weights",
 ]
 
-WITHOUT_MASK_ID = ("Fast_dLLM_Qwen", "a2d-qwen2", "a2d-qwen3")  # in their config.json
+WITHOUT_MASK_ID = (
+    "Fast_dLLM_Qwen",
+    "a2d-qwen2",
+    "a2d-qwen3",
+    "stable-diffcoder",
+)  # in their config.json
 TEXT = "Ann has 3 apples and buys 4 more. How many apples has she now? She has 3 + 4 = 7 apples."
 
 LLADA_NAMES = [

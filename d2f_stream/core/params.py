@@ -18,6 +18,7 @@ __all__ = [
     "GenerationParams",
     "ParamOverrides",
     "Rank",
+    "Schedule",
     "Stop",
     "StopAtEos",
     "Tail",
@@ -28,10 +29,11 @@ MAX_STOP_STRINGS = 16
 
 Attention = Literal["blocks", "full"]
 Commit = Literal["filled", "verify"]
-Rank = Literal["confidence", "margin", "neg_entropy"]
+Rank = Literal["confidence", "margin", "neg_entropy", "position"]
+Schedule = Literal["even", "linear"]
 Stop = str | Sequence[str]
 StopAtEos = Literal["truncate", "drain"]
-Tail = Literal["cut", "drop"]
+Tail = Literal["cut", "drop", "whole"]
 
 
 class ParamOverrides(TypedDict, total=False):
@@ -51,6 +53,8 @@ class ParamOverrides(TypedDict, total=False):
     stop_at_eos: StopAtEos
     tail: Tail
     num_per_step: int
+    steps_per_block: int
+    schedule: Schedule
     sub_block_size: int
     attention: Attention
     may_narrow: bool
@@ -75,15 +79,23 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         top_p: nucleus mass, in (0, 1].
         seed: of the sampling noise, any signed 64-bit integer; None draws a fresh one. No effect at
             temperature 0.
-        rank: what picks the forced proposal of a fully activated block.
+        rank: what picks the forced proposals of a fully activated block, the highest first;
+            "position" is the leftmost first.
         stop: a string, or several, that end the answer and are not part of it; "" is none. Kept as
             a tuple, whatever it was given as.
         stop_at_eos: "truncate" stops once everything up to the first EOS is final; "drain" denoises
             the blocks after it too, as the reference loop does.
         tail: when block_size does not divide max_new_tokens, "cut" shortens the last block and
-            "drop" leaves it out, as the reference loop does.
+            "drop" leaves it out, as the reference loop does. "whole" denoises all of it and keeps
+            what max_new_tokens allows, as SDAR and LLaDA2 are published.
         num_per_step: how many proposals a block accepts in each step, the best by `rank`, whatever
             their confidence; 0 goes by `confidence_threshold`.
+        steps_per_block: in how many steps a fully activated block is filled at the latest: where
+            fewer than a step's share of it are above `confidence_threshold`, the share is accepted,
+            the best by `rank`. With a threshold of 1, which nothing passes, each step accepts its
+            share. 0 forces one proposal a step. No effect with `num_per_step`.
+        schedule: of `steps_per_block`: "even" shares the block's size out, the remainder first;
+            "linear" takes what is left over the steps left, rounded half to even.
         sub_block_size: a block is filled part by part, each of this size, from left to right; 0
             makes it one part. With parts, a model that predicts from the position before takes a
             block's first token by itself and at once, whatever its confidence (Fast-dLLM v2).
@@ -120,6 +132,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stop_at_eos: StopAtEos = "truncate"
     tail: Tail = "cut"
     num_per_step: int = 0
+    steps_per_block: int = 0
+    schedule: Schedule = "even"
     sub_block_size: int = 0
     attention: Attention = "blocks"
     may_narrow: bool = False
@@ -137,10 +151,12 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             raise InvalidParams("temperature", self.temperature, "between 0 (greedy) and 100")
         if self.seed is not None:
             _check_count("seed", self.seed, -(2**63), 2**63 - 1)
-        _check_choice("rank", self.rank, ("confidence", "margin", "neg_entropy"))
+        _check_choice("rank", self.rank, ("confidence", "margin", "neg_entropy", "position"))
         _check_choice("stop_at_eos", self.stop_at_eos, ("truncate", "drain"))
-        _check_choice("tail", self.tail, ("cut", "drop"))
+        _check_choice("tail", self.tail, ("cut", "drop", "whole"))
         _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
+        _check_count("steps_per_block", self.steps_per_block, 0, MAX_BLOCK_SIZE)
+        _check_choice("schedule", self.schedule, ("even", "linear"))
         _check_count("sub_block_size", self.sub_block_size, 0, MAX_BLOCK_SIZE)
         _check_choice("attention", self.attention, ("blocks", "full"))
         if not isinstance(self.may_narrow, bool):
@@ -167,7 +183,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def num_blocks(self) -> int:
         """Answer blocks that max_new_tokens allows on a grid that starts at the prompt's end."""
         whole, rest = divmod(self.max_new_tokens, self.block_size)
-        return whole + (1 if rest and self.tail == "cut" else 0)
+        return whole + (1 if rest and self.tail != "drop" else 0)
 
 
 def _is_number(value: object) -> bool:

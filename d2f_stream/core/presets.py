@@ -4,6 +4,7 @@ A model's own defaults stand in its manifest or, for a published one, in its gen
 over what its family's row here says.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
@@ -69,6 +70,26 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
         # "low_confidence_dynamic" (JetAstra/SDAR, generate.py).
         "sdar": GenerationParams(
             block_size=4, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.85
+        ),
+        # The same code's other two ways: one token a step, the most confident or the leftmost.
+        "sdar-static": GenerationParams(
+            block_size=4, add_threshold=1.0, max_active_blocks=1, num_per_step=1
+        ),
+        "sdar-sequential": GenerationParams(
+            block_size=4, add_threshold=1.0, max_active_blocks=1, num_per_step=1, rank="position"
+        ),
+        # Stable-DiffCoder as its README calls it, one token a step; and with the threshold that its
+        # code has by default, where a confidence of exactly 0.95 is enough (ByteDance-Seed/
+        # Stable-DiffCoder, ece1ffb, and generate_block of its modeling_stable_diffcoder.py).
+        "stable-diffcoder": GenerationParams(
+            max_new_tokens=128, block_size=4, add_threshold=1.0, max_active_blocks=1, num_per_step=1
+        ),
+        "stable-diffcoder-threshold": GenerationParams(
+            max_new_tokens=128,
+            block_size=4,
+            add_threshold=1.0,
+            max_active_blocks=1,
+            confidence_threshold=math.nextafter(0.95, 0.0),
         ),
         # Qwen's models converted by dllm (Tiny-A2D) and OPDLM, one token a step as their samplers
         # do by default; OPDLM's dynamic decoding is num_per_step=0, confidence_threshold=0.9

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
     )
+    parser.add_argument("--family", metavar="NAME", help="where the model's files do not tell it")
     parser.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             quantization=args.quantization,
             kv_tokens=args.kv_tokens,
+            family=args.family,
             warm_up=args.warm_up,
             limits=Limits(
                 max_prompt_tokens=settings.limits.max_prompt_tokens, may_narrow=args.may_narrow

@@ -123,6 +123,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
     )
+    parser.add_argument("--family", metavar="NAME", help="where the model's files do not tell it")
     parser.add_argument(
         "--token",
         metavar="TOKEN",

@@ -28,6 +28,7 @@ from d2f_stream.core.params import (
     GenerationParams,
     ParamOverrides,
     Rank,
+    Schedule,
     StopAtEos,
     Tail,
 )
@@ -77,6 +78,8 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop_at_eos: StopAtEos | UnsetType = UNSET
     tail: Tail | UnsetType = UNSET
     num_per_step: int | UnsetType = UNSET
+    steps_per_block: int | UnsetType = UNSET
+    schedule: Schedule | UnsetType = UNSET
     sub_block_size: int | UnsetType = UNSET
     attention: Attention | UnsetType = UNSET
     may_narrow: bool | UnsetType = UNSET

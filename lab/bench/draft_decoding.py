@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2f_export.distill.from_ar.streams import AdapterLayer, Streams
-from d2f_runtime.models.transformer import rotary, rotate
+from d2f_runtime.models.rotary import rotary, rotate
 
 __all__ = ["Decoding", "Tally", "decode_verified"]
 
@@ -272,7 +272,7 @@ class _Step:
         x = F.embedding(ids.clamp(min=0), streams.table)
         x = torch.where((ids < 0)[..., None], self._mask.to(x.dtype), x)
         place = torch.arange(width, device=ids.device)
-        cos, sin = rotary(start[:, None] + place, config)
+        cos, sin, _ = rotary(start[:, None] + place, config)
         # A draft row sees up to the end of its own block, a causal one up to itself.
         offset = place[None, :] - num_causal[:, None]
         block_end = num_causal[:, None] + (offset // self._block + 1) * self._block

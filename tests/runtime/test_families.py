@@ -114,8 +114,8 @@ def test_mask_is_found_by_its_text_where_the_config_lacks_it(tmp_path: Path) -> 
 
 def test_llama3_positions_are_stretched(tmp_path: Path) -> None:
     assert read(tmp_path, "llama").config.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 64)
-    scaling = {"rope_type": "yarn", "factor": 4.0}
-    with pytest.raises(UnsupportedModel, match="'yarn', but this build knows llama3 only"):
+    scaling = {"rope_type": "ntk", "factor": 4.0}
+    with pytest.raises(UnsupportedModel, match="'ntk', but this build knows default"):
         read(tmp_path, "qwen2", rope_scaling=scaling)
 
 

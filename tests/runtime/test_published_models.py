@@ -183,7 +183,8 @@ class Proposer:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llada", "Dream", "sdar", "Fast_dLLM_Qwen", "a2d-qwen3", "a2d-qwen2"]
+    "model_type",
+    ["llada", "Dream", "sdar", "stable-diffcoder", "Fast_dLLM_Qwen", "a2d-qwen3", "a2d-qwen2"],
 )
 @pytest.mark.parametrize(
     ("pipelined", "with_adapter"),

@@ -80,11 +80,13 @@ export interface Params {
   temperature?: number;
   top_p?: number;
   seed?: number | null;
-  rank?: "confidence" | "margin" | "neg_entropy";
+  rank?: "confidence" | "margin" | "neg_entropy" | "position";
   stop?: string | string[];
   stop_at_eos?: "truncate" | "drain";
-  tail?: "cut" | "drop";
+  tail?: "cut" | "drop" | "whole";
   num_per_step?: number;
+  steps_per_block?: number;
+  schedule?: "even" | "linear";
   sub_block_size?: number;
   attention?: "blocks" | "full";
   /** Whether fewer blocks may be denoised at once while other answers share the steps. */

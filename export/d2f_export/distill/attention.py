@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import LayerDraft
-from d2f_runtime.models.transformer import Attention, KeyValue, MaskRows, Transformer, rotate
+from d2f_runtime.models.rotary import Rope
+from d2f_runtime.models.transformer import Attention, KeyValue, MaskRows, Transformer
 
 __all__ = ["FlexAttention", "Mask", "block_mask", "use_flex"]
 
@@ -47,7 +48,7 @@ class FlexAttention(Attention):
     def forward(
         self,
         x: Tensor,
-        rope: KeyValue,
+        rope: Rope,
         mask: Mask,
         past: KeyValue | None,
         *,
@@ -61,7 +62,7 @@ class FlexAttention(Attention):
         query = self.q_norm(self.q_proj(x).view(batch, length, -1, self.head_dim))
         key = self.k_norm(self.k_proj(x).view(batch, length, -1, self.head_dim))
         value = self.v_proj(x).view(batch, length, -1, self.head_dim)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key = rope.turn(query, key)
         out = self._flex(
             query.transpose(1, 2),
             key.transpose(1, 2),

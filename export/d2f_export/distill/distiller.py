@@ -22,7 +22,8 @@ from d2f_export.distill.corruption import BlockNoise, Corrupted, Corruption
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.losses import cross_entropy, forward_kl, reverse_kl
 from d2f_export.distill.student import adapters_off
-from d2f_runtime.models.transformer import Transformer, rotary
+from d2f_runtime.models.rotary import rotary
+from d2f_runtime.models.transformer import Transformer
 
 __all__ = ["Distiller", "LossWeights", "Objective"]
 

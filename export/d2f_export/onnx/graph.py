@@ -45,7 +45,8 @@ from d2f_export.onnx.graph_sampler import add_sampler
 from d2f_export.onnx.quantize import QUANTIZATIONS, Linear, Quantization
 from d2f_runtime.kernels.sampling import FORBIDDEN
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.transformer import rotary_frequencies
+from d2f_runtime.models.rope_scaling import YarnRope
+from d2f_runtime.models.rotary import attention_factor, rotary_frequencies
 
 __all__ = ["OPSET", "FixedShape", "StepGraph", "step_graph"]
 
@@ -199,7 +200,10 @@ class _Step:
         frequency = graph.constant(rotary_frequencies(self.config).numpy(), "float32")
         angle = graph.op("Unsqueeze", positions, graph.constant([2]))
         angle = graph.op("Mul", graph.op("Cast", angle, to=1), frequency)
-        cos, sin = (self._float(graph.op(kind, angle)) for kind in ("Cos", "Sin"))
+        tables = [graph.op(kind, angle) for kind in ("Cos", "Sin")]
+        if (factor := attention_factor(self.config.rope_scaling)) != 1.0:
+            tables = [graph.op("Mul", t, graph.constant(factor, "float32")) for t in tables]
+        cos, sin = (self._float(table) for table in tables)
         cached = self._counting("past.0.k", self.past)
         holds = graph.op("Less", cached, start)  # [B, P]
         cached = graph.op("Where", holds, cached, graph.constant(NOWHERE))
@@ -209,7 +213,19 @@ class _Step:
         zero, lowest = graph.constant(0.0, dtype), graph.constant(LOWEST[dtype], dtype)
         mask = graph.op("Where", sees, zero, lowest)
         mask = graph.op("Unsqueeze", mask, graph.constant([1]))
-        return Sight(cos, sin, mask)
+        return Sight(cos, sin, mask, self._query_scale(positions))
+
+    def _query_scale(self, positions: Value) -> Value | None:
+        """Return [B, W, 1] what queries are multiplied by; None leaves them."""
+        scaling, graph = self.config.rope_scaling, self.graph
+        if not isinstance(scaling, YarnRope) or not scaling.query_beta:
+            return None
+        one = graph.constant(1.0, "float32")
+        turns = graph.op("Div", positions, graph.constant(scaling.trained_len))  # rounds down
+        logarithm = graph.op("Log", graph.op("Add", graph.op("Cast", turns, to=1), one))
+        scale = graph.op("Mul", logarithm, graph.constant(scaling.query_beta, "float32"))
+        scale = self._float(graph.op("Add", scale, one))
+        return graph.op("Unsqueeze", scale, graph.constant([2]))
 
     def _predict(self, x: Value, doubt: Value) -> None:
         """Add final norm, shift, head and sampler; name what leaves the graph.

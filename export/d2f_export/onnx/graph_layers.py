@@ -29,11 +29,13 @@ class Sight:
     Attributes:
         cos, sin: [B, W, hd / 2].
         mask: [B, 1, W, P + W], added to the scores.
+        query_scale: [B, W, 1], by which queries are multiplied; None leaves them.
     """
 
     cos: Value
     sin: Value
     mask: Value
+    query_scale: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,8 @@ def add_layer(
             layer = replace(layer, draft=Draft(select_rows(graph, draft.rows, rows), draft.ranks))
         query = layer.project(normed, "self_attn.q_proj", "q", query_size)
     query = layer.rotate(query, "q", config.num_heads, seen)
+    if seen.query_scale is not None:
+        query = graph.op("Mul", query, seen.query_scale)
     keys = graph.op("Concat", past[0], key, axis=1)
     values = graph.op("Concat", past[1], value, axis=1)
     heads, key_heads = config.num_heads, config.num_kv_heads
@@ -197,7 +201,8 @@ def _selected(graph: GraphBuilder, sight: Sight, rows: Value) -> Sight:
     mask = graph.op("Squeeze", sight.mask, graph.constant([1]))
     mask = graph.op("Unsqueeze", select_rows(graph, mask, rows), graph.constant([1]))
     cos, sin = (select_rows(graph, table, rows) for table in (sight.cos, sight.sin))
-    return Sight(cos, sin, mask)
+    scale = sight.query_scale
+    return Sight(cos, sin, mask, None if scale is None else select_rows(graph, scale, rows))
 
 
 def norm(graph: GraphBuilder, x: Value, name: str, config: TransformerConfig, dtype: str) -> Value:

@@ -35,8 +35,9 @@ class Load(Protocol):
         quantization: str,
         adapter: Path | None = None,
         kv_tokens: int | None = None,
+        family: str | None = None,
     ) -> Backend:
-        """Load the model of a folder. Blocks. Only some backends take the last two."""
+        """Load the model of a folder. Blocks. Only some backends take the last three."""
         ...
 
 
@@ -152,6 +153,7 @@ def open_backend(
     quantization: str,
     adapter: Path | None = None,
     kv_tokens: int | None = None,
+    family: str | None = None,
 ) -> Backend:
     """Load a model folder or a GGUF file with the backend of that name. Blocks.
 
@@ -160,6 +162,11 @@ def open_backend(
         ModelError: the model cannot be loaded, or the backend takes no adapter or no kv_tokens.
     """
     entry = BACKENDS[name]
+    if family is not None and not entry.merges:
+        raise UnsupportedModel(
+            f"the {name} backend goes by the folder's own manifest, so family ({family}) means "
+            "nothing to it; leave it out"
+        )
     if adapter is not None and not entry.merges:
         raise UnsupportedModel(
             f"the {name} backend cannot merge the adapter {adapter}; use the torch backend"
@@ -172,6 +179,6 @@ def open_backend(
     if entry.library is not None and not entry.installed:
         raise MissingExtra(f"backend {name!r}", entry.library, entry.extra)
     load = cast(Load, importlib.import_module(entry.module).load)
-    given = {"adapter": adapter, "kv_tokens": kv_tokens}
+    given = {"adapter": adapter, "kv_tokens": kv_tokens, "family": family}
     options: Any = {key: value for key, value in given.items() if value is not None}
     return load(path, device=device, quantization=quantization, **options)

@@ -178,6 +178,7 @@ def load(
     quantization: str = "auto",
     adapter: Path | None = None,
     kv_tokens: int | None = None,
+    family: str | None = None,
 ) -> TorchBackend:
     """Load a model folder (config.json, model.safetensors) or a GGUF file, tensor by tensor.
 
@@ -188,6 +189,7 @@ def load(
             device and its memory, see `choose_quantization`, and the log says why.
         adapter: folder of a LoRA adapter to merge into the weights, or for the drafts alone.
         kv_tokens: K/V places over all slots; None goes by the memory that is free.
+        family: which it is, where its files do not tell; see `family_of`.
 
     Raises:
         ModelNotFound, ModelDamaged, UnsupportedModel: see load_checkpoint.
@@ -200,7 +202,7 @@ def load(
         raise UnsupportedModel(f"quantization is {quantization!r} but torch offers {allowed}")
     chosen = "fp32" if quantization == "none" else quantization
     if quantization == "auto":
-        stored = stored_as(path)
+        stored = stored_as(path, family=family)
         choice = choose_quantization(
             stored.config,
             DeviceFacts.of(torch.device(device)),
@@ -214,6 +216,7 @@ def load(
     model = load_checkpoint(
         path,
         adapter=adapter,
+        family=family,
         device=device,
         dtype=dtype,
         quantization=chosen if chosen in LOW_BIT else None,

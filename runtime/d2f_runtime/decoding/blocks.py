@@ -54,12 +54,17 @@ class Block:
         start: canvas position of its first token.
         stop: one past its last.
         masked: offsets from `start` that hold a mask, ascending.
+        shares: how many each step must accept while the block is fully activated; () where the
+            request does not say in how many steps.
+        num_steps: how many steps were taken so.
     """
 
     index: int
     start: int
     stop: int
     masked: list[int]
+    shares: tuple[int, ...] = ()
+    num_steps: int = 0
 
     @property
     def progress(self) -> float:
@@ -71,6 +76,11 @@ class Block:
     def is_untouched(self) -> bool:
         """Whether all of it is masks."""
         return len(self.masked) == self.stop - self.start
+
+    def next_share(self) -> int:
+        """Begin a step; return how many it must accept."""
+        self.num_steps += 1
+        return self.shares[self.num_steps - 1] if self.num_steps <= len(self.shares) else 1
 
     def unmask(self, offsets: Sequence[int]) -> None:
         """Take the offsets off `masked`; all must be on it."""

@@ -19,6 +19,7 @@ from typing import Literal
 from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, SubBlocks
 from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
+from d2f_runtime.decoding.schedule import shares
 from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.window import Proposals, Window, check_proposals
 from d2f_stream.core.errors import InvalidParams, InvalidPrompt
@@ -179,6 +180,11 @@ class BlockDecoder:
         return not self._blocks and self._is_whole
 
     @property
+    def end(self) -> int:
+        """How long the canvas may become, tokens."""
+        return self._partition.end
+
+    @property
     def finish_reason(self) -> Literal["eos", "length"] | None:
         """Why the answer ended; None before that."""
         if not self.finished:
@@ -203,7 +209,7 @@ class BlockDecoder:
     @property
     def answer_tokens(self) -> tuple[int, ...]:
         """All answer positions so far, masks and what follows an EOS in its block included."""
-        return tuple(self._canvas[self._num_prompt :])
+        return tuple(self._canvas[self._num_prompt : self._partition.limit])
 
     @property
     def active_blocks(self) -> tuple[BlockView, ...]:
@@ -244,7 +250,12 @@ class BlockDecoder:
     def _append_block(self) -> None:
         length = len(self._canvas)
         index, start, stop = self._partition.block_at(length)  # on a grid it may hold prompt too
-        self._blocks.append(Block(index, start, stop, list(range(length - start, stop - start))))
+        params, masked = self._params, list(range(length - start, stop - start))
+        due: tuple[int, ...] = ()
+        if params.steps_per_block:
+            size = self._partition.block_size
+            due = shares(params.schedule, params.steps_per_block, size, len(masked))
+        self._blocks.append(Block(index, start, stop, masked, due))
         self._canvas.extend([self._mask_id] * (stop - length))
 
     def _window(self) -> Window:
@@ -311,8 +322,12 @@ class BlockDecoder:
         rank = confidence
         if proposals.rank is not None:
             rank = _by_offset(proposals.rank, first, stop)
-        masked = self._sub_blocks.open(block.masked)
-        offsets = self._policy.accept(masked, confidence, rank, fully_activated=fully_activated)
+        if self._params.rank == "position":
+            rank = range(0, first - stop, -1)
+        masked, policy = self._sub_blocks.open(block.masked), self._policy
+        if block.shares and fully_activated:
+            policy = policy_of(self._params, least=block.next_share())
+        offsets = policy.accept(masked, confidence, rank, fully_activated=fully_activated)
         if not offsets:
             if fully_activated:
                 raise RuntimeError("the policy accepted nothing in a fully activated block")
@@ -352,7 +367,7 @@ class BlockDecoder:
     def _announce(self, block: Block, committed: list[Committed]) -> None:
         if self._ended:
             return  # draining: what follows the first EOS is no part of the answer
-        start, stop = self._committed, block.stop
+        start, stop = self._committed, min(block.stop, self._partition.limit)
         if self._eos is not None:
             stop = min(stop, self._eos + 1)
         self._committed = stop
@@ -362,9 +377,9 @@ class BlockDecoder:
 
     def _view(self, block: Block) -> BlockView:
         num_prompt = self._num_prompt
-        start = max(block.start, num_prompt)
-        tokens = tuple(self._canvas[start : block.stop])
-        return BlockView(block.index, start - num_prompt, block.stop - num_prompt, tokens)
+        start, stop = max(block.start, num_prompt), min(block.stop, self._partition.limit)
+        tokens = tuple(self._canvas[start:stop])
+        return BlockView(block.index, start - num_prompt, stop - num_prompt, tokens)
 
 
 def _by_offset(values: Sequence[float], first: int, stop: int) -> Sequence[float]:

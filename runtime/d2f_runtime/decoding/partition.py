@@ -23,7 +23,9 @@ class Partition:
         origin: where the first answer block begins: at `num_prompt`, or before it on a grid whose
             last block the prompt does not fill.
         block_size: of the answer blocks; the last one may be shorter.
-        end: where the longest allowed answer ends.
+        end: where the last block ends.
+        limit: where the longest allowed answer ends: before `end` where that block is denoised
+            whole.
         prompt_stops: stops of the attention blocks before `origin`.
     """
 
@@ -31,6 +33,7 @@ class Partition:
     origin: int
     block_size: int
     end: int
+    limit: int
     prompt_stops: range
 
     @classmethod
@@ -66,7 +69,10 @@ class Partition:
         if end <= num_prompt:
             allowed = f"at least {origin + block_size - num_prompt} here when tail is 'drop'"
             raise InvalidParams("max_new_tokens", params.max_new_tokens, allowed)
-        return cls(num_prompt, origin, block_size, end, prompt_stops)
+        limit = end
+        if params.tail == "whole":
+            end += (origin - end) % block_size
+        return cls(num_prompt, origin, block_size, end, limit, prompt_stops)
 
     def block_at(self, position: int) -> tuple[int, int, int]:
         """Return index, start and stop of the answer block that holds the position."""

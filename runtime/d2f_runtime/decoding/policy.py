@@ -40,13 +40,18 @@ class AcceptancePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ThresholdPolicy:
-    """Accept all proposals above a confidence; a fully activated block takes at least its best one.
+    """Accept all proposals above a confidence; a fully activated block at least its best ones.
 
-    The test is strict and always on the confidence; the rank only picks the forced proposal, the
-    leftmost of equals.
+    The test is strict and always on the confidence; the rank only picks the forced proposals, the
+    leftmost of equals. Where too few pass, the forced ones stand instead of them.
+
+    Attributes:
+        confidence_threshold: to be passed.
+        least: how many a fully activated block must accept, as far as it has masks.
     """
 
     confidence_threshold: float
+    least: int = 1
 
     def accept(
         self,
@@ -59,9 +64,9 @@ class ThresholdPolicy:
         """Return what passes the threshold, or the best proposal where one is forced."""
         threshold = self.confidence_threshold
         passing = [offset for offset in masked if confidence[offset] > threshold]
-        if passing or not fully_activated:
+        if not fully_activated or len(passing) >= min(self.least, len(masked)):
             return passing
-        return [max(masked, key=rank.__getitem__)]
+        return _best(self.least, masked, rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +88,23 @@ class FixedCountPolicy:
         fully_activated: bool,
     ) -> Sequence[int]:
         """Return the best offsets by rank, at equal rank the leftmost first."""
-        best = nsmallest(self.num_per_step, masked, key=lambda offset: (-rank[offset], offset))
-        return sorted(best)
+        return _best(self.num_per_step, masked, rank)
 
 
-def policy_of(params: GenerationParams) -> AcceptancePolicy:
-    """Return the rule that a request asks for."""
+def policy_of(params: GenerationParams, *, least: int = 1) -> AcceptancePolicy:
+    """Return the rule that a request asks for.
+
+    Args:
+        params: of the request.
+        least: what `steps_per_block` makes of a step; its share of the block.
+    """
     if params.num_per_step:
         return FixedCountPolicy(params.num_per_step)
-    return ThresholdPolicy(params.confidence_threshold)
+    return ThresholdPolicy(params.confidence_threshold, least)
+
+
+def _best(number: int, masked: Sequence[int], rank: Sequence[float]) -> Sequence[int]:
+    """Return the offsets of highest rank, ascending; of equals the leftmost."""
+    if number == 1:
+        return [max(masked, key=rank.__getitem__)]
+    return sorted(nsmallest(number, masked, key=lambda offset: (-rank[offset], offset)))

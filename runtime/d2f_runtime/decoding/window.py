@@ -97,7 +97,7 @@ def check_proposals(window: Window, proposals: Proposals, *, mask_id: int, rank:
             "infinite: its weights are damaged, or overflow in the type that they are computed in; "
             "fetch them again, or load them as bf16 or fp32"
         )
-    if proposals.rank is None and rank != "confidence":
+    if proposals.rank is None and rank not in ("confidence", "position"):
         raise RuntimeError(f"proposals without rank, but the request ranks by {rank}")
     if mask_id in proposals.tokens:
         at = window.start + list(proposals.tokens).index(mask_id)

@@ -47,9 +47,17 @@ def fitted_params(
         raise MessageTooLarge.of_prompt(num_prompt_tokens, limits.max_prompt_tokens)
     room = min(info.max_len, limits.max_tokens) - num_prompt_tokens
     least = params.block_size if params.tail == "drop" else 1
+    on_grid = info.prompt_attention in ("grid", "prompt_grid")
+    size = info.native_block_size if on_grid else params.block_size
+    before = num_prompt_tokens % size if info.prompt_attention == "grid" else 0
+    if params.tail == "whole":  # the last block may reach beyond the answer
+        room -= (before + room) % size
     if params.max_new_tokens > room >= least and not must_fit:
         params = params.with_overrides({"max_new_tokens": room})
-    if num_prompt_tokens + params.max_new_tokens > info.max_len:
-        raise PromptTooLong(num_prompt_tokens, params.max_new_tokens, info.max_len)
+    needed = params.max_new_tokens
+    if params.tail == "whole":
+        needed += -(before + needed) % size
+    if num_prompt_tokens + needed > info.max_len:
+        raise PromptTooLong(num_prompt_tokens, needed, info.max_len)
     parts.backend.check(params)
     return params

@@ -63,6 +63,11 @@ class Denoiser:
         self._decoder.begin_at(num_cached)
 
     @property
+    def end(self) -> int:
+        """How long the canvas may become, tokens."""
+        return self._decoder.end
+
+    @property
     def cached_tokens(self) -> Sequence[int]:
         """The tokens whose K/V the slot holds."""
         return self._decoder.cached_tokens
@@ -84,7 +89,7 @@ class Denoiser:
             window=window,
             temperature=params.temperature,
             top_p=params.top_p,
-            rank=params.rank,
+            rank="confidence" if params.rank == "position" else params.rank,
             uniforms=None if noise is None else noise.uniforms(window, step),
         )
 

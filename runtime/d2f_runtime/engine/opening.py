@@ -57,6 +57,7 @@ def open_engine(
     quantization: str = "auto",
     device: str = "auto",
     kv_tokens: int | None = None,
+    family: str | None = None,
     warm_up: bool = False,
     limits: Limits | None = None,
 ) -> LocalEngine:
@@ -70,6 +71,7 @@ def open_engine(
         quantization: what the backend offers.
         device: "auto", "cpu", "cuda", ...
         kv_tokens: that all sessions together may hold; None goes by the device's memory.
+        family: which it is, where a published model's files do not tell.
         warm_up: prepare the model's steps on entering, too.
         limits: how much the engine takes on at once.
 
@@ -88,6 +90,7 @@ def open_engine(
         device=device,
         adapter=adapter,
         kv_tokens=kv_tokens,
+        family=family,
     )
     return _engine(key, limits, warm_up=warm_up)
 
@@ -140,6 +143,7 @@ def _key(
     device: str,
     adapter: str | Path | None = None,
     kv_tokens: int | None = None,
+    family: str | None = None,
 ) -> ModelKey:
     if isinstance(model, str) and "://" in model:
         raise UnsupportedModel(
@@ -163,6 +167,7 @@ def _key(
         quantization=quantization,
         adapter=None if adapter is None else locate(adapter),
         kv_tokens=kv_tokens,
+        family=family,
     )
 
 
@@ -174,12 +179,12 @@ def _engine(key: ModelKey, limits: Limits | None = None, *, warm_up: bool = Fals
 def _load(key: ModelKey) -> ModelParts:
     """Load everything. Runs on the model's device thread."""
     check_device(key.device, backend=key.backend)  # before anything is fetched
-    path = _fetched(key.path)
+    path = _fetched(key.path, family=key.family)
     adapter = None if key.adapter is None else _fetched(key.adapter)
     draft = None if adapter is None else DraftFacts.read(adapter)
     name = choose_backend(path, key.backend, device=key.device)
     manifest = read_manifest(path) if holds_file(path / FILE_NAME) else None
-    published = find_published(path) if manifest is None else None
+    published = find_published(path, family=key.family) if manifest is None else None
     if manifest is not None:
         verify_files(path, manifest, max_hash_bytes=MAX_HASH_BYTES)
     defaults = None if published is None else published.defaults(adapted=adapter is not None)
@@ -193,6 +198,7 @@ def _load(key: ModelKey) -> ModelParts:
         quantization=key.quantization,
         adapter=adapter,
         kv_tokens=key.kv_tokens,
+        family=key.family,
     )
     if manifest is not None:
         defaults = manifest.params_for(backend.info.device)
@@ -230,11 +236,11 @@ def _mask_id(
     return mask_id if isinstance(mask_id, int) else None
 
 
-def _fetched(source: Path | HubModel) -> Path:
+def _fetched(source: Path | HubModel, *, family: str | None = None) -> Path:
     """Return the folder of a model or an adapter; refuses an unknown family before its weights."""
     if isinstance(source, Path):
         return source
     folder = fetch_description(source)
-    find_published(folder)
+    find_published(folder, family=family)
     fetch_weights(source, folder)
     return folder

@@ -98,7 +98,7 @@ class Stream:
     @property
     def capacity(self) -> int:
         """Storage that the slot needs at most, tokens."""
-        return self.num_prompt_tokens + self.params.max_new_tokens
+        return max(self.num_prompt_tokens + self.params.max_new_tokens, self.denoiser.end)
 
     @property
     def block_size(self) -> int:

@@ -22,6 +22,7 @@ class ModelKey:
     quantization: str
     adapter: Path | HubModel | None = None
     kv_tokens: int | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ def load_checkpoint(
     path: Path,
     *,
     adapter: Path | None = None,
+    family: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
@@ -91,6 +92,7 @@ def load_checkpoint(
     Args:
         path: of a folder, in this project's layout or a published one, or of a GGUF file.
         adapter: folder of a LoRA adapter to merge; one for drafts is put beside the weights.
+        family: which it is, where its files do not tell; see `family_of`.
         device: where the weights go.
         dtype: of the weights; None keeps the stored one, and takes fp32 for a GGUF file's blocks.
         quantization: "nf4" or "int8" for the layers' products, quantised as they come where the
@@ -103,7 +105,7 @@ def load_checkpoint(
     """
     bound_torch_threads()
     facts = None if adapter is None else DraftFacts.read(adapter)
-    stored = StoredWeights.open(path, adapter=adapter if facts is None else None)
+    stored = StoredWeights.open(path, adapter=adapter if facts is None else None, family=family)
     config, draft = stored.config, None
     if facts is not None and adapter is not None:
         config = facts.adapted(config)
@@ -142,13 +144,13 @@ class StoredAs:
     config: TransformerConfig
 
 
-def stored_as(path: Path) -> StoredAs:
+def stored_as(path: Path, *, family: str | None = None) -> StoredAs:
     """Read how the weights of a folder or a GGUF file are stored; the headers alone.
 
     Raises:
         ModelError: see `load_checkpoint`.
     """
-    config, _, shards = open_shards(path)
+    config, _, shards = open_shards(path, family=family)
     return StoredAs(shards.stored, config)
 
 

@@ -8,6 +8,12 @@ from typing import Any, Final
 import msgspec
 
 from d2f_runtime.models.facts import FAMILIES, ModelFacts
+from d2f_runtime.models.rope_scaling import (
+    Llama3Rope,
+    RopeScaling,
+    rope_from_dict,
+    rope_to_dict,
+)
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = ["Llama3Rope", "TransformerConfig"]
@@ -20,23 +26,6 @@ _COUNTS: Final = (
 MAX_WEIGHT: Final = 2**40  # elements of one matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3Rope:
-    """Llama 3.1's stretching of the rotary frequencies: the slow by `factor`, the fast not at all.
-
-    Attributes:
-        factor: by how much wavelengths beyond the trained context are stretched.
-        low_freq_factor: wavelengths above the trained context divided by this are stretched fully.
-        high_freq_factor: those below the trained context divided by this stay as they are.
-        trained_len: the context before stretching, tokens.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    trained_len: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig(ModelFacts):
     """Sizes and switches of one decoder-only transformer (RMSNorm, rotary positions, SwiGLU).
@@ -46,6 +35,8 @@ class TransformerConfig(ModelFacts):
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched beyond the first training; None leaves them.
+        rotary_dim: how many dimensions of a head turn, half of them at the beginning of each half
+            of the head; 0 is all.
         norm_eps: epsilon of every RMSNorm.
         qkv_bias: biases on the q, k and v projections (Qwen2, Dream).
         qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3, SDAR).
@@ -68,7 +59,8 @@ class TransformerConfig(ModelFacts):
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int = 0
     unnamed_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,6 +76,11 @@ class TransformerConfig(ModelFacts):
         if self.head_dim % 2:
             raise ModelDamaged(
                 f"model config: a head of {self.head_dim} has no halves for rotary positions"
+            )
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise ModelDamaged(
+                f"model config: {self.rotary_dim} dimensions of a head of {self.head_dim} cannot "
+                "turn in pairs"
             )
         widest = max(self.vocab_size, self.ffn_size, self.num_heads * self.head_dim)
         if widest * self.hidden_size > MAX_WEIGHT:
@@ -109,8 +106,11 @@ class TransformerConfig(ModelFacts):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         values = asdict(self) | {"eos_ids": list(self.eos_ids)}
-        if self.rope_scaling is None:
-            del values["rope_scaling"]  # so that older builds read it
+        del values["rope_scaling"]  # absent where there is none, so that older builds read it
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = rope_to_dict(self.rope_scaling)
+        if not self.rotary_dim:
+            del values["rotary_dim"]
         if self.commit_attention == "block":
             del values["commit_attention"]
         del values["unnamed_ids"]
@@ -135,6 +135,8 @@ class TransformerConfig(ModelFacts):
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UnsupportedModel(f"model config has the unknown key {unknown[0]!r:.100}")
+        if "rope_scaling" in values:
+            values["rope_scaling"] = rope_from_dict(values["rope_scaling"])
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:

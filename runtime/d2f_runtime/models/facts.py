@@ -5,7 +5,10 @@ from typing import Any, Literal
 
 __all__ = ["FAMILIES", "About", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
 
-FAMILIES = ("a2d", "dream", "fast_dllm_v2", "llada", "llama", "qwen2", "qwen3", "scripted", "sdar")
+FAMILIES = (
+    "a2d", "dream", "fast_dllm_v2", "llada", "llada2", "llama", "qwen2", "qwen3", "scripted",
+    "sdar", "stable-diffcoder",
+)  # fmt: skip
 """The kinds of model that folders may name; "scripted" has no transformer."""
 
 PromptAttention = Literal["full", "causal", "grid", "prompt_grid"]

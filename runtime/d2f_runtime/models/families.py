@@ -1,20 +1,19 @@
 """The published model families: what their checkpoints have in common, and their tensors' names.
 
-Pure; how their config files are read is `published_config`'s. Facts are of the checkpoints as
-published: their config files, the D2F authors' evaluation code (zhijie-group/
-Discrete-Diffusion-Forcing, commit 771f745), JetAstra/SDAR's generate.py and NVlabs/Fast-dLLM v2's
-generation_functions.py. Ids follow a folder's own files where these name them.
+Pure; which family a model is of is `recognition`'s, how its config is read `published_config`'s.
+Facts are of the checkpoints as published: their config files, the D2F authors' evaluation code
+(zhijie-group/Discrete-Diffusion-Forcing, commit 771f745), JetAstra/SDAR's generate.py and
+NVlabs/Fast-dLLM v2's generation_functions.py. Ids follow a folder's own files where these name
+them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal
 
-from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.facts import PromptAttention
-from d2f_stream.core.errors import UnsupportedModel
 
-__all__ = ["PUBLISHED", "Family", "Layout", "Variant", "family_of", "published_name"]
+__all__ = ["PUBLISHED", "Family", "Layout", "Variant", "published_name"]
 
 Layout = Literal["llada", "llama"]
 
@@ -25,13 +24,16 @@ class Variant:
 
     Attributes:
         named: what their names contain, in lower case.
-        prompt_attention, block_size, defaults: as in Family.
+        prompt_attention, block_size: as in Family; None is the family's.
+        defaults: as in Family.
+        refused: why this build does not run them; empty where it does.
     """
 
     named: str
-    prompt_attention: PromptAttention
-    block_size: int
+    prompt_attention: PromptAttention | None = None
+    block_size: int | None = None
     defaults: str
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +46,8 @@ class Family:
         prompt_attention, shift_logits: see TransformerConfig.
         block_size: what the models were trained for, unless the config names it; tokens.
         variants: that only their names tell.
-        mask_token, mask_id: text, in either case, and published id of the mask; None for
-            autoregressive models.
+        mask_token: text of the mask, in either case; None where it is known by its id alone.
+        mask_id: published id of the mask; None for autoregressive models.
         eos_tokens: texts and published ids of the tokens that end an answer.
         qkv_bias: biases on q, k and v; None goes by the config.
         qk_norm: RMSNorm on queries and keys.
@@ -72,7 +74,7 @@ class Family:
     @property
     def is_autoregressive(self) -> bool:
         """Whether the model knows no mask."""
-        return self.mask_token is None
+        return self.mask_id is None
 
 
 _QWEN_ENDS: Final = {"<|endoftext|>": 151643, "<|im_end|>": 151645}
@@ -108,7 +110,7 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         defaults="single-block",
         adapted="paper",
     ),
-    "sdar": Family(  # SDAR-*-Chat, TraDo
+    "sdar": Family(  # SDAR-*-Chat (-b8 to -b64), TraDo, TDAR
         label="sdar",
         prompt_attention="grid",
         shift_logits=False,
@@ -130,6 +132,15 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         eos_tokens=_QWEN_ENDS,
         qkv_bias=True,
         defaults="fast-dllm-v2",
+    ),
+    "stable-diffcoder": Family(  # Stable-DiffCoder-8B; model_type "llama", see `recognition`
+        label="stable-diffcoder",
+        prompt_attention="grid",
+        shift_logits=False,
+        block_size=4,
+        mask_id=5,
+        eos_tokens={"<[end▁of▁sentence]>": 2},
+        defaults="stable-diffcoder",
     ),
     "a2d-qwen3": Family(  # Tiny-A2D (bd3lm, mdlm), OPDLM
         label="a2d",
@@ -197,38 +208,6 @@ _LLADA_LAYER: Final = {
     "mlp.down_proj": "ff_out",
 }
 _LLADA_TOP: Final = {"embed_tokens": "wte", "norm": "ln_f", "lm_head": "ff_out"}
-
-
-def family_of(config: ConfigFile) -> Family:
-    """Return the family that a config.json names.
-
-    Raises:
-        UnsupportedModel: this build does not know it.
-    """
-    model_type = config.values.get("model_type")
-    family = PUBLISHED.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        known = ", ".join(PUBLISHED)
-        raise UnsupportedModel(
-            f"{config.path} has the model_type {model_type!r:.100}, but this build runs {known}"
-        )
-    return _variant_of(family, config)
-
-
-def _variant_of(family: Family, config: ConfigFile) -> Family:
-    """Return the family as the model's name tells: of its config, its folder or its repository."""
-    name = str(config.values.get("_name_or_path") or "")
-    places = [name, config.path.parent.name]
-    places += [part for part in config.path.parts if part.startswith("models--")]  # of the hub
-    for variant in family.variants:
-        if any(variant.named in place.lower() for place in places):
-            return replace(
-                family,
-                prompt_attention=variant.prompt_attention,
-                block_size=variant.block_size,
-                defaults=variant.defaults,
-            )
-    return family
 
 
 def published_name(layout: Layout, name: str) -> str:

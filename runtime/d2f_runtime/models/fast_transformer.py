@@ -23,7 +23,8 @@ from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter, product_shapes
 from d2f_runtime.models.fast_draft import FastDraft, FastLayerDraft
-from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer, rotary
+from d2f_runtime.models.rotary import query_scale, rotary
+from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer
 from d2f_runtime.quantization.linear import PackedLinear, pack, rotated
 from d2f_runtime.quantization.stored import StoredWeight, join_outputs, stored_weight
 
@@ -158,6 +159,7 @@ class FastTransformer:
         """
         ops, eps = self.ops, self.config.norm_eps
         x, drafts = self._embedded(step)
+        scale = query_scale(step.positions, self.config.rope_scaling)
         parts: Tensor | None = None
         for index, layer in enumerate(self._layers):
             keys, values = store[2 * index], store[2 * index + 1]
@@ -178,6 +180,8 @@ class FastTransformer:
                 ),
                 drafts,
             )
+            if scale is not None:
+                query = query * scale[:, None, None].to(query.dtype)
             attended = ops.attend(
                 query,
                 keys,
@@ -316,6 +320,6 @@ def _merged_draft(draft: DraftAdapter, config: TransformerConfig, index: int) ->
 
 def _rope_table(config: TransformerConfig, max_len: int, device: torch.device) -> Tensor:
     """Return [max_len, hd] fp32, cosines before sines of every canvas position."""
-    cos, sin = rotary(torch.arange(max_len, device=device)[None], config)
+    cos, sin, _ = rotary(torch.arange(max_len, device=device)[None], config)
     half = config.head_dim // 2
     return torch.cat([cos[0, :, 0, :half], sin[0, :, 0, :half]], dim=1).contiguous()

@@ -15,9 +15,10 @@ import msgspec
 from d2f_runtime.gguf.file import GgufFile, is_gguf
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.families import Family, family_of
+from d2f_runtime.models.families import Family
 from d2f_runtime.models.gguf_config import gguf_config, has_biases
 from d2f_runtime.models.published_config import transformer_config
+from d2f_runtime.models.recognition import family_of
 from d2f_runtime.text.gguf_tokens import GgufTokens
 from d2f_runtime.text.tokenizer_files import TokenizerFiles
 from d2f_stream.core.errors import InvalidParams, ModelDamaged, ModelNotFound
@@ -114,8 +115,12 @@ def is_published(config: ConfigFile) -> bool:
     return "family" not in config and "model_type" in config
 
 
-def find_published(path: Path) -> Published | None:
+def find_published(path: Path, *, family: str | None = None) -> Published | None:
     """Read a published folder or a GGUF file; None where the folder is not a published one.
+
+    Args:
+        path: of either.
+        family: which it is, where its files do not tell; see `family_of`.
 
     Raises:
         ModelError: see `read_published`.
@@ -124,11 +129,15 @@ def find_published(path: Path) -> Published | None:
         config = ConfigFile.read(path / "config.json")
         if config is None or not is_published(config):
             return None
-    return read_published(path)
+    return read_published(path, family=family)
 
 
-def read_published(folder: Path) -> Published:
+def read_published(folder: Path, *, family: str | None = None) -> Published:
     """Read what a published folder, or a GGUF file, says of its model, but not the weights.
+
+    Args:
+        folder: or the file.
+        family: which it is, where its files do not tell; see `family_of`.
 
     Raises:
         ModelNotFound: it has no config.json, or there is no such file.
@@ -142,13 +151,13 @@ def read_published(folder: Path) -> Published:
     if config is None:
         raise ModelNotFound(f"{folder} has no config.json; is it a model folder?")
     generation = ConfigFile.read(folder / "generation_config.json")
-    family = family_of(config)
+    found = family_of(config, family)
     files = TokenizerFiles(folder)
     return Published(
-        family=family,
+        family=found,
         config=transformer_config(
             config,
-            family=family,
+            family=found,
             generation=generation,
             vocabulary=files.vocabulary() if files.complete else None,
         ),

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from d2f_runtime.models.config import Llama3Rope, TransformerConfig
+from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import Family
+from d2f_runtime.models.published_rope import PublishedRope
+from d2f_runtime.models.rope_scaling import RopeScaling
 from d2f_runtime.text.tokenizer_files import Vocabulary
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from d2f_stream.core.params import MAX_BLOCK_SIZE
@@ -101,7 +103,7 @@ class _Sizes:
     ffn_size: int
     max_len: int
     rope_theta: float
-    rope_scaling: Llama3Rope | None
+    rope_scaling: RopeScaling | None
     qkv_bias: bool
     tie_embeddings: bool
 
@@ -135,55 +137,21 @@ def _llada_sizes(config: ConfigFile) -> _Sizes:
 
 def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    rope = config.section(
-        "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
-    )
-    head_dim = family.head_dim or max(1, hidden_size // num_heads)
+    head_dim = config.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads))
+    rope = PublishedRope.read(config, head_dim=head_dim)
     return _Sizes(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
         num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=config.integer("num_key_value_heads", num_heads),
-        head_dim=config.integer("head_dim", head_dim),
+        head_dim=head_dim,
         ffn_size=config.integer("intermediate_size"),
-        max_len=config.integer("max_position_embeddings"),
-        rope_theta=rope.number("rope_theta", config.number("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope, config),
+        max_len=rope.max_len,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         qkv_bias=bool(family.qkv_bias),
         tie_embeddings=config.flag("tie_word_embeddings", False),
-    )
-
-
-def _rope_scaling(rope: ConfigFile, config: ConfigFile) -> Llama3Rope | None:
-    if nested := sorted(key for key, value in rope.values.items() if isinstance(value, dict)):
-        raise UnsupportedModel(
-            f"{rope.path} has rotary positions of their own for {nested[0]}, but this build has "
-            "the same for all layers"
-        )
-    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UnsupportedModel(
-            f"{rope.path} scales its rotary positions by {kind!r:.100}, but this build knows "
-            "llama3 only"
-        )
-    for where in (rope, config):
-        if where.number("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedModel(
-                f"{rope.path} rotates a part of each head, by partial_rotary_factor"
-            )
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if not low < high:
-        raise ModelDamaged(f"{rope.path}: low_freq_factor is {low} but high_freq_factor is {high}")
-    trained = "original_max_position_embeddings"  # beside the others, or in the file itself
-    default = config.values.get(trained, config.values.get("max_position_embeddings"))
-    return Llama3Rope(
-        factor=rope.number("factor"),
-        low_freq_factor=low,
-        high_freq_factor=high,
-        trained_len=config.integer(trained, rope.values.get(trained, default)),
     )
 
 
@@ -276,7 +244,7 @@ def _mask_id(
     vocabulary: Vocabulary | None,
     vocab_size: int,
 ) -> int:
-    if family.mask_token is None or family.mask_id is None:
+    if family.mask_id is None:
         return vocab_size  # no id at all, so that every id may be produced
     named = config.ids("mask_token_id")
     if not named and generation is not None:
@@ -287,9 +255,14 @@ def _mask_id(
     else:
         if mask_id is None:
             mask_id = vocabulary.find(family.mask_token, named="mask_token")
-        if mask_id is None:
+        if mask_id is None and family.mask_token is not None:
             mask_id = vocabulary.find(family.mask_token.upper())
-        if mask_id is None or mask_id not in vocabulary:
+        named_nowhere = mask_id is None and (
+            family.mask_token is None or family.mask_id not in vocabulary
+        )
+        if named_nowhere and family.mask_id < vocab_size:
+            mask_id = family.mask_id  # the tokenizer has another text for it, or lacks it
+        elif mask_id is None or mask_id not in vocabulary:
             says = "" if mask_id is None else f"; config.json says that its id is {mask_id}"
             raise ModelDamaged(
                 f"the tokenizer in {config.model} has no mask token, which a {family.label} "

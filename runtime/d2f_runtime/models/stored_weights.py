@@ -75,8 +75,15 @@ class StoredWeights:
     adapter: Adapter | None
 
     @classmethod
-    def open(cls, path: Path, *, adapter: Path | None = None) -> "StoredWeights":
+    def open(
+        cls, path: Path, *, adapter: Path | None = None, family: str | None = None
+    ) -> "StoredWeights":
         """Check the weights of a folder or a GGUF file, and an adapter's, by their headers.
+
+        Args:
+            path: of either.
+            adapter: folder of a LoRA adapter.
+            family: which it is, where its files do not tell; see `family_of`.
 
         Raises:
             ModelNotFound: a folder or one of its files is missing.
@@ -84,7 +91,7 @@ class StoredWeights:
                 shape.
             UnsupportedModel: config, weights or adapter are not for this build or for each other.
         """
-        config, published, shards = open_shards(path)
+        config, published, shards = open_shards(path, family=family)
         if config.num_layers > shards.num_tensors:  # before a model of that size is laid out
             raise ModelDamaged(
                 f"{path} asks for {config.num_layers} layers, but {shards.path} has "
@@ -123,13 +130,15 @@ class StoredWeights:
             del tensor  # or it would hold one shard while the next is read
 
 
-def open_shards(path: Path) -> tuple[TransformerConfig, Published | None, Shards | GgufWeights]:
+def open_shards(
+    path: Path, *, family: str | None = None
+) -> tuple[TransformerConfig, Published | None, Shards | GgufWeights]:
     """Read config and headers of a folder or a GGUF file, without comparing them.
 
     Raises:
         ModelNotFound, ModelDamaged, UnsupportedModel: as `StoredWeights.open`.
     """
-    published = find_published(path)
+    published = find_published(path, family=family)
     if published is None:
         return _own_config(path), None, Shards.open(path, WEIGHTS_FILE)
     if published.gguf is None:

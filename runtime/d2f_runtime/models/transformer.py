@@ -8,7 +8,6 @@ Shapes: B rows, W window positions, P cached positions, H heads, KV key/value he
 D hidden size, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter, LayerDraft
+from d2f_runtime.models.rotary import Rope, rotary, rotary_frequencies, rotate
 
 __all__ = [
     "KeyValue",
@@ -26,7 +26,9 @@ __all__ = [
     "Past",
     "Transformer",
     "block_causal_mask",
+    "rotary",
     "rotary_frequencies",
+    "rotate",
 ]
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, P or W, KV, hd]
@@ -92,34 +94,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
-def rotary_frequencies(config: TransformerConfig, device: torch.device | None = None) -> Tensor:
-    """Return [hd / 2] fp32 angles per position, stretched where the config says so."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float()
-    frequency = config.rope_theta ** (-exponent / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    turns = scaling.trained_len * frequency / (2 * math.pi)  # within the trained context
-    spread = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = ((turns - scaling.low_freq_factor) / spread).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / scaling.factor)
-
-
-def rotary(positions: Tensor, config: TransformerConfig) -> KeyValue:
-    """Return cos and sin, each [B, W, 1, hd] fp32, for the given canvas positions."""
-    frequency = rotary_frequencies(config, positions.device)
-    angle = positions[:, :, None, None].float() * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply half-split rotary embedding to [B, W, heads, hd] in fp32."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query attention of a window over the cache and itself."""
 
@@ -138,7 +112,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: KeyValue,
+        rope: Rope,
         mask: Tensor | MaskRows | None,
         past: KeyValue | None,
         *,
@@ -155,7 +129,7 @@ class Attention(nn.Module):
         query = self.q_norm(query.view(batch, window, -1, self.head_dim))
         key = self.k_norm(key.view(batch, window, -1, self.head_dim))
         value = value.view(batch, window, -1, self.head_dim)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key = rope.turn(query, key)
         new = (key, value)
         if past is not None:
             key = torch.cat([past[0], key], dim=1)
@@ -225,7 +199,7 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: KeyValue,
+        rope: Rope,
         mask: Tensor | MaskRows | None,
         past: KeyValue | None,
         *,

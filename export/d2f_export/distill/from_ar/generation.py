@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2f_export.distill.from_ar.loops import loop_lengths
 from d2f_export.distill.from_ar.streams import LayerWeights, Streams
-from d2f_runtime.models.transformer import rotary, rotate
+from d2f_runtime.models.rotary import rotary, rotate
 
 __all__ = ["Generation", "Job", "Outcome"]
 
@@ -213,7 +213,7 @@ class Generation:
         streams = self._streams
         at = self._place
         x = F.embedding(self._tokens.gather(1, at[:, None])[:, 0], streams.table)[:, None]
-        cos, sin = rotary(at[:, None], streams.config)
+        cos, sin, _ = rotary(at[:, None], streams.config)
         seen = torch.arange(self._length, device=self._device) <= at[:, None]
         bias = torch.where(seen, 0.0, float("-inf"))[:, None, None]  # [S, 1, 1, L]
         for index, weights in enumerate(streams.layers):

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.transformer import Transformer, rotary, rotate
+from d2f_runtime.models.rotary import rotary, rotate
+from d2f_runtime.models.transformer import Transformer
 
 __all__ = [
     "AdapterLayer",
@@ -204,7 +205,7 @@ class Streams:
             mask: who sees whom, [C, C].
         """
         x = F.embedding(tokens, self.table)
-        cos, sin = rotary(positions, self.config)
+        cos, sin, _ = rotary(positions, self.config)
         cache: list[LayerKeyValue] = []
         for weights in self.layers:
             q, k, v = self._before(x, cos, sin, None, weights, None, self._shape)
@@ -236,7 +237,7 @@ class Streams:
         """
         x = F.embedding(tokens, self.table)
         x = torch.where((tokens == mask_id)[..., None], mask_embedding.to(x.dtype), x)
-        cos, sin = rotary(positions, self.config)
+        cos, sin, _ = rotary(positions, self.config)
         for index, weights in enumerate(self.layers):
             adapter = None if adapters is None else adapters[index]
             q, k, v = self._before(x, cos, sin, cache[index], weights, adapter, self._shape)
