@@ -73,7 +73,7 @@ class StreamStarted(msgspec.Struct, frozen=True, kw_only=True, tag="stream.start
     prompt_tokens: int
 
 
-class Block(msgspec.Struct, frozen=True, kw_only=True, tag="block.committed"):
+class Block(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="block.committed"):
     """A block of the answer became final.
 
     Attributes:
@@ -87,6 +87,11 @@ class Block(msgspec.Struct, frozen=True, kw_only=True, tag="block.committed"):
         token_ids: [stop - start] final token ids; an EOS is included.
         steps: steps the stream had taken when the block was committed.
         elapsed_ms: time since the request was admitted.
+        logprobs: [stop - start] where the request asks for them: the natural logarithm of the
+            probability that the model gave each token when it decided on it, given the canvas of
+            that step, after temperature and top_p. -9999 stands for a probability of 0.
+        texts: [stop - start] where the request asks for logprobs: what each token adds to the text;
+            nothing for an EOS, or where the next token completes a character.
     """
 
     stream: str
@@ -98,6 +103,8 @@ class Block(msgspec.Struct, frozen=True, kw_only=True, tag="block.committed"):
     token_ids: tuple[int, ...]
     steps: int
     elapsed_ms: float
+    logprobs: tuple[float, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, tag="block.draft"):

@@ -60,6 +60,7 @@ class ParamOverrides(TypedDict, total=False):
     may_narrow: bool
     commit: Commit
     drafts: bool
+    logprobs: bool
 
 
 class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,6 +114,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             `block_size=1`, and the thresholds decide its speed alone (`activate_threshold` not even
             that). For models converted from autoregressive ones, whose default it is.
         drafts: also emit provisional events while a block is being denoised.
+        logprobs: blocks also tell the log-probability and the text of each of their tokens.
 
     Raises:
         InvalidParams: on construction, for the first field out of range.
@@ -139,6 +141,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     may_narrow: bool = False
     commit: Commit = "filled"
     drafts: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         _check_count("max_new_tokens", self.max_new_tokens, 1, None)

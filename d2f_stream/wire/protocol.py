@@ -85,6 +85,7 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     may_narrow: bool | UnsetType = UNSET
     commit: Commit | UnsetType = UNSET
     drafts: bool | UnsetType = UNSET
+    logprobs: bool | UnsetType = UNSET
 
     def to_dict(self) -> ParamOverrides:
         """Return the fields that are set, as keyword arguments of generate()."""

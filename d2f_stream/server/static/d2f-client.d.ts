@@ -22,6 +22,10 @@ export interface Block {
   token_ids: number[];
   steps: number;
   elapsed_ms: number;
+  /** Where the request asks for them: natural logarithms, one for each token. */
+  logprobs?: number[];
+  /** Where the request asks for logprobs: what each token adds to the text. */
+  texts?: string[];
 }
 
 /** A block that is being denoised: provisional, may be missing, is never replayed. */
@@ -94,6 +98,8 @@ export interface Params {
   /** "verify" keeps of a block what the model's own next tokens say too: its autoregressive answer. */
   commit?: "filled" | "verify";
   drafts?: boolean;
+  /** Whether blocks tell the log-probability and the text of each of their tokens. */
+  logprobs?: boolean;
 }
 
 export interface ModelCard {

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from d2f_runtime.backends.base import Slot, StepRow
-from d2f_runtime.decoding.decoder import BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.logprobs import TokenLogprobs
 from d2f_runtime.decoding.noise import SamplingNoise
 from d2f_runtime.decoding.policy import AcceptancePolicy
 from d2f_runtime.decoding.window import Proposals
@@ -31,6 +32,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
         active: the blocks not committed yet; () unless drafts are asked for.
         left: numbers of those that have left the canvas, since an EOS or a difference stands before
             them; () unless drafts are asked for.
+        logprobs: for each committed block, those of its tokens; () unless they are asked for.
     """
 
     num_steps: int
@@ -38,6 +40,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
     reason: FinishReason | None
     active: Sequence[BlockView] = ()
     left: Sequence[int] = ()
+    logprobs: Sequence[Sequence[float]] = ()
 
 
 class Denoiser:
@@ -57,6 +60,7 @@ class Denoiser:
             seed = params.seed
             self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
         self._num_joined = 0
+        self._logprobs = TokenLogprobs(len(prompt_tokens)) if params.logprobs else None
 
     def begin_at(self, num_cached: int) -> None:
         """Take the prompt's first tokens as stored already; before the first step."""
@@ -105,17 +109,23 @@ class Denoiser:
     def apply(self, proposals: Proposals) -> Progress:
         """End the step; see `BlockDecoder.apply`."""
         decoder = self._decoder
+        window = decoder.next_window()  # the pending one
         events = decoder.apply(proposals)
         committed = [event for event in events if isinstance(event, Committed)]
         reason = decoder.finish_reason
+        logprobs: list[tuple[float, ...]] = []
+        if self._logprobs is not None and window is not None:
+            accepted = [event for event in events if isinstance(event, Accepted)]
+            self._logprobs.note(window, proposals, accepted)
+            logprobs = [self._logprobs.take(block.start, block.stop) for block in committed]
         if not self._params.drafts:
-            return Progress(decoder.num_steps, committed, reason)
+            return Progress(decoder.num_steps, committed, reason, logprobs=logprobs)
         active = decoder.active_blocks
         last = [event.index for event in committed] + [view.index for view in active]
         stop = last[-1] + 1 if last else self._num_joined
         left = range(stop, self._num_joined)
         self._num_joined = stop
-        return Progress(decoder.num_steps, committed, reason, active, left)
+        return Progress(decoder.num_steps, committed, reason, active, left, logprobs)
 
 
 def decoder_of(

@@ -72,6 +72,9 @@ class Stream:
         self._detokenizer = Detokenizer(
             decode=codec.decode, stop=tuple(params.stop), special_tokens=codec.special_tokens
         )
+        self._token_texts: Detokenizer | None = None
+        if params.logprobs:
+            self._token_texts = Detokenizer(decode=codec.decode)
         self._piece = functools.lru_cache(maxsize=4096)(lambda token: codec.decode((token,)))
         self._drafts: dict[int, tuple[int, ...]] = {}
         self._seq = 0
@@ -146,9 +149,11 @@ class Stream:
         """
         self._num_steps = progress.num_steps
         committed, reason = progress.committed, progress.reason
-        for block in committed:
+        logprobs = progress.logprobs or [()] * len(committed)
+        for block, values in zip(committed, logprobs, strict=True):
             ends = block.tokens[-1] in self._info.eos_ids  # a draining decoder goes on after it
-            self._commit(block, is_last=ends or (reason is not None and block is committed[-1]))
+            is_last = ends or (reason is not None and block is committed[-1])
+            self._commit(block, values, is_last=is_last)
             if self._detokenizer.stopped:
                 self.outcome = "stop"
                 return
@@ -187,7 +192,7 @@ class Stream:
             )
         )
 
-    def _commit(self, block: Committed, *, is_last: bool) -> None:
+    def _commit(self, block: Committed, logprobs: Sequence[float], *, is_last: bool) -> None:
         tokens = block.tokens
         text = self._detokenizer.push(tokens[:-1] if tokens[-1] in self._info.eos_ids else tokens)
         if is_last and not self._detokenizer.stopped:
@@ -209,8 +214,20 @@ class Stream:
                 token_ids=tokens,
                 steps=self._num_steps,
                 elapsed_ms=elapsed_ms,
+                logprobs=tuple(logprobs),
+                texts=self._texts_of(tokens, is_last=is_last),
             )
         )
+
+    def _texts_of(self, tokens: Sequence[int], *, is_last: bool) -> tuple[str, ...]:
+        """Return what each token adds to the text, where that is asked for."""
+        texts = self._token_texts
+        if texts is None:
+            return ()
+        added = ["" if token in self._info.eos_ids else texts.push((token,)) for token in tokens]
+        if is_last:
+            added[-1] += texts.flush()
+        return tuple(added)
 
     def _draft(self, view: BlockView) -> None:
         if self._drafts.get(view.index) == view.tokens:
