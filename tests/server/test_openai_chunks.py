@@ -35,7 +35,7 @@ def test_deltas_concatenate_to_the_text(pieces: list[str], dialect: Dialect, usa
     chunks = written(events, writer(dialect, include_usage=usage))
     assert "".join(texts(chunks)) == "".join(pieces)
     assert len(chunks) == len(blocks) + 1 + (dialect == "chat") + usage
-    whole = msgspec.to_builtins(writer(dialect).body(blocks, finished()))
+    whole = msgspec.to_builtins(writer(dialect).body([(blocks, finished())]))
     [choice] = whole["choices"]
     assert (choice["message"]["content"] if dialect == "chat" else choice["text"]) == "".join(
         pieces
@@ -109,7 +109,7 @@ def test_settings_in_d2f_win_and_null_is_absent() -> None:
         "top_p": None,
         "max_tokens": 7,
         "stop": "x",
-        "d2f": {"temperature": 0.0, "block_size": 4, "drafts": True},
+        "d2f": {"temperature": 0.0, "block_size": 4, "drafts": True, "logprobs": True},
     }
     asked = msgspec.convert(body, ChatRequest)
     assert asked.overrides().to_dict() == {
@@ -118,6 +118,7 @@ def test_settings_in_d2f_win_and_null_is_absent() -> None:
         "stop": ("x",),
         "block_size": 4,
         "drafts": False,
+        "logprobs": False,
     }
     assert asked.param_of("temperature") == "d2f.temperature"
     assert asked.param_of("max_new_tokens") == "max_tokens"

@@ -4,14 +4,25 @@ Plain streaming: one delta for each committed block. Diffusing: each delta holds
 it stands, committed blocks and drafts, and replaces the one before; the last is the final text.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from d2f_stream.core.events import Block, Draft, Event, FinishReason, StreamFinished, StreamStarted
+from d2f_stream.core.events import (
+    Block,
+    Draft,
+    Event,
+    FinishReason,
+    StreamFinished,
+    StreamStarted,
+    Usage,
+)
 from d2f_stream.server.http.sse import DONE, data_frame
+from d2f_stream.server.openai.reader import Answer
 from d2f_stream.server.openai.shapes import (
     AnswerMessage,
     Body,
@@ -22,6 +33,12 @@ from d2f_stream.server.openai.shapes import (
     MessageChoice,
     TextChoice,
     TokenUsage,
+)
+from d2f_stream.server.openai.token_logprobs import (
+    Token,
+    TokenLine,
+    chat_logprobs,
+    text_logprobs,
 )
 
 __all__ = ["AnswerWriter", "Dialect"]
@@ -40,9 +57,24 @@ OBJECTS: Final[dict[Dialect, tuple[str, str, str]]] = {
 }
 
 
+@dataclass(slots=True)
+class _Choice:
+    """What one choice has shown so far."""
+
+    committed: str = ""
+    drafts: dict[int, str] = field(default_factory=dict)  # text by block
+    shown: str = ""
+    tokens: TokenLine = field(default_factory=TokenLine)
+
+    @property
+    def canvas(self) -> str:
+        """Committed blocks and drafts."""
+        return self.committed + "".join(text for _, text in sorted(self.drafts.items()))
+
+
 @dataclass(slots=True, kw_only=True)
 class AnswerWriter:
-    """Writes one answer.
+    """Writes the answer to one request, of one choice or several.
 
     Attributes:
         dialect: whose shapes: chat or text completions.
@@ -51,6 +83,8 @@ class AnswerWriter:
         model: whose answer it is.
         diffusing: whether deltas replace each other.
         include_usage: whether the last chunk holds the usage.
+        logprobs: whether the log-probability of each token is told.
+        num_choices: how many streams answer.
     """
 
     dialect: Dialect
@@ -59,99 +93,133 @@ class AnswerWriter:
     model: str
     diffusing: bool = False
     include_usage: bool = False
-    _committed: str = ""
-    _drafts: dict[int, str] = field(default_factory=dict)  # text by block
-    _shown: str = ""
+    logprobs: bool = False
+    num_choices: int = 1
+    _choices: dict[int, _Choice] = field(default_factory=lambda: defaultdict(_Choice))
+    _usages: list[Usage] = field(default_factory=list)  # of those that have ended
 
-    def chunks(self, event: Event) -> list[Body]:
-        """Return the chunks that an event makes; none where it shows nothing new."""
+    def chunks(self, event: Event, index: int = 0) -> list[Body]:
+        """Return the chunks that an event of a choice makes; none where it shows nothing new."""
+        choice = self._choices[index]
         match event:
-            case StreamStarted():
+            case StreamStarted() if self.dialect == "chat":
                 report = D2fReport(type="stream.started", stream=event.stream, seq=event.seq)
-                return [self._chunk("", report, role="assistant")] if self.dialect == "chat" else []
+                return [self._chunk(index, "", report, role="assistant")]
             case Block():
-                return [self._chunk(self._commit(event), _report_of_block(event))]
+                tokens = choice.tokens.take(event) if self.logprobs else None
+                text = self._commit(choice, event)
+                return [self._chunk(index, text, _report_of_block(event), tokens=tokens)]
             case Draft() if self.diffusing:
-                self._drafts[event.index] = event.text
-                text = self._canvas()
-                if text == self._shown:
+                choice.drafts[event.index] = event.text
+                text = choice.canvas
+                if text == choice.shown:
                     return []
-                self._shown = text
+                choice.shown = text
                 report = D2fReport(type="block.draft", stream=event.stream, index=event.index)
-                return [self._chunk(text, report)]
+                return [self._chunk(index, text, report)]
             case StreamFinished():
-                return self._end(event)
+                return self._end(index, event)
         return []
 
-    def frames(self, event: Event) -> bytes:
+    def frames(self, event: Event, index: int = 0) -> bytes:
         """Return the server-sent events that an event makes; none where it shows nothing new."""
-        frames = b"".join(data_frame(msgspec.json.encode(body)) for body in self.chunks(event))
-        return frames + (DONE if isinstance(event, StreamFinished) else b"")
+        frames = b"".join(
+            data_frame(msgspec.json.encode(body)) for body in self.chunks(event, index)
+        )
+        return frames + (DONE if len(self._usages) == self.num_choices else b"")
 
     def failure(self, error: ErrorBody) -> bytes:
         """Return the server-sent event of an answer that broke off."""
         return data_frame(msgspec.json.encode(error))
 
-    def whole(self, blocks: list[Block], end: StreamFinished) -> bytes:
+    def whole(self, answers: Sequence[Answer]) -> bytes:
         """Return the whole answer at once."""
-        return msgspec.json.encode(self.body(blocks, end))
+        return msgspec.json.encode(self.body(answers))
 
-    def body(self, blocks: list[Block], end: StreamFinished) -> Body:
-        """Return the whole answer."""
-        text = "".join(block.text for block in blocks)
-        reason = FINISH_REASONS[end.reason]
+    def body(self, answers: Sequence[Answer]) -> Body:
+        """Return the whole answer, of all its choices."""
         prefix, name, _ = OBJECTS[self.dialect]
+        whole = [self._whole(index, *answer) for index, answer in enumerate(answers)]
+        ends = [end for _, end in answers]
         return Body(
             id=prefix + self.name,
             object=name,
             created=self.created,
             model=self.model,
-            choices=[MessageChoice(message=AnswerMessage(content=text), finish_reason=reason)]
-            if self.dialect == "chat"
-            else [TextChoice(text=text, finish_reason=reason)],
-            usage=TokenUsage.of(end.usage),
-            d2f=_report_of_end(end),
+            choices=whole,
+            usage=TokenUsage.of([end.usage for end in ends]),
+            d2f=_report_of_end(ends[0]) if len(ends) == 1 else UNSET,
         )
 
-    def _commit(self, block: Block) -> str:
-        self._committed += block.text
-        self._drafts.pop(block.index, None)
+    def _whole(
+        self, index: int, blocks: list[Block], end: StreamFinished
+    ) -> MessageChoice | TextChoice:
+        text = "".join(block.text for block in blocks)
+        reason = FINISH_REASONS[end.reason]
+        tokens: list[Token] | None = None
+        if self.logprobs:
+            line = TokenLine()
+            tokens = [token for block in blocks for token in line.take(block)] + line.end(end)
+        if self.dialect == "text":
+            texts = None if tokens is None else text_logprobs(tokens)
+            return TextChoice(index=index, text=text, logprobs=texts, finish_reason=reason)
+        return MessageChoice(
+            index=index,
+            message=AnswerMessage(content=text),
+            logprobs=None if tokens is None else chat_logprobs(tokens),
+            finish_reason=reason,
+        )
+
+    def _commit(self, choice: _Choice, block: Block) -> str:
+        choice.committed += block.text
+        choice.drafts.pop(block.index, None)
         if not self.diffusing:
             return block.text
-        self._shown = self._canvas()
-        return self._shown
+        choice.shown = choice.canvas
+        return choice.shown
 
-    def _canvas(self) -> str:
-        return self._committed + "".join(text for _, text in sorted(self._drafts.items()))
-
-    def _end(self, end: StreamFinished) -> list[Body]:
-        text = self._committed if self.diffusing else None
+    def _end(self, index: int, end: StreamFinished) -> list[Body]:
+        choice = self._choices[index]
+        text = choice.committed if self.diffusing else None
+        tokens = choice.tokens.end(end) if self.logprobs else None
         reason = FINISH_REASONS[end.reason]
-        chunks = [self._chunk(text, _report_of_end(end), finish_reason=reason)]
-        if self.include_usage:
-            chunks.append(self._body([], usage=TokenUsage.of(end.usage)))
+        report = _report_of_end(end)
+        chunks = [self._chunk(index, text, report, finish_reason=reason, tokens=tokens or None)]
+        self._usages.append(end.usage)
+        if self.include_usage and len(self._usages) == self.num_choices:
+            chunks.append(self._body([], usage=TokenUsage.of(self._usages)))
         return chunks
 
     def _chunk(
         self,
+        index: int,
         text: str | None,
         report: D2fReport,
         *,
         role: str | UnsetType = UNSET,
         finish_reason: str | None = None,
+        tokens: list[Token] | None = None,
     ) -> Body:
         usage = None if self.include_usage else UNSET
         if self.dialect == "text":
-            choice = TextChoice(text=text or "", finish_reason=finish_reason)
+            choice = TextChoice(
+                index=index,
+                text=text or "",
+                logprobs=None if tokens is None else text_logprobs(tokens),
+                finish_reason=finish_reason,
+            )
             return self._body([choice], usage=usage, report=report)
-        delta = Delta(role=role, content=UNSET if text is None else text)
-        return self._body(
-            [ChunkChoice(delta=delta, finish_reason=finish_reason)], usage=usage, report=report
+        chunk = ChunkChoice(
+            index=index,
+            delta=Delta(role=role, content=UNSET if text is None else text),
+            logprobs=None if tokens is None else chat_logprobs(tokens),
+            finish_reason=finish_reason,
         )
+        return self._body([chunk], usage=usage, report=report)
 
     def _body(
         self,
-        choices: list[ChunkChoice] | list[TextChoice],
+        choices: Sequence[ChunkChoice | TextChoice],
         *,
         usage: TokenUsage | UnsetType | None,
         report: D2fReport | UnsetType = UNSET,

@@ -65,12 +65,12 @@ def _refused(**off: tuple[object, ...]) -> dict[str, Field]:
 
 
 BOTH: Final[Fields] = {
-    **_obeyed("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream"),
+    **_obeyed("model", "n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream"),
     **_obeyed("stream_options", "diffusing", "d2f"),
     **_without_effect("user", "metadata", "store", "service_tier", "safety_identifier"),
     **_without_effect("prompt_cache_key", "prompt_cache_retention", "cache_salt", "cache_prompt"),
     **_without_effect("request_id", "priority", "keep_alive"),
-    **_refused(n=(1,), logit_bias=({},), presence_penalty=(0,), frequency_penalty=(0,)),
+    **_refused(logit_bias=({},), presence_penalty=(0,), frequency_penalty=(0,)),
     **_refused(repetition_penalty=(1,), length_penalty=(1,), top_k=(-1, 0), min_p=(0,)),
     **_refused(typical_p=(1,), top_a=(0,), tfs_z=(1,), mirostat=(0,), use_beam_search=(False,)),
     **_refused(ignore_eos=(False,), min_tokens=(0,), stop_token_ids=([],), bad_words=([],)),
@@ -84,10 +84,10 @@ BOTH: Final[Fields] = {
 
 CHAT: Final[Fields] = {
     **BOTH,
-    **_obeyed("messages", "max_completion_tokens"),
+    **_obeyed("messages", "max_completion_tokens", "logprobs"),
     **_without_effect("parallel_tool_calls", "prediction", "include_reasoning"),
     **_refused(tools=([],), functions=([],), tool_choice=("none", "auto")),
-    **_refused(function_call=("none", "auto"), logprobs=(False,), top_logprobs=(0,)),
+    **_refused(function_call=("none", "auto"), top_logprobs=(0,)),
     **_refused(response_format=({"type": "text"},), modalities=(["text"],), audio=()),
     **_refused(reasoning_effort=("none",), verbosity=("medium",), web_search_options=()),
     **_refused(thinking=({"type": "disabled"},), reasoning=(), enable_thinking=()),
@@ -97,8 +97,8 @@ CHAT: Final[Fields] = {
 
 COMPLETION: Final[Fields] = {
     **BOTH,
-    **_obeyed("prompt"),
-    **_refused(best_of=(1,), suffix=("",), logprobs=(False,)),
+    **_obeyed("prompt", "logprobs"),
+    **_refused(best_of=(1,), suffix=("",)),
 }
 
 STREAM_OPTIONS: Final[Fields] = {

@@ -1,40 +1,49 @@
-"""AnswerReader: one stream as one HTTP response reads it. Knows no HTTP."""
+"""AnswerReader, AnswersReader: streams as one HTTP response reads them. Know no HTTP."""
 
 import asyncio
+from collections.abc import Sequence
 
 from d2f_stream.core.errors import D2FError, ServerShuttingDown, error_from
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.streams.served_stream import ServedStream
 
-__all__ = ["AnswerReader"]
+__all__ = ["Answer", "AnswerReader", "AnswersReader"]
+
+Answer = tuple[list[Block], StreamFinished]
 
 
 class AnswerReader:
-    """Reads one stream, from now on; a stream that nobody reads any more is cancelled."""
+    """Reads one stream, from now on; a stream that nobody reads any more is cancelled.
 
-    def __init__(self, stream: ServedStream, registry: StreamRegistry) -> None:
+    Args:
+        stream: to be read.
+        registry: whose it is.
+        changed: is set when there is something to read; None makes its own.
+    """
+
+    def __init__(
+        self,
+        stream: ServedStream,
+        registry: StreamRegistry,
+        *,
+        changed: asyncio.Event | None = None,
+    ) -> None:
         self._registry = registry
-        self._changed = asyncio.Event()
+        self._changed = changed or asyncio.Event()
         drafts = True  # there are none unless the request asked for them
         self._cursor = stream.read(drafts=drafts, wake=self._changed.set)
 
-    async def next(self, patience_s: float | None = None) -> Event | None:
-        """Wait for the next event; None if none came for so long. Safe to cancel.
+    def poll(self) -> Event | None:
+        """Return the next event if there is one.
 
         Raises:
             D2FError: the stream was turned away, failed, or was cut off by the server's end.
         """
         cursor = self._cursor
-        try:
-            async with asyncio.timeout(patience_s):
-                while (event := cursor.next_event()) is None:
-                    if cursor.exhausted:
-                        raise cursor.stream.error or D2FError("the stream has no end")
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return None
+        event = cursor.next_event()
+        if event is None and cursor.exhausted:
+            raise cursor.stream.error or D2FError("the stream has no end")
         if isinstance(event, StreamFailed):
             raise error_from(event.code, event.message)
         cancelled = isinstance(event, StreamFinished) and event.reason == "cancelled"
@@ -42,7 +51,22 @@ class AnswerReader:
             raise ServerShuttingDown("the server is shutting down; the answer was cut off")
         return event
 
-    async def read_all(self) -> tuple[list[Block], StreamFinished]:
+    async def next(self, patience_s: float | None = None) -> Event | None:
+        """Wait for the next event; None if none came for so long. Safe to cancel.
+
+        Raises:
+            D2FError: as `poll`.
+        """
+        try:
+            async with asyncio.timeout(patience_s):
+                while (event := self.poll()) is None:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return None
+        return event
+
+    async def read_all(self) -> Answer:
         """Wait for the whole answer. Safe to cancel."""
         blocks: list[Block] = []
         while not isinstance(event := await self.next(), StreamFinished):
@@ -53,3 +77,47 @@ class AnswerReader:
     def close(self) -> None:
         """Read no more. Idempotent."""
         self._cursor.detach()
+
+
+class AnswersReader:
+    """Reads the streams of one request's choices side by side."""
+
+    def __init__(self, streams: Sequence[ServedStream], registry: StreamRegistry) -> None:
+        self._changed = asyncio.Event()
+        self._readers = [AnswerReader(s, registry, changed=self._changed) for s in streams]
+        self._running = dict(enumerate(self._readers))
+
+    async def next(self, patience_s: float | None = None) -> tuple[int, Event] | None:
+        """Wait for the next event, and tell whose; None if none came for so long. Safe to cancel.
+
+        To be called until every stream has ended.
+
+        Raises:
+            D2FError: one of the streams was turned away, failed, or was cut off.
+        """
+        try:
+            async with asyncio.timeout(patience_s):
+                while True:
+                    self._changed.clear()
+                    for index, reader in self._running.items():
+                        if (event := reader.poll()) is not None:
+                            if isinstance(event, StreamFinished):
+                                del self._running[index]
+                            return index, event
+                    await self._changed.wait()
+        except TimeoutError:
+            return None
+
+    @property
+    def ended(self) -> bool:
+        """Whether every stream has."""
+        return not self._running
+
+    async def read_all(self) -> list[Answer]:
+        """Wait for the whole answers. Safe to cancel."""
+        return [await reader.read_all() for reader in self._readers]
+
+    def close(self) -> None:
+        """Read no more. Idempotent."""
+        for reader in self._readers:
+            reader.close()

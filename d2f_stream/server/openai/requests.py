@@ -6,8 +6,9 @@ included) and `d2f`, the settings of block diffusion.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
+import msgspec
 from msgspec import UNSET, Struct
 
 from d2f_stream.server.openai.fields import (
@@ -34,6 +35,8 @@ __all__ = [
     "StreamOptions",
     "TextPart",
 ]
+
+MAX_CHOICES: Final = 16
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):
@@ -118,6 +121,7 @@ class AnswerRequest(Struct, frozen=True, kw_only=True):
     fields: ClassVar[Fields]
 
     model: str | None = None
+    n: int | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -151,6 +155,32 @@ class AnswerRequest(Struct, frozen=True, kw_only=True):
         """
         raise NotImplementedError
 
+    def check_values(self) -> None:
+        """Refuse values of obeyed fields that are not done here.
+
+        Raises:
+            UnsupportedParameter: names the first such field.
+        """
+        if not 1 <= self.num_choices <= MAX_CHOICES:
+            sentence = f"n is {self.n} but must be an integer from 1 to {MAX_CHOICES}"
+            raise UnsupportedParameter("n", sentence)
+        if self.wants_logprobs and self.diffusing:
+            raise UnsupportedParameter(
+                "logprobs",
+                "logprobs are of tokens that are final, but with diffusing each delta replaces the "
+                "one before; leave one of both out",
+            )
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are asked for."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probability of each token is asked for."""
+        return False
+
     @property
     def include_usage(self) -> bool:
         """Whether a streamed answer ends with a chunk of its usage."""
@@ -166,8 +196,12 @@ class AnswerRequest(Struct, frozen=True, kw_only=True):
         """The longest answer, in tokens; None leaves it to the model."""
         return self.max_tokens
 
-    def overrides(self) -> Overrides:
-        """Return the parameters that the request sets; those in `d2f` win over OpenAI's names."""
+    def overrides(self, choice: int = 0) -> Overrides:
+        """Return the parameters that the request sets; those in `d2f` win over OpenAI's names.
+
+        Args:
+            choice: number of the answer; each draws from a seed of its own.
+        """
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given: dict[str, Any] = {
             "max_new_tokens": self.answer_limit,
@@ -179,6 +213,9 @@ class AnswerRequest(Struct, frozen=True, kw_only=True):
         chosen = {name: value for name, value in given.items() if value is not None}
         chosen |= (self.d2f or Overrides()).to_dict()
         chosen["drafts"] = bool(self.diffusing and self.stream)
+        chosen["logprobs"] = self.wants_logprobs
+        if choice and chosen.get("seed") is not None:
+            chosen["seed"] = (chosen["seed"] + choice + 2**63) % 2**64 - 2**63
         return Overrides(**chosen)
 
     def param_of(self, name: str) -> str:
@@ -196,12 +233,18 @@ class ChatRequest(AnswerRequest, frozen=True, kw_only=True):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
 
     @property
     def wire_prompt(self) -> WirePrompt:
         """The messages, for the model's template."""
         turns = enumerate(self.messages)
         return [*joined((turn.wire(f"messages[{i}]"), turn.is_result) for i, turn in turns)]
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probability of each token is asked for."""
+        return bool(self.logprobs)
 
     @property
     def max_tokens_param(self) -> str:
@@ -222,6 +265,22 @@ class CompletionRequest(AnswerRequest, frozen=True, kw_only=True):
     fields: ClassVar[Fields] = COMPLETION
 
     prompt: str | list[str | int | list[int]]
+    logprobs: bool | int | None = None
+
+    def check_values(self) -> None:
+        """Refuse values of obeyed fields that are not done here; see AnswerRequest."""
+        AnswerRequest.check_values(self)
+        if self.logprobs:
+            sentence = (
+                f"logprobs is {msgspec.json.encode(self.logprobs).decode()}, but of each position "
+                "the chosen token's is known alone; send 0 for that, or leave it out"
+            )
+            raise UnsupportedParameter("logprobs", sentence)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probability of each token is asked for: 0 alternatives to it."""
+        return self.logprobs is not None and self.logprobs is not False
 
     @property
     def wire_prompt(self) -> WirePrompt:

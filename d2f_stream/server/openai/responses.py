@@ -4,7 +4,7 @@ Text only: no tools, no stored conversations. A request that names an earlier re
 since nothing is kept; its turns can be sent as `input` instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -19,6 +19,7 @@ from d2f_stream.server.openai.fields import (
     UnsupportedParameter,
     check_known,
 )
+from d2f_stream.server.openai.reader import Answer
 from d2f_stream.server.openai.requests import AnswerRequest, ChatMessage
 from d2f_stream.server.openai.shapes import ErrorBody
 from d2f_stream.wire.protocol import WirePrompt
@@ -45,6 +46,7 @@ RESPONSES: Final[Fields] = {
     "image": Field("refused"),
     "max_tool_calls": Field("refused"),
     "moderation": Field("refused"),
+    "n": Field("refused", (1,)),
     "previous_response_id": Field("refused"),
     "prompt": Field("refused"),
     "reasoning": Field("refused", ({}, {"effort": "none"})),
@@ -170,8 +172,9 @@ class ResponseWriter:
     _text: str = ""
     _sequence: int = field(default=0)
 
-    def frames(self, event: Event) -> bytes:
+    def frames(self, event: Event, index: int = 0) -> bytes:
         """Return the server-sent events that an event of the stream makes."""
+        assert index == 0  # there are no choices here
         match event:
             case StreamStarted():
                 response = self._response("in_progress", None)
@@ -198,8 +201,9 @@ class ResponseWriter:
         report = error.error
         return self._frame("error", code=report.code, message=report.message, param=report.param)
 
-    def whole(self, blocks: list[Block], end: StreamFinished) -> bytes:
+    def whole(self, answers: Sequence[Answer]) -> bytes:
         """Return the response to a request that is not streamed."""
+        [(blocks, end)] = answers
         self._text = "".join(block.text for block in blocks)
         return msgspec.json.encode(self._response(_status(end), end))
 

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from d2f_stream.core.errors import D2FError, ModelNotFound, SlowConsumer
-from d2f_stream.core.events import Event, StreamFinished
+from d2f_stream.core.events import Event
 from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.http.login import client_of
@@ -37,12 +37,13 @@ from d2f_stream.server.openai.errors import (
     error_headers,
     status_of,
 )
-from d2f_stream.server.openai.reader import AnswerReader
+from d2f_stream.server.openai.reader import AnswersReader
 from d2f_stream.server.openai.requests import AnswerRequest, ChatRequest, CompletionRequest
 from d2f_stream.server.openai.responses import ResponsesRequest, ResponseWriter
 from d2f_stream.server.openai.shapes import Model, ModelList
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.wire.codec import UNREADABLE
 from d2f_stream.wire.protocol import Generate, WirePrompt
 
@@ -163,6 +164,7 @@ class _Api:
             client = await client_of(request, self._auth, self._logins)
             asked = await self._read(request, kind)
             self._check_model(asked.model)
+            asked.check_values()
             prompt = asked.wire_prompt
         except D2FError as error:
             return self._refuse(error)
@@ -183,20 +185,32 @@ class _Api:
         self, request: Request, asked: AnswerRequest, prompt: WirePrompt, client: str
     ) -> Response:
         name = uuid.uuid4().hex
-        generate = Generate(
-            request_id=name, prompt=prompt, params=asked.overrides(), on_disconnect="cancel"
-        )
         asker = asker_of(client, request.client and request.client.host)
-        stream = self._registry.generate(generate, client=client, asker=asker, clamp=True)
-        reader = AnswerReader(stream, self._registry)
+        streams: list[ServedStream] = []
+        try:
+            for choice in range(asked.num_choices):
+                generate = Generate(
+                    request_id=f"{name}-{choice}" if choice else name,
+                    prompt=prompt,
+                    params=asked.overrides(choice),
+                    on_disconnect="cancel",
+                )
+                streams.append(
+                    self._registry.generate(generate, client=client, asker=asker, clamp=True)
+                )
+        except D2FError:
+            for stream in streams:
+                stream.cancel()
+            raise
+        reader = AnswersReader(streams, self._registry)
         writer = self._writer(asked, name)
         if asked.stream:
             return await self._stream(request, reader, writer)
         try:
-            blocks, end = await unless_disconnected(request.receive, reader.read_all())
+            answers = await unless_disconnected(request.receive, reader.read_all())
         finally:
             reader.close()
-        return Response(writer.whole(blocks, end), media_type="application/json")
+        return Response(writer.whole(answers), media_type="application/json")
 
     def _writer(self, asked: AnswerRequest, name: str) -> AnswerWriter | ResponseWriter:
         created, model = int(time.time()), self._registry.engine.info.name
@@ -209,10 +223,12 @@ class _Api:
             model=model,
             diffusing=bool(asked.diffusing),
             include_usage=asked.include_usage,
+            logprobs=asked.wants_logprobs,
+            num_choices=asked.num_choices,
         )
 
     async def _stream(
-        self, request: Request, reader: AnswerReader, writer: AnswerWriter | ResponseWriter
+        self, request: Request, reader: AnswersReader, writer: AnswerWriter | ResponseWriter
     ) -> Response:
         try:
             # A request that is turned away at once gets a status of its own, not a 200.
@@ -228,16 +244,20 @@ class _Api:
         )
 
     async def _frames(
-        self, event: Event | None, reader: AnswerReader, writer: AnswerWriter | ResponseWriter
+        self,
+        came: tuple[int, Event] | None,
+        reader: AnswersReader,
+        writer: AnswerWriter | ResponseWriter,
     ) -> AsyncGenerator[bytes, None]:
         try:
-            while not isinstance(event, StreamFinished):
-                if event is None:
+            while True:
+                if came is None:
                     yield COMMENT
-                elif frames := writer.frames(event):
+                elif frames := writer.frames(came[1], came[0]):
                     yield frames
-                event = await reader.next(self._keep_alive_s)
-            yield writer.frames(event)
+                if reader.ended:
+                    break
+                came = await reader.next(self._keep_alive_s)
         except D2FError as error:
             yield writer.failure(error_body(error))
 

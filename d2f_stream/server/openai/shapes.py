@@ -3,11 +3,13 @@
 Beside OpenAI's own fields, answers and chunks carry a `d2f` object with what happened.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
 from d2f_stream.core.events import FinishReason, Timings, Usage
+from d2f_stream.server.openai.token_logprobs import ChatLogprobs, TextLogprobs
 from d2f_stream.wire.protocol import ModelCard
 
 __all__ = [
@@ -34,9 +36,10 @@ class TokenUsage(Struct, frozen=True, kw_only=True):
     total_tokens: int
 
     @classmethod
-    def of(cls, usage: Usage) -> "TokenUsage":
-        """Return the usage of a stream in OpenAI's words."""
-        prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    def of(cls, usages: Sequence[Usage]) -> "TokenUsage":
+        """Return the usage of the streams that answered one prompt in OpenAI's words."""
+        prompt = usages[0].prompt_tokens
+        completion = sum(usage.completion_tokens for usage in usages)
         return cls(
             prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
         )
@@ -78,7 +81,7 @@ class ChunkChoice(Struct, frozen=True, kw_only=True):
 
     index: int = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -95,7 +98,7 @@ class MessageChoice(Struct, frozen=True, kw_only=True):
 
     index: int = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -104,7 +107,7 @@ class TextChoice(Struct, frozen=True, kw_only=True):
 
     index: int = 0
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -115,7 +118,7 @@ class Body(Struct, frozen=True, kw_only=True):
     object: str
     created: int
     model: str
-    choices: list[ChunkChoice] | list[MessageChoice] | list[TextChoice]
+    choices: Sequence[ChunkChoice | MessageChoice | TextChoice]
     usage: TokenUsage | UnsetType | None = UNSET
     d2f: D2fReport | UnsetType = UNSET
 

@@ -226,7 +226,8 @@ class Stream:
             return ()
         added = ["" if token in self._info.eos_ids else texts.push((token,)) for token in tokens]
         if is_last:
-            added[-1] += texts.flush()
+            at = -2 if len(tokens) > 1 and tokens[-1] in self._info.eos_ids else -1
+            added[at] += texts.flush()
         return tuple(added)
 
     def _draft(self, view: BlockView) -> None:
