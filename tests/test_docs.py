@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = re.compile(r"`((?:d2f_stream|runtime|export|lab|tests|bench|scripts|docs)/[\w./-]+)`")
 LINKS = re.compile(r"\]\(((?!https?://|#)[^)#\s]+)")
 
