@@ -30,7 +30,7 @@ import asyncio, sys, time
 from dataclasses import dataclass
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
 from d2f_runtime.engine import LocalEngine
-from d2f_stream.server.serve import ServeSettings, serve
+from d2f_stream.server.serve import ServeSettings, configure_logging, serve
 @dataclass(slots=True)
 class Hanging(ScriptedBackend):
     def step(self, rows):
@@ -38,6 +38,7 @@ class Hanging(ScriptedBackend):
         time.sleep(600)
         return []
 async def main():
+    configure_logging()
     async with LocalEngine.over(Hanging("x"), ByteCodec()) as engine:
         return await serve(engine, ServeSettings(port=0, shutdown_deadline_s=float(sys.argv[1])))
 sys.exit(asyncio.run(main()))
@@ -162,10 +163,14 @@ def test_process_with_a_step_that_hangs_ends(
     num_signals: int, deadline_s: float, code: int
 ) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", HANGING, str(deadline_s)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HANGING, str(deadline_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             assert process.stdout is not None
+            assert process.stderr is not None
             url = process.stdout.readline().split(" at ")[1].split()[0]
             body = {"prompt": "hi", "stream": True}
             with (
@@ -175,10 +180,12 @@ def test_process_with_a_step_that_hangs_ends(
                 ),
             ):
                 assert process.stdout.readline() == "in a step\n"
-                for _ in range(num_signals):
-                    os.kill(process.pid, signal.SIGTERM)
-                    time.sleep(0.5)  # two signals at once are one
                 began = time.monotonic()
+                os.kill(process.pid, signal.SIGTERM)
+                # Two signals at once are one: the second comes when the first was heard.
+                assert any("shutting down" in line for line in process.stderr)
+                for _ in range(num_signals - 1):
+                    os.kill(process.pid, signal.SIGTERM)
                 assert process.wait(30) == code
                 assert time.monotonic() - began < 20
         finally:

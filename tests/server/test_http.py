@@ -217,7 +217,8 @@ async def test_request_that_does_not_arrive_in_time_loses_its_connection(sent: b
     ):
         writer.write(sent)
         with contextlib.suppress(ConnectionError):
-            await reader.read()
+            async with asyncio.timeout(10):  # far below `keep_alive_s`, which is another limit
+                await reader.read()
         assert server.num_connections == 0
 
 

@@ -125,10 +125,12 @@ class _GuardedHttp(H11Protocol):
         if self.transport.is_closing():
             self._request_timer.start(self.timeouts.request_s, self.transport)
             return
+        # A response may be complete before its request: only after both does a next one come.
+        is_between = self.timeout_keep_alive_task is not None and self.conn.their_state is h11.IDLE
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._request_timer.stop()
             self.sockets.note_busy(self.transport)
-        elif self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]:
+        elif is_between and not self.conn.trailing_data[0]:
             self._request_timer.stop()
             self.sockets.note_kept(self.transport)
         else:
