@@ -175,11 +175,11 @@ def test_every_quantisation_of_the_base_drafts(adapter: Path, quantization: str)
 
 def windows(mask_id: int) -> list[Window]:
     """A prompt with drafts, drafts beside filled ones that wait, and a step without any draft."""
-    prompt, masks = tuple(range(10, 19)), (mask_id,) * 8
+    prompt, masks = tuple(range(10, 17)), (mask_id,) * 8
     return [
-        Window(0, prompt + masks, 9, (*range(1, 10), 13, 17)),
-        Window(9, (20, 21, 22, *masks[:5], 30, mask_id), 3, (10, 11, 12, 13, 17, 19), 2),
-        Window(11, (22, 23, mask_id), 2, (12, 13, 14), 1),
+        Window(0, prompt + masks, 7, (*range(1, 8), 11, 15)),
+        Window(7, (20, 21, 22, *masks[:5], 30, mask_id), 3, (8, 9, 10, 11, 15, 17), 2),
+        Window(9, (22, 23, mask_id), 2, (10, 11, 12), 1),
     ]
 
 
