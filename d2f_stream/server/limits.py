@@ -36,6 +36,8 @@ class ServeLimits:
         max_running_per_client: of those, with one client's token, so that the next client finds
             room; None is three quarters.
         max_running_tokens: prompt and `max_new_tokens`, summed over all streams that run or wait.
+        max_running_tokens_per_client: of those, with one client's token; None is three quarters.
+            It does not bind a client's only stream.
         max_retained_bytes: of the streams that have ended and can still be resumed; the oldest of
             the client who has most go first.
         resume_ttl_s: how long a stream can be resumed after its end, seconds.
@@ -60,11 +62,27 @@ class ServeLimits:
     max_failed_logins: int = 3
     requests_per_minute: int | None = None
     max_running_tokens: int = 4_000_000
+    max_running_tokens_per_client: int | None = None
     max_retained_bytes: int = 8 * 1024 * 1024
     resume_ttl_s: float = 300.0
     stall_timeout_s: float = 30.0
     auth_timeout_s: float = 10.0
     max_bad_messages: int = 16
+
+    @property
+    def running_share(self) -> int:
+        """Streams of one client that the engine works on at once."""
+        return _share_of(self.max_running, self.max_running_per_client)
+
+    @property
+    def token_share(self) -> int:
+        """Tokens that the streams of one client may take together."""
+        return _share_of(self.max_running_tokens, self.max_running_tokens_per_client)
+
+
+def _share_of(most: int, given: int | None) -> int:
+    """Return what one client may have, so that the next one finds room."""
+    return max(1, most * 3 // 4) if given is None else given
 
 
 class RateLimit:

@@ -80,6 +80,11 @@ OPTIONS: Final = (
         "max_running_tokens",
         "prompt and answer tokens of all that run or wait",
     ),
+    Option(
+        "--max-running-tokens-per-client",
+        "max_running_tokens_per_client",
+        "of those, one client's; else three quarters",
+    ),
     Option("--requests-per-minute", "requests_per_minute", "requests of one client"),
     Option("--max-sockets", "max_sockets", "connections of all kinds; fewer where files are few"),
     Option("--max-connections", "max_connections", "websockets"),

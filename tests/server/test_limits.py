@@ -51,7 +51,11 @@ async def test_connection_too_many_is_told_to_come_later() -> None:
         (ServeLimits(max_streams_per_connection=2), "too_many_streams"),
         (ServeLimits(max_streams=2), "too_many_streams"),
         (ServeLimits(max_streams_per_client=2), "too_many_streams"),
-        (ServeLimits(max_running_tokens=2 * 128), "too_many_streams"),
+        (
+            ServeLimits(max_running_tokens=256, max_running_tokens_per_client=256),
+            "too_many_streams",
+        ),
+        (ServeLimits(max_running_tokens_per_client=256), "too_many_streams"),
         (ServeLimits(requests_per_minute=2), "rate_limited"),
     ],
 )

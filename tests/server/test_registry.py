@@ -366,15 +366,41 @@ async def test_running_streams_are_never_forgotten_for_room() -> None:
     backend, gate = held()
     async with network(backend, limits=ServeLimits(max_running_tokens=250)) as net:
         running = [
-            net.registry.generate(request(f"r{n}", max_new_tokens=100), client="a")
-            for n in range(2)
+            net.registry.generate(request("r", max_new_tokens=100), client=client)
+            for client in ("a", "b")
         ]
         with pytest.raises(TooManyStreams, match="250 tokens in all"):
-            net.registry.generate(request("r2", max_new_tokens=100), client="a")
+            net.registry.generate(request("r", max_new_tokens=100), client="c")
         assert net.registry.num_retained == 2
         gate.open()
         for stream in running:
             assert text_of(await read(stream)) == ANSWER
+
+
+async def test_one_client_leaves_running_tokens_to_others() -> None:
+    backend, gate = held()
+    async with network(backend, limits=ServeLimits(max_running_tokens=400)) as net:
+        mallory = [
+            net.registry.generate(request(f"m{n}", max_new_tokens=100), client="mallory")
+            for n in range(3)
+        ]
+        with pytest.raises(TooManyStreams, match="300 tokens together"):
+            net.registry.generate(request("m3", max_new_tokens=1), client="mallory")
+        bobs = net.registry.generate(request(max_new_tokens=100), client="bob")
+        mallory[0].cancel()
+        await until(lambda: net.registry.num_active == 3)
+        net.registry.generate(request("m3", max_new_tokens=100), client="mallory")
+        gate.open()
+        assert text_of(await read(bobs)) == ANSWER
+
+
+async def test_share_of_the_running_tokens_does_not_bind_an_only_stream() -> None:
+    limits = ServeLimits(max_running_tokens=200, max_running_tokens_per_client=1)
+    async with network(ScriptedBackend(ANSWER), limits=limits) as net:
+        for name in ("first", "second"):
+            stream = net.registry.generate(request(name, max_new_tokens=200), client="a")
+            assert text_of(await read(stream)) == ANSWER
+            await until(lambda: net.registry.num_active == 0)
 
 
 @pytest.mark.parametrize("tokens", [290, 5000, 10**12])

@@ -151,6 +151,11 @@ class Admission:
                 f"the running streams may take {limits.max_running_tokens} tokens in all; "
                 "try again later, or lower max_new_tokens"
             )
+        if own and sum(own) + charge > limits.token_share:
+            raise TooManyStreams(
+                f"your running streams may take {limits.token_share} tokens together; "
+                "wait for one to end, or lower max_new_tokens"
+            )
         self._rate.take(client, now_s)
         self._taken.setdefault(client, []).append(charge)
 

@@ -76,10 +76,10 @@ class StreamRegistry:
         self._admits = True
         self.paused = False
         self.num_abandoned = 0
-        most, share = self.limits.max_running, self.limits.max_running_per_client
-        share = max(1, most * 3 // 4) if share is None else share
         self._reading = FairTurns(most=MAX_READING, most_per_client=1)
-        self._running = FairTurns(most=most, most_per_client=share)
+        self._running = FairTurns(
+            most=self.limits.max_running, most_per_client=self.limits.running_share
+        )
         self._entering = FairTurns(most=MAX_ENTERING, most_per_client=MAX_ENTERING)
 
     @property
