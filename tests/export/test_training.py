@@ -10,6 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+import d2f_export.embedded_model.corpus as corpus_module
 from d2f_export.__main__ import main
 from d2f_export.distill.log import TrainingLog
 from d2f_export.embedded_model.corpus import EOS_ID, Corpus
@@ -30,6 +31,11 @@ pytestmark = pytest.mark.torch
 
 RECIPE = RECIPES["tiny"]
 QUICK = replace(RECIPE.twin, steps=2, tokens_per_batch=1024, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "SHARD_SIZE", 256)  # 4096 take some seconds to draw
 
 
 @pytest.fixture(scope="module")

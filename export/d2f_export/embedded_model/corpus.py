@@ -90,7 +90,7 @@ class Corpus:
                 yield Batch(torch.from_numpy(rows), torch.from_numpy(prompt_lens))
 
     def _shards(self, first: int) -> Iterator[Shard]:
-        jobs = ((self._tokenizer_path, self._seed, i) for i in itertools.count(first))
+        jobs = ((self._tokenizer_path, self._seed, i, SHARD_SIZE) for i in itertools.count(first))
         if self._num_workers == 0:
             yield from map(_make_shard, jobs)
             return
@@ -102,13 +102,13 @@ class Corpus:
                 ahead.append(pool.apply_async(_make_shard, (next(jobs),)))
 
 
-def _make_shard(job: tuple[Path, int, int]) -> Shard:
+def _make_shard(job: tuple[Path, int, int, int]) -> Shard:
     from tokenizers import Tokenizer
 
-    path, seed, number = job
+    path, seed, number, size = job
     tokenizer = Tokenizer.from_file(str(path))
     drawn = problems(seed * 1_000_003 + number, split="train")
-    sample = list(itertools.islice(drawn, SHARD_SIZE))
+    sample = list(itertools.islice(drawn, size))
     prompts = tokenizer.encode_batch_fast([problem.question for problem in sample])
     answers = tokenizer.encode_batch_fast([problem.answer for problem in sample])
     rows = [p.ids + a.ids for p, a in zip(prompts, answers, strict=True)]
