@@ -215,7 +215,7 @@ def _remote_engine(
 ) -> "SharedEngine":
     scheme = url.partition("://")[0]
     if scheme in ("mqtt", "mqtts"):
-        from d2f_stream.client.mqtt_engine import connect_mqtt
+        from d2f_stream.client.mqtt_line import connect_mqtt
 
         return connect_mqtt(url, token=token, reconnect_timeout_s=reconnect_timeout_s)
     if scheme not in ("ws", "wss", "http", "https"):
@@ -225,7 +225,7 @@ def _remote_engine(
         )
     from d2f_stream.channels.websocket import check_url, open_websocket
     from d2f_stream.client.backoff import Backoff
-    from d2f_stream.client.websocket_engine import RemoteEngine
+    from d2f_stream.client.websocket_line import connect_websocket
 
     dial = partial(open_websocket, check_url(url), token=token)
-    return RemoteEngine(dial, backoff=Backoff(timeout_s=reconnect_timeout_s))
+    return connect_websocket(dial, backoff=Backoff(timeout_s=reconnect_timeout_s))

@@ -11,7 +11,8 @@ from d2f_runtime.engine.local import Limits
 from d2f_stream.channels import Channel
 from d2f_stream.channels.memory import MemoryChannel
 from d2f_stream.client.backoff import Backoff
-from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.client.remote_engine import RemoteEngine
+from d2f_stream.client.websocket_line import connect_websocket
 from d2f_stream.core.errors import ConnectionLost, D2FError
 from d2f_stream.core.events import Event
 from d2f_stream.core.session import Engine
@@ -187,7 +188,7 @@ async def network(
 
 
 def client_of(net: Network, **options: Any) -> RemoteEngine:
-    return RemoteEngine(net.dial, **{"backoff": instantly(), "linger_s": 0.0, **options})
+    return connect_websocket(net.dial, **{"backoff": instantly(), "linger_s": 0.0, **options})
 
 
 @asynccontextmanager

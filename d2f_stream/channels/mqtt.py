@@ -62,9 +62,6 @@ class BrokerLink:
         will: published by the broker when we are gone without a word.
         will_delay_s: how long the broker waits for us to come back before it does so.
         farewell: published by us before we leave.
-        keeps_session: whether the broker goes on collecting messages for us after we have left on
-            purpose. Without it we unsubscribe first; a shared subscription left behind would
-            swallow messages that others wait for.
         sleep: waits between attempts.
         max_inbox: messages that wait to be handled.
     """
@@ -81,7 +78,6 @@ class BrokerLink:
         will: Outgoing | None = None,
         will_delay_s: int = 0,
         farewell: Callable[[], Outgoing] | None = None,
-        keeps_session: bool = False,
         sleep: Sleep = asyncio.sleep,
         max_inbox: int = MAX_INBOX,
     ) -> None:
@@ -92,7 +88,6 @@ class BrokerLink:
         self._session_expiry_s = session_expiry_s
         self._tls = tls
         self._will, self._will_delay_s, self._farewell = will, will_delay_s, farewell
-        self._keeps_session = keeps_session
         self._sleep = sleep
         self._max_inbox = max_inbox
         self._num_failed = 0  # attempts since the last that went well
@@ -249,8 +244,8 @@ class BrokerLink:
             return
         with contextlib.suppress(LinkDown, Refused, TimeoutError):
             async with asyncio.timeout(FAREWELL_TIMEOUT_S):
-                if not self._keeps_session:
-                    await self.unsubscribe([name for name, _ in self.subscriptions])
+                # Left behind, a shared subscription would swallow messages that others wait for.
+                await self.unsubscribe([name for name, _ in self.subscriptions])
                 if self._farewell is not None:
                     await self.publish(self._farewell())
 

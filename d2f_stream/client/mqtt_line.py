@@ -1,230 +1,253 @@
-"""MqttLine: a conversation with the workers behind a broker, over connections that come and go.
+"""MqttLine: a client's line to the workers behind an MQTT broker.
 
-Knows when anybody listens, and how long a broker or a worker may be away. When it is connected at
-all is its engine's.
+Owns when there is a connection, which is a `BrokerLink`; what is said over it, and who hears it, is
+a `WorkerTalk`'s.
 """
 
 import asyncio
+import contextlib
 import logging
+import secrets
+import ssl
 from collections.abc import Callable
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
-from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
-from d2f_stream.channels.mqtt import BrokerLink
-from d2f_stream.client.conversation import Conversation
-from d2f_stream.client.mqtt_nodes import Nodes
-from d2f_stream.client.mqtt_posts import keys_of, message_of
-from d2f_stream.core.errors import (
-    ConnectionLost,
-    D2FError,
-    RemoteError,
-    Unauthorized,
-    WorkerLost,
-)
-from d2f_stream.core.events import StreamStarted
-from d2f_stream.wire.codec import Codec
-from d2f_stream.wire.protocol import Generate, ModelCard, ServerClosing, ServerHello
-from d2f_stream.wire.topics import (
-    NodeStatus,
-    NodeStatusTopic,
-    StreamTopic,
-    codec_of,
-    decode,
-    parse,
-)
+from d2f_stream.channels.broker import BrokerAddress
+from d2f_stream.channels.mqtt import BrokerLink, Sleep
+from d2f_stream.client.remote_engine import RemoteEngine
+from d2f_stream.client.worker_talk import WorkerTalk
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import ConnectionLost, D2FError, EngineClosed, MessageTooLarge
+from d2f_stream.core.events import StreamNames
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
+from d2f_stream.wire.protocol import Generate, ModelCard
+from d2f_stream.wire.topics import STATUSES, streams_of
 
-__all__ = ["MqttLine"]
+__all__ = ["MqttLine", "connect_mqtt"]
 
 logger = logging.getLogger("d2f_stream.mqtt")
 
-LOSS_GRACE_S: Final = 1.0
-"""So long the last events of a worker may come after the news that it is gone."""
+CANCEL_GRACE_S: Final = 5.0
+"""So long a cancelled stream waits for its worker's last events."""
+
+MAX_REQUEST_BYTES: Final = 512 * 1024
+FLUSH_TIMEOUT_S: Final = 2.0
+LINGER_S: Final = 5.0
+
+SESSION_EXPIRY_S: Final = 300
+"""So long the broker keeps messages while we are gone."""
 
 
 class MqttLine:
-    """Says what a conversation has to say, and hears the workers. Belongs to one event loop.
+    """Keeps a client connected while that is needed, or for good once it was entered.
 
     Args:
         address: of the broker, for errors.
+        new_link: makes a connection to it.
         client: our name in the topics.
         codec: of requests and events.
-        patience_s: without broker or worker, until the requests fail.
-        changed: called when there may be nothing to wait for any more.
-        turned_away: called when the broker does not let us in.
-
-    Attributes:
-        conversation: what was asked.
-        link: the connection, once there is one.
-        card: what the workers serve, once the first of them has told.
-        refusal: why the broker turned us away, if it did.
-        known: set once either is there.
+        connect_timeout_s: for the first connection and the first worker.
+        reconnect_timeout_s: without broker or worker, until the requests fail.
+        linger_s: how long an idle connection is kept where the line was not entered, seconds.
     """
 
     def __init__(
         self,
         address: BrokerAddress,
+        new_link: Callable[[WorkerTalk], BrokerLink],
         *,
         client: str,
         codec: Codec,
-        patience_s: float,
-        changed: Callable[[], None],
-        turned_away: Callable[[], None],
+        connect_timeout_s: float,
+        reconnect_timeout_s: float,
+        linger_s: float,
     ) -> None:
-        self.conversation = Conversation(self._note_change, ended=self._note_ended, has_others=True)
-        self.link: BrokerLink | None = None
-        self.card: ModelCard | None = None
-        self.refusal: D2FError | None = None
-        self.known = asyncio.Event()
-        self._address = address
-        self._client = client
+        self._new_link = new_link
         self._codec = codec
-        self._patience_s = patience_s
-        self._changed = changed
-        self._turned_away = turned_away
-        self._nodes = Nodes(on_online=self._note_online, on_offline=self._note_offline)
-        self._absence: asyncio.TimerHandle | None = None  # broker or workers are away
-        self._trouble = "no answer"
+        self._connect_timeout_s = connect_timeout_s
+        self._linger_s = linger_s
+        self._talk = WorkerTalk(
+            address,
+            client=client,
+            codec=codec,
+            patience_s=reconnect_timeout_s,
+            changed=self._note_change,
+            turned_away=self._rest,
+        )
+        self._running: asyncio.Task[None] | None = None
+        self._links: set[asyncio.Task[None]] = set()  # that one, and those that still disconnect
+        self._ending: asyncio.Task[None] | None = None
+        self._resting: asyncio.TimerHandle | None = None
+        self._entered = False
+        self._closing = False
 
-    def watch(self) -> None:
-        """Note whether anybody listens; bound how long requests wait for a broker or a worker."""
-        assert self.link is not None
-        is_up = self.link.connected and self._nodes.card is not None
-        if is_up != self.conversation.up:
-            if is_up:
-                self.conversation.opened()
-            else:
-                self.conversation.broken()
-        if is_up:
-            if self._absence is not None:
-                self._absence.cancel()
-                self._absence = None
-        elif self._absence is None and self.conversation.num_requests:
-            loop = asyncio.get_running_loop()
-            self._absence = loop.call_later(self._patience_s, self._give_up)
+    @property
+    def card(self) -> ModelCard | None:
+        """What the workers serve, once the first of them has told."""
+        return self._talk.card
 
-    def rest(self) -> None:
-        """Hear nothing until the next connection; nothing is waited for meanwhile."""
-        if self._absence is not None:
-            self._absence.cancel()
-            self._absence = None
-        self._nodes.pause()
-        self.conversation.broken()
+    @property
+    def refusal(self) -> D2FError | None:
+        """Why the broker turned us away, if it did."""
+        return self._talk.refusal
 
-    def absence_error(self, waited_s: float) -> ConnectionLost:
-        """Return what to tell who has waited for nothing."""
-        where = f"the broker at {self._address}"
-        if self.link is not None and self.link.connected:
-            return ConnectionLost(
-                f"{where} has had no worker online for {waited_s:g} s; "
-                "start one: d2f-stream serve --mqtt URL"
+    def ask(self, request: Generate, buffer: EventBuffer, names: StreamNames | None) -> None:
+        """Take a request on, and connect where that is not done.
+
+        Raises:
+            MessageTooLarge: the request is larger than brokers usually allow.
+        """
+        size = len(self._codec.encode(request))
+        if size > MAX_REQUEST_BYTES:  # a broker would disconnect us, and again at each repetition
+            raise MessageTooLarge(
+                f"the request has {size} bytes but the limit over MQTT is {MAX_REQUEST_BYTES}; "
+                "shorten the prompt"
             )
-        return ConnectionLost(f"{where} was not reached for {waited_s:g} s: {self._trouble}")
+        self._start()
+        self._talk.conversation.ask(request, buffer, names)
+        self._talk.watch()
 
-    # What the link tells.
+    def cancel(self, request_id: str) -> None:
+        """Give a request up; what runs has a while for its worker's last events."""
+        conversation = self._talk.conversation
+        conversation.cancel(request_id)
+        if conversation.has_started(request_id):
+            loop = asyncio.get_running_loop()
+            loop.call_later(CANCEL_GRACE_S, conversation.end_cancelled, request_id)
+        else:
+            conversation.end_cancelled(request_id)
 
-    def on_connected(self) -> None:
-        """Say again what may be lost, once a worker is known."""
-        self._nodes.listen()
-        self.watch()
+    async def enter(self) -> None:
+        """Connect, wait until a worker is online or we are refused, and stay connected.
 
-    def on_lost(self, reason: str, *, refused: bool) -> None:
-        """Wait for the link to come back, up to a bound."""
-        self._trouble = reason
-        self._nodes.pause()
-        self.conversation.broken()
-        if refused and self.card is None:
-            where = f"the broker at {self._address}"
-            if "certificate" in reason:
-                self.refusal = ConnectionLost(f"{where} is not trusted: {reason}")
-            else:
-                self.refusal = Unauthorized(
-                    f"{where} does not let us in: {reason}; {self._address.credentials}"
-                )
-            self.known.set()
-            self.conversation.fail(self.refusal)
-            self._turned_away()
-        self.watch()
-
-    def on_refused(self, message: Outgoing, reason: str) -> None:
-        """End the request that the broker does not take."""
-        operation = codec_of(message.content_type).decode_operation(message.payload)
-        if isinstance(operation, Generate):
-            text = f"the broker does not let {self._client!r} publish to {message.topic}: {reason}"
-            kind = Unauthorized if "authori" in reason.lower() else RemoteError
-            self.conversation.fail_request(operation.request_id, kind(text))
-
-    def on_message(self, message: Incoming) -> None:
-        """Take an event of a stream, or the status of a worker."""
-        topic = parse(message.topic)
+        Raises:
+            ConnectionLost: there is no broker, or there is no worker.
+        """
+        self._entered = True
+        self._start()
         try:
-            match topic:
-                case NodeStatusTopic(node):
-                    self._note_status(node, message)
-                case StreamTopic(client, request_id, _) if client == self._client:
-                    self._receive(request_id, message)
-                case _:
-                    pass
-        except D2FError as error:
-            logger.warning("a message on %.200s is dropped: %s", message.topic, error)
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self._talk.known.wait()
+        except TimeoutError:
+            raise self._talk.absence_error(self._connect_timeout_s) from None
 
-    # What the conversation tells.
+    def shut(self) -> None:
+        """End all requests, and disconnect once the workers know."""
+        self._closing = True
+        self._talk.conversation.abandon(EngineClosed("the engine was closed"))
+        if self._links:
+            self._ending = asyncio.create_task(self._end(), name="d2f-mqtt-closing")
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection is closed. Safe to cancel."""
+        if self._ending is not None:
+            await asyncio.wait((self._ending,))
+
+    def _start(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        if self._running is None:
+            self._talk.link = link = self._new_link(self._talk)
+            self._running = asyncio.create_task(link.run(), name="d2f-mqtt-link")
+            self._links.add(self._running)
+            self._running.add_done_callback(self._note_link_end)
+
+    async def _end(self) -> None:
+        link = self._talk.link
+        if link is not None and link.connected:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                    await link.flush()
+        self._rest()
+        if self._links:
+            await asyncio.wait(set(self._links))
+
+    def _rest(self) -> None:
+        """Disconnect until the next request; for good if the engine is closing."""
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        if self._running is not None:
+            self._running.cancel()
+            self._running = None
+        self._talk.rest()
 
     def _note_change(self) -> None:
-        """Publish what there is to say."""
-        while self.link is not None and (post := self.conversation.next_post()) is not None:
-            if (message := message_of(post, self._client, self._codec)) is not None:
-                self.link.post(*message)
-        self._changed()
+        """Rest after a while if nobody waits for anything."""
+        is_idle = not (self._entered or self._closing or self._talk.conversation.num_requests)
+        if is_idle and self._running is not None and self._resting is None:
+            loop = asyncio.get_running_loop()
+            self._resting = loop.call_later(self._linger_s, self._rest)
 
-    def _note_ended(self, request_id: str) -> None:
-        if self.link is not None:
-            for key in keys_of(request_id):
-                self.link.withdraw(key)
-
-    # Workers.
-
-    def _note_status(self, node: str, message: Incoming) -> None:
-        if not message.payload:
-            return  # cleared: its ttl decides
-        status = decode(message.payload, NodeStatus, codec_of(message.content_type))
-        if status.node == node:
-            self._nodes.note(status)
-        self.watch()
-
-    def _note_online(self, node: str, requests_lost: bool) -> None:
-        if self.card is None:
-            self.card = self._nodes.card
-        if self.card is not None:
-            self.known.set()
-        if self.conversation.up:
-            self.conversation.recover(node, unstarted=requests_lost)
-
-    def _note_offline(self, node: str) -> None:
-        """Give up the streams of a worker, and ask others for what it may not have started."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(LOSS_GRACE_S, self._lose_streams, node)  # their ends may be on the way
-        if self._nodes.card is not None:
-            self.conversation.recover("", unstarted=True)
-
-    def _lose_streams(self, node: str) -> None:
-        if self._nodes.is_gone(node):
-            problem = WorkerLost(f"the worker {node} that ran the stream is gone")
-            self.conversation.lost(node, problem)
-
-    def _receive(self, request_id: str, message: Incoming) -> None:
-        """Take what a worker says about a request."""
-        node = message.notes.get("node", "")
-        said = codec_of(message.content_type).decode_message(message.payload)
-        if said is None or isinstance(said, ServerHello | ServerClosing):
+    def _note_link_end(self, running: "asyncio.Task[None]") -> None:
+        self._links.discard(running)
+        if running is not self._running:
             return
-        self.conversation.receive(said, server=node, request_id=request_id)
-        if node and self.conversation.has_started(request_id):
-            self._nodes.expect(node)
-            if isinstance(said, StreamStarted) and self._nodes.is_gone(node):
-                self._note_offline(node)
+        self._running = None
+        conversation = self._talk.conversation
+        broken = None if running.cancelled() else running.exception()
+        if broken is not None:
+            logger.error("the connection to the broker failed", exc_info=broken)
+            problem = ConnectionLost(f"the connection to the broker failed: {broken!r}")
+            conversation.fail(problem)
+        else:
+            conversation.fail(EngineClosed("the engine's event loop was shut down"))
 
-    def _give_up(self) -> None:
-        assert self.link is not None
-        self._absence = None
-        problem = self.absence_error(self._patience_s)
-        self.conversation.fail(problem, started=not self.link.connected)
+
+def connect_mqtt(
+    url: str,
+    *,
+    client: str | None = None,
+    token: str | None = None,
+    encoding: Literal["json", "msgpack"] = "json",
+    connect_timeout_s: float = 30.0,
+    reconnect_timeout_s: float = 300.0,
+    linger_s: float = LINGER_S,
+    tls: ssl.SSLContext | None = None,
+    sleep: Sleep = asyncio.sleep,
+) -> RemoteEngine:
+    """Return an engine whose answers come from workers behind an MQTT broker.
+
+        async with connect_mqtt("mqtt://alice:secret@broker:1883") as engine:
+            async for block in engine.generate(question):
+                print(block.text, end="")
+
+    Args:
+        url: mqtt://user:password@host:1883 or mqtts://...; the password is shown nowhere.
+        client: the name in the topics, which the broker's access rules compare with the user.
+            None is the URL's user, and without one a new name.
+        token: the user's password, so that it need not stand in the URL.
+        encoding: of requests and events.
+        connect_timeout_s: for the first connection and the first worker.
+        reconnect_timeout_s: without broker or worker, until the requests fail.
+        linger_s: how long an idle connection is kept outside `async with`, seconds.
+        tls: for mqtts://; None is Python's default context.
+        sleep: waits between attempts to connect.
+
+    Raises:
+        InvalidRequest: URL or name cannot be used, or there is a token without a user.
+    """
+    address = BrokerAddress.parse(url, password=token)
+    client = client or address.username or f"d2f-{secrets.token_hex(8)}"
+    events, drafts = (streams_of(client, kind) for kind in ("events", "drafts"))
+    new_link = partial(
+        BrokerLink,
+        address,
+        identifier=f"d2f-{secrets.token_hex(16)}",  # who knows it can take the connection's place
+        subscriptions=[(events, 1), (drafts, 0), (STATUSES, 1)],
+        session_expiry_s=SESSION_EXPIRY_S,
+        tls=tls,
+        sleep=sleep,
+    )
+    line = MqttLine(
+        address,
+        new_link,
+        client=client,
+        codec=MSGPACK if encoding == "msgpack" else JSON,
+        connect_timeout_s=connect_timeout_s,
+        reconnect_timeout_s=reconnect_timeout_s,
+        linger_s=linger_s,
+    )
+    return RemoteEngine(line)

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from d2f_stream.channels.websocket import WebSocketChannel, open_websocket
 from d2f_stream.client.backoff import Backoff
-from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.client.remote_engine import RemoteEngine
+from d2f_stream.client.websocket_line import connect_websocket
 from d2f_stream.core.events import Block, Event, StreamFinished, StreamStarted
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.metrics import Metrics
@@ -129,7 +130,7 @@ async def added_latency(num_streams: int) -> dict[str, float]:
     added: list[float] = []
     async with (
         serving_model(step_s=0.005, metrics=arrivals) as server,
-        RemoteEngine(partial(open_websocket, url_of(server))) as engine,
+        connect_websocket(partial(open_websocket, url_of(server))) as engine,
     ):
 
         async def read(prompt: str) -> None:
@@ -195,7 +196,7 @@ async def disconnects() -> dict[str, Any]:
 
         async def client(number: int, one: _Breakable) -> int:
             backoff = Backoff(first_s=0.01, longest_s=0.05)
-            async with RemoteEngine(one.dial, backoff=backoff) as engine:
+            async with connect_websocket(one.dial, backoff=backoff) as engine:
                 breaker = asyncio.create_task(breaking(one))
                 counts = await asyncio.gather(*(read(engine, f"{number}-{n}") for n in range(4)))
                 await breaker
@@ -245,7 +246,7 @@ async def _short_streams(server: Server, number: int) -> None:
             _check((await engine.generate(prompt).result()).text, prompt, SHORT)
 
     async def client(name: int) -> None:
-        async with RemoteEngine(partial(open_websocket, url_of(server))) as engine:
+        async with connect_websocket(partial(open_websocket, url_of(server))) as engine:
             await asyncio.gather(*(read(engine, f"{name}-{reader}") for reader in range(5)))
 
     await asyncio.gather(*(client(name) for name in range(20)))

@@ -43,7 +43,7 @@ import ast, asyncio, inspect, sys
 import openai
 import d2f_stream
 from d2f_runtime.engine.opening import embedded_folder
-from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.client.mqtt_line import connect_mqtt
 
 names = dict(globals(), folder=embedded_folder(), password="secret", question=sys.argv[1])
 names["prompt"] = names["question"]

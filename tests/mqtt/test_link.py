@@ -10,7 +10,7 @@ from brokers import Device, Mosquitto, brief, worker
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.channels.broker import BrokerAddress, Incoming, LinkDown, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink
-from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.client.mqtt_line import connect_mqtt
 from d2f_stream.core.errors import ConnectionLost, InvalidRequest
 from fakes import ANSWER
 from requirements import require_program

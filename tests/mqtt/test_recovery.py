@@ -10,7 +10,7 @@ import pytest
 
 from brokers import Device, Mosquitto, Proxy, brief, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.client.mqtt_line import connect_mqtt
 from d2f_stream.core.errors import ConnectionLost, EngineClosed, WorkerLost
 from d2f_stream.core.events import Event, StreamFinished, StreamStarted
 from d2f_stream.core.session import Session
@@ -144,7 +144,7 @@ async def test_retained_state_is_published_again_to_a_broker_that_forgot_it(
     gate = StepGate()
     async with (
         worker(fragile.url, ScriptedBackend(ANSWER, gate=gate)) as one,
-        connect_mqtt(fragile.url, sleep=brief) as engine,
+        connect_mqtt(fragile.url, client="asks", sleep=brief) as engine,
         engine.generate("hi") as session,
     ):
         text = await first_block(session, gate)
@@ -153,7 +153,7 @@ async def test_retained_state_is_published_again_to_a_broker_that_forgot_it(
         fragile.start()
         await one.gateway.wait_connected()
         async with Device(fragile, "late") as device:
-            await device.subscribe(streams_of(engine.client, "state"))
+            await device.subscribe(streams_of("asks", "state"))
             state = decode((await device.receive()).payload, StreamState)
         assert state.text.startswith(text)
         gate.open()
@@ -228,7 +228,7 @@ async def test_second_worker_with_the_same_request_is_told_to_stop(mosquitto: Mo
     async with (
         worker(mosquitto.url, ScriptedBackend(ANSWER, gate=gates[0])) as left,
         worker(mosquitto.url, ScriptedBackend(ANSWER, gate=gates[1])) as right,
-        connect_mqtt(mosquitto.url) as engine,
+        connect_mqtt(mosquitto.url, client="asks") as engine,
         Device(mosquitto, "double") as device,
     ):
         session = engine.generate("hi")
@@ -239,9 +239,9 @@ async def test_second_worker_with_the_same_request_is_told_to_stop(mosquitto: Mo
         await device.subscribe(operations_of(second.gateway.node), streams_of("double", "events"))
         again = Generate(request_id=started.request_id, prompt="hi")
         while not second.registry.num_active:
-            await device.send(RequestTopic(engine.client), again)  # as a broker that repeats it
+            await device.send(RequestTopic("asks"), again)  # as a broker that repeats it
         await device.wait_cancelled(second.gateway.node)
-        await device.subscribe(streams_of(engine.client, "events"))
+        await device.subscribe(streams_of("asks", "events"))
         gates[second is right].open()
         (end,) = await device.events()
         assert isinstance(end, StreamFinished)

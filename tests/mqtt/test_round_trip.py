@@ -7,7 +7,7 @@ import pytest
 
 from brokers import Device, Mosquitto, brief, text_of, worker
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.client.mqtt_engine import connect_mqtt
+from d2f_stream.client.mqtt_line import connect_mqtt
 from d2f_stream.core.errors import EngineClosed, InvalidParams, InvalidRequest, MessageTooLarge
 from d2f_stream.core.events import Block, Draft, StreamFinished, StreamStarted
 from d2f_stream.server.limits import ServeLimits
@@ -226,7 +226,7 @@ async def test_leaving_a_session_ends_its_stream_at_the_worker(mosquitto: Mosqui
     gate = StepGate()
     async with (
         worker(mosquitto.url, ScriptedBackend(ANSWER, gate=gate)) as one,
-        connect_mqtt(mosquitto.url) as engine,
+        connect_mqtt(mosquitto.url, client="asks") as engine,
         Device(mosquitto, "watch") as watch,
         Device(mosquitto, "reader") as reader,
     ):
@@ -236,7 +236,7 @@ async def test_leaving_a_session_ends_its_stream_at_the_worker(mosquitto: Mosqui
             gate.let_through(6)
             assert (await anext(session)).text
             # Before the end can come: it does at once where no step is under way.
-            await reader.subscribe(streams_of(engine.client, "events"))
+            await reader.subscribe(streams_of("asks", "events"))
             session.cancel()
             await watch.wait_cancelled(node)
             gate.open()

@@ -10,7 +10,7 @@ from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.channels.memory import MemoryChannel
 from d2f_stream.client.backoff import Backoff
-from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.client.websocket_line import WebsocketLine, connect_websocket
 from d2f_stream.core.errors import (
     ConnectionLost,
     D2FError,
@@ -246,7 +246,7 @@ async def test_server_that_accepts_and_hangs_up_is_not_tried_for_ever() -> None:
         await far.close(1013, "all connections in use")
         return near
 
-    engine = RemoteEngine(dial, backoff=instantly())
+    engine = connect_websocket(dial, backoff=instantly())
     with pytest.raises(ConnectionLost, match="all connections in use"):
         await engine.generate("hi").result()
     assert 5 < num_dials < 50
@@ -289,7 +289,7 @@ async def test_slow_consumer_is_disconnected_and_resumes() -> None:
 
 async def test_missing_event_is_asked_for_once_on_each_connection(script: Script) -> None:
     async with asyncio.TaskGroup() as group:
-        client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+        client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
         session = client.generate("hi")
         far = await script.accept()
         request = await far.request()
@@ -359,7 +359,7 @@ async def test_request_that_was_never_sent_is_never_sent() -> None:
 
 
 async def test_cancel_before_the_start_names_the_request(script: Script) -> None:
-    client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+    client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
     session = client.generate("hi")
     far = await script.accept()
     request = await far.request()
@@ -385,7 +385,7 @@ async def test_cancel_before_the_start_names_the_request(script: Script) -> None
 async def test_rejection_is_raised_with_its_code(
     script: Script, code: str, kind: type[D2FError]
 ) -> None:
-    client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+    client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
     session = client.generate("hi")
     far = await script.accept()
     request = await far.request()
@@ -431,7 +431,7 @@ async def test_unauthorized_is_final() -> None:
             await channel.send(JSON.encode(Cancel(stream="not authenticated")))
             return channel
 
-        engine = RemoteEngine(dial, backoff=instantly())
+        engine = connect_websocket(dial, backoff=instantly())
         with pytest.raises(Unauthorized, match="token"):
             await engine.generate("hi").result()
         with pytest.raises(Unauthorized, match="token"):
@@ -450,7 +450,9 @@ async def test_server_that_closes_refuses_new_requests_and_ends_the_old() -> Non
         gate.let_through(4)
         await anext(session)
         net.gateway.announce_closing(10)
-        await until(lambda: engine._conversation.closing is not None)
+        line = engine._line
+        assert isinstance(line, WebsocketLine)
+        await until(lambda: line._conversation.closing is not None)
         with pytest.raises(ServerShuttingDown, match="shutting down"):
             engine.generate("hi")
         gate.open()
@@ -468,7 +470,7 @@ async def test_defaults_that_are_known_refuse_a_bad_parameter_at_once() -> None:
 
 
 async def test_message_beyond_the_servers_size_fails_alone(script: Script) -> None:
-    client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+    client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
     small, large = client.generate("hi"), client.generate("x" * 1000)
     far = await script.accept()
     asked = [await far.request(), await far.request()]
@@ -484,7 +486,7 @@ async def test_message_beyond_the_servers_size_fails_alone(script: Script) -> No
 
 
 async def test_request_that_fails_before_it_is_sent_again_is_not_sent(script: Script) -> None:
-    client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+    client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
     sessions = [client.generate("hi") for _ in range(3)]
     far = await script.accept()
     for _ in sessions:
@@ -502,7 +504,7 @@ async def test_request_that_fails_before_it_is_sent_again_is_not_sent(script: Sc
 
 
 async def test_operation_that_the_server_cannot_read_hangs_nobody(script: Script) -> None:
-    client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+    client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
     session = client.generate("hi")
     far = await script.accept()
     await far.request()
@@ -520,12 +522,12 @@ async def test_what_is_no_d2f_server_is_told_so(first: bytes) -> None:
         return near
 
     with pytest.raises(ProtocolError):
-        await RemoteEngine(dial, backoff=instantly()).generate("hi").result()
+        await connect_websocket(dial, backoff=instantly()).generate("hi").result()
 
 
 async def test_server_of_another_version_is_told_so(script: Script) -> None:
     script.hello = msgspec.structs.replace(script.hello, protocol=2)
-    client = RemoteEngine(script.dial, backoff=instantly())
+    client = connect_websocket(script.dial, backoff=instantly())
     session = client.generate("hi")
     await script.accept()
     with pytest.raises(ProtocolError, match="version 2"):
@@ -533,7 +535,7 @@ async def test_server_of_another_version_is_told_so(script: Script) -> None:
 
 
 async def test_message_of_a_later_version_is_skipped(script: Script) -> None:
-    client = RemoteEngine(script.dial, backoff=instantly(), linger_s=0.0)
+    client = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
     session = client.generate("hi")
     far = await script.accept()
     request = await far.request()
@@ -643,7 +645,7 @@ async def test_cancelled_close_goes_on_closing() -> None:
 
 
 async def test_entering_may_be_cancelled(script: Script) -> None:
-    engine = RemoteEngine(script.dial, backoff=instantly())
+    engine = connect_websocket(script.dial, backoff=instantly())
     entering = asyncio.create_task(engine.__aenter__())
     await script.ends.get()  # connected, and never greeted
     entering.cancel()

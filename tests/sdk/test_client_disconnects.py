@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.backends.scripted import ScriptedBackend
-from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.client.remote_engine import RemoteEngine
 from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from memory_network import Network, client_of, instantly, network

@@ -19,7 +19,7 @@ from d2f_stream.api import connect
 from d2f_stream.channels import ChannelClosed
 from d2f_stream.channels.websocket import check_url, open_websocket
 from d2f_stream.client.backoff import Backoff
-from d2f_stream.client.websocket_engine import RemoteEngine
+from d2f_stream.client.websocket_line import connect_websocket
 from d2f_stream.core.errors import (
     ConnectionLost,
     EngineClosed,
@@ -146,7 +146,7 @@ async def _server_process(port: int) -> AsyncIterator[tuple[asyncio.subprocess.P
 async def test_server_killed_and_restarted_on_its_port() -> None:
     async with _server_process(0) as (process, port):
         dial = partial(open_websocket, check_url(f"ws://127.0.0.1:{port}"))
-        engine = await RemoteEngine(dial, backoff=Backoff(longest_s=0.1)).__aenter__()
+        engine = await connect_websocket(dial, backoff=Backoff(longest_s=0.1)).__aenter__()
         started = engine.generate("long", max_new_tokens=4000)
         await anext(started)
         process.kill()

@@ -1,6 +1,7 @@
-"""Link: one connection at a time between a conversation and its server, made again when it breaks.
+"""WebsocketLine: one connection at a time to a server, made again when it breaks.
 
-Owns a reader and a writer task per connection, and ends both before the next. What is said is the
+One task does the talking; it lives while there are requests, and while the line was entered. It
+owns a reader and a writer task per connection, and ends both before the next. What is said is the
 conversation's; how it travels is the channel's; how often it is tried is the backoff's.
 """
 
@@ -13,15 +14,27 @@ from typing import Final
 from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.client.backoff import Backoff, Retries
 from d2f_stream.client.conversation import Conversation
-from d2f_stream.core.errors import ConnectionLost, EngineClosed, ProtocolError
-from d2f_stream.wire.protocol import VERSION, ServerHello, ServerMessage
+from d2f_stream.client.remote_engine import RemoteEngine
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import (
+    ConnectionLost,
+    D2FError,
+    EngineClosed,
+    ProtocolError,
+    ServerShuttingDown,
+)
+from d2f_stream.core.events import StreamNames
+from d2f_stream.wire.protocol import VERSION, Generate, ModelCard, ServerHello, ServerMessage
 
-__all__ = ["Dial", "Link"]
+__all__ = ["Dial", "WebsocketLine", "connect_websocket"]
 
-logger = logging.getLogger("d2f_stream.client.websocket_engine")
+logger = logging.getLogger("d2f_stream.client")
 
 HELLO_TIMEOUT_S: Final = 20.0
 """Longer than a server waits for a token, so that the reason of a refusal arrives."""
+
+LINGER_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 5.0
 
 FAREWELL_S: Final = 1.0
 """How long the end of the event loop is held up to tell the server what to end."""
@@ -31,47 +44,119 @@ Dial = Callable[[], Awaitable[Channel]]
 cannot be reached, and other errors of d2f_stream where trying again is of no use."""
 
 
-class Link:
+class WebsocketLine:
     """Keeps a conversation connected while it needs that.
+
+    A server that was never reached is not tried again; one that was, for `backoff.timeout_s`. Then
+    every session fails with ConnectionLost, and the next request tries anew.
 
     Args:
         dial: opens a channel.
-        conversation: says what to send and takes what comes.
         backoff: when to try again.
-        stay: whether an idle connection is kept; otherwise it is closed after `linger_s`.
-        linger_s: seconds.
+        linger_s: how long an idle connection is kept where the line was not entered, seconds.
     """
 
-    def __init__(
-        self,
-        dial: Dial,
-        conversation: Conversation,
-        *,
-        backoff: Backoff,
-        stay: Callable[[], bool],
-        linger_s: float,
-    ) -> None:
+    def __init__(self, dial: Dial, *, backoff: Backoff, linger_s: float) -> None:
+        self.refusal: D2FError | None = None
         self._dial = dial
-        self._conversation = conversation
+        self._conversation = Conversation(self._note_change)
         self._retries = Retries(backoff)
         self._timeout_s = backoff.timeout_s
         self._clock = backoff.clock
-        self._stay = stay
         self._linger_s = linger_s
+        self._stays = False
         self._finishing = False
         self._heard = False
         self._wake = asyncio.Event()
+        self._failure: D2FError | None = None  # of the last try
+        self._task: asyncio.Task[None] | None = None
+        self._answered = asyncio.Event()  # the server said hello, or the task has ended
 
-    def wake(self) -> None:
-        """Look again at what there is to do."""
-        self._wake.set()
+    @property
+    def card(self) -> ModelCard | None:
+        """What the server serves, once it said hello."""
+        hello = self._conversation.hello
+        return None if hello is None else hello.model
 
-    def finish(self) -> None:
-        """Close once nothing is left to say or to wait for."""
+    def ask(self, request: Generate, buffer: EventBuffer, names: StreamNames | None) -> None:
+        """Take a request on, and connect where that is not done.
+
+        Raises:
+            ServerShuttingDown: the server takes no more requests.
+        """
+        closing = self._conversation.closing
+        if closing is not None:
+            raise ServerShuttingDown(closing.message)
+        self._conversation.ask(request, buffer, names)
+        self._start()
+
+    def cancel(self, request_id: str) -> None:
+        """Give a request up. Idempotent."""
+        self._conversation.cancel(request_id)
+
+    async def enter(self) -> None:
+        """Wait until the server has said what it serves, and stay connected from now on.
+
+        Raises:
+            D2FError: it cannot be reached or does not let us in.
+        """
+        self._stays = True
+        if self.card is None:
+            self._start()
+            await self._answered.wait()
+            if self.card is None and not self._finishing:
+                raise self._failure or EngineClosed("the engine's event loop was shut down")
+
+    def shut(self) -> None:
+        """End all requests, and close once the server knows."""
+        self._conversation.abandon(EngineClosed("the engine was closed"))
         self._finishing = True
         self._wake.set()
+        task = self._task
+        if task is None or task.done():
+            return
+        if not self._conversation.up:
+            task.cancel()  # nobody to wait for
+            return
+        limit = asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, task.cancel)
+        task.add_done_callback(lambda _: limit.cancel())
 
-    async def run(self) -> None:
+    async def wait_closed(self) -> None:
+        """Wait until the connection is closed. Safe to cancel."""
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+
+    def _start(self) -> None:
+        if self._task is None or self._task.done():
+            self._failure = None
+            self._answered.clear()
+            self._task = asyncio.create_task(self._run(), name="d2f-client")
+
+    def _note_change(self) -> None:
+        if self.card is not None:
+            self._answered.set()
+        self._wake.set()
+
+    async def _run(self) -> None:
+        try:
+            await self._stay_connected()
+        except asyncio.CancelledError:
+            self._conversation.fail(EngineClosed("the engine's event loop was shut down"))
+            raise
+        except D2FError as error:
+            self._failure = error
+            # A server that is away or out of order may come back; one that refuses us refuses us.
+            if not isinstance(error, ConnectionLost | ProtocolError):
+                self.refusal = error
+            self._conversation.fail(error)
+        except Exception as error:
+            logger.exception("the client failed")
+            self._failure = D2FError(f"the client failed: {error!r}")
+            self._conversation.fail(self._failure)
+        finally:
+            self._answered.set()
+
+    async def _stay_connected(self) -> None:
         """Stay connected for as long as the conversation needs it.
 
         Cancelled, it tells the server to end what runs, closes the channel, and ends.
@@ -105,7 +190,7 @@ class Link:
     def _needed(self) -> bool:
         if self._finishing:
             return False
-        return self._conversation.busy or (self._stay() and self._conversation.hello is None)
+        return self._conversation.busy or (self._stays and self._conversation.hello is None)
 
     async def _use(self, channel: Channel) -> ChannelClosed | None:
         """Use a connection to its end; return why it broke, None where we were done with it."""
@@ -158,7 +243,7 @@ class Link:
             self._wake.clear()
             while (post := conversation.next_post()) is not None:
                 await channel.send(channel.codec.encode(post.operation))
-            if conversation.busy or (self._stay() and not self._finishing):
+            if conversation.busy or (self._stays and not self._finishing):
                 await self._wake.wait()
             elif self._finishing:
                 return
@@ -186,3 +271,10 @@ async def _stop(*tasks: "asyncio.Task[None]") -> None:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
+
+
+def connect_websocket(
+    dial: Dial, *, backoff: Backoff | None = None, linger_s: float = LINGER_S
+) -> RemoteEngine:
+    """Return an engine over channels to one server; `WebsocketLine` says what it takes."""
+    return RemoteEngine(WebsocketLine(dial, backoff=backoff or Backoff(), linger_s=linger_s))
