@@ -7,6 +7,7 @@ does not take what is sent loses its connection, not its streams.
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from d2f_stream.channels import Channel
@@ -36,6 +37,7 @@ class Outgoing:
         self._stall_timeout_s = stall_timeout_s
         self._on_slow = on_slow
         self._cursors: dict[str, Cursor] = {}  # by stream id
+        self._unread: dict[str, None] = {}  # ids of streams that may have something to tell
         self._replies: deque[ServerMessage] = deque()
         self._wake = asyncio.Event()  # for the writer
         self._room = asyncio.Event()  # for the reader: replies were written
@@ -64,9 +66,11 @@ class Outgoing:
         Raises:
             InvalidRequest: the stream has no event `after_seq`; nothing has changed.
         """
-        cursor = stream.read(after_seq=after_seq, drafts=drafts, wake=self._wake.set)
+        wake = partial(self._note_news, stream.id)
+        cursor = stream.read(after_seq=after_seq, drafts=drafts, wake=wake)
         old = self._cursors.pop(stream.id, None)  # only now: a refusal must change nothing
         self._cursors[stream.id] = cursor
+        wake()
         if old is not None:
             old.detach()
 
@@ -105,17 +109,25 @@ class Outgoing:
             while self._replies:
                 await self._send(self._replies.popleft())
                 self._room.set()
-            sent = False
-            for stream_id, cursor in list(self._cursors.items()):
-                sent = await self._write_next(stream_id, cursor) or sent
-            if sent or self._replies:
+            for stream_id in list(self._unread):
+                await self._write_next(stream_id)
+            if self._unread or self._replies:
                 continue
             if self._ending is not None:
                 raise self._ending
             await self._wake.wait()
 
-    async def _write_next(self, stream_id: str, cursor: Cursor) -> bool:
-        event = cursor.next_event()
+    def _note_news(self, stream_id: str) -> None:
+        self._unread[stream_id] = None
+        self._wake.set()
+
+    async def _write_next(self, stream_id: str) -> None:
+        cursor = self._cursors.get(stream_id)
+        event = None if cursor is None else cursor.next_event()
+        if event is None:
+            del self._unread[stream_id]  # until it has news
+        if cursor is None:
+            return
         if event is not None:
             await self._send(event)
         elif cursor.exhausted and cursor.stream.error is not None:
@@ -127,7 +139,6 @@ class Outgoing:
         if cursor.exhausted and self._cursors.get(stream_id) is cursor:
             del self._cursors[stream_id]
             cursor.detach()
-        return event is not None
 
     async def _send(self, message: ServerMessage) -> None:
         timeout_s = self._stall_timeout_s

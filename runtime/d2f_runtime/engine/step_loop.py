@@ -76,6 +76,7 @@ class StepLoop:
         self._steps = StepQueue(model)
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._has_ended = False  # a stream has its outcome, which is to be announced
         self._closing = False
         self._home: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 
@@ -143,6 +144,7 @@ class StepLoop:
         stream = self._streams.get(stream_id)
         if stream is not None and stream.outcome is None:
             stream.outcome = "cancelled"
+            self._has_ended = True
             self._steps.withdraw()
         self._early.cancel(stream_id)
         self._wake.set()
@@ -187,8 +189,7 @@ class StepLoop:
             self._wake.clear()
             if self._closing:
                 self._end_streams(EngineClosed("the engine was closed"))
-            ended = any(stream.outcome is not None for stream in self._streams.values())
-            if ended or (self._steps and self._scheduler.admits):
+            if self._has_ended or (self._steps and self._scheduler.admits):
                 await self._settle()
             elif not await self._advance():
                 await self._rest()
@@ -239,6 +240,7 @@ class StepLoop:
         self._steps.withdraw()
         while self._steps:
             await self._announce_oldest()
+        self._has_ended = False
         if ended := [s for s in self._streams.values() if s.outcome is not None]:
             await self._retire(ended)
 
@@ -261,6 +263,7 @@ class StepLoop:
             logger.error("stream %s failed", stream.id, exc_info=error)
             stream.outcome = D2FError(f"the stream failed: {error!r}")
         if stream.outcome is not None:
+            self._has_ended = True
             self._steps.withdraw()
 
     async def _admit(self, streams: Sequence[Stream]) -> None:
@@ -276,6 +279,7 @@ class StepLoop:
                 )
             except OutOfCapacity as error:  # and nothing to wait for
                 stream.outcome = stream.outcome or error
+                self._has_ended = True
                 continue
             if opened is None:
                 for waiting in reversed(streams[number:]):
@@ -314,6 +318,7 @@ class StepLoop:
             raise asyncio.CancelledError
 
     def _end_streams(self, error: D2FError) -> None:
+        self._has_ended = True
         for stream in self._streams.values():
             stream.outcome = stream.outcome or error
 
