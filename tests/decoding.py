@@ -7,6 +7,7 @@ from typing import Literal
 
 from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed
 from d2f_runtime.decoding.policy import AcceptancePolicy
+from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.params import GenerationParams, Tail
 from reference_loop import MASK, RefSettings
@@ -160,7 +161,7 @@ def checked_run(
     while True:
         step = decoder.num_steps + 1
         is_finished = decoder.finished
-        window = decoder.next_window(max_active_blocks=bound(step))
+        window = decoder.next_window(Width(max_active_blocks=bound(step)))
         assert decoder.next_window() is window
         assert is_finished == (window is None) == (decoder.finish_reason is not None)
         if window is None:

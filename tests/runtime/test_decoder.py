@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import pytest
 
 from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.errors import InvalidPrompt
 from d2f_stream.core.params import GenerationParams, ParamOverrides
@@ -25,7 +26,7 @@ def test_first_window_holds_prompt_and_one_block() -> None:
 
 def test_window_is_the_same_until_proposals_are_applied() -> None:
     decoder = small()
-    assert decoder.next_window() is decoder.next_window(max_active_blocks=1)
+    assert decoder.next_window() is decoder.next_window(Width(max_active_blocks=1))
 
 
 def test_confident_proposals_are_accepted_by_position() -> None:
@@ -174,10 +175,10 @@ def test_unfilled_blocks_are_bounded() -> None:
 def test_bound_of_one_step_tightens_the_request() -> None:
     decoder = small()
     step(decoder, {0: 20})
-    decoder.next_window(max_active_blocks=1)
+    decoder.next_window(Width(max_active_blocks=1))
     assert len(pending(decoder).tokens) == 4
     step(decoder, {1: 21})
-    decoder.next_window(max_active_blocks=9)
+    decoder.next_window(Width(max_active_blocks=9))
     assert len(pending(decoder).tokens) == 8
 
 

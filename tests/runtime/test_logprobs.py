@@ -15,6 +15,7 @@ from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_runtime.decoding.decoder import Accepted, Committed
 from d2f_runtime.decoding.logprobs import LEAST, TokenLogprobs
+from d2f_runtime.decoding.width import OWN
 from d2f_runtime.engine.denoiser import Denoiser
 from d2f_stream.core.events import Block
 from d2f_stream.core.params import GenerationParams
@@ -59,7 +60,7 @@ def decode(
     cache: list[int] = []
     expected: dict[int, float] = {}
     while True:
-        row = denoiser.row(slot, None)
+        row = denoiser.row(slot, OWN)
         window = row.window
         canvas, num_cached = (*cache, *window.tokens), len(cache)
         (proposals,) = backend.step([row])

@@ -3,7 +3,11 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.scheduler import Scheduler
+from d2f_stream.core.params import GenerationParams
+
+KIND = RequestKind.of(GenerationParams(max_active_blocks=None), 16)
 
 SESSIONS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 300)), min_size=1, max_size=8)
 ACTIONS = st.lists(
@@ -29,8 +33,8 @@ def test_batch_that_was_taken_back_is_the_next_one(
             number,
             capacity_tokens=capacity,
             prompt_tokens=prompt,
-            block_size=16,
-            max_active_blocks=None,
+            kind=KIND,
+            may_narrow=number % 2 == 0,
         )
     for action, number in [*actions, ("step", 0)]:
         if action == "pause":
@@ -53,9 +57,7 @@ def test_session_that_left_meanwhile_is_not_taken_back() -> None:
         max_sessions=2, capacity_tokens=100, max_rows=2, max_step_tokens=200
     )
     for name in ("gone", "stays"):
-        scheduler.add(
-            name, capacity_tokens=10, prompt_tokens=4, block_size=8, max_active_blocks=None
-        )
+        scheduler.add(name, capacity_tokens=10, prompt_tokens=4, kind=KIND)
     batch = scheduler.next_batch()
     scheduler.remove("gone")
     scheduler.take_back(batch)

@@ -1,5 +1,7 @@
 """Verified commits: the decoder step by step against a naive loop, its answer against plain AR."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.decoding.decoder import BlockDecoder, Committed
+from d2f_runtime.decoding.width import OWN, Width, widths_of
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.params import GenerationParams, ParamOverrides
@@ -122,15 +125,20 @@ def proposals_of(twins: Twins, cache: list[int], window: Window) -> Proposals:
     return Proposals(tokens, confidence)
 
 
-def run(case: Verified) -> tuple[list[int], list[VerifiedStep], list[Committed]]:
-    """Decode to the end, checking what must hold at every step."""
+def run(
+    case: Verified, widths: Sequence[Width] = (OWN,)
+) -> tuple[list[int], list[VerifiedStep], list[Committed]]:
+    """Decode to the end, a width after the other, checking what must hold at every step."""
     decoder, size = case.decoder(), case.params.block_size
     cache: list[int] = []
     steps: list[VerifiedStep] = []
     commits: list[Committed] = []
     num_prompt, wanted = len(case.twins.prompt), case.expected()
-    while (window := decoder.next_window()) is not None:
+    turns = itertools.cycle(widths)
+    while (window := decoder.next_window(width := next(turns))) is not None:
         assert window.start <= len(cache)
+        num_drafts = window.tokens[window.num_to_cache :].count(MASK)
+        assert width.max_drafts is None or num_drafts <= width.max_drafts
         del cache[window.start :]
         assert window.block_stops[-1] == window.stop
         assert window.stop <= num_prompt + case.params.max_new_tokens
@@ -177,6 +185,25 @@ def test_verified_decoding_takes_the_naive_loop_step_by_step(case: Verified) -> 
     assert answer == expected
     found = [(step.start, step.tokens, step.num_clean) for step in steps]
     assert found == [(step.start, step.tokens, step.num_clean) for step in wanted]
+
+
+@given(verified_cases(), st.lists(st.integers(0, 40), min_size=1, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_an_answer_does_not_depend_on_how_wide_its_windows_are(
+    case: Verified, turns: list[int]
+) -> None:
+    widths = widths_of(case.params, case.params.block_size)
+    answer, steps, _ = run(case, [widths[turn % len(widths)] for turn in turns])
+    assert answer == case.expected()
+    assert len(steps) <= len(answer)
+
+
+@given(verified_cases())
+@settings(max_examples=50, deadline=None)
+def test_the_narrowest_windows_are_autoregressive_steps(case: Verified) -> None:
+    answer, steps, _ = run(case, widths_of(case.params, case.params.block_size)[:1])
+    assert len(steps) == len(answer)
+    assert {step.num_clean for step in steps[1:]} <= {1}
 
 
 def test_right_drafts_take_fewer_steps_than_tokens() -> None:

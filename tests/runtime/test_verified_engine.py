@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
+from d2f_runtime.decoding.width import OWN
 from d2f_runtime.engine.denoiser import Denoiser
 from d2f_runtime.engine.local import LocalEngine
 from d2f_stream.core.errors import InvalidParams
@@ -111,7 +112,7 @@ def test_what_is_shown_is_what_is_on_the_canvas() -> None:
         denoiser = Denoiser(prompt_tokens=prompt, params=params, info=tested.info)
         slot, shown = tested.open_slot(64), set[int]()
         while True:
-            row: StepRow = denoiser.row(slot, None)
+            row: StepRow = denoiser.row(slot, OWN)
             joined = {view.index for view in denoiser.joined()}
             assert not joined & shown
             shown |= joined

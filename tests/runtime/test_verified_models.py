@@ -17,6 +17,7 @@ from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.decoder import Committed
+from d2f_runtime.decoding.width import OWN
 from d2f_runtime.engine.denoiser import Denoiser, decoder_of
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_stream.core.params import GenerationParams
@@ -103,7 +104,7 @@ def decode(
     slot = backend.open_slot(len(prompt) + params.max_new_tokens)
     committed: list[Committed] = []
     while True:
-        (proposals,) = backend.step([denoiser.row(slot, None)])
+        (proposals,) = backend.step([denoiser.row(slot, OWN)])
         progress = denoiser.apply(proposals)
         committed += progress.committed
         if progress.reason is not None:

@@ -48,17 +48,8 @@ class Stored(Protocol):
 
 
 def num_forwarded(window: Window, info: ModelInfo) -> int:
-    """Return how many leading positions of a window must run through the model.
-
-    A last attention block that is one mask is seen by nobody else, and a model with shifted logits
-    predicts it from the position before: a placeholder, so that an autoregressive step has one row.
-    """
-    stops = window.block_stops
-    last_start = stops[-2] if len(stops) > 1 else window.start
-    is_placeholder = (
-        info.shift_logits and stops[-1] - last_start == 1 and window.tokens[-1] == info.mask_id
-    )
-    return len(window.tokens) - int(is_placeholder)
+    """Return how many leading positions of a window must run through the model."""
+    return window.num_forwarded(info.mask_id, shift_logits=info.shift_logits)
 
 
 def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:

@@ -21,6 +21,7 @@ from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
 from d2f_runtime.decoding.schedule import shares
 from d2f_runtime.decoding.verification import check_verifiable
+from d2f_runtime.decoding.width import OWN, Width
 from d2f_runtime.decoding.window import Proposals, Window, check_proposals
 from d2f_stream.core.errors import InvalidParams, InvalidPrompt
 from d2f_stream.core.params import GenerationParams
@@ -125,18 +126,18 @@ class BlockDecoder:
             self._canvas[: number if self._extends_prompt else min(number, self._num_prompt)]
         )
 
-    def next_window(self, *, max_active_blocks: int | None = None) -> Window | None:
+    def next_window(self, width: Width = OWN) -> Window | None:
         """Begin a step: return the window to run, None once finished.
 
         May append a block first. Called again before `apply`, it returns the same window.
 
         Args:
-            max_active_blocks: tightens the bound of the request for this step; None leaves it.
+            width: tightens the bounds of the request for this step.
         """
         if self._pending is None and not self.finished:
-            if self._may_append(max_active_blocks):
+            if self._may_append(width.max_active_blocks):
                 self._append_block()
-            self._pending = self._window()
+            self._pending = self._window(width.max_drafts)
         return self._pending
 
     def apply(self, proposals: Proposals) -> list[Accepted | Committed]:
@@ -258,7 +259,7 @@ class BlockDecoder:
         self._blocks.append(Block(index, start, stop, masked, due))
         self._canvas.extend([self._mask_id] * (stop - length))
 
-    def _window(self) -> Window:
+    def _window(self, max_drafts: int | None) -> Window:
         if self._sees_all:
             end = self._partition.end
             masks = [self._mask_id] * (end - len(self._canvas))
@@ -266,6 +267,8 @@ class BlockDecoder:
         start, last = self._num_cached, self._blocks[-1]
         stop = last.start + 1 if self._awaits_first(last) else last.stop
         clean = self._first_mask if self._verifies else self._blocks[0].start
+        if self._verifies and max_drafts is not None:
+            stop = min(stop, clean + max_drafts)
         block_stops = self._partition.stops(
             start, stop, causal_until=clean if self._commits_causally else 0
         )
@@ -325,6 +328,10 @@ class BlockDecoder:
         if self._params.rank == "position":
             rank = range(0, first - stop, -1)
         masked, policy = self._sub_blocks.open(block.masked), self._policy
+        if len(proposals.tokens) < stop:  # drafts beyond the window were not asked for
+            masked = [offset for offset in masked if first + offset < len(proposals.tokens)]
+            if not masked:
+                return
         if block.shares and fully_activated:
             policy = policy_of(self._params, least=block.next_share())
         offsets = policy.accept(masked, confidence, rank, fully_activated=fully_activated)

@@ -45,6 +45,18 @@ class Window:
         """One past the canvas position of the last row."""
         return self.start + len(self.tokens)
 
+    def num_forwarded(self, mask_id: int, *, shift_logits: bool) -> int:
+        """Return how many leading positions must run through the model.
+
+        A last attention block that is one mask is seen by nobody else, and a model with shifted
+        logits predicts it from the position before: a placeholder, so that an autoregressive step
+        has one row.
+        """
+        stops = self.block_stops
+        last_start = stops[-2] if len(stops) > 1 else self.start
+        is_placeholder = shift_logits and stops[-1] - last_start == 1 and self.tokens[-1] == mask_id
+        return len(self.tokens) - int(is_placeholder)
+
     def asked(self, mask_id: int) -> list[int]:
         """Return the window positions to predict, ascending: those to verify, and the masks."""
         masks = [at for at, token in enumerate(self.tokens) if token == mask_id]

@@ -14,6 +14,7 @@ from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Comm
 from d2f_runtime.decoding.logprobs import TokenLogprobs
 from d2f_runtime.decoding.noise import SamplingNoise
 from d2f_runtime.decoding.policy import AcceptancePolicy
+from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.events import FinishReason
@@ -27,6 +28,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
 
     Attributes:
         num_steps: the stream's steps so far.
+        num_rows: positions that the step ran through the model for it.
         committed: blocks that became final, in order.
         reason: why the answer ended; None before that.
         active: the blocks not committed yet; () unless drafts are asked for.
@@ -36,6 +38,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
     """
 
     num_steps: int
+    num_rows: int
     committed: Sequence[Committed]
     reason: FinishReason | None
     active: Sequence[BlockView] = ()
@@ -61,6 +64,7 @@ class Denoiser:
             self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
         self._num_joined = 0
         self._logprobs = TokenLogprobs(len(prompt_tokens)) if params.logprobs else None
+        self._info = info
 
     def begin_at(self, num_cached: int) -> None:
         """Take the prompt's first tokens as stored already; before the first step."""
@@ -76,14 +80,14 @@ class Denoiser:
         """The tokens whose K/V the slot holds."""
         return self._decoder.cached_tokens
 
-    def row(self, slot: Slot, max_active_blocks: int | None) -> StepRow:
+    def row(self, slot: Slot, width: Width) -> StepRow:
         """Begin a step: return its row.
 
         Raises:
             RuntimeError: an internal error: the answer is finished.
         """
         params, noise = self._params, self._noise
-        window = self._decoder.next_window(max_active_blocks=max_active_blocks)
+        window = self._decoder.next_window(width)
         # A position that is verified draws the number with which it was drafted.
         step = 0 if params.commit == "verify" else self._decoder.num_steps
         if window is None:
@@ -113,19 +117,23 @@ class Denoiser:
         events = decoder.apply(proposals)
         committed = [event for event in events if isinstance(event, Committed)]
         reason = decoder.finish_reason
+        num_rows = 0
+        if window is not None:
+            info = self._info
+            num_rows = window.num_forwarded(info.mask_id, shift_logits=info.shift_logits)
         logprobs: list[tuple[float, ...]] = []
         if self._logprobs is not None and window is not None:
             accepted = [event for event in events if isinstance(event, Accepted)]
             self._logprobs.note(window, proposals, accepted)
             logprobs = [self._logprobs.take(block.start, block.stop) for block in committed]
         if not self._params.drafts:
-            return Progress(decoder.num_steps, committed, reason, logprobs=logprobs)
+            return Progress(decoder.num_steps, num_rows, committed, reason, logprobs=logprobs)
         active = decoder.active_blocks
         last = [event.index for event in committed] + [view.index for view in active]
         stop = last[-1] + 1 if last else self._num_joined
         left = range(stop, self._num_joined)
         self._num_joined = stop
-        return Progress(decoder.num_steps, committed, reason, active, left, logprobs)
+        return Progress(decoder.num_steps, num_rows, committed, reason, active, left, logprobs)
 
 
 def decoder_of(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.decoding.decoder import BlockView
+from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.engine.denoiser import Progress
 from d2f_runtime.engine.scheduler import Batch
@@ -57,7 +58,7 @@ class PlannedStep:
     def __init__(
         self,
         batch: Batch[StreamId],
-        streams: Sequence[tuple[Stream, int | None]],
+        streams: Sequence[tuple[Stream, Width]],
         *,
         after: "PlannedStep | None",
         show: Callable[[Joined], None],
@@ -99,11 +100,11 @@ class PlannedStep:
         self._lets_next = lets_next
         return StepResult(time.perf_counter() - began, len(rows), progress)
 
-    def _begin(self, stream: Stream, bound: int | None) -> StepRow | Exception:
+    def _begin(self, stream: Stream, width: Width) -> StepRow | Exception:
         """Return a stream's row, or the error that is the stream's own."""
         assert stream.slot is not None
         try:
-            row = stream.denoiser.row(stream.slot, bound)
+            row = stream.denoiser.row(stream.slot, width)
             if joined := stream.denoiser.joined():
                 self._joined.append((stream, joined))
         except Exception as error:

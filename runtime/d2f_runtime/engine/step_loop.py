@@ -27,8 +27,9 @@ from typing import TypeVar
 from d2f_runtime.device import on_loop
 from d2f_runtime.engine.early_requests import EarlyRequests, Prepare
 from d2f_runtime.engine.limits import EngineLoad, Limits
-from d2f_runtime.engine.planned_step import Joined, PlannedStep, StepQueue
+from d2f_runtime.engine.planned_step import Joined, PlannedStep, StepQueue, StepResult
 from d2f_runtime.engine.scheduler import Batch, Scheduler
+from d2f_runtime.engine.step_cost import TimedStep
 from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_stream.core.buffer import EventBuffer
@@ -216,7 +217,7 @@ class StepLoop:
 
     def _launch(self, batch: Batch[StreamId]) -> bool:
         """Queue a step of the batch behind what is under way; False if it has no stream to run."""
-        asked = [(self._streams[stream_id], bound) for stream_id, bound in batch.run]
+        asked = [(self._streams[stream_id], width) for stream_id, width in batch.run]
         ready = [each for each in asked if each[0].slot is not None and each[0].outcome is None]
         if ready:
             after, show = self._steps.newest, on_loop(self._show)
@@ -232,8 +233,22 @@ class StepLoop:
         if result.num_rows:
             for observe in tuple(self.observers.values()):
                 observe(result.wall_s, result.num_rows)
+        self._learn(step, result)
         for stream, progress in zip(step.streams, result.progress, strict=True):
             self._tell(stream, stream.announce, progress)
+
+    def _learn(self, step: PlannedStep, result: StepResult) -> None:
+        """Tell the scheduler what a step took, and what it brought to whom."""
+        widths, rows = dict(step.batch.run), 0
+        for stream, progress in zip(step.streams, result.progress, strict=True):
+            if isinstance(progress, Exception):
+                continue
+            rows += progress.num_rows
+            tokens = sum(block.stop - block.start for block in progress.committed)
+            self._scheduler.learn(
+                stream.id, widths[stream.id], rows=progress.num_rows, tokens=tokens
+            )
+        self._scheduler.learn_step(TimedStep(rows, result.num_rows, 1e3 * result.wall_s))
 
     async def _settle(self) -> None:
         """Announce all that is under way, then end the streams that are to end."""
@@ -287,6 +302,7 @@ class StepLoop:
                 return
             stream.slot = opened.slot
             stream.denoiser.begin_at(opened.num_cached)
+            self._scheduler.begin_at(stream.id, opened.num_cached)
             stream.start()
 
     async def _retire(self, ended: Sequence[Stream]) -> None:
@@ -334,15 +350,12 @@ class StepLoop:
         self.failed.set()
 
     def _add(self, stream: Stream) -> None:
-        prompt_tokens, block_size = stream.shares
         self._scheduler.add(
             stream.id,
             capacity_tokens=stream.capacity,
-            prompt_tokens=prompt_tokens,
-            block_size=block_size,
-            max_active_blocks=stream.params.max_active_blocks,
-            # what a verified answer says does not depend on its windows
-            may_narrow=stream.params.may_narrow or stream.params.commit == "verify",
+            prompt_tokens=len(stream.cached_prompt),
+            kind=stream.kind,
+            may_narrow=stream.params.may_narrow,
         )
         self._streams[stream.id] = stream
         logger.debug("stream %s: %s prompt tokens", stream.id, stream.num_prompt_tokens)

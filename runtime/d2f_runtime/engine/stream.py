@@ -13,6 +13,7 @@ from typing import NewType
 from d2f_runtime.backends.base import Slot
 from d2f_runtime.decoding.decoder import BlockView, Committed
 from d2f_runtime.engine.denoiser import Denoiser, Progress
+from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.detokenizer import Detokenizer
 from d2f_runtime.text.tokenizer import TextCodec
@@ -110,16 +111,10 @@ class Stream:
         return self._info.native_block_size if on_grid else self.params.block_size
 
     @property
-    def shares(self) -> tuple[int, int]:
-        """What the scheduler takes for the prompt and for one block of a window, tokens.
-
-        With full attention every window is the whole canvas, whatever is active: two halves of it
-        stand for the one active block and the block that the scheduler adds to that.
-        """
-        if self.params.attention == "full":
-            half = -(-self.capacity // 2)
-            return half, half
-        return self.num_prompt_tokens, self.block_size
+    def kind(self) -> RequestKind:
+        """What its answer fills like; with full attention every window is the whole canvas."""
+        is_whole = self.params.attention == "full"
+        return RequestKind.of(self.params, self.capacity if is_whole else self.block_size)
 
     def start(self) -> None:
         """Announce the stream; the clock of its timings starts. Idempotent."""

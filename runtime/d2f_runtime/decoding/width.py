@@ -1,0 +1,52 @@
+"""Width: how much of an answer one step denoises; the widths that a request's windows may have.
+
+Pure arithmetic on parameters. The widest of them is the request's own. A narrower window of a
+verified answer drafts fewer tokens, down to one, which is an autoregressive step; of another answer
+it has fewer active blocks, so that its text may be another one.
+"""
+
+from dataclasses import dataclass
+
+from d2f_stream.core.params import GenerationParams
+
+__all__ = ["OWN", "Width", "widths_of"]
+
+UNBOUNDED_BLOCKS = (1, 2, 3, 4)
+"""Steps below a request that does not bound its blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """A bound of one step's window, besides those of its request; None leaves these alone.
+
+    Attributes:
+        max_active_blocks: unfilled blocks before no other one joins.
+        max_drafts: masks, the first ones, that a verified answer's window holds; at least 1.
+    """
+
+    max_active_blocks: int | None = None
+    max_drafts: int | None = None
+
+
+OWN = Width()
+"""The width of the request's own windows."""
+
+
+def widths_of(params: GenerationParams, block_size: int) -> tuple[Width, ...]:
+    """Return the widths that the windows of a request may have, narrowest first; the last is OWN.
+
+    Args:
+        params: of the request; whether it allows narrower ones is not asked.
+        block_size: of its answer, tokens.
+    """
+    blocks = params.max_active_blocks
+    if params.add_threshold == 1.0:
+        blocks = 1  # the next block joins when the one before it is filled
+    if params.attention == "full":
+        return (OWN,)  # every window is the whole canvas
+    if params.commit == "verify":
+        most = block_size * (blocks or UNBOUNDED_BLOCKS[-1])
+        counts = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+        return (*(Width(max_drafts=count) for count in counts), OWN)
+    narrower = UNBOUNDED_BLOCKS if blocks is None else range(1, blocks)
+    return (*(Width(max_active_blocks=count) for count in narrower), OWN)

@@ -1,0 +1,107 @@
+"""How many rows each session of a step gets: those that bring most tokens per millisecond.
+
+Pure arithmetic on what windows bring and what steps take. Every session of the step gets its
+narrowest window first, in order, as long as rows become no dearer by it; then the widenings that
+bring most tokens for their rows, as long as they raise what the whole step brings per millisecond.
+A prompt's rows are owed whatever is chosen, and weigh in the budget alone.
+"""
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Final, NamedTuple
+
+from d2f_runtime.engine.step_cost import StepCost
+from d2f_runtime.engine.width_gains import Gain
+
+__all__ = ["Part", "allot"]
+
+SLACK: Final = 0.9
+"""A step takes fewer sessions than it could only where that is better by more than this."""
+
+
+class Part(NamedTuple):
+    """What a session may have of a step.
+
+    Attributes:
+        choices: what its windows bring and need, narrowest first; at least one.
+        prompt_rows: that the step computes besides.
+    """
+
+    choices: Sequence[Gain]
+    prompt_rows: int = 0
+
+
+def allot(parts: Sequence[Part], cost: StepCost, *, max_rows: int) -> list[int]:
+    """Return the number of the choice of each session that takes part: the first of `parts`.
+
+    Args:
+        parts: of those that may take part, in order; their narrowest windows fit into the step.
+        cost: of steps.
+        max_rows: of the step, prompts' included; its first session may exceed it by itself.
+    """
+    num_sessions = _num_sessions(parts, cost)
+    chosen = [0] * num_sessions
+    widenings = [
+        widening
+        for number, part in enumerate(parts[:num_sessions])
+        if len(part.choices) > 1
+        for widening in _widenings(number, part.choices)
+    ]
+    if not widenings:
+        return chosen
+    widenings.sort(key=itemgetter(0), reverse=True)  # stable: those in front first
+    rows = sum(part.choices[0].rows for part in parts[:num_sessions])
+    tokens = sum(part.choices[0].tokens for part in parts[:num_sessions])
+    room = max_rows - sum(part.prompt_rows for part in parts[:num_sessions])
+    best, best_rate = 0, tokens / cost.ms(rows, num_sessions)
+    taken: list[tuple[int, int]] = []
+    full: set[int] = set()
+    for _, number, choice, more in widenings:
+        if number in full or rows + more.rows > room:
+            full.add(number)
+            continue
+        rows += more.rows
+        tokens += more.tokens
+        taken.append((number, choice))
+        rate = tokens / cost.ms(rows, num_sessions)
+        if rate >= best_rate:
+            best, best_rate = len(taken), rate
+    for number, choice in taken[:best]:
+        chosen[number] = choice
+    return chosen
+
+
+def _num_sessions(parts: Sequence[Part], cost: StepCost) -> int:
+    """Return for how many of the parts, the first ones, the step takes least for a row.
+
+    The others' rows are due in the next step, so that what counts is the time of all of them, not
+    what one session's bring more than another's.
+    """
+    rows = 0.0
+    rates: list[float] = []
+    for number, part in enumerate(parts, 1):
+        rows += part.choices[0].rows
+        rates.append(rows / cost.ms(rows, number))
+    enough = SLACK * max(rates, default=0.0)
+    return max((number for number, rate in enumerate(rates, 1) if rate >= enough), default=0)
+
+
+def _widenings(number: int, choices: Sequence[Gain]) -> list[tuple[float, int, int, Gain]]:
+    """Return (tokens a row, number, choice, difference) of the steps along the choices' hull."""
+    found: list[tuple[float, int, int, Gain]] = []
+    at = 0
+    while at + 1 < len(choices):
+        here = choices[at]
+        best: tuple[float, int, int, Gain] | None = None
+        for choice in range(at + 1, len(choices)):
+            there = choices[choice]
+            more = Gain(there.tokens - here.tokens, max(there.rows - here.rows, 1e-6))
+            slope = more.tokens / more.rows
+            if best is None or slope >= best[0]:
+                best = slope, number, choice, more
+        assert best is not None
+        if best[0] <= 0.0:
+            break
+        found.append(best)
+        at = best[2]
+    return found

@@ -1,0 +1,124 @@
+"""RunningSession: what the scheduler knows of one session, and learns of it step by step."""
+
+from typing import Final
+
+from d2f_runtime.decoding.width import Width
+from d2f_runtime.engine.request_kind import RequestKind
+from d2f_runtime.engine.width_gains import Gain, Span, WidthGains
+
+__all__ = ["RunningSession"]
+
+OTHERS: Final = 64.0
+"""Tokens of its kind that a request's own stand against, until it has more."""
+
+
+class RunningSession:
+    """One session, waiting ones included.
+
+    Attributes:
+        capacity_tokens: K/V storage that it needs at most.
+        gains: of its kind.
+        num_runs: steps that it was planned into.
+        width: number of the width that it keeps for now; None where that is to be decided.
+        probes: whether it tries a width of which too little is known.
+
+    Args:
+        kind: of its request.
+        may_narrow: whether others may narrow its windows.
+        prompt_tokens: that its first step computes.
+    """
+
+    def __init__(
+        self,
+        kind: RequestKind,
+        gains: WidthGains,
+        *,
+        capacity_tokens: int,
+        prompt_tokens: int,
+        may_narrow: bool,
+    ) -> None:
+        self.kind = kind
+        self.gains = gains
+        self.capacity_tokens = capacity_tokens
+        self.num_runs = 0
+        self.width: int | None = None
+        self.probes = False
+        self._prompt_tokens = self._owed = prompt_tokens
+        self._may_narrow = may_narrow or kind.verifies
+        self._last_rows = 0
+        self._span_width: Width | None = None
+        self._is_mixed = False
+        self._span = Span(0, 0, 0)
+        self._tokens = self._expected = OTHERS
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of the prompt that its next step computes."""
+        return 0 if self.num_runs else self._prompt_tokens
+
+    def begin_at(self, num_cached: int) -> None:
+        """Take so many of the prompt's tokens as stored."""
+        self._prompt_tokens -= num_cached
+        self._owed = self._prompt_tokens
+
+    def begin_anew(self) -> None:
+        """Forget that it ran: its slot was taken."""
+        self.num_runs = self._last_rows = 0
+        self._owed = self._prompt_tokens
+
+    def decided(self, *, is_alone: bool) -> int | None:
+        """Return the number of the width that it has now; None where that is to be decided."""
+        own = len(self.kind.widths) - 1
+        if not self._may_narrow or own == 0 or (is_alone and not self.kind.verifies):
+            return own
+        return self.width
+
+    def gain(self, choice: int, *, hopes: bool) -> Gain:
+        """Return what a step of the width brings: as its kind does, or more, as it did before."""
+        gain = (self.gains.hoped if hopes else self.gains.expected)[choice]
+        factor = self._tokens / self._expected
+        if self.kind.verifies:  # a step brings a token in any case
+            return Gain(1.0 + max(0.0, gain.tokens - 1.0) * factor, gain.rows)
+        return Gain(gain.tokens * factor, gain.rows)
+
+    def next_rows(self, choice: int) -> float:
+        """Return the rows that its next step takes: those of the last one, if it has its width."""
+        rows = self._last_rows if choice == self.width else 0
+        return (rows or self.gains.expected[choice].rows) + self.prompt_rows
+
+    def learn(self, width: Width, *, rows: int, tokens: int) -> bool:
+        """Take a step into account; return whether it ended a span of one width.
+
+        Args:
+            width: that the step was planned with.
+            rows: that it ran, the first one's prompt included.
+            tokens: that were committed by it.
+        """
+        rows, self._owed = max(1, rows - self._owed), 0  # one token's row is a prompt's last
+        self._last_rows = rows
+        if self._span_width not in (None, width):
+            self._is_mixed = True
+        self._span_width = width
+        steps, so_far, ran = self._span
+        self._span = Span(steps + 1, so_far + tokens, ran + rows)
+        if not tokens:
+            return False
+        span, is_pure = self._span, not self._is_mixed
+        self._span, self._span_width, self._is_mixed = Span(0, 0, 0), None, False
+        if is_pure:
+            choice = self.kind.widths.index(width)
+            self._note_speed(choice, span)
+            self.gains.note(choice, span)
+        return is_pure
+
+    def _note_speed(self, choice: int, span: Span) -> None:
+        if not (self._may_narrow and self.gains.known(choice)):
+            return
+        floor = span.steps if self.kind.verifies else 0
+        expected = self.gains.expected[choice].tokens * span.steps - floor
+        if expected > 0:
+            self._tokens += max(0, span.tokens - floor)
+            self._expected += expected
+        if self._expected > 4 * OTHERS:  # older spans count less
+            self._tokens = (self._tokens + OTHERS) / 2
+            self._expected = (self._expected + OTHERS) / 2

@@ -1,0 +1,159 @@
+"""StepCost: what a step takes by its rows and sessions, milliseconds.
+
+A curve over rows that never falls, and something for each session beyond the first. Fitted to steps
+that were timed beforehand, and moved by the times of all that follow: a device that is shared or
+warm changes its speed as a whole, and the shapes that really occur are known best. Pure; the times
+come in as arguments.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+__all__ = ["StepCost", "TimedStep"]
+
+KNOTS: Final = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096)
+"""Rows between which the curve is straight."""
+LOCAL: Final = 0.2
+FRESH: Final = 0.5
+"""Share of an error that goes into the curve where it was made, and where little is known."""
+SCALE: Final = 0.05
+"""Share of an error that moves everything."""
+ENOUGH: Final = 8
+"""Steps after which a knot is known."""
+LEAST_MS: Final = 1e-4
+SESSIONS: Final = 16
+"""Sessions that weigh in an error as a whole knot does."""
+
+
+class TimedStep(NamedTuple):
+    """A step that was timed.
+
+    Attributes:
+        rows: positions that ran through the model, of all sessions together.
+        sessions: that took part.
+        ms: milliseconds.
+    """
+
+    rows: int
+    sessions: int
+    ms: float
+
+
+class StepCost:
+    """Predicts a step's time; not known at all, it guesses the shape, which the first step scales.
+
+    Args:
+        timed: steps of one session each, and some of several; () knows nothing.
+    """
+
+    def __init__(self, timed: Iterable[TimedStep] = ()) -> None:
+        self._session_ms = 0.0
+        self._knots_ms = [math.sqrt(rows) for rows in KNOTS]
+        self._seen = [0] * len(KNOTS)  # steps that told something of a knot
+        self._fit(list(timed))
+
+    def ms(self, rows: float, sessions: int) -> float:
+        """Return the milliseconds that a step should take; beyond the last knot, by its slope."""
+        index = self._segment(rows)
+        first, last = KNOTS[index], KNOTS[index + 1]
+        low, high = self._knots_ms[index], self._knots_ms[index + 1]
+        along = max(0.0, (rows - first) / (last - first))
+        return max(LEAST_MS, low + (high - low) * along + self._session_ms * (sessions - 1))
+
+    def learn(self, step: TimedStep) -> None:
+        """Take a step's time into account."""
+        if step.rows < 1 or step.ms <= 0.0:
+            return
+        expected = self.ms(step.rows, step.sessions)
+        if not any(self._seen):
+            self._knots_ms = [ms * step.ms / expected for ms in self._knots_ms]
+            expected = step.ms
+        ratio = min(2.0, max(0.5, step.ms / expected))  # a compiler, or a pause, says little
+        index = self._segment(step.rows)
+        is_known = min(self._seen[index : index + 2]) >= ENOUGH
+        if is_known:  # it is the device that has changed
+            factor = ratio**SCALE
+            self._knots_ms = [ms * factor for ms in self._knots_ms]
+            self._session_ms *= factor
+            expected *= factor
+        error_ms = (LOCAL if is_known else FRESH) * (ratio - 1.0) * expected
+        self._correct(step, error_ms, others=(step.sessions - 1) / SESSIONS if is_known else 0.0)
+
+    def _correct(self, step: TimedStep, error_ms: float, *, others: float) -> None:
+        """Share an error out among what made it, and let no longer step become cheaper."""
+        index = self._segment(step.rows)
+        first, last = KNOTS[index], KNOTS[index + 1]
+        along = min(1.0, max(0.0, (step.rows - first) / (last - first)))
+        norm = (1 - along) ** 2 + along**2 + others**2
+        knots = self._knots_ms
+        for knot, share in ((index, 1 - along), (index + 1, along)):
+            knots[knot] = max(0.0, knots[knot] + error_ms * share / norm)
+            self._seen[knot] += share > 0.0
+        self._session_ms = max(0.0, self._session_ms + error_ms * others / norm / SESSIONS)
+        if knots[index] > knots[index + 1]:
+            knots[index] = knots[index + 1] = (knots[index] + knots[index + 1]) / 2
+        self._guess_unseen()
+        for below in range(index):
+            knots[below] = min(knots[below], knots[index])
+        for above in range(index + 2, len(knots)):
+            knots[above] = max(knots[above], knots[index + 1])
+
+    def _guess_unseen(self) -> None:
+        """Let knots beyond those that were seen follow from the nearest one.
+
+        A guess too low is found out as soon as it is acted upon, one too high never is: so that
+        fewer rows are hoped to cost much less, and more rows hardly more.
+        """
+        seen = [knot for knot, times in enumerate(self._seen) if times]
+        first, last = seen[0], seen[-1]
+        for knot in range(first):
+            self._knots_ms[knot] = self._knots_ms[first] * (KNOTS[knot] / KNOTS[first]) ** 0.5
+        for knot in range(last + 1, len(KNOTS)):
+            self._knots_ms[knot] = self._knots_ms[last] * (KNOTS[knot] / KNOTS[last]) ** 0.25
+
+    def _segment(self, rows: float) -> int:
+        return min(max(bisect_right(KNOTS, rows) - 1, 0), len(KNOTS) - 2)
+
+    def _fit(self, timed: Sequence[TimedStep]) -> None:
+        alone = sorted(step for step in timed if step.sessions == 1)
+        if not alone:
+            return
+        points = _rising({step.rows: step.ms for step in alone})
+        self._knots_ms = [_between(points, rows) for rows in KNOTS]
+        self._seen = [ENOUGH] * len(KNOTS)
+        extra = sorted(
+            (step.ms - self.ms(step.rows, 1)) / (step.sessions - 1)
+            for step in timed
+            if step.sessions > 1
+        )
+        if extra:
+            self._session_ms = max(0.0, extra[len(extra) // 2])
+
+
+def _rising(points: dict[int, float]) -> list[tuple[int, float]]:
+    """Return the points by rows, those that fall made level with their mean (isotonic)."""
+    pools: list[tuple[list[int], float]] = []
+    for rows, ms in points.items():
+        pools.append(([rows], ms))
+        while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
+            (later, high), (earlier, low) = pools.pop(), pools.pop()
+            mean = (low * len(earlier) + high * len(later)) / (len(earlier) + len(later))
+            pools.append((earlier + later, mean))
+    return [(rows, ms) for pool, ms in pools for rows in pool]
+
+
+def _between(points: Sequence[tuple[int, float]], rows: int) -> float:
+    """Return a rising curve's value: level before its first point, straight on after its last."""
+    if rows <= points[0][0]:
+        return points[0][1]
+    for (first, low), (last, high) in pairwise(points):
+        if rows <= last:
+            return low + (high - low) * (rows - first) / (last - first)
+    last, high = points[-1]
+    if len(points) == 1:
+        return high * math.sqrt(max(1.0, rows / last))
+    first, low = points[-2]
+    return high + (high - low) * (rows - last) / (last - first)

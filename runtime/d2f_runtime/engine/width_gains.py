@@ -1,0 +1,187 @@
+"""WidthGains: what windows of each width have really brought, for requests of one kind.
+
+A kind is what decides how fast answers fill: the parameters of decoding. What is learned is the
+mean over spans, from one committed block of an answer to the next, within which the width stayed
+the same: so that no block is credited to a width that only finished it. Older spans count less and
+less; a width that was not used for long becomes unknown, and may be tried again. Pure.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from d2f_runtime.decoding.width import UNBOUNDED_BLOCKS, Width
+
+__all__ = ["Gain", "Span", "WidthGains"]
+
+ENOUGH: Final = 4.0
+"""Spans after which a width was tried enough."""
+KNOWN: Final = 2.0
+"""Spans that make a width known; it is again unknown once others have outweighed them."""
+SEEN: Final = 0.5
+"""Spans below which what was learned of a width is forgotten."""
+GUESS: Final = 2.0
+"""Spans as many as a guess weighs."""
+FORGET: Final = 1 / 512
+"""Share of all spans' weight that each further one takes away."""
+HOPE: Final = 1.25
+"""How much better than it was a width may have become that is unknown again."""
+DOUBT: Final = 0.97
+"""What of a hope counts, so that nothing is tried for next to nothing."""
+TOO_LARGE: Final = 1e9
+
+
+class Gain(NamedTuple):
+    """What a step of one session brings and needs on the mean.
+
+    Attributes:
+        tokens: that become final.
+        rows: positions that run through the model.
+    """
+
+    tokens: float
+    rows: float
+
+
+class Span(NamedTuple):
+    """Steps of one width that ended with a committed block.
+
+    Attributes:
+        steps: how many.
+        tokens: that were committed by them.
+        rows: that they ran, a prompt's left out.
+    """
+
+    steps: int
+    tokens: int
+    rows: int
+
+
+class WidthGains:
+    """Learns from spans; answers for each width, narrowest first.
+
+    Args:
+        widths: of the kind, narrowest first.
+        block_size: of its answers, tokens.
+        verifies: whether the answers are verified, so that widths are numbers of drafts.
+        max_active_blocks: of the kind's own windows.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[Width],
+        *,
+        block_size: int,
+        verifies: bool,
+        max_active_blocks: int | None,
+    ) -> None:
+        self._verifies = verifies
+        blocks = max_active_blocks or UNBOUNDED_BLOCKS[-1] + 1
+        if verifies:
+            masks = [width.max_drafts or blocks * block_size for width in widths]
+            self._guesses = [_guess_verified(count) for count in masks]
+        else:
+            counts = [width.max_active_blocks or blocks for width in widths]
+            self._guesses = [_guess_filled(count, block_size) for count in counts]
+        self._unit = 1.0  # what the next span weighs: all before it weigh less in turn
+        self._weights = [0.0] * len(widths)
+        self._steps = [0.0] * len(widths)
+        self._tokens = [0.0] * len(widths)
+        self._rows = [0.0] * len(widths)
+        self._expected = self._hoped = tuple(self._guesses)
+        self._is_stale = False
+
+    @property
+    def expected(self) -> Sequence[Gain]:
+        """For each width what is to be expected of it."""
+        self._refresh()
+        return self._expected
+
+    @property
+    def hoped(self) -> Sequence[Gain]:
+        """The same, at the best that is possible where too little is known."""
+        self._refresh()
+        return self._hoped
+
+    def known(self, index: int) -> bool:
+        """Whether enough is known of a width; all that there is to know of a single draft is."""
+        if self._is_single(index):
+            return True
+        return self._weights[index] >= KNOWN * self._unit
+
+    def tried(self, index: int) -> bool:
+        """Whether a width need not be tried any longer."""
+        return self._weights[index] >= ENOUGH * self._unit
+
+    def note(self, index: int, span: Span) -> None:
+        """Take a span of a width into account."""
+        self._unit *= 1.0 + FORGET
+        self._weights[index] += self._unit
+        self._steps[index] += self._unit * span.steps
+        self._tokens[index] += self._unit * span.tokens
+        self._rows[index] += self._unit * span.rows
+        self._is_stale = True
+        if self._unit > TOO_LARGE:
+            for sums in (self._weights, self._steps, self._tokens, self._rows):
+                sums[:] = [value / self._unit for value in sums]
+            self._unit = 1.0
+
+    def _is_single(self, index: int) -> bool:
+        """Whether the width is a single draft, which is what the model says next."""
+        return self._verifies and index == 0 and len(self._guesses) > 1
+
+    def _refresh(self) -> None:
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        numbers = range(len(self._guesses))
+        self._expected = tuple(map(self._expect, numbers))
+        self._hoped = tuple(map(self._hope, numbers))
+
+    def _expect(self, index: int) -> Gain:
+        """Return what was seen; the less that is, the more what the others let guess."""
+        weight = self._weights[index] / self._unit
+        if self._is_single(index):
+            return self._guesses[index]
+        guess = self._guess(index)
+        if weight < SEEN:
+            return guess
+        steps, prior = self._steps[index], GUESS / (weight + GUESS)
+        tokens, rows = self._tokens[index] / steps, self._rows[index] / steps
+        return Gain(tokens + (guess.tokens - tokens) * prior, rows + (guess.rows - rows) * prior)
+
+    def _guess(self, index: int) -> Gain:
+        """Return the guess for a width, stretched by that other one of which most is known."""
+        guess = self._guesses[index]
+        others = [other for other in range(len(self._guesses)) if other != index]
+        best = max(others, key=self._weights.__getitem__, default=index)
+        steps, base = self._steps[best], self._guesses[best]
+        if self._weights[best] < SEEN * self._unit:
+            return guess
+        tokens = guess.tokens * self._tokens[best] / (steps * base.tokens)
+        return Gain(tokens, guess.rows * self._rows[best] / (steps * base.rows))
+
+    def _hope(self, index: int) -> Gain:
+        """Return what is expected where it is known, else the most that others let hope for."""
+        gain = self._expected[index]
+        if self.known(index):
+            return gain
+        wider = [other for other in range(index + 1, len(self._guesses)) if self.known(other)]
+        tokens = gain.tokens * HOPE
+        if wider:  # which brings no less
+            most = self._expected[wider[0]].tokens
+            is_new = self._weights[index] < SEEN * self._unit
+            tokens = most if is_new else min(tokens, most)
+        return Gain(max(tokens * DOUBT, gain.tokens), gain.rows)
+
+
+def _guess_verified(num_drafts: int) -> Gain:
+    # One draft is what the model says next: its row is never run, and it is never wrong.
+    if num_drafts == 1:
+        return Gain(1.0, 1.0)
+    return Gain(1.0 + 0.4 * (num_drafts.bit_length() - 1), 1.5 * num_drafts)
+
+
+def _guess_filled(num_blocks: int, block_size: int) -> Gain:
+    if block_size == 1:
+        return Gain(1.0, 1.0)
+    return Gain(min(block_size, 2.0 * num_blocks**0.5), block_size * (num_blocks + 0.5))

@@ -1,0 +1,67 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2f_runtime.engine.step_cost import StepCost, TimedStep
+
+SHAPES = st.tuples(st.integers(1, 6000), st.integers(1, 64))
+STEPS = st.lists(
+    st.builds(TimedStep, st.integers(1, 6000), st.integers(1, 64), st.floats(0.01, 500.0)),
+    max_size=40,
+)
+
+
+def affine(rows: int, sessions: int) -> float:
+    return 4.0 + 0.03 * rows + 0.1 * (sessions - 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(timed=STEPS, learned=STEPS, shape=SHAPES, more_rows=st.integers(0, 500))
+def test_more_rows_or_sessions_never_cost_less(
+    timed: list[TimedStep], learned: list[TimedStep], shape: tuple[int, int], more_rows: int
+) -> None:
+    cost = StepCost(timed)
+    for step in learned:
+        cost.learn(step)
+    rows, sessions = shape
+    assert 0.0 < cost.ms(rows, sessions) <= cost.ms(rows + more_rows, sessions) + 1e-9
+    assert cost.ms(rows, sessions) <= cost.ms(rows, sessions + 1) + 1e-9
+
+
+def test_steps_that_were_timed_are_met() -> None:
+    shapes = [(1, 1), (32, 1), (128, 1), (512, 1), (256, 8)]
+    cost = StepCost(TimedStep(*shape, affine(*shape)) for shape in shapes)
+    for rows in (1, 20, 64, 200, 500, 900):
+        assert cost.ms(rows, 1) == pytest.approx(affine(rows, 1), rel=0.01)
+    assert cost.ms(200, 16) == pytest.approx(affine(200, 16), rel=0.01)
+
+
+def test_a_step_of_noise_does_not_make_longer_ones_cheaper() -> None:
+    cost = StepCost([TimedStep(1, 1, 5.0), TimedStep(32, 1, 3.0), TimedStep(64, 1, 8.0)])
+    assert cost.ms(1, 1) == cost.ms(32, 1) == 4.0
+
+
+def test_an_unknown_device_is_learned_where_it_is_used() -> None:
+    cost, chance = StepCost(), random.Random(3)
+    for _ in range(400):
+        rows, sessions = chance.randint(1, 400), chance.randint(1, 16)
+        cost.learn(TimedStep(rows, sessions, affine(rows, sessions) * chance.uniform(0.9, 1.1)))
+    for shape in ((10, 1), (100, 4), (200, 16), (300, 8)):
+        assert cost.ms(*shape) == pytest.approx(affine(*shape), rel=0.15)
+
+
+def test_a_device_that_slows_down_does_so_for_shapes_that_do_not_occur_too() -> None:
+    cost = StepCost([TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512)])
+    before = cost.ms(8, 1)
+    for _ in range(100):
+        cost.learn(TimedStep(400, 1, 2 * affine(400, 1)))
+    assert cost.ms(400, 1) == pytest.approx(2 * affine(400, 1), rel=0.05)
+    assert cost.ms(8, 1) > 1.1 * before
+
+
+def test_a_compiler_s_pause_says_little() -> None:
+    cost = StepCost([TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512)])
+    cost.learn(TimedStep(100, 1, 2300.0))
+    assert cost.ms(100, 1) < 1.35 * affine(100, 1)
