@@ -1,4 +1,4 @@
-"""The pages name files that exist."""
+"""The pages name files that exist, and the site holds them all."""
 
 import re
 from pathlib import Path
@@ -17,3 +17,10 @@ def test_page_names_files_that_exist(page: Path) -> None:
     named = [ROOT / match for match in SOURCES.findall(text) if "..." not in match]
     linked = [page.parent / match for match in LINKS.findall(text)]
     assert [str(path) for path in named + linked if not path.exists()] == []
+
+
+def test_every_page_is_in_the_site_s_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(named) == sorted(pages)
