@@ -23,9 +23,7 @@ EXPECTED_ERRORS = ("WebSocket connection to", "net::ERR_")
 
 
 class OpenPage(Protocol):
-    def __call__(
-        self, server: PageServer, *, pace: str | None = "live", **options: Any
-    ) -> Page: ...
+    def __call__(self, server: PageServer, *, pace: str = "live", **options: Any) -> Page: ...
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +44,10 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
     """Open the page of a server, connected. What it must never do is checked at the end."""
     watches: list[_Watch] = []
 
-    def open_one(server: PageServer, *, pace: str | None = "live", **options: Any) -> Page:
+    def open_one(server: PageServer, *, pace: str = "live", **options: Any) -> Page:
         context = chromium.new_context(**options)
         context.set_default_timeout(TIMEOUT_MS)
-        if pace is not None:
+        if pace != "live":
             context.add_init_script(f"localStorage['d2f.pace'] ??= '\"{pace}\"'")
         page = context.new_page()
         watches.append(_Watch(page, server.url))

@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
+from itertools import pairwise
 from typing import Any, Self, TypeVar
 
 import fakes
@@ -99,22 +100,22 @@ class ScriptedServer(PageServer):
     """A server whose model says what the test wants, one step at a time where it is held.
 
     Args:
-        answers: of `ScriptedBackend`.
+        answers: of `ScriptedBackend`; a function is called with the prompt's text.
         is_held: whether steps wait for `gate`.
         max_new_tokens: the model's default.
         codec: of the model's texts.
-        description: of what the model is for.
+        about: fields of ModelInfo that differ from those of scripted models.
         settings: as of `ServeSettings`.
     """
 
     def __init__(
         self,
-        answers: str = fakes.ANSWER,
+        answers: str | Callable[[str], str] = fakes.ANSWER,
         *,
         is_held: bool = True,
         max_new_tokens: int = 128,
         codec: ByteCodec | None = None,
-        description: str = "",
+        about: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.gate = StepGate()
@@ -122,7 +123,7 @@ class ScriptedServer(PageServer):
         self._is_held = is_held
         self._defaults = fakes.params(max_new_tokens=max_new_tokens)
         self._codec = codec or ByteCodec()
-        self._info = fakes.info(description=description)
+        self._info = fakes.info(**(about or {}))
         super().__init__(self._make_scripted, **settings)
 
     @property
@@ -133,12 +134,23 @@ class ScriptedServer(PageServer):
         prompts = [ByteCodec().decode(window.tokens[: window.num_to_cache]) for window in first]
         return list(dict.fromkeys(prompts))
 
+    @property
+    def block_sizes(self) -> set[int]:
+        """Of the answer's blocks that were denoised."""
+        windows = [row.window for rows in self._backend.batches for row in rows]
+        return {b - a for window in windows for a, b in pairwise(window.block_stops)}
+
     def __exit__(self, *_: object) -> None:
         self.gate.open()
         super().__exit__()
 
+    def _answer(self, prompt: tuple[int, ...]) -> bytes:
+        answers = self._answers
+        text = answers if isinstance(answers, str) else answers(ByteCodec().decode(prompt))
+        return text.encode()
+
     def _make_scripted(self) -> LocalEngine:
         self.gate = StepGate()
         gate = self.gate if self._is_held else None
-        self._backend = ScriptedBackend(self._answers, info=self._info, gate=gate)
+        self._backend = ScriptedBackend(self._answer, info=self._info, gate=gate)
         return LocalEngine.over(self._backend, self._codec, defaults=self._defaults)

@@ -15,9 +15,9 @@ from browser.reader import (
     announced,
     answer,
     ask,
-    blocks,
-    expect_blocks,
+    expect_answer,
     expect_idle,
+    expect_kept,
 )
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_stream.core.errors import NoChatTemplate
@@ -42,7 +42,7 @@ def test_blocks_appear_whole_one_after_the_other(
     expect(page.locator("#conversation .mask").first).to_be_visible()
     for number in range(len(BLOCKS)):
         server.gate.let_through(STEPS_A_BLOCK)
-        expect_blocks(page, [text for text in BLOCKS[: number + 1]])
+        expect_answer(page, "".join(BLOCKS[: number + 1]))
     server.gate.open()
     expect_idle(page)
     assert answer(page) == fakes.ANSWER
@@ -58,17 +58,17 @@ def test_canvas_shows_each_accepted_token_and_keeps_masks(
     page = open_page(server)
     ask(page)
     server.gate.let_through(1)
-    first = page.locator("#conversation .block").first
+    first = page.locator(".canvas .block").first
     expect(first.locator(".token")).to_have_text(list(BLOCKS[0][:4]))
     expect(first.locator(".mask")).to_have_count(4)
-    assert first.get_attribute("aria-hidden") == "true"
+    assert page.locator(".canvas").get_attribute("aria-hidden") == "true"
     server.gate.let_through(1)
-    expect(first).to_have_text(BLOCKS[0])
-    assert first.get_attribute("aria-hidden") is None
+    expect_answer(page, BLOCKS[0])
+    expect(first.locator(".mask")).to_have_count(8)  # the next block
 
 
 def test_answer_without_a_word_says_so_and_what_the_model_is_for(open_page: OpenPage) -> None:
-    with ScriptedServer("", is_held=False, description="Adds numbers.") as server:
+    with ScriptedServer("", is_held=False, about={"description": "Adds numbers."}) as server:
         page = open_page(server)
         ask(page, "Hello!")
         note = page.locator(".answer .note")
@@ -86,18 +86,18 @@ def test_without_canvas_only_whole_blocks_are_shown(
     expect(page.get_by_role("radio", name="Slow")).to_be_disabled()
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK + 1)
-    expect_blocks(page, BLOCKS[:1])
+    expect_answer(page, BLOCKS[0])
     expect(page.locator("#conversation .mask, #conversation .token")).to_have_count(0)
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])
 def test_stop_keeps_what_was_committed(open_page: OpenPage, way: str) -> None:
-    endless = "on and on " * 400
+    endless = "on and on, " * 400
     with ScriptedServer(endless, max_new_tokens=4000) as server:
         page = open_page(server)
         ask(page)
         server.gate.let_through(STEPS_A_BLOCK + 1)
-        expect_blocks(page, [endless[:8]])
+        expect_answer(page, endless[:8])
         if way == "button":
             page.get_by_role("button", name="Stop").click()
         else:
@@ -119,14 +119,14 @@ def test_lost_network_is_told_and_the_answer_goes_on_exactly(
     page = open_page(server)
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK)
-    expect_blocks(page, BLOCKS[:1])
+    expect_answer(page, BLOCKS[0])
     with offline(page, server):
         expect(page.locator("#state")).to_have_text("Reconnecting")
         expect(page.locator("#banner")).to_be_visible()
         server.gate.let_through(2 * STEPS_A_BLOCK)  # while nobody listens
     expect(page.locator("#state")).to_have_text("Connected")
     expect(page.locator("#banner")).to_be_hidden()
-    expect_blocks(page, BLOCKS)
+    expect_answer(page, "".join(BLOCKS))
     server.gate.open()
     expect_idle(page)
     assert answer(page) == fakes.ANSWER
@@ -137,15 +137,16 @@ def test_reload_in_mid_stream_reads_on(server: ScriptedServer, open_page: OpenPa
     page = open_page(server)
     ask(page)
     server.gate.let_through(2 * STEPS_A_BLOCK)
-    expect_blocks(page, BLOCKS[:2])
+    expect_answer(page, "".join(BLOCKS[:2]))
     page.reload()
-    expect_blocks(page, BLOCKS[:2])
+    expect_answer(page, "".join(BLOCKS[:2]))
     server.gate.open()
     expect_idle(page)
     assert answer(page) == fakes.ANSWER
+    expect_kept(page)
     page.reload()
+    expect_answer(page, fakes.ANSWER)
     expect_idle(page)
-    assert answer(page) == fakes.ANSWER
     assert announced(page) == []
 
 
@@ -168,12 +169,12 @@ def test_restarted_server_is_told_in_one_sentence(
     page = open_page(server)
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK)
-    expect_blocks(page, BLOCKS[:1])
+    expect_answer(page, BLOCKS[0])
     with offline(page, server):
         server.stop()
         server.start()
     expect(page.get_by_role("alert")).to_contain_text("no longer knows this answer")
-    expect_blocks(page, BLOCKS[:1])
+    expect_answer(page, BLOCKS[0])
     server.gate.open()
     page.get_by_role("button", name="Ask again").click()
     expect_idle(page)
@@ -188,7 +189,7 @@ def test_server_that_stays_away_is_given_up_and_the_answer_read_on_later(
     page.clock.install()
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK)
-    expect_blocks(page, BLOCKS[:1])
+    expect_answer(page, BLOCKS[0])
     with offline(page, server):
         state = page.locator("#state")
         while state.text_content() != "Not connected":
@@ -210,8 +211,8 @@ def test_too_long_question_can_be_edited(server: ScriptedServer, open_page: Open
     expect(fold).to_have_attribute("aria-expanded", "false")
     fold.click()
     expect(page.get_by_role("button", name="Show less")).to_be_visible()
-    page.get_by_role("button", name="Edit the question").click()
-    expect(page.get_by_label("Your question")).to_have_value(question.strip())
+    page.get_by_role("button", name="Edit and ask again").click()
+    expect(page.get_by_label("Your question", exact=True)).to_have_value(question.strip())
     expect(page.locator(".question")).to_have_count(0)
 
 
@@ -251,22 +252,30 @@ def test_settings_begin_with_the_models_own_and_are_sent(
     expect(page.get_by_label("Longest answer")).to_have_value("128")
     size.fill("16")
     page.get_by_label("Active blocks").fill("")
+    expect(size).to_have_attribute("aria-invalid", "false")
+    page.get_by_label("Longest answer").fill("0")
+    expect(page.get_by_text("A number from 1 to 4096")).to_be_visible()
+    page.get_by_label("Longest answer").fill("64")
+    page.get_by_label("Stop strings").fill("whole\ntokens")
+    page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_role("button", name="Done").click()
     ask(page)
     server.gate.open()
     expect_idle(page)
-    assert blocks(page)[0] == fakes.ANSWER[:16]
+    assert server.block_sizes == {16}
+    assert answer(page) == "Block diffusion writes"
+    assert server.prompts == ["system: Be brief.\nuser: What writes blocks?\nassistant: "]
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Model's defaults").click()
     expect(size).to_have_value("8")
 
 
-def test_new_conversation_clears_the_old_one(open_page: OpenPage) -> None:
+def test_new_chat_is_empty(open_page: OpenPage) -> None:
     with ScriptedServer(is_held=False) as server:
         page = open_page(server)
         ask(page)
         expect(page.locator(".answer .note, .answer .figures").last).to_be_visible()
-        page.get_by_role("button", name="New conversation").click()
+        page.get_by_role("button", name="New chat").click()
         expect(page.locator("#welcome")).to_be_visible()
         page.reload()
         expect(page.locator("#welcome")).to_be_visible()
@@ -302,23 +311,10 @@ def test_slow_motion_delays_the_picture_and_nothing_else(open_page: OpenPage) ->
         skip = page.get_by_role("button", name="Show all at once")
         expect(skip).to_be_visible()  # the stream is at its end
         assert "".join(announced(page)) == fakes.ANSWER
-        assert len(blocks(page)) < 2
-        page.clock.run_for(1000)
-        assert len(blocks(page)) < 4
-        skip.click()
+        assert len(answer(page)) < 16
+        page.clock.run_for(3000)
         expect_idle(page)
         assert answer(page) == fakes.ANSWER
-
-
-def test_gentle_pace_stays_close_to_a_long_answer(open_page: OpenPage) -> None:
-    with ScriptedServer("on and on " * 12, is_held=False) as server:
-        page = open_page(server, pace="gentle")
-        page.clock.install()
-        ask(page)
-        expect(page.get_by_role("button", name="Show all at once")).to_be_visible()
-        page.clock.run_for(8000)
-        expect_idle(page)
-        assert answer(page) == "on and on " * 12
 
 
 def test_keyboard_alone_asks_stops_and_sets(server: ScriptedServer, open_page: OpenPage) -> None:
@@ -331,7 +327,7 @@ def test_keyboard_alone_asks_stops_and_sets(server: ScriptedServer, open_page: O
     keyboard.press("Enter")
     expect(page.locator(".question .text")).to_have_text("One line\nand another")
     server.gate.let_through(STEPS_A_BLOCK)
-    expect_blocks(page, BLOCKS[:1])
+    expect_answer(page, BLOCKS[0])
     keyboard.press("Tab")
     expect(page.get_by_role("button", name="Stop")).to_be_focused()
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
@@ -352,7 +348,7 @@ def test_embedded_model_answers_its_own_example(open_page: OpenPage) -> None:
     with PageServer(lambda: d2f_stream.load()) as server:
         page = open_page(server)
         expect(page.locator("#model-description")).to_contain_text("arithmetic word problem")
-        page.get_by_role("button", name="A basket of pears").click()
+        page.get_by_role("button", name="34 pears").click()
         expect_idle(page)
         assert answer(page).endswith("The answer is 42.")
         assert "".join(announced(page)).strip() == answer(page)

@@ -1,34 +1,28 @@
-/** The chat page: joins the conversation, the views of its answers and the connection. */
+/** The chat page: joins the chats, the answers that are on their way and the connection. */
 
-import { AnswerView, element } from "./answer.js";
-import { Transcript, textOf } from "./transcript.js";
+import { RunningAnswer } from "./answer/running.js";
+import { Composer } from "./ask/composer.js";
+import { use } from "./ask/context.js";
+import { showUse } from "./ask/meter.js";
+import { Conversation } from "./chats/conversation.js";
+import { Drawer } from "./chats/drawer.js";
+import { save, watchImport } from "./chats/files.js";
+import { Sidebar } from "./chats/sidebar.js";
+import { ChatStore } from "./chats/store.js";
+import { askAgain, newTurn, reopen } from "./chats/turn.js";
 import { D2FClient, newRequestId } from "./d2f-client.js";
-import { examplesFor } from "./examples.js";
+import { $ } from "./dom.js";
 import { showConnection, storedToken } from "./link.js";
-import { PACES, Player } from "./player.js";
-import { questionView } from "./question.js";
+import { showModel } from "./model.js";
+import { followEnd, scrollToEnd, watchDock } from "./scroll.js";
 import { Settings } from "./settings.js";
 import { watchTheme } from "./theme-choice.js";
+import { tell } from "./toast.js";
 import { ViewChoice } from "./view-choice.js";
 
-const NEAR_END_PX = 160; // so close to its end, the page follows the answer
-const MENDABLE = /^(invalid_.*|prompt_too_long|message_too_large)$/; // by the reader
-const PASSING = /^(connection_lost|unauthorized)$/; // the answer may still be there
+const ADDRESS = "#chat-"; // and the id of the chat that is open
+const LONGEST_TITLE = 60;
 
-const ACTS = {
-  send: { label: "Send", icon: "#i-send" },
-  stop: { label: "Stop", icon: "#i-stop" },
-  skip: { label: "Show all at once", icon: "#i-skip" },
-};
-
-// The page and its script ship together: each id is there, and is the element that is meant.
-const $ = (id) => /** @type {any} */ (document.getElementById(id));
-
-const transcript = new Transcript();
-const settings = new Settings($("fields"));
-const choice = new ViewChoice($("show-canvas"), $("pace"), {
-  onChange: () => running?.player.setPace(choice.pace),
-});
 const client = new D2FClient({
   url: Object.assign(new URL("v1/stream", location.href), {
     protocol: location.protocol === "https:" ? "wss:" : "ws:",
@@ -37,272 +31,285 @@ const client = new D2FClient({
   }),
   token: storedToken(),
 });
+const store = await ChatStore.open();
+const running = new Map(); // turn id -> RunningAnswer, of every chat
+let chat = newChat(); // the one that is open
 
-/** @type {any} */
-let running = null; // the answer that is streamed, or still shown: { turn, stream, view, player }
-let takesMessages = true; // until a model without a chat template refuses them
+const conversation = new Conversation($("conversation"), {
+  description: () => client.model?.description,
+  maxLen: () => client.model?.max_len,
+  isBusy: () => current() !== undefined,
+  ask,
+  again: (turn) => ask(turn.question, turn.parent),
+  goOn: (turn) => runAgain(turn, askAgain),
+  readOn: (turn) => runAgain(turn, reopen),
+  replace: (turn) => runAgain(Object.assign(turn, { text: "" }), askAgain),
+  edit: takeBack,
+  attach,
+  choose,
+});
+const composer = new Composer($("composer"), {
+  mode: () => (current() === undefined ? "send" : current().hasCome ? "skip" : "stop"),
+  ask: (question) => ask(question),
+  stop: () => current()?.stop(),
+  typed: showContext,
+});
+const choice = new ViewChoice($("show-canvas"), $("pace"), {
+  onChange: () => current()?.changePace(),
+});
+const settings = new Settings($("fields"), {
+  onChange: (chosen) => {
+    Object.assign(chat, chosen);
+    if (chat.leaf !== null) store.putChat(chat);
+    showContext();
+  },
+});
+const sidebar = new Sidebar($("chat-list"), { open, rename, remove, save: saveOne });
+const drawer = new Drawer($("chats"), $("toggle-chats"), $("shade"), [$("main"), $("dock")]);
 
-// One question and its answer.
+// Questions and their answers.
 
-function ask(question) {
-  const params = settings.overrides;
-  const turn = transcript.add({ question, requestId: newRequestId(), params });
-  run(turn, render(turn));
+/** The answer of the open chat that is on its way, or still being shown. */
+function current() {
+  return [...running.values()].find(({ turn }) => turn.chat === chat.id);
+}
+
+function ask(question, parent = chat.leaf) {
+  if (current() !== undefined) return;
+  const before = conversation.turns.get(parent);
+  const turn = newTurn({ chat: chat.id, parent, question, numLeftOut: before?.numLeftOut });
+  const isNext = parent === chat.leaf;
+  conversation.turns.set(turn.id, turn);
+  chat.title ||= titleOf(question);
+  Object.assign(chat, { leaf: turn.id, updatedAt: turn.createdAt });
+  store.putTurn(turn);
+  store.putChat(chat);
+  showAddress(chat.id);
+  if (isNext) conversation.drawTurn(turn);
+  else conversation.draw();
+  showState();
+  listChats();
   scrollToEnd();
+  composer.focus();
 }
 
-/** Stream a turn's answer, from its beginning or from where a reload left it. */
-async function run(turn, view) {
-  const player = new Player((event) => show(event, mine), choice.pace);
-  const mine = { turn, view, stream: open(turn), player };
-  running = mine;
-  showAct();
-  try {
-    for await (const event of mine.stream) receive(event, mine);
-  } catch (error) {
-    if (error.code === "no_chat_template" && takesMessages) {
-      takesMessages = false;
-      turn.requestId = newRequestId();
-      transcript.save();
-      run(turn, view);
-      return;
-    }
-    transcript.fail(turn, error);
-  }
-  mine.player.push({ type: "end" }); // behind what is still to be shown
-  showAct();
+function runAgain(turn, change) {
+  change(turn);
+  store.putTurn(turn);
+  conversation.drawTurn(turn);
+  showState();
+  composer.focus();
 }
 
-function open(turn) {
-  const { stream, requestId, lastSeq, params } = turn;
-  const drafts = choice.isCanvas;
-  if (stream !== null) {
-    return client.resume({ stream, request_id: requestId, after_seq: lastSeq, drafts });
-  }
-  const prompt = takesMessages ? transcript.messagesFor(turn) : turn.question;
-  return client.generate(prompt, { params, requestId, drafts });
-}
-
-/** Keep and announce at once what has come; showing it takes the time that it takes. */
-function receive(event, { turn, player }) {
-  if (event.type !== "block.draft") transcript.apply(turn, event);
-  if (event.type === "block.committed" && event.text.trim()) {
-    $("announcer").append(element("p", "", event.text));
-  }
-  player.push(event);
-}
-
-function show(event, mine) {
-  const follows = isNearEnd();
-  if (event.type === "end") {
-    if (running === mine) running = null;
-    finish(mine.turn, mine.view);
-    showAct();
-  } else {
-    mine.view.show(event);
-  }
-  if (follows) scrollToEnd();
-}
-
-/** Stop the answer; where it is complete and only still being shown, show the rest. */
-function stop() {
-  if (running === null) return;
-  if (running.stream.ended) {
-    running.player.flush();
-  } else {
-    running.stream.cancel();
-    running.player.setPace(PACES.live);
-  }
-}
-
-// The conversation.
-
-function render(turn) {
-  const view = new AnswerView(turn, client.model?.description);
-  $("conversation").append(questionView(turn.question), view.root);
-  if (turn.status !== "running") addActions(turn, view);
-  showWelcome();
-  return view;
-}
-
-function finish(turn, view) {
-  view.end(turn, { isNew: true });
-  addActions(turn, view);
-}
-
-function addActions(turn, view) {
-  const actions = element("div", "actions");
-  if (turn.error) {
-    const { label, act } = remedy(turn, view);
-    actions.append(action(label, () => running === null && act()));
-  } else if (turn.blocks.length > 0 && navigator.clipboard) {
-    const copy = action("Copy", async () => {
-      await navigator.clipboard.writeText(textOf(turn).trim());
-      copy.textContent = "Copied";
-    });
-    actions.append(copy);
-  }
-  if (actions.childElementCount > 0) view.append(actions);
-}
-
-/** What to do about a turn that failed. */
-function remedy(turn, view) {
-  const { code } = turn.error;
-  if (PASSING.test(code) && turn.stream !== null) {
-    return { label: "Read on", act: () => readOn(turn, view) };
-  }
-  const isMendable = MENDABLE.test(code);
-  const again = isMendable ? edit : ask;
-  const act = () => {
-    forget(turn, view);
-    again(turn.question);
-  };
-  return { label: isMendable ? "Edit the question" : "Ask again", act };
-}
-
-function readOn(turn, view) {
-  transcript.reopen(turn);
-  const fresh = new AnswerView(turn, client.model?.description);
-  view.root.replaceWith(fresh.root);
-  run(turn, fresh);
-}
-
-function action(label, act) {
-  const button = element("button", "plain", label);
-  button.type = "button";
-  button.addEventListener("click", act);
-  return button;
-}
-
-function forget(turn, view) {
-  transcript.remove(turn);
-  view.root.previousElementSibling.remove();
-  view.root.remove();
-  showWelcome();
-}
-
-function startOver() {
-  running?.stream.cancel();
-  running = null;
-  transcript.clear();
-  $("conversation").replaceChildren();
-  $("announcer").replaceChildren();
-  showWelcome();
-  showAct();
-  $("prompt").focus();
-}
-
-function showWelcome() {
-  const isEmpty = transcript.turns.length === 0;
-  $("welcome").hidden = !isEmpty;
-  $("new-chat").hidden = isEmpty;
-}
-
-function isNearEnd() {
-  const page = document.scrollingElement ?? document.documentElement;
-  return page.scrollHeight - page.scrollTop - page.clientHeight < NEAR_END_PX;
-}
-
-function scrollToEnd() {
-  const page = document.scrollingElement ?? document.documentElement;
-  page.scrollTop = page.scrollHeight;
-}
-
-// The composer.
-
-function edit(text) {
-  $("prompt").value = text;
-  fitPrompt();
-  $("prompt").focus();
-}
-
-function fitPrompt() {
-  const prompt = $("prompt");
-  prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight}px`;
-}
-
-function showAct() {
-  const mode = running === null ? "send" : running.stream.ended ? "skip" : "stop";
-  const { label, icon } = ACTS[mode];
-  $("act").dataset.mode = mode;
-  $("act").title = label;
-  $("act-label").textContent = label;
-  $("act-icon").setAttribute("href", icon);
-}
-
-function submit() {
-  const question = $("prompt").value.trim();
-  if (running !== null) {
-    stop();
-  } else if (question) {
-    $("announcer").replaceChildren();
-    edit("");
-    ask(question);
-  } else {
-    $("prompt").focus();
-  }
-}
-
-$("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
-$("prompt").addEventListener("input", fitPrompt);
-$("prompt").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  if (running === null) submit();
-});
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && document.querySelector("dialog[open]") === null) stop();
-});
-$("new-chat").addEventListener("click", startOver);
-
-document.addEventListener("visibilitychange", () => {
-  if (document.hidden) running?.player.flush(); // nobody is watching
-});
-
-// The model and its settings.
-
-function showModel(model) {
-  if (model.name !== $("model-name").textContent) takesMessages = true;
-  settings.setModel(model);
-  $("model-name").textContent = model.name;
-  $("model-description").textContent = model.description || `Answers come from ${model.name}.`;
-  $("about-model").textContent = `${model.name}: ${model.description || model.family}`;
-  const chips = examplesFor(model).map(({ label, question }) => {
-    const chip = element("button", "chip");
-    chip.type = "button";
-    chip.append(element("span", "name", label), element("span", "about", question));
-    chip.addEventListener("click", () => {
-      if (running === null) ask(question);
-    });
-    return chip;
+/** Show a turn's answer as it comes, from its beginning or from where a reload left it. */
+function attach(turn, view) {
+  const known = running.get(turn.id);
+  const answer = known ?? new RunningAnswer({
+    turn, chat, client, choice,
+    path: conversation.path,
+    on: {
+      save: () => running.get(turn.id) === answer && store.putTurn(turn),
+      replan: () => conversation.drawQuestion(turn),
+      draw: (act) => {
+        followEnd(act);
+        showContext();
+      },
+      changed: showState,
+      ended: () => end(answer),
+    },
   });
-  $("examples").replaceChildren(...chips);
-  $("examples").hidden = chips.length === 0;
+  answer.attach(view, $("announcer"));
+  if (known) return;
+  running.set(turn.id, answer);
+  answer.run();
 }
 
+function end(answer) {
+  if (running.get(answer.turn.id) !== answer) return;
+  running.delete(answer.turn.id);
+  if (answer.turn.chat === chat.id) followEnd(() => conversation.end(answer.turn));
+  showState();
+  listChats();
+}
+
+/** Put a question that could not be served back where it can be changed. */
+function takeBack(turn) {
+  conversation.turns.delete(turn.id);
+  chat.leaf = turn.parent;
+  store.removeTurn(turn);
+  if (conversation.turns.size > 0) store.putChat(chat);
+  else store.remove(chat.id).then(listChats);
+  conversation.draw();
+  showState();
+  composer.edit(turn.question);
+}
+
+function choose(leaf) {
+  if (current() !== undefined) return;
+  chat.leaf = leaf.id;
+  store.putChat(chat);
+  conversation.draw();
+  showState();
+}
+
+// Chats.
+
+function newChat() {
+  const now = Date.now();
+  const empty = { title: "", system: "", params: {}, leaf: null };
+  return { id: newRequestId(), createdAt: now, updatedAt: now, ...empty };
+}
+
+/**
+ * Open a chat; one that is not there, or null, is a new one.
+ * @param {string | null} id
+ */
+async function open(id, { isNew = true } = {}) {
+  const found = id === null ? null : await store.read(id);
+  if (isNew) showAddress(found === null ? null : id);
+  show(found ?? { chat: newChat(), turns: new Map() });
+  drawer.leave();
+  scrollToEnd();
+  composer.focus();
+}
+
+function show(found) {
+  if (found.chat.id !== chat.id) current()?.detach();
+  chat = found.chat;
+  for (const { turn } of running.values()) {
+    if (turn.chat === chat.id) found.turns.set(turn.id, turn);
+  }
+  $("announcer").replaceChildren();
+  conversation.open(chat, found.turns);
+  settings.show(chat);
+  showState();
+  listChats();
+}
+
+/** Take in what another tab did to the chat that is open. */
+async function refresh() {
+  if (chat.leaf === null || current() !== undefined) return;
+  const found = await store.read(chat.id);
+  if (current() === undefined) show(found ?? { chat: newChat(), turns: new Map() });
+}
+
+async function listChats() {
+  const working = new Set([...running.values()].map(({ turn }) => turn.chat));
+  sidebar.show({ chats: await store.chats(), current: chat.id, running: working });
+}
+
+async function rename(id, title) {
+  const found = id === chat.id ? { chat } : await store.read(id);
+  if (found === null) return;
+  found.chat.title = title;
+  await store.putChat(found.chat);
+  showState();
+  listChats();
+}
+
+async function remove(id) {
+  for (const [turn, answer] of running) {
+    if (answer.turn.chat !== id) continue;
+    running.delete(turn);
+    answer.detach();
+    answer.stop();
+  }
+  const removed = await store.remove(id);
+  const wasOpen = id === chat.id;
+  if (wasOpen) await open(null);
+  else listChats();
+  if (removed === null) return;
+  tell(`“${removed.chat.title}” was deleted.`, "Undo", async () => {
+    await store.restore(removed);
+    if (wasOpen) open(id);
+    else listChats();
+  });
+}
+
+async function saveOne(id) {
+  const found = await store.read(id);
+  if (found !== null) save([found]);
+}
+
+async function saveAll() {
+  const chats = await store.chats();
+  const found = await Promise.all(chats.map(({ id }) => store.read(id)));
+  if (found.length > 0) save(found);
+  else tell("There are no chats to export.");
+}
+
+function titleOf(question) {
+  const line = question.trim().split("\n")[0];
+  return line.length <= LONGEST_TITLE ? line : `${line.slice(0, LONGEST_TITLE - 1).trimEnd()}…`;
+}
+
+function showAddress(id) {
+  const address = id === null ? location.pathname + location.search : ADDRESS + id;
+  if (id === null ? location.hash.startsWith(ADDRESS) : location.hash !== address) {
+    history.pushState(null, "", address);
+  }
+}
+
+function addressed() {
+  return location.hash.startsWith(ADDRESS) ? location.hash.slice(ADDRESS.length) : null;
+}
+
+// What is shown of all that.
+
+function showState() {
+  const isEmpty = conversation.path.length === 0;
+  $("welcome").hidden = !isEmpty;
+  document.title = chat.title ? `${chat.title} · d2f_stream` : "d2f_stream";
+  composer.showMode();
+  showContext();
+}
+
+function showContext() {
+  if (client.model === null) return;
+  showUse($("meter"), use(conversation.path, composer.text, chat), client.model.max_len);
+}
+
+// What the reader does.
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && document.querySelector("dialog[open]") === null) current()?.stop();
+});
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) current()?.flush(); // nobody is watching
+});
+addEventListener("popstate", () => open(addressed(), { isNew: false }));
+$("new-chat").addEventListener("click", () => open(null));
+$("export-all").addEventListener("click", saveAll);
+$("search").addEventListener("input", async () => {
+  const text = $("search").value;
+  const found = text.trim() ? await store.search(text) : null;
+  if (text === $("search").value) sidebar.filter(found);
+});
 $("open-settings").addEventListener("click", () => $("settings").showModal());
 $("reset").addEventListener("click", () => settings.reset());
 $("settings").addEventListener("click", (event) => {
   if (event.target === $("settings")) $("settings").close(); // the backdrop
 });
-
-// The connection.
-
-client.addEventListener("hello", (event) => showModel(event.detail.model));
-showConnection(client, $);
-
-// Begin: what this tab was showing, and the answer it was reading.
-
+watchImport(store, () => listChats());
 watchTheme($);
-for (const turn of transcript.turns) {
-  const view = render(turn);
-  if (turn.status === "running") run(turn, view);
-}
-showWelcome();
-scrollToEnd();
+watchDock($("dock"));
+
+// The connection, and other tabs.
+
+client.addEventListener("hello", ({ detail: { model } }) => {
+  settings.setModel(model);
+  showModel(model, (question) => ask(question));
+  showContext();
+});
+showConnection(client, $);
+store.addEventListener("change", (/** @type {any} */ { detail }) => {
+  if (detail.turn === null) listChats();
+  if (detail.chat === chat.id && !running.has(detail.turn)) refresh();
+});
+store.addEventListener("full", () => {
+  tell("This browser has no room for more: what comes is not kept. Export and delete some chats.");
+});
+$("chats-note").hidden = store.isLasting;
+
+await open(addressed(), { isNew: false });
 client.connect().catch(() => {});
-if (matchMedia("(pointer: fine)").matches) $("prompt").focus({ preventScroll: true });

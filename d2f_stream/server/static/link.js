@@ -3,7 +3,7 @@
  * question for a token where the server wants one.
  */
 
-import { read, write } from "./transcript.js";
+import { read, write } from "./storage.js";
 import { sentenceFor } from "./sentences.js";
 
 const TOKEN_KEY = "d2f.token";

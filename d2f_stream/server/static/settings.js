@@ -1,19 +1,15 @@
 /**
- * Settings: the parameters of the next request, as fields that begin with the model's defaults.
+ * Settings: a chat's system prompt and parameters, as fields that begin with the model's defaults.
  *
- * Only what differs from a default is sent and remembered, so a server's own choice stays in force.
+ * Only what differs from a default is sent and kept, so a server's own choice stays in force. What
+ * is out of range is told beside its field while it is typed, and not taken.
  */
 
-import { element } from "./answer.js";
-import { read, write } from "./transcript.js";
+import { element } from "./dom.js";
+
+const MOST_STOPS = 16;
 
 const FIELDS = [
-  {
-    name: "block_size",
-    label: "Block size",
-    about: "Tokens denoised together.",
-    bounds: (model) => ({ min: 1, max: model.max_block_size, step: 1 }),
-  },
   {
     name: "max_new_tokens",
     label: "Longest answer",
@@ -21,9 +17,36 @@ const FIELDS = [
     bounds: (model) => ({ min: 1, max: model.max_len, step: 1 }),
   },
   {
+    name: "block_size",
+    label: "Block size",
+    about: "Tokens denoised together.",
+    bounds: (model) => ({ min: 1, max: model.max_block_size, step: 1 }),
+  },
+  {
+    name: "temperature",
+    label: "Temperature",
+    about: "At 0 the likeliest token is taken, and the seed has no effect.",
+    kind: "range",
+    bounds: () => ({ min: 0, max: 2, step: 0.1 }),
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    about: "The likeliest tokens that together have this probability are drawn from.",
+    kind: "range",
+    bounds: () => ({ min: 0.05, max: 1, step: 0.05 }),
+  },
+  {
     name: "confidence_threshold",
     label: "Confidence threshold",
     about: "Surer tokens are accepted at once. Lower is faster, higher is safer.",
+    kind: "range",
+    bounds: () => ({ min: 0.05, max: 1, step: 0.05 }),
+  },
+  {
+    name: "add_threshold",
+    label: "Next block joins at",
+    about: "The share of a block that is filled when its successor begins.",
     kind: "range",
     bounds: () => ({ min: 0.05, max: 1, step: 0.05 }),
   },
@@ -41,33 +64,30 @@ const FIELDS = [
     isOptional: true,
     bounds: () => ({ min: Number.MIN_SAFE_INTEGER, max: Number.MAX_SAFE_INTEGER, step: 1 }),
   },
-  {
-    name: "add_threshold",
-    label: "Next block joins at",
-    about: "The share of a block that is filled when its successor begins.",
-    kind: "range",
-    bounds: () => ({ min: 0.05, max: 1, step: 0.05 }),
-  },
-  {
-    name: "temperature",
-    label: "Temperature",
-    about: "At 0 the likeliest token is taken, and the seed has no effect.",
-    kind: "range",
-    bounds: () => ({ min: 0, max: 2, step: 0.1 }),
-  },
 ];
 
 export class Settings {
   #root;
-  #storage;
+  #system;
+  #stop;
   /** @type {any} */
   #model = null;
+  /** @type {any} */
+  #chosen = {}; // of the chat
   #inputs = new Map();
+  #onChange;
 
-  /** `root` gets the fields. */
-  constructor(root, storage = globalThis.localStorage) {
+  /** `root` gets the fields; `onChange` is called with what holds now, { system, params }. */
+  constructor(root, { onChange }) {
     this.#root = root;
-    this.#storage = storage;
+    this.#onChange = onChange;
+    this.#system = textField("system", "System prompt", "What the model is told before the chat.", 4);
+    const aboutStop = "One a line; each ends the answer where it would stand.";
+    this.#stop = textField("stop", "Stop strings", aboutStop, 2);
+    for (const field of [this.#system, this.#stop]) {
+      field.input.addEventListener("input", () => this.#changed());
+    }
+    root.append(this.#system.root, this.#stop.root);
   }
 
   /** Build the fields for a model. */
@@ -75,34 +95,62 @@ export class Settings {
     if (this.#model?.name === model.name) return;
     this.#model = model;
     this.#inputs.clear();
-    const chosen = read(this.#storage, this.#key) ?? {};
-    const fields = FIELDS.map((field) => this.#build(field, chosen[field.name]));
-    this.#root.replaceChildren(...fields);
+    const fields = FIELDS.map((field) => this.#build(field));
+    this.#root.replaceChildren(this.#system.root, ...fields, this.#stop.root);
+    this.#fill();
+  }
+
+  /** Show a chat's settings. */
+  show({ system, params }) {
+    this.#system.input.value = system;
+    this.#chosen = params;
+    this.#fill();
+  }
+
+  /** Go back to the model's own; the system prompt stays. */
+  reset() {
+    this.#chosen = {};
+    this.#fill();
+    this.#changed();
   }
 
   /** The fields that differ from the model's defaults. */
-  get overrides() {
-    const overrides = {};
-    for (const { name } of FIELDS) {
+  #overrides() {
+    const overrides = { ...this.#chosen }; // also what this page has no field for
+    for (const { name } of this.#model === null ? [] : FIELDS) {
       const input = this.#inputs.get(name);
-      if (input === undefined || !input.checkValidity()) continue;
+      delete overrides[name];
+      if (!input.checkValidity()) continue;
       // As text: a slider rounds a default to its steps, which must not count as a choice.
       if (input.value === input.dataset.initial) continue;
       overrides[name] = input.value === "" ? null : Number(input.value);
     }
+    const stops = this.#stop.input.value.split("\n").filter(Boolean);
+    delete overrides.stop;
+    if (stops.length > 0 && stops.length <= MOST_STOPS) overrides.stop = stops;
     return overrides;
   }
 
-  reset() {
-    for (const { name } of FIELDS) this.#set(name, this.#model?.defaults[name]);
-    this.#save();
+  #changed() {
+    const numStops = this.#stop.input.value.split("\n").filter(Boolean).length;
+    const tooMany = numStops > MOST_STOPS ? `At most ${MOST_STOPS}; these are ${numStops}.` : "";
+    this.#stop.input.setCustomValidity(tooMany);
+    tell(this.#stop.input);
+    this.#chosen = this.#overrides();
+    this.#onChange({ system: this.#system.input.value, params: this.#chosen });
   }
 
-  get #key() {
-    return `d2f.params.${this.#model.name}`;
+  #fill() {
+    const { stop = [] } = this.#chosen;
+    this.#stop.input.value = [stop].flat().join("\n");
+    for (const [name, input] of this.#inputs) {
+      input.value = input.dataset.initial;
+      if (name in this.#chosen) input.value = this.#chosen[name] ?? "";
+      showValue(input);
+    }
   }
 
-  #build({ name, label, about, kind = "number", isOptional = false, bounds }, chosen) {
+  #build({ name, label, about, kind = "number", isOptional = false, bounds }) {
     const field = element("div", `field ${kind}`);
     const input = element("input");
     input.type = kind;
@@ -111,37 +159,59 @@ export class Settings {
     input.required = !isOptional;
     if (kind === "number") input.inputMode = "numeric";
     Object.assign(input, bounds(this.#model));
-    const title = element("label", "name", label);
-    title.htmlFor = input.id;
-    const hint = element("span", "about", about);
-    hint.id = `${input.id}-about`;
-    input.setAttribute("aria-describedby", hint.id);
-    field.append(title, input, hint);
-    if (kind === "range") title.after(element("output"));
+    describe(field, input, label, about);
+    if (kind === "range") field.firstElementChild?.after(element("output"));
+    input.value = this.#model.defaults[name] ?? "";
+    input.dataset.initial = input.value;
     input.addEventListener("input", () => {
-      this.#showValue(input);
-      this.#save();
+      showValue(input);
+      this.#changed();
     });
     this.#inputs.set(name, input);
-    this.#set(name, this.#model.defaults[name]);
-    input.dataset.initial = input.value;
-    if (chosen !== undefined) this.#set(name, chosen);
     return field;
   }
+}
 
-  #set(name, value) {
-    const input = this.#inputs.get(name);
-    if (input === undefined) return;
-    input.value = value ?? "";
-    this.#showValue(input);
-  }
+function textField(name, label, about, rows) {
+  const root = element("div", "field text");
+  const input = element("textarea");
+  input.id = `chat-${name}`;
+  input.rows = rows;
+  input.spellcheck = name === "system";
+  describe(root, input, label, about);
+  return { root, input };
+}
 
-  #showValue(input) {
-    const output = input.parentElement?.querySelector("output");
-    if (output) output.textContent = input.value;
-  }
+function describe(field, input, label, about) {
+  const title = element("label", "name", label);
+  title.htmlFor = input.id;
+  const hint = element("span", "about", about);
+  hint.id = `${input.id}-about`;
+  const error = element("span", "error");
+  error.id = `${input.id}-error`;
+  error.setAttribute("role", "status");
+  input.setAttribute("aria-describedby", `${hint.id} ${error.id}`);
+  field.append(title, input, hint, error);
+}
 
-  #save() {
-    write(this.#storage, this.#key, this.overrides);
-  }
+function showValue(input) {
+  const output = input.parentElement?.querySelector("output");
+  if (output) output.textContent = input.value;
+  tell(input);
+}
+
+/** Say beside a field what is wrong with it, if anything. */
+function tell(input) {
+  const error = input.parentElement?.querySelector(".error");
+  if (!error) return;
+  const isValid = input.checkValidity();
+  input.setAttribute("aria-invalid", String(!isValid));
+  error.textContent = isValid ? "" : sentence(input);
+}
+
+function sentence({ validity, validationMessage, min, max }) {
+  if (validity.customError) return validationMessage;
+  const range = `from ${min} to ${max}`;
+  if (validity.stepMismatch) return `A whole number ${range}.`;
+  return `A number ${range}; until then the model’s own is taken.`;
 }

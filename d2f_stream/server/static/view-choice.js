@@ -1,7 +1,7 @@
 /** How the reader wants answers shown: with the canvas or in whole blocks, and how fast. */
 
-import { read, write } from "./transcript.js";
-import { PACES } from "./player.js";
+import { PACES } from "./answer/player.js";
+import { read, write } from "./storage.js";
 
 const CANVAS_KEY = "d2f.canvas";
 const PACE_KEY = "d2f.pace";
@@ -14,8 +14,7 @@ export class ViewChoice {
   constructor(canvas, pace, { onChange }) {
     this.#canvas = canvas;
     this.#pace = pace;
-    const prefersLess = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    const chosen = read(localStorage, PACE_KEY) ?? (prefersLess ? "live" : "gentle");
+    const chosen = read(localStorage, PACE_KEY) ?? "live";
     canvas.checked = read(localStorage, CANVAS_KEY) ?? true;
     for (const input of pace.querySelectorAll("input")) input.checked = input.value === chosen;
     canvas.addEventListener("change", () => {

@@ -1,0 +1,28 @@
+/** Where the page is scrolled to: it follows an answer as long as its end is in sight. */
+
+const NEAR_END_PX = 160;
+
+/** Whether the end of the page is in sight. */
+export function isNearEnd() {
+  const page = document.scrollingElement ?? document.documentElement;
+  return page.scrollHeight - page.scrollTop - page.clientHeight < NEAR_END_PX;
+}
+
+/** Do something, and stay at the end of the page where that was in sight. */
+export function followEnd(act) {
+  const follows = isNearEnd();
+  act();
+  if (follows) scrollToEnd();
+}
+
+export function scrollToEnd() {
+  const page = document.scrollingElement ?? document.documentElement;
+  page.scrollTop = page.scrollHeight;
+}
+
+/** Tell the style sheet how high the dock is, so that a new question can move to the top. */
+export function watchDock(dock) {
+  new ResizeObserver(() => {
+    document.documentElement.style.setProperty("--dock", `${dock.offsetHeight}px`);
+  }).observe(dock);
+}
