@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llada2_oracle import LLaDA2
 from tiny_families import FAMILIES, Tiny
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "oracle",
     "published",
     "published_weights",
+    "stack_experts",
     "write_adapter",
     "write_checkpoint",
     "write_model",
@@ -38,6 +40,7 @@ WITHOUT_MASK_ID = (
     "Fast_dLLM_Qwen",
     "a2d-qwen2",
     "a2d-qwen3",
+    "llada2_moe",
     "stable-diffcoder",
 )  # in their config.json
 TEXT = "Ann has 3 apples and buys 4 more. How many apples has she now? She has 3 + 4 = 7 apples."
@@ -92,15 +95,21 @@ def oracle(tiny: Tiny, seed: int = 0, **changes: Any) -> Any:
             "rope_theta": config["rope_theta"],
             "tie_word_embeddings": config["weight_tying"],
         }
+    if tiny.classes == "LLaDA2":
+        return _drawn(LLaDA2(config).eval(), seed)
     kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type")}
     kept |= {"torch_dtype": "float32", "attn_implementation": "eager"}
     settings = getattr(transformers, f"{tiny.classes}Config")(**kept)
-    model = getattr(transformers, f"{tiny.classes}ForCausalLM")(settings).eval()
+    return _drawn(getattr(transformers, f"{tiny.classes}ForCausalLM")(settings).eval(), seed)
+
+
+def _drawn(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.1 * noise)
+            is_norm = parameter.dim() == 1 and not name.endswith("expert_bias")
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.1 * noise)
     return model
 
 
@@ -120,7 +129,40 @@ def published_weights(tiny: Tiny, model: Any) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
+    if tiny.classes == "Qwen3Moe":
+        weights = _by_expert(weights)
     return {published(tiny, name): tensor.contiguous() for name, tensor in weights.items()}
+
+
+def _by_expert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each expert's matrices by themselves, which transformers stacks and joins."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        stem, _, part = name.rpartition(".")
+        if part == "gate_up_proj":
+            for expert, joined in enumerate(weight):
+                gate, up = joined.chunk(2)
+                found[f"{stem}.{expert}.gate_proj.weight"] = gate
+                found[f"{stem}.{expert}.up_proj.weight"] = up
+        elif part == "down_proj":
+            found |= {f"{stem}.{expert}.{part}.weight": down for expert, down in enumerate(weight)}
+        else:
+            found[name] = weight
+    return found
+
+
+def stack_experts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the layout of the training repository: a layer's experts in one tensor."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        stem, inside, rest = name.partition(".mlp.experts.")
+        if not inside:
+            found[name] = weight
+            continue
+        number, part, _ = rest.split(".")
+        key = f"{stem}.mlp.experts.{part}"
+        found[key] = torch.cat([found[key], weight[None]]) if number != "0" else weight[None]
+    return found
 
 
 def published(tiny: Tiny, name: str) -> str:
@@ -220,7 +262,9 @@ def write_adapter(
     weights: dict[str, Tensor] = {}
     targets: set[str] = set()
     for name, weight in state.items():
-        if not re.search(r"self_attn\.[qkvo]_proj\.weight", name):
+        if not re.search(
+            r"(self_attn\.[qkvo]_proj|attention\.(query_key_value|dense))\.weight", name
+        ):
             continue
         module = published(tiny, name).removesuffix(".weight")
         targets.add(module.rpartition(".")[2])

@@ -15,6 +15,7 @@ from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.kernels.sampling import forbid, propose, temper
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
 
 Stored = Literal["torch", "fp32", "fp16", "int8", "int4", "int4-fp16", "device"]
@@ -84,6 +85,32 @@ CONFIGS = {
     ),
 }
 
+MIXTURES = {
+    "llada2": replace(
+        CONFIGS["sdar"],
+        family="llada2",
+        num_layers=3,
+        rotary_dim=16,
+        mixture=MixtureConfig(
+            num_experts=8,
+            num_chosen=3,
+            ffn_size=24,
+            scoring="sigmoid",
+            has_bias=True,
+            num_groups=4,
+            num_kept_groups=2,
+            scale=2.5,
+            shared_size=24,
+            dense_layers=(0,),
+        ),
+    ),
+    "sdar_moe": replace(
+        CONFIGS["sdar"],
+        mixture=MixtureConfig(num_experts=6, num_chosen=2, ffn_size=24, scoring="softmax"),
+    ),
+}
+"""Mixtures of experts."""
+
 
 def tiny_model(config: TransformerConfig, seed: int = 0) -> Transformer:
     """Weights of some size, so that confidences spread; forbidden ids would often win."""
@@ -143,7 +170,7 @@ def tiny_folder(family: str, quantization: Stored) -> Path:
     root = _root()
     checkpoint = root / f"{family}-torch"
     if quantization == "torch":
-        save_checkpoint(checkpoint, tiny_model(CONFIGS[family]))
+        save_checkpoint(checkpoint, tiny_model((CONFIGS | MIXTURES)[family]))
         return checkpoint
     from d2f_export.onnx.artefact import Description, Target, write_artefact
 

@@ -55,6 +55,8 @@ class ParamOverrides(TypedDict, total=False):
     num_per_step: int
     steps_per_block: int
     schedule: Schedule
+    edit_threshold: float | None
+    max_edit_steps: int
     sub_block_size: int
     attention: Attention
     may_narrow: bool
@@ -97,6 +99,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             share. 0 forces one proposal a step. No effect with `num_per_step`.
         schedule: of `steps_per_block`: "even" shares the block's size out, the remainder first;
             "linear" takes what is left over the steps left, rounded half to even.
+        edit_threshold: while a block is open, a token that is set already is replaced by another
+            proposal above this (strictly), in [0, 1]; None edits nothing. The block is final once
+            it has no masks and a step changes nothing (LLaDA2.1). One block at a time.
+        max_edit_steps: how many steps a block without masks may be edited.
         sub_block_size: a block is filled part by part, each of this size, from left to right; 0
             makes it one part. With parts, a model that predicts from the position before takes a
             block's first token by itself and at once, whatever its confidence (Fast-dLLM v2).
@@ -136,6 +142,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     num_per_step: int = 0
     steps_per_block: int = 0
     schedule: Schedule = "even"
+    edit_threshold: float | None = None
+    max_edit_steps: int = 16
     sub_block_size: int = 0
     attention: Attention = "blocks"
     may_narrow: bool = False
@@ -160,6 +168,9 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
         _check_count("steps_per_block", self.steps_per_block, 0, MAX_BLOCK_SIZE)
         _check_choice("schedule", self.schedule, ("even", "linear"))
+        if self.edit_threshold is not None:
+            _check_edit_threshold(self.edit_threshold)
+        _check_count("max_edit_steps", self.max_edit_steps, 0, None)
         _check_count("sub_block_size", self.sub_block_size, 0, MAX_BLOCK_SIZE)
         _check_choice("attention", self.attention, ("blocks", "full"))
         if not isinstance(self.may_narrow, bool):
@@ -206,6 +217,11 @@ def _check_count(name: str, value: object, low: int, high: int | None) -> None:
 def _check_share(name: str, value: float) -> None:
     if not _is_number(value) or not 0.0 < value <= 1.0:  # False for NaN too
         raise InvalidParams(name, value, "above 0 and at most 1")
+
+
+def _check_edit_threshold(value: float) -> None:
+    if not _is_number(value) or not 0.0 <= value <= 1.0:  # False for NaN too
+        raise InvalidParams("edit_threshold", value, "None, or from 0 to 1")
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -78,6 +78,27 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
         "sdar-sequential": GenerationParams(
             block_size=4, add_threshold=1.0, max_active_blocks=1, num_per_step=1, rank="position"
         ),
+        # LLaDA2.0's "LowConfidence" with the threshold that its servers have by default
+        # (sgl-project/sglang, dllm/algorithm/low_confidence.py, 0564b52).
+        "llada2": GenerationParams(
+            add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.95, tail="whole"
+        ),
+        # LLaDA2.1's "JointThreshold", which edits what it has set: the quality mode (diffusers
+        # 0.42.1, LLaDA2Pipeline) and the speed mode (sglang, joint_threshold.py, 17d5721).
+        "llada2.1": GenerationParams(
+            add_threshold=1.0,
+            max_active_blocks=1,
+            confidence_threshold=0.7,
+            edit_threshold=0.5,
+            tail="whole",
+        ),
+        "llada2.1-speed": GenerationParams(
+            add_threshold=1.0,
+            max_active_blocks=1,
+            confidence_threshold=0.5,
+            edit_threshold=0.0,
+            tail="whole",
+        ),
         # Stable-DiffCoder as its README calls it, one token a step; and with the threshold that its
         # code has by default, where a confidence of exactly 0.95 is enough (ByteDance-Seed/
         # Stable-DiffCoder, ece1ffb, and generate_block of its modeling_stable_diffcoder.py).

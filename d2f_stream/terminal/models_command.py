@@ -15,7 +15,6 @@ from d2f_stream.core.errors import ModelNotFound
 __all__ = ["add_arguments", "run"]
 
 GIB: Final = 2**30
-ORDER: Final = ("bf16", "fp8", "int8", "nf4")  # best first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +84,7 @@ def shown(entry: Entry, here: set[str]) -> str:
         facts.append(("preset", entry.preset))
     facts += [
         (f"memory, {name}", f"{entry.memory(name) / GIB:.1f} GiB with 4,096 tokens of context")
-        for name in ORDER
+        for name in entry.quantizations
     ]
     return _table(facts)
 
@@ -101,7 +100,7 @@ def recommended(entries: Iterable[Entry], *, gpu: int | None, host: int) -> str:
     room = host if gpu is None else gpu
     rows = [("name", "runs as", "needs", "of")]
     for entry in sorted(entries, key=lambda entry: -entry.parameters):
-        names = ORDER if gpu is not None else ("bf16",)
+        names = entry.quantizations if gpu is not None else ("bf16",)
         fitting = next((name for name in names if entry.memory(name) <= room), None)
         needs = entry.memory(fitting or names[-1])
         verdict = fitting or "does not fit"

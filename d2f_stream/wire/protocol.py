@@ -80,6 +80,8 @@ class Overrides(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     num_per_step: int | UnsetType = UNSET
     steps_per_block: int | UnsetType = UNSET
     schedule: Schedule | UnsetType = UNSET
+    edit_threshold: float | UnsetType | None = UNSET
+    max_edit_steps: int | UnsetType = UNSET
     sub_block_size: int | UnsetType = UNSET
     attention: Attention | UnsetType = UNSET
     may_narrow: bool | UnsetType = UNSET

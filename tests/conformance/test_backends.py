@@ -17,7 +17,7 @@ from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import OutOfCapacity
-from tiny_models import CONFIGS, MASK, NUM_TOKENS, recompute, tiny_folder
+from tiny_models import CONFIGS, MASK, MIXTURES, NUM_TOKENS, recompute, tiny_folder
 
 pytestmark = pytest.mark.torch
 
@@ -37,7 +37,7 @@ class Rig:
         return self.model.config.shift_logits
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=[*CONFIGS, *MIXTURES])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -357,7 +357,7 @@ def test_sampling_without_uniform_numbers_is_refused(rig: Rig) -> None:
 
 
 def test_info_names_the_model(rig: Rig, family: str) -> None:
-    config, info = CONFIGS[family], rig.backend.info
+    config, info = (CONFIGS | MIXTURES)[family], rig.backend.info
     assert (info.family, info.mask_id, info.eos_ids) == (family, MASK, (1, 2))
     assert info.num_tokens == NUM_TOKENS
     assert info.prompt_attention == config.prompt_attention

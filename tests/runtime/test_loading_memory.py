@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_checkpoints import FAMILIES, config_of, published, write_adapter, write_weights
+from llada2_oracle import LLaDA2
+from tiny_checkpoints import (
+    FAMILIES,
+    config_of,
+    published,
+    stack_experts,
+    write_adapter,
+    write_weights,
+)
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
@@ -82,6 +90,35 @@ def test_loading_takes_no_more_than_the_largest_shard_beside_the_model(tmp_path:
     assert largest > 30e6
     tiny, big = (f"{tmp_path / name}:{tmp_path / 'adapter' / name}" for name in ("tiny", "big"))
     assert 0.5 * largest < beside(tiny, big) < 1.2 * largest  # it is mapped while it is read
+
+
+def write_experts(root: Path, name: str, *, stacked: bool, **sizes: int) -> int:
+    """Write a bf16 LLaDA2 of ones, of which an adapter changes q, k, v and o; see `write`."""
+    tiny = FAMILIES["llada2_moe"]
+    folder = root / name
+    folder.mkdir(parents=True)
+    values = config_of(tiny, mask_token_id=5, eos_token_id=6, **sizes)
+    (folder / "config.json").write_text(json.dumps(values))
+    with torch.device("meta"):
+        names = LLaDA2(values).state_dict()
+    ones = {n: torch.ones(t.shape, dtype=torch.bfloat16) for n, t in names.items()}
+    write_adapter(root / "adapter" / name, tiny, dict(ones))
+    write_weights(folder, stack_experts(ones) if stacked else ones, num_shards=3)
+    return max(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_are_loaded_one_by_one(tmp_path: Path, stacked: bool) -> None:
+    write_experts(tmp_path, "tiny", stacked=stacked)
+    largest = write_experts(
+        tmp_path, "big", stacked=stacked,
+        hidden_size=256, moe_intermediate_size=512, num_experts=32, num_hidden_layers=7,
+        vocab_size=8000,
+    )  # fmt: skip
+    assert largest > 30e6
+    tiny, big = (f"{tmp_path / name}:{tmp_path / 'adapter' / name}" for name in ("tiny", "big"))
+    assert beside(tiny, big) < 1.2 * largest
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")

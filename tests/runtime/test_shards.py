@@ -186,8 +186,10 @@ async def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
 
 
 async def test_unknown_families_are_named_with_the_known_ones(folder: Path) -> None:
-    change(folder / "config.json", model_type="llada2_moe")
-    with pytest.raises(UnsupportedModel, match=r"'llada2_moe', but this build runs llada, Dream"):
+    change(folder / "config.json", model_type="diffusion_gemma")
+    with pytest.raises(
+        UnsupportedModel, match=r"'diffusion_gemma', but this build runs llada, Dream"
+    ):
         async with d2f_stream.load(folder, device="cpu"):
             pass
 

@@ -91,6 +91,8 @@ export interface Params {
   num_per_step?: number;
   steps_per_block?: number;
   schedule?: "even" | "linear";
+  edit_threshold?: number | null;
+  max_edit_steps?: number;
   sub_block_size?: number;
   attention?: "blocks" | "full";
   /** Whether fewer blocks may be denoised at once while other answers share the steps. */

@@ -47,6 +47,7 @@ from d2f_runtime.kernels.sampling import FORBIDDEN
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.rope_scaling import YarnRope
 from d2f_runtime.models.rotary import attention_factor, rotary_frequencies
+from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = ["OPSET", "FixedShape", "StepGraph", "step_graph"]
 
@@ -93,6 +94,11 @@ def step_graph(
     """
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}, not one of {QUANTIZATIONS}")
+    if fixed is not None and config.mixture is not None:
+        raise UnsupportedModel(
+            "a mixture of experts sends other numbers of rows to each expert in each step, which a "
+            "graph of static shapes cannot hold; export it with --target cpu or cuda"
+        )
     step = _Step(config, quantization, fixed, draft_ranks)
     step.build()
     return StepGraph(step.graph.model(step.inputs, step.outputs), step.graph.weights)

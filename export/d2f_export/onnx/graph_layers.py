@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.graph_mixture import add_mixture
 from d2f_export.onnx.quantize import Linear
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import PARENTS, product_shapes
@@ -132,6 +133,10 @@ class _Layer:
     def feed_forward(self, x: Value) -> Value:
         graph = self.graph
         normed = self.norm(x, "post_attention_layernorm")
+        mixture = self.config.mixture
+        if mixture is not None and not mixture.is_dense(self.index):
+            mixed = add_mixture(self.linear, self.config, self.path("mlp"), normed)
+            return graph.op("Add", x, mixed)
         gate, up = (self.product(normed, f"mlp.{part}_proj", [part]) for part in ("gate", "up"))
         gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
         down = self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])

@@ -79,11 +79,12 @@ class Checkpoint:
             parameter = self._stored.parameters[name]
             ((stored, tensor),) = shards.tensors([parameter.stored])
             if stored in shards.quantized:
-                outputs, features = parameter.shape
+                outputs, features = parameter.whole
                 weight = shards.quantized_weight(stored, tensor, (outputs, features))
                 tensor = dense(weight, torch.float32)
             if adapter is not None:
                 tensor = adapter.merged(parameter.adapted, tensor)
+            tensor = parameter.part(tensor)
             if not torch.isfinite(tensor).all():  # integers would hide it
                 raise ModelDamaged(
                     f"{shards.path}: {stored} holds values that are NaN or infinite; fetch or "

@@ -89,6 +89,7 @@ def choose_runner(
     *,
     quantization: str,
     head_dim: int = 128,
+    has_experts: bool = False,
     wanted: str = "auto",
 ) -> Choice:
     """Choose how steps run: "fast" or "plain".
@@ -97,11 +98,16 @@ def choose_runner(
         device: where they run.
         quantization: one of QUANTIZATIONS.
         head_dim: of the model.
+        has_experts: whether the model is a mixture of experts.
         wanted: "auto", or "fast" or "plain" to insist.
 
     Raises:
         UnsupportedModel: what is wanted, or the step that the quantization needs, cannot be had.
     """
+    if wanted == "fast" and has_experts and quantization in ("fp8", *LOW_BIT):
+        raise UnsupportedModel(
+            f"the fast step holds no experts in {quantization}; use bf16 or fp32"
+        )
     if wanted == "fast" and device.capability is None:
         return Choice("fast", "asked for")  # for tests: the same code over the kernels' references
     obstacle = _obstacle(device, quantization, head_dim)
@@ -113,12 +119,15 @@ def choose_runner(
         obstacle = "the plain step was asked for"
     elif not obstacle and quantization == "fp32":
         obstacle = "the weights are fp32"
+    elif not obstacle and has_experts:
+        obstacle = "experts were not measured in the fast step"
     if not obstacle:
         return Choice("fast", "a CUDA device with Triton")
     if quantization == "fp8":
         raise UnsupportedModel(f"fp8 needs the fast step, but {obstacle}; use bf16 or fp32")
     if quantization in LOW_BIT:
-        obstacle += f"; it multiplies {quantization} weights dequantised"
+        whose = "experts as they are chosen" if has_experts else "weights dequantised"
+        obstacle += f"; it multiplies {quantization} {whose}"
     return Choice("plain", obstacle)
 
 
@@ -144,6 +153,8 @@ def choose_quantization(config: TransformerConfig, device: DeviceFacts, *, store
 
     def runs(quantization: str) -> bool:
         """Whether it is of use: on the plain step, fp8 and nf4 are none."""
+        if config.mixture is not None:
+            return quantization != "fp8"
         needs_kernels = quantization in ("fp8", "nf4")
         return not (needs_kernels and _obstacle(device, quantization, config.head_dim))
 
@@ -173,13 +184,23 @@ def weight_bytes(config: TransformerConfig, quantization: str) -> int:
     """Return the bytes of a model's weights; the ends keep 16 bits, save the head of fp8."""
     size, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
     attention = size * config.head_dim * 2 * (heads + kv_heads)
-    layers = config.num_layers * (attention + 3 * size * config.ffn_size)
+    layers = config.num_layers * attention + _feed_forward(config)
     table = config.vocab_size * size
     wide = 4 if quantization == "fp32" else 2
     ends = table * (1 if config.tie_embeddings else 2) * wide
     if quantization == "fp8" and config.vocab_size % 16 == 0:
         ends = table * 3  # an embedding of 16 bits and, tied or not, a head of 8
     return int(layers * BITS[quantization] / 8) + ends
+
+
+def _feed_forward(config: TransformerConfig) -> int:
+    """Return the weights of all layers' feed-forwards."""
+    mixture, size, num_dense = config.mixture, config.hidden_size, config.num_layers
+    if mixture is None:
+        return num_dense * 3 * size * config.ffn_size
+    num_dense = sum(mixture.is_dense(layer) for layer in range(config.num_layers))
+    experts = mixture.num_parameters(size, config.num_layers)
+    return num_dense * 3 * size * config.ffn_size + experts
 
 
 def _obstacle(device: DeviceFacts, quantization: str, head_dim: int) -> str:

@@ -246,7 +246,10 @@ class ScriptedBackend:
         assert answer is not None
         tokens = [NO_TOKEN] * len(window.tokens)
         confidence = [0.0] * len(window.tokens)
-        for index, at in enumerate(window.asked(self.info.mask_id), -window.num_to_verify):
+        asked = window.asked(self.info.mask_id)
+        set_already = [at for at in asked if window.tokens[at] != self.info.mask_id]
+        in_order = set_already + [at for at in asked if window.tokens[at] == self.info.mask_id]
+        for index, at in enumerate(in_order, -len(set_already)):
             position = window.start + at - state.num_prompt
             tokens[at] = answer[position] if position < len(answer) else self.info.eos_ids[0]
             if self.confidence is not None:

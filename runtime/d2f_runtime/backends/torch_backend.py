@@ -89,6 +89,7 @@ class TorchBackend:
             DeviceFacts.of(self._device),
             quantization=quantization or named,
             head_dim=config.head_dim,
+            has_experts=config.mixture is not None,
             wanted=runner,
         )
         if max_tokens is None:

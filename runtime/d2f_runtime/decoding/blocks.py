@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Accepted", "Block", "BlockView", "Committed", "SubBlocks"]
+__all__ = ["Accepted", "Block", "BlockView", "Committed", "Edited", "SubBlocks"]
 
 
 class Accepted(NamedTuple):  # several are made in each step: a third of a frozen dataclass's cost
     """A mask was replaced by a proposed token. `position` counts from the answer's first."""
+
+    position: int
+    token: int
+
+
+class Edited(NamedTuple):
+    """A token was replaced by a proposed one. `position` counts from the answer's first."""
 
     position: int
     token: int
@@ -57,6 +64,8 @@ class Block:
         shares: how many each step must accept while the block is fully activated; () where the
             request does not say in how many steps.
         num_steps: how many steps were taken so.
+        num_edit_steps: how many were begun without masks, where tokens may be edited.
+        is_left: whether nothing of it may change any more, where tokens may be edited.
     """
 
     index: int
@@ -65,6 +74,8 @@ class Block:
     masked: list[int]
     shares: tuple[int, ...] = ()
     num_steps: int = 0
+    num_edit_steps: int = 0
+    is_left: bool = False
 
     @property
     def progress(self) -> float:

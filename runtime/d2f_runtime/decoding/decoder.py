@@ -16,7 +16,15 @@ anew. As the last of those rows predicts the first mask, no step brings less tha
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, SubBlocks
+from d2f_runtime.decoding.blocks import (
+    Accepted,
+    Block,
+    BlockView,
+    Committed,
+    Edited,
+    SubBlocks,
+)
+from d2f_runtime.decoding.editing import check_editable, edits_of, is_left
 from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
 from d2f_runtime.decoding.schedule import shares
@@ -26,7 +34,7 @@ from d2f_runtime.decoding.window import Proposals, Window, check_proposals
 from d2f_stream.core.errors import InvalidParams, InvalidPrompt
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["Accepted", "BlockDecoder", "BlockView", "Committed"]
+__all__ = ["Accepted", "BlockDecoder", "BlockView", "Committed", "Edited"]
 
 
 class BlockDecoder:
@@ -92,6 +100,9 @@ class BlockDecoder:
         )
         if self._verifies:
             check_verifiable(params, is_autoregressive=shift_logits and is_causal)
+        self._edits = params.edit_threshold is not None
+        if self._edits:
+            check_editable(params, shift_logits=shift_logits)
         # Whether blocks of the answer are cached by rows that see what a prompt's would.
         self._extends_prompt = prompt_attention == "grid" or is_causal
         self._canvas = list(prompt_tokens)
@@ -140,10 +151,11 @@ class BlockDecoder:
             self._pending = self._window(width.max_drafts)
         return self._pending
 
-    def apply(self, proposals: Proposals) -> list[Accepted | Committed]:
+    def apply(self, proposals: Proposals) -> list[Accepted | Edited | Committed]:
         """End the step: accept from the proposals for the pending window.
 
-        Returns what was accepted, by position, followed by the blocks that became final, in order.
+        Returns what was accepted, by position, and what was edited, followed by the blocks that
+        became final, in order.
 
         Raises:
             RuntimeError: an internal error: the proposals do not belong to the window, or name the
@@ -159,6 +171,9 @@ class BlockDecoder:
         self._num_cached += window.num_to_cache
         if self._verifies and not self._verify(window, proposals, accepted):
             return [*accepted, *self._commit()]
+        if self._edits:
+            edited = self._revise(self._blocks[0], proposals, window.start, accepted)
+            return [*accepted, *edited, *self._commit()]
         # What precedes the first unfilled block is filled; or that block has its token already.
         fully_activated = not self._verifies
         for block in self._blocks:
@@ -240,6 +255,8 @@ class BlockDecoder:
     def _may_append(self, max_active_blocks: int | None) -> bool:
         if self._is_whole:
             return False
+        if self._edits and self._blocks:
+            return False  # what is filled may change
         if not self._blocks:
             return True  # whatever the bound: every window must hold a mask
         if self._blocks[-1].progress < self._params.add_threshold:
@@ -274,7 +291,8 @@ class BlockDecoder:
         )
         num_to_verify = clean - self._verified if self._verifies else 0
         tokens = tuple(self._canvas[start:stop])
-        return Window(start, tokens, clean - start, block_stops, num_to_verify)
+        num_to_edit = stop - max(last.start, self._num_prompt) if self._edits else 0
+        return Window(start, tokens, clean - start, block_stops, num_to_verify, num_to_edit)
 
     def _awaits_first(self, block: Block) -> bool:
         """Whether only the first position may accept, which sees nothing of the rest."""
@@ -343,6 +361,40 @@ class BlockDecoder:
             self._fill(block.start + offset, proposals.tokens[first + offset], accepted)
         block.unmask(offsets)
 
+    def _revise(
+        self, block: Block, proposals: Proposals, base: int, accepted: list[Accepted]
+    ) -> list[Edited]:
+        """Accept into the open block and edit what was set before, by the same proposals."""
+        threshold = self._params.edit_threshold
+        assert threshold is not None
+        first, stop, had_masks = block.start - base, block.stop - base, bool(block.masked)
+        tokens = proposals.tokens[first:stop]
+        offsets = edits_of(
+            block,
+            self._canvas[block.start : block.stop],
+            tokens,
+            proposals.confidence[first:stop],
+            num_fixed=max(self._num_prompt - block.start, 0),
+            threshold=threshold,
+        )
+        if had_masks:
+            self._accept(block, proposals, base, True, accepted)
+        edited: list[Edited] = []
+        for offset in offsets:
+            self._canvas[block.start + offset] = tokens[offset]
+            edited.append(Edited(block.start + offset - self._num_prompt, tokens[offset]))
+        ends = (
+            at for at in range(self._committed, block.stop) if self._canvas[at] in self._eos_ids
+        )
+        self._eos = next(ends, None)  # one may have come or gone
+        block.is_left = is_left(
+            block,
+            had_masks=had_masks,
+            was_edited=bool(edited),
+            max_steps=self._params.max_edit_steps,
+        )
+        return edited
+
     def _fill(self, position: int, token: int, accepted: list[Accepted]) -> None:
         if token < 0:
             raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
@@ -359,6 +411,8 @@ class BlockDecoder:
     def _commit(self) -> list[Committed]:
         committed: list[Committed] = []
         final = self._verified if self._verifies else self._first_mask
+        if self._edits and self._blocks and not self._blocks[0].is_left:
+            return committed
         while self._blocks and self._blocks[0].stop <= final:
             self._announce(self._blocks.pop(0), committed)
         if self._blocks and self._eos is not None and self._eos < final:

@@ -32,6 +32,7 @@ class Window:
             is full inside a block and causal across blocks.
         num_to_verify: how many of the positions to cache, the last of them, are predicted although
             they are filled.
+        num_to_edit: how many of all positions, the last of them, are predicted, filled or not.
     """
 
     start: int
@@ -39,6 +40,7 @@ class Window:
     num_to_cache: int
     block_stops: tuple[int, ...]
     num_to_verify: int = 0
+    num_to_edit: int = 0
 
     @property
     def stop(self) -> int:
@@ -58,7 +60,9 @@ class Window:
         return len(self.tokens) - int(is_placeholder)
 
     def asked(self, mask_id: int) -> list[int]:
-        """Return the window positions to predict, ascending: those to verify, and the masks."""
+        """Return the window positions to predict, ascending: to verify, to edit, and masks."""
+        if self.num_to_edit:
+            return list(range(len(self.tokens) - self.num_to_edit, len(self.tokens)))
         masks = [at for at, token in enumerate(self.tokens) if token == mask_id]
         if not self.num_to_verify:
             return masks

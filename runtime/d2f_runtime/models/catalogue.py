@@ -32,6 +32,7 @@ class Entry:
         licence: as the model card names it.
         adapter: repository of the LoRA that makes a D2F student of it.
         preset: of decoding, where the model's own defaults are not what its authors publish.
+        quantizations: that it runs in, best first.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Entry:
     licence: str
     adapter: str | None = None
     preset: str | None = None
+    quantizations: tuple[str, ...] = tuple(BITS)
 
     def memory(self, quantization: str, *, context: int = CONTEXT) -> int:
         """Return the bytes that running it takes: weights, K/V of one context, and a reserve.
@@ -64,6 +66,9 @@ def _kv(layers: int, kv_heads: int, head_dim: int = 128) -> int:
 
 _LLADA: Final = (8.02, 1.04, _kv(32, 32))
 _QWEN_7B: Final = (7.62, 1.09, _kv(28, 4))
+_LLADA2_MINI: Final = (16.26, 0.64, _kv(20, 4))
+_LLADA2_FLASH: Final = (102.9, 1.29, _kv(32, 4))
+_EXPERTS: Final = ("bf16", "int8", "nf4")  # fp8 needs the fast step, which holds none in it
 
 CATALOGUE: Final[tuple[Entry, ...]] = (
     Entry("llada:8b", "GSAI-ML/LLaDA-8B-Instruct", "llada", *_LLADA, "MIT", None, "llada-vanilla"),
@@ -80,6 +85,24 @@ CATALOGUE: Final[tuple[Entry, ...]] = (
     Entry("sdar:1.7b", "JetLM/SDAR-1.7B-Chat", "sdar", 2.03, 0.62, _kv(28, 8), "MIT"),
     Entry("sdar:4b", "JetLM/SDAR-4B-Chat", "sdar", 4.41, 0.78, _kv(36, 8), "MIT"),
     Entry("sdar:8b", "JetLM/SDAR-8B-Chat", "sdar", 8.19, 1.24, _kv(36, 8), "MIT"),
+    Entry("sdar:30b-a3b", "JetLM/SDAR-30B-A3B-Chat", "sdar", 30.5, 0.62, _kv(48, 4), "MIT",
+          quantizations=_EXPERTS),
+    Entry("trado:4b", "Gen-Verse/TraDo-4B-Instruct", "sdar", 4.41, 0.78, _kv(36, 8), "MIT"),
+    Entry("trado:8b", "Gen-Verse/TraDo-8B-Instruct", "sdar", 8.19, 1.24, _kv(36, 8), "MIT"),
+    Entry("llada2.0-mini:16b", "inclusionAI/LLaDA2.0-mini", "llada2", *_LLADA2_MINI, "Apache-2.0",
+          quantizations=_EXPERTS),
+    Entry("llada2.1-mini:16b", "inclusionAI/LLaDA2.1-mini", "llada2", *_LLADA2_MINI, "Apache-2.0",
+          quantizations=_EXPERTS),
+    Entry("llada2.0-flash:100b", "inclusionAI/LLaDA2.0-flash", "llada2", *_LLADA2_FLASH,
+          "Apache-2.0", quantizations=_EXPERTS),
+    Entry("llada2.1-flash:100b", "inclusionAI/LLaDA2.1-flash", "llada2", *_LLADA2_FLASH,
+          "Apache-2.0", quantizations=_EXPERTS),
+    Entry("stable-diffcoder:8b", "ByteDance-Seed/Stable-DiffCoder-8B-Instruct", "stable-diffcoder",
+          8.25, 1.27, _kv(32, 8), "MIT"),
+    Entry("tiny-a2d:0.6b", "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d",
+          0.6, 0.16, _kv(28, 8), "Apache-2.0"),
+    Entry("opdlm:4b", "divelab/OPDLM-4B", "a2d", 4.02, 0.39, _kv(36, 8), "MIT"),
+    Entry("opdlm:8b", "divelab/OPDLM-8B", "a2d", 8.19, 1.24, _kv(36, 8), "MIT"),
     Entry("fast-dllm-v2:1.5b", "Efficient-Large-Model/Fast_dLLM_v2_1.5B", "fast_dllm_v2",
           1.54, 0.23, _kv(28, 2), "Apache-2.0"),
     Entry("fast-dllm-v2:7b", "Efficient-Large-Model/Fast_dLLM_v2_7B", "fast_dllm_v2",

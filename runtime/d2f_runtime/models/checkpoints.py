@@ -25,6 +25,7 @@ from d2f_runtime.models.stored_weights import (
     EMBEDDING,
     HEAD,
     WEIGHTS_FILE,
+    Parameter,
     StoredWeights,
     open_shards,
     read_config,
@@ -53,6 +54,7 @@ logger = logging.getLogger("d2f_stream.checkpoints")
 
 DENSE = ("fp32", "bf16", "fp16")
 PROJECTION = "_proj.weight"  # what is quantised: the products of the layers
+ROUTER = ".router."  # what keeps fp32: sums in fewer bits choose other experts
 
 
 def save_checkpoint(folder: Path, model: Transformer, *, dtype: torch.dtype | None = None) -> None:
@@ -65,7 +67,9 @@ def save_checkpoint(folder: Path, model: Transformer, *, dtype: torch.dtype | No
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        name: tensor.detach()
+        .to("cpu", tensor.dtype if ROUTER in name else dtype or tensor.dtype)
+        .contiguous()
         for name, tensor in model.state_dict().items()
         if not (name == HEAD and model.config.tie_embeddings)
     }
@@ -169,7 +173,7 @@ def _read(
         wanted = quantization if name.endswith(PROJECTION) else None
         tensor = held.to(device)  # converted there
         weight: StoredWeight = tensor
-        kept = dtype or held.dtype
+        kept = torch.float32 if ROUTER in name else dtype or held.dtype
         beside = shards.quantized.get(parameter.stored)
         if beside is not None:
             if wanted not in (None, beside.kind):
@@ -177,24 +181,26 @@ def _read(
                     f"{shards.path} holds {beside.kind} weights, which are not made {wanted}; "
                     f"load it as {beside.kind}, or fetch the bf16 checkpoint"
                 )
-            outputs, features = parameter.shape
+            outputs, features = parameter.whole
             weight = shards.quantized_weight(parameter.stored, tensor, (outputs, features))
             kept = dtype or shards.dense_dtype
-        weights[name] = _converted(weight, parameter.adapted, stored.adapter, kept, wanted)
+        weights[name] = _converted(weight, parameter, stored.adapter, kept, wanted)
         del held, tensor, weight  # or they would hold one shard while the next is read
     return weights
 
 
 def _converted(
     weight: StoredWeight,
-    name: str,
+    parameter: Parameter,
     adapter: Adapter | None,
     dtype: torch.dtype,
     quantization: str | None,
 ) -> StoredWeight:
-    """Merge the adapter's share and return the weight dense in `dtype`, or quantised."""
-    if adapter is not None and name in adapter.names:
-        weight = adapter.merged(name, dense(weight, torch.float32))
+    """Merge the adapter, cut the parameter out, return it dense in `dtype` or quantised."""
+    if adapter is not None and parameter.adapted in adapter.names:
+        weight = adapter.merged(parameter.adapted, dense(weight, torch.float32))
+    if parameter.cut is not None:
+        weight = parameter.part(dense(weight, torch.float32))
     if quantization is None:
         return dense(weight, dtype).to(dtype)
     return quantise(weight, quantization) if isinstance(weight, Tensor) else weight

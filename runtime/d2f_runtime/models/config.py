@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from d2f_runtime.models.facts import FAMILIES, ModelFacts
+from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.rope_scaling import (
     Llama3Rope,
     RopeScaling,
@@ -37,6 +38,7 @@ class TransformerConfig(ModelFacts):
         rope_scaling: how they are stretched beyond the first training; None leaves them.
         rotary_dim: how many dimensions of a head turn, half of them at the beginning of each half
             of the head; 0 is all.
+        mixture: the experts of the layers' feed-forward; None is a dense one in each layer.
         norm_eps: epsilon of every RMSNorm.
         qkv_bias: biases on the q, k and v projections (Qwen2, Dream).
         qk_norm: RMSNorm over the head dimension of queries and keys (Qwen3, SDAR).
@@ -61,6 +63,7 @@ class TransformerConfig(ModelFacts):
     tie_embeddings: bool = False
     rope_scaling: RopeScaling | None = None
     rotary_dim: int = 0
+    mixture: MixtureConfig | None = None
     unnamed_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +112,8 @@ class TransformerConfig(ModelFacts):
         del values["rope_scaling"]  # absent where there is none, so that older builds read it
         if self.rope_scaling is not None:
             values["rope_scaling"] = rope_to_dict(self.rope_scaling)
+        if self.mixture is None:
+            del values["mixture"]
         if not self.rotary_dim:
             del values["rotary_dim"]
         if self.commit_attention == "block":

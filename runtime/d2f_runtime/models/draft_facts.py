@@ -67,6 +67,8 @@ class DraftFacts:
                 f"a draft adapter is for an autoregressive model, but the base is a {base.family} "
                 f"with {base.prompt_attention} attention"
             )
+        if base.mixture is not None:
+            raise UnsupportedModel("a draft adapter is not for a mixture of experts")
         return replace(
             base,
             mask_id=self.mask_id,

@@ -9,13 +9,12 @@ them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from d2f_runtime.models.facts import PromptAttention
+from d2f_runtime.models.layouts import Layout, published_name
 
 __all__ = ["PUBLISHED", "Family", "Layout", "Variant", "published_name"]
-
-Layout = Literal["llada", "llama"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +121,39 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         head_dim=128,
         defaults="sdar",
     ),
+    "sdar_moe": Family(  # SDAR-30B-A3B-Chat, -Sci
+        label="sdar",
+        layout="qwen3-moe",
+        prompt_attention="grid",
+        shift_logits=False,
+        block_size=4,
+        mask_token="<|MASK|>",
+        mask_id=151669,
+        eos_tokens=_QWEN_ENDS,
+        qk_norm=True,
+        head_dim=128,
+        defaults="sdar",
+    ),
+    "llada2_moe": Family(  # LLaDA2.0-mini, -flash, -CAP, LLaDA2.1
+        label="llada2",
+        layout="llada2",
+        prompt_attention="grid",
+        shift_logits=False,
+        block_size=32,
+        variants=(
+            Variant(named="llada2.1", defaults="llada2.1"),
+            Variant(
+                named="llada2.2",
+                defaults="llada2.1",
+                refused="it deletes and inserts tokens; LLaDA2.0 and 2.1 are run",
+            ),
+        ),
+        mask_token="<|mask|>",
+        mask_id=156895,
+        eos_tokens={"<|endoftext|>": 156892, "<|role_end|>": 156900},
+        qk_norm=True,
+        defaults="llada2",
+    ),
     "Fast_dLLM_Qwen": Family(
         label="fast_dllm_v2",
         prompt_attention="grid",
@@ -195,30 +227,3 @@ PUBLISHED: Final[Mapping[str, Family]] = {
     ),
 }
 """By the `model_type` of config.json."""
-
-_LLADA_LAYER: Final = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "q_proj",
-    "self_attn.k_proj": "k_proj",
-    "self_attn.v_proj": "v_proj",
-    "self_attn.o_proj": "attn_out",
-    "post_attention_layernorm": "ff_norm",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
-_LLADA_TOP: Final = {"embed_tokens": "wte", "norm": "ln_f", "lm_head": "ff_out"}
-
-
-def published_name(layout: Layout, name: str) -> str:
-    """Return what a family calls a parameter of `Transformer`.
-
-    LLaDA has two `ff_out`: a layer's is the down projection, that of the model is the head.
-    """
-    if layout == "llama":
-        return name if name.startswith("lm_head.") else f"model.{name}"
-    module, _, leaf = name.rpartition(".")
-    if not module.startswith("layers."):
-        return f"model.transformer.{_LLADA_TOP[module]}.{leaf}"
-    _, index, inner = module.split(".", 2)
-    return f"model.transformer.blocks.{index}.{_LLADA_LAYER[inner]}.{leaf}"

@@ -23,6 +23,9 @@ from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter, product_shapes
 from d2f_runtime.models.fast_draft import FastDraft, FastLayerDraft
+from d2f_runtime.models.fast_mixture import FastMixture
+from d2f_runtime.models.feed_forward import FeedForward
+from d2f_runtime.models.mixture import Mixture
 from d2f_runtime.models.rotary import query_scale, rotary
 from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer
 from d2f_runtime.quantization.linear import PackedLinear, pack, rotated
@@ -92,9 +95,14 @@ class _FastLayer:
     head_norms: rope.HeadNorms | None
     out: PackedLinear
     ffn_norm: Tensor
+    feed_forward: "_FastFeedForward | FastMixture"
+    draft: FastLayerDraft | None
+
+
+@dataclass(frozen=True, slots=True)
+class _FastFeedForward:
     gate_up: PackedLinear
     down: PackedLinear
-    draft: FastLayerDraft | None
 
 
 class FastTransformer:
@@ -140,8 +148,12 @@ class FastTransformer:
     @property
     def num_bytes(self) -> int:
         """What a step reads of the weights, embedding rows aside."""
-        packed = (w for x in self._layers for w in (x.qkv, x.out, x.gate_up, x.down))
-        return sum(w.num_bytes for w in packed) + self._head.num_bytes
+        held: list[PackedLinear | FastMixture] = [self._head]
+        for layer in self._layers:
+            held += [layer.qkv, layer.out]
+            inner = layer.feed_forward
+            held += [inner] if isinstance(inner, FastMixture) else [inner.gate_up, inner.down]
+        return sum(weights.num_bytes for weights in held)
 
     @property
     def weight_bytes(self) -> int:
@@ -192,11 +204,16 @@ class FastTransformer:
                 positions=step.positions,
             )
             parts = _parts(layer.out, attended, layer.draft.out if layer.draft else None, drafts)
+            inner = layer.feed_forward
+            if isinstance(inner, FastMixture):
+                x, rows = ops.residual_norm(x, parts, layer.ffn_norm, eps)
+                parts = inner(rows.values)[None]
+                continue
             x, rows = ops.residual_norm(
-                x, parts, layer.ffn_norm, eps, quantise=layer.gate_up.takes_fp8
+                x, parts, layer.ffn_norm, eps, quantise=inner.gate_up.takes_fp8
             )
-            gated = self._gated(layer, rows, drafts)
-            parts = _parts(layer.down, gated, layer.draft.down if layer.draft else None, drafts)
+            gated = self._gated(inner, layer.draft, rows, drafts)
+            parts = _parts(inner.down, gated, layer.draft.down if layer.draft else None, drafts)
         _, rows = ops.residual_norm(x, parts, self._norm, eps)
         return rows.values
 
@@ -226,16 +243,22 @@ class FastTransformer:
         query = rotated(layer.qkv, rows, rotation)
         return self.ops.rotate_and_store(layer.qkv(rows), rotation) if query is None else query
 
-    def _gated(self, layer: _FastLayer, rows: Activation, drafts: Tensor | None) -> Activation:
+    def _gated(
+        self,
+        inner: _FastFeedForward,
+        draft: FastLayerDraft | None,
+        rows: Activation,
+        drafts: Tensor | None,
+    ) -> Activation:
         """Return what the down projection takes."""
-        to_fp8 = layer.down.takes_fp8
-        if drafts is not None and layer.draft is not None and layer.draft.gate_up is not None:
-            gate_up = layer.gate_up(rows)
-            layer.draft.gate_up.add(rows, drafts, gate_up)
+        to_fp8 = inner.down.takes_fp8
+        if drafts is not None and draft is not None and draft.gate_up is not None:
+            gate_up = inner.gate_up(rows)
+            draft.gate_up.add(rows, drafts, gate_up)
             return self.ops.silu_gate(gate_up, quantise=to_fp8)
-        gated = layer.gate_up.gated(rows)
+        gated = inner.gate_up.gated(rows)
         if gated is None:
-            return self.ops.silu_gate(layer.gate_up(rows), quantise=to_fp8)
+            return self.ops.silu_gate(inner.gate_up(rows), quantise=to_fp8)
         return self.ops.quantise(gated) if to_fp8 else Activation(gated)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -273,7 +296,7 @@ def _pack_layer(
 ) -> _FastLayer:
     layer = layers[index]
     assert isinstance(layer, Layer)
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
 
     def cat(*projections: Tensor) -> Tensor:
@@ -292,7 +315,6 @@ def _pack_layer(
         return pack(weight, quantization, dtype)
 
     qkv = join_outputs([stored_weight(projection) for projection in projections], cat, dtype)
-    gate_and_up = [stored_weight(projection) for projection in (mlp.gate_proj, mlp.up_proj)]
     packed = _FastLayer(
         input_norm=layer.input_layernorm.weight.detach(),
         qkv=packed_of(qkv),
@@ -300,13 +322,26 @@ def _pack_layer(
         head_norms=norms,
         out=packed_of(stored_weight(attention.o_proj)),
         ffn_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=packed_of(join_outputs(gate_and_up, gate.interleave, dtype)),
-        down=packed_of(stored_weight(mlp.down_proj)),
+        feed_forward=_packed_feed_forward(layer.mlp, packed_of, dtype),
         draft=None if draft is None else _merged_draft(draft, config, index),
     )
     if consume:
         layers[index] = nn.Identity()
     return packed
+
+
+def _packed_feed_forward(
+    mlp: FeedForward | Mixture,
+    packed_of: Callable[[StoredWeight], PackedLinear],
+    dtype: torch.dtype,
+) -> _FastFeedForward | FastMixture:
+    if isinstance(mlp, Mixture):
+        return FastMixture(mlp)
+    gate_and_up = [stored_weight(projection) for projection in (mlp.gate_proj, mlp.up_proj)]
+    return _FastFeedForward(
+        packed_of(join_outputs(gate_and_up, gate.interleave, dtype)),
+        packed_of(stored_weight(mlp.down_proj)),
+    )
 
 
 def _merged_draft(draft: DraftAdapter, config: TransformerConfig, index: int) -> FastLayerDraft:

@@ -11,6 +11,8 @@ from typing import Final
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import Family
+from d2f_runtime.models.mixture_config import MixtureConfig
+from d2f_runtime.models.published_mixture import llada2_mixture, qwen3_mixture, rotary_dim
 from d2f_runtime.models.published_rope import PublishedRope
 from d2f_runtime.models.rope_scaling import RopeScaling
 from d2f_runtime.text.tokenizer_files import Vocabulary
@@ -19,7 +21,12 @@ from d2f_stream.core.params import MAX_BLOCK_SIZE
 
 __all__ = ["transformer_config"]
 
-WINDOWLESS: Final = ("llada", "llama")  # whose classes know no windows
+WINDOWLESS: Final = (
+    "llada",
+    "llada2",
+    "llama",
+    "stable-diffcoder",
+)  # labels of families whose classes know no windows
 WITH_BIASES: Final = ("Dream", "Fast_dLLM_Qwen", "a2d-qwen2", "qwen2")  # on q, k and v
 DEFAULT_WINDOW: Final = 4096  # of transformers' Qwen2Config and Qwen3Config, as the next one
 DEFAULT_WINDOW_LAYERS: Final = 28
@@ -45,7 +52,7 @@ def transformer_config(
         UnsupportedModel: an option that this build does not know.
         ModelDamaged: a key is missing or of the wrong kind, or there is no mask or no EOS.
     """
-    _refuse_variants(config)
+    _refuse_variants(config, family)
     sizes = _llada_sizes(config) if family.layout == "llada" else _llama_sizes(config, family)
     vocab_size = sizes.vocab_size
     # Tokens may have been added beyond what is embedded: a text that names one is refused.
@@ -79,7 +86,7 @@ def transformer_config(
         rope_theta=sizes.rope_theta,
         norm_eps=config.number("rms_norm_eps", 1e-5 if family.layout == "llada" else 1e-6),
         qkv_bias=sizes.qkv_bias,
-        qk_norm=family.qk_norm,
+        qk_norm=sizes.qk_norm,
         tie_embeddings=sizes.tie_embeddings,
         shift_logits=family.shift_logits,
         prompt_attention=family.prompt_attention,
@@ -87,7 +94,19 @@ def transformer_config(
         max_block_size=MAX_BLOCK_SIZE if is_free else block_size,
         max_len=sizes.max_len,
         rope_scaling=sizes.rope_scaling,
+        rotary_dim=sizes.rotary_dim,
+        mixture=_mixture(config, family),
     )
+
+
+def _mixture(config: ConfigFile, family: Family) -> MixtureConfig | None:
+    match family.layout:
+        case "llada2" | "llada2-merged":
+            return llada2_mixture(config)
+        case "qwen3-moe":
+            return qwen3_mixture(config)
+        case _:
+            return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +125,8 @@ class _Sizes:
     rope_scaling: RopeScaling | None
     qkv_bias: bool
     tie_embeddings: bool
+    qk_norm: bool = False
+    rotary_dim: int = 0
 
 
 def _llada_sizes(config: ConfigFile) -> _Sizes:
@@ -138,7 +159,9 @@ def _llada_sizes(config: ConfigFile) -> _Sizes:
 def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads))
-    rope = PublishedRope.read(config, head_dim=head_dim)
+    is_partial = family.layout == "llada2"
+    turning = rotary_dim(config, head_dim) if is_partial else 0
+    rope = PublishedRope.read(config, head_dim=turning or head_dim, is_partial=is_partial)
     return _Sizes(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -151,6 +174,8 @@ def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
         qkv_bias=bool(family.qkv_bias),
+        qk_norm=config.flag("use_qk_norm", True) if is_partial else family.qk_norm,
+        rotary_dim=turning,
         tie_embeddings=config.flag("tie_word_embeddings", False),
     )
 
@@ -183,7 +208,7 @@ _ONLY_LLADA: Final[Mapping[str, tuple[object, ...]]] = {
 """The same of LLaDA, whose classes are a GPT-2's where the config says nothing."""
 
 
-def _refuse_variants(config: ConfigFile) -> None:
+def _refuse_variants(config: ConfigFile, family: Family) -> None:
     values = config.values
     is_llada = values["model_type"] == "llada"
     for key, allowed in (_ONLY_LLADA if is_llada else _ONLY).items():
@@ -196,7 +221,7 @@ def _refuse_variants(config: ConfigFile) -> None:
         if value not in allowed:
             shown = "a quantization" if key == "quantization_config" else f"{key} {value!r:.100}"
             raise UnsupportedModel(f"{config.path} asks for {shown}, which this build does not run")
-    _refuse_windows(config)
+    _refuse_windows(config, family)
     if values["model_type"] == "Dream" and "block_size" in config:
         raise UnsupportedModel(
             f"{config.path} is a Dream with a block_size of its own, a block diffusion model that "
@@ -204,10 +229,10 @@ def _refuse_variants(config: ConfigFile) -> None:
         )
 
 
-def _refuse_windows(config: ConfigFile) -> None:
+def _refuse_windows(config: ConfigFile, family: Family) -> None:
     """Refuse layers that see a part of the canvas only, by what transformers makes of the keys."""
     values = config.values
-    if values["model_type"] in WINDOWLESS:
+    if family.label in WINDOWLESS:
         return
     number = config.integer("num_hidden_layers")
     kinds = values.get("layer_types")

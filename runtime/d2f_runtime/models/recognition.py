@@ -22,6 +22,12 @@ logger = logging.getLogger("d2f_stream.published")
 BORROWED: Final = {"StableDiffcoder": "stable-diffcoder", "SeedDiffcoder": "stable-diffcoder"}
 """Beginnings of the names of classes whose configs have another family's model_type."""
 
+ALIASES: Final = {
+    "llada2_moe_veomni": ("llada2_moe", None),
+    "llada21_moe": ("llada2_moe", "llada2.1"),
+}
+"""Other names of a model_type, of repositories that train or copy, and the variant of each."""
+
 OWN_CLASSES: Final = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """How the classes of the families begin whose model_type others borrow."""
 
@@ -46,6 +52,9 @@ def family_of(config: ConfigFile, said: str | None = None) -> Family:
     if borrower is None and said is None:
         _refuse_ambiguous(config, model_type)
     name = borrower or model_type
+    if isinstance(name, str) and name in ALIASES:
+        name, meant = ALIASES[name]
+        said = said or meant
     family = PUBLISHED.get(name) if isinstance(name, str) else None
     if family is None:
         raise UnsupportedModel(

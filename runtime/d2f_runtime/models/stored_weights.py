@@ -17,8 +17,8 @@ from d2f_runtime.gguf.file import is_gguf
 from d2f_runtime.models.adapters import Adapter
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.config_file import ConfigFile
-from d2f_runtime.models.families import published_name
 from d2f_runtime.models.gguf_weights import GgufWeights
+from d2f_runtime.models.layouts import Cut, Layout, Place, place_of
 from d2f_runtime.models.published import Published, find_published
 from d2f_runtime.models.shards import Shards
 from d2f_runtime.models.transformer import Transformer
@@ -41,6 +41,7 @@ CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 EMBEDDING: Final = "embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
+STACKED: Final = ".mlp.experts.gate_proj"  # the experts of a layer in one tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,22 @@ class Parameter:
         stored: the tensor on disk.
         adapted: what an adapter calls it; another name where a head is stored as the embedding.
         shape: that the config asks for.
+        cut: which part of the tensor it is; None is all.
     """
 
     stored: str
     adapted: str
     shape: tuple[int, ...]
+    cut: Cut | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the tensor on disk."""
+        return self.shape if self.cut is None else self.cut.whole
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """Return what the parameter is of the tensor."""
+        return tensor if self.cut is None else self.cut.of(tensor, self.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +104,27 @@ class StoredWeights:
             UnsupportedModel: config, weights or adapter are not for this build or for each other.
         """
         config, published, shards = open_shards(path, family=family)
-        if config.num_layers > shards.num_tensors:  # before a model of that size is laid out
-            raise ModelDamaged(
-                f"{path} asks for {config.num_layers} layers, but {shards.path} has "
-                f"{shards.num_tensors} tensors"
-            )
+        layout = None if published is None else _layout(published.family.layout, shards)
+        _check_number(path, config, layout, shards)
         with torch.device("meta"):
             shapes = {
                 name: tuple(tensor.shape)
                 for name, tensor in Transformer(config).state_dict().items()
             }
-        names = {name: _stored_name(published, name) for name in shapes}
-        theirs = {published: shapes[name] for name, published in names.items()}
+        places = {
+            name: Place(name) if layout is None else place_of(layout, name, shape, config)
+            for name, shape in shapes.items()
+        }
+        names = {name: place.name for name, place in places.items()}
+        wholes = {
+            name: shapes[name] if place.cut is None else place.cut.whole
+            for name, place in places.items()
+        }
+        theirs = {place.name: wholes[name] for name, place in places.items()}
         stored = dict(names)
         if config.tie_embeddings:
             config, stored = _untied(config, shards, stored)
-        expected = {stored[name]: shape for name, shape in shapes.items() if name in stored}
+        expected = {stored[name]: shape for name, shape in wholes.items() if name in stored}
         shards.check(expected, ignored={names[HEAD], names[EMBEDDING]})
         merge = None if adapter is None else _open_adapter(adapter, path, theirs)
         if merge is not None and config.tie_embeddings:
@@ -115,7 +132,10 @@ class StoredWeights:
         return cls(
             config,
             shards,
-            {name: Parameter(stored[name], names[name], shapes[name]) for name in stored},
+            {
+                name: Parameter(stored[name], names[name], shapes[name], places[name].cut)
+                for name in stored
+            },
             merge,
         )
 
@@ -172,9 +192,32 @@ def _own_config(folder: Path) -> TransformerConfig:
     return TransformerConfig.from_dict(file.values)
 
 
-def _stored_name(published: Published | None, name: str) -> str:
-    """Return what a parameter is called on disk; in this project's own layout as here."""
-    return name if published is None else published_name(published.family.layout, name)
+def _layout(layout: Layout, shards: Shards | GgufWeights) -> Layout:
+    """Return the layout by the tensors that are there: experts may be stacked by layer."""
+    if layout != "llada2" or not isinstance(shards, Shards):
+        return layout
+    stacked = any(name.endswith(STACKED) for name in shards.headers)
+    return "llada2-merged" if stacked else layout
+
+
+def _check_number(
+    path: Path, config: TransformerConfig, layout: Layout | None, shards: Shards | GgufWeights
+) -> None:
+    """Hold the numbers of layers and experts against the tensors, before these are laid out."""
+    found = f"{shards.path} has {shards.num_tensors} tensors"
+    if config.num_layers > shards.num_tensors:
+        raise ModelDamaged(f"{path} asks for {config.num_layers} layers, but {found}")
+    if config.mixture is None:
+        return
+    number = config.mixture.num_experts
+    if layout == "llada2-merged" and isinstance(shards, Shards):
+        stacks = (h.shape for name, h in shards.headers.items() if name.endswith(STACKED))
+        if (most := next(stacks)[0]) != number:
+            raise ModelDamaged(
+                f"{path} asks for {number} experts, but {shards.path} has {most} in a layer"
+            )
+    elif number > shards.num_tensors:
+        raise ModelDamaged(f"{path} asks for {number} experts, but {found}")
 
 
 def _untied(

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter, LayerDraft
+from d2f_runtime.models.feed_forward import FeedForward
+from d2f_runtime.models.mixture import Mixture
 from d2f_runtime.models.rotary import Rope, rotary, rotary_frequencies, rotate
 
 __all__ = [
@@ -164,37 +166,19 @@ def _attend(
     )
 
 
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, draft: LayerDraft | None = None) -> Tensor:
-        """Map [B, W, D] to [B, W, D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if draft is not None:
-            draft.add("gate_proj", x, gate)
-            draft.add("up_proj", x, up)
-        wide = F.silu(gate) * up
-        out: Tensor = self.down_proj(wide)
-        if draft is not None:
-            draft.add("down_proj", wide, out)
-        return out
-
-
 class Layer(nn.Module):
     """Pre-norm attention and feed-forward with sequential residuals."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp: FeedForward | Mixture
+        if config.mixture is None or config.mixture.is_dense(index):
+            self.mlp = FeedForward(config.hidden_size, config.ffn_size)
+        else:
+            self.mlp = Mixture(config.hidden_size, config.mixture)
 
     def forward(
         self,
@@ -224,7 +208,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -29,6 +29,7 @@ QuantizedWeight = Nf4Weight | Int8Weight
 StoredWeight = Tensor | QuantizedWeight
 
 LOW_BIT: Final = ("nf4", "int8")
+EXPERTS: Final = ".experts."
 
 
 class QuantizedLinear(nn.Module):
@@ -65,6 +66,8 @@ def quantise(weight: Tensor, quantization: str) -> QuantizedWeight:
 def dequantise_layers(layers: nn.Module, quantization: str, dtype: torch.dtype) -> None:
     """Give projections the dense weights that a quantisation leaves of them, in place, one by one.
 
+    Experts stay quantised: of these, a step reads only some, and all would take too much memory.
+
     Args:
         layers: of a model; projections are named as in `Transformer`.
         quantization: of those that are dense yet, one of `LOW_BIT`.
@@ -78,7 +81,8 @@ def dequantise_layers(layers: nn.Module, quantization: str, dtype: torch.dtype) 
             weight = quantise(weight, quantization)
         linear = QuantizedLinear(weight, getattr(module, "bias", None))
         parent, _, child = name.rpartition(".")
-        setattr(layers.get_submodule(parent), child, linear.to_dense(dtype))
+        held = linear if EXPERTS in name else linear.to_dense(dtype)
+        setattr(layers.get_submodule(parent), child, held)
 
 
 def stored_weight(linear: nn.Module) -> StoredWeight:
