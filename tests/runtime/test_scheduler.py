@@ -22,13 +22,15 @@ def scheduler(
     max_step_tokens: int = 640,
     timed: Sequence[TimedStep] = (),
 ) -> Scheduler[str]:
-    return Scheduler(
+    plan: Scheduler[str] = Scheduler(
         max_sessions=max_sessions,
         capacity_tokens=capacity,
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,
-        timed=timed,
     )
+    if timed:
+        plan.begin_with(timed)
+    return plan
 
 
 def add(

@@ -217,7 +217,7 @@ class LocalEngine:
         steps = StepLoop(model, self._steps.limits)
         await steps.load()
         if self._warm_up:
-            await self._prepare_steps()
+            await self._prepare_steps(steps)
         steps.observers = self._steps.observers
         self._steps = steps
 
@@ -257,7 +257,7 @@ class LocalEngine:
         try:
             await self._steps.load()
             if self._warm_up:
-                await self._prepare_steps()
+                await self._prepare_steps(self._steps)
         except BaseException:
             await self.close()
             raise
@@ -272,9 +272,13 @@ class LocalEngine:
         """Close the engine. Safe to cancel; the engine goes on closing."""
         await self.close()
 
-    async def _prepare_steps(self) -> None:
+    async def _prepare_steps(self, steps: StepLoop) -> None:
+        parts = await steps.load()
+        defaults = self._defaults_of(parts)
         try:
             await self._model.device.call(self._model.do_warm_up)
+            if defaults.may_narrow or defaults.commit == "verify":
+                await steps.time_steps(defaults)
         except Exception as error:
             MODELS.discard(self._model)
             raise EngineFailed(f"the model cannot be warmed up: {error!r}") from error

@@ -62,23 +62,16 @@ class Scheduler(Generic[Id]):
         max_rows: how many sessions may share a step.
         max_step_tokens: bound of a step's window tokens, as far as they are known beforehand. A
             session whose window alone exceeds it still runs, as the first of its step.
-        timed: steps that were timed beforehand.
     """
 
     def __init__(
-        self,
-        *,
-        max_sessions: int,
-        capacity_tokens: int,
-        max_rows: int,
-        max_step_tokens: int,
-        timed: Iterable[TimedStep] = (),
+        self, *, max_sessions: int, capacity_tokens: int, max_rows: int, max_step_tokens: int
     ) -> None:
         self._max_sessions = max_sessions
         self._capacity_tokens = capacity_tokens
         self._max_rows = max_rows
         self._max_step_tokens = max_step_tokens
-        self._cost = StepCost(timed)
+        self._cost = StepCost()
         self._gains: dict[RequestKind, WidthGains] = {}
         self._probes: dict[RequestKind, Id] = {}  # who tries a width, of each kind one at most
         self._waiting: dict[Id, RunningSession] = {}  # in order of arrival
@@ -183,6 +176,10 @@ class Scheduler(Generic[Id]):
                     self._end_probe(session_id, session)
                 led[session_id] = session
         self._running = {**led, **self._running}
+
+    def begin_with(self, timed: Iterable[TimedStep]) -> None:
+        """Take steps into account that were timed beforehand."""
+        self._cost = StepCost(timed)
 
     def learn_step(self, step: TimedStep) -> None:
         """Take what a step took into account."""

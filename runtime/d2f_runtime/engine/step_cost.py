@@ -121,9 +121,12 @@ class StepCost:
         alone = sorted(step for step in timed if step.sessions == 1)
         if not alone:
             return
-        points = _rising({step.rows: step.ms for step in alone})
+        points = _rising({step.rows: step.ms for step in reversed(alone)})  # the least of each
         self._knots_ms = [_between(points, rows) for rows in KNOTS]
-        self._seen = [ENOUGH] * len(KNOTS)
+        first, last = points[0][0], points[-1][0]
+        beyond = 0 if first == last else 1  # a straight line is a guess, but no bare one
+        self._seen = [ENOUGH if first <= rows <= last else beyond for rows in KNOTS]
+        self._seen[self._segment(first)] = ENOUGH
         extra = sorted(
             (step.ms - self.ms(step.rows, 1)) / (step.sessions - 1)
             for step in timed
@@ -136,7 +139,7 @@ class StepCost:
 def _rising(points: dict[int, float]) -> list[tuple[int, float]]:
     """Return the points by rows, those that fall made level with their mean (isotonic)."""
     pools: list[tuple[list[int], float]] = []
-    for rows, ms in points.items():
+    for rows, ms in sorted(points.items()):
         pools.append(([rows], ms))
         while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
             (later, high), (earlier, low) = pools.pop(), pools.pop()

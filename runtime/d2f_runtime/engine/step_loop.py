@@ -31,9 +31,11 @@ from d2f_runtime.engine.planned_step import Joined, PlannedStep, StepQueue, Step
 from d2f_runtime.engine.scheduler import Batch, Scheduler
 from d2f_runtime.engine.step_cost import TimedStep
 from d2f_runtime.engine.stream import Stream, StreamId
+from d2f_runtime.engine.timed_steps import do_time_steps
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import D2FError, EngineClosed, EngineFailed, OutOfCapacity
+from d2f_stream.core.params import GenerationParams
 
 __all__ = ["StepLoop", "StepObserver"]
 
@@ -102,6 +104,18 @@ class StepLoop:
         if self.parts is None:
             self.parts = await self._model.device.call(self._model.do_load)
         return self.parts
+
+    async def time_steps(self, params: GenerationParams) -> None:
+        """Let the scheduler know what steps take, of requests with such parameters.
+
+        Before the first one. Safe to cancel; the timing goes on.
+
+        Raises:
+            Exception: what the backend raised.
+        """
+        do_time = partial(do_time_steps, params=params, max_sessions=self.limits.max_rows)
+        timed = await self._model.device.call(do_time, self._model, self)
+        self._scheduler.begin_with(timed)
 
     def submit(self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer) -> None:
         """Take a request on.
