@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2f_runtime.backends import open_backend
+from d2f_runtime.models import patterns
 from d2f_runtime.models.adapter_config import ADAPTER_KEYS
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, UnsupportedModel
@@ -212,14 +213,21 @@ def test_adapter_tensors_are_checked(base: Path, adapter: Path) -> None:
         ({"target_modules": ["q_proj"]}, UnsupportedModel, "does not adapt .*k_proj"),
         ({"layers_to_transform": [1]}, UnsupportedModel, r"does not adapt .*layers\.0"),
         ({"rank_pattern": {"(": 4}}, ModelDamaged, "rank_pattern is no regular expression"),
-        ({"rank_pattern": {SLOW: 4}}, UnsupportedModel, "more than 5 s to match"),
-        ({"alpha_pattern": {SLOW: 4}}, UnsupportedModel, "more than 5 s to match"),
-        ({"target_modules": SLOW}, UnsupportedModel, "more than 5 s to match"),
+        ({"rank_pattern": {SLOW: 4}}, UnsupportedModel, "more than 0.5 s to match"),
+        ({"alpha_pattern": {SLOW: 4}}, UnsupportedModel, "more than 0.5 s to match"),
+        ({"target_modules": SLOW}, UnsupportedModel, "more than 0.5 s to match"),
     ],
 )
 def test_config_of_an_adapter_from_elsewhere(
-    base: Path, adapter: Path, changes: dict[str, Any], error: type[Exception], message: str
+    base: Path,
+    adapter: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "0.5 s" in message:
+        monkeypatch.setattr(patterns, "TIMEOUT_S", 0.5)
     change_config(adapter, **changes)
     with pytest.raises(error, match=message):
         load_checkpoint(base, adapter=adapter)

@@ -2,8 +2,10 @@
 
 import random
 import struct
+import tempfile
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,8 +75,10 @@ def refusal(path: Path, content: bytes) -> ModelError:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
+def path() -> Iterator[Path]:
+    memory = Path("/dev/shm")  # thousands of files are written, and disks are slow
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder) / "model.gguf"
 
 
 def test_head_is_what_gguf_py_reads(path: Path) -> None:

@@ -288,7 +288,7 @@ async def test_connections_take_turns_where_nobody_has_a_token() -> None:
     backend, gate = held()
     async with (
         serving(backend, limits=ServeLimits(max_running=4)) as server,
-        Peer.to(server) as greedy,
+        Peer.to(server, close_timeout=0.1) as greedy,  # which leaves its answers unread
         Peer.to(server) as modest,
     ):
         await greedy.hello()
