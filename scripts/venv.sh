@@ -55,6 +55,8 @@ make_venv() {
     quietly "$python" -m venv --clear "$venv" || return
   fi
   say "installing into ${venv##*/}; this happens once and may take some minutes"
-  quietly "$venv/bin/python" -m pip install --disable-pip-version-check "$@" || return
+  quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" || return
+  # pip would compile what it installs on one core, for a minute.
+  "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 || true # files for others
   printf '%s\n' "$stamp" >"$venv/stamp"
 }
