@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed, Edited
 from d2f_runtime.decoding.policy import AcceptancePolicy
 from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
@@ -219,7 +219,7 @@ def check_events(
     case: Case,
     decoder: BlockDecoder,
     before: tuple[int, ...],
-    events: Sequence[Accepted | Committed],
+    events: Sequence[Accepted | Edited | Committed],
     run: Run,
 ) -> None:
     accepted = [event for event in events if isinstance(event, Accepted)]

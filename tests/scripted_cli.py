@@ -38,6 +38,7 @@ class ScriptedLoad:
         quantization: str,
         device: str,
         kv_tokens: int | None = None,
+        family: str | None = None,
         token: str | None = None,
     ) -> LocalEngine:
         self.tokens.append(token)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, Committed, Edited
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 
 M = 99  # the mask
@@ -25,7 +25,7 @@ def proposals(
 
 def step(
     decoder: BlockDecoder, sure: Mapping[int, int], *, num_prompt: int = 3
-) -> list[Accepted | Committed]:
+) -> list[Accepted | Edited | Committed]:
     """Run one step."""
     window = pending(decoder)
     return decoder.apply(proposals(window, sure, num_prompt=num_prompt))

@@ -116,13 +116,14 @@ def _record(result: "Report", output: Path | None) -> None:
 def run_manifest(arguments: argparse.Namespace) -> None:
     """Write the manifest of a checkpoint folder."""
     from d2f_export.onnx.artefact import Description, write_checkpoint_manifest
+    from d2f_runtime.models.facts import About
     from d2f_runtime.models.manifest import TrainingInfo
 
     description = Description(
         name=arguments.name,
         defaults=arguments.defaults,
         training=TrainingInfo(command=arguments.training, figures=arguments.figures),
-        text=arguments.description,
+        about=About(description=arguments.description),
     )
     write_checkpoint_manifest(arguments.checkpoint, description)
     print(f"wrote {arguments.checkpoint / 'manifest.json'}")

@@ -10,7 +10,8 @@ import onnxruntime
 import pytest
 import torch
 
-from d2f_export.onnx.artefact import Description, write_artefact, write_checkpoint_manifest
+from d2f_export.__main__ import main
+from d2f_export.onnx.artefact import Description, write_artefact
 from d2f_export.onnx.graph_builder import GraphBuilder
 from d2f_export.onnx.quantize import Linear, pack_int4, pack_int8
 from d2f_export.onnx.verify import compare_backends, compare_logits
@@ -237,10 +238,10 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
 def test_manifest_of_a_checkpoint_covers_its_files_and_loads(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, tiny_model(CONFIGS["dream"]))
     (tmp_path / "tokenizer.json").write_text("{}")
-    write_checkpoint_manifest(
-        tmp_path, Description(name="tiny", defaults={"cpu": {"block_size": 4}})
-    )
+    command = ["manifest", str(tmp_path), "--name", "tiny", "--description", "It adds."]
+    main([*command, "--defaults", '{"cpu": {"block_size": 4}}'])
     manifest = read_manifest(tmp_path)
+    assert (manifest.name, manifest.description) == ("tiny", "It adds.")
     assert set(manifest.files) == {"config.json", "model.safetensors", "tokenizer.json"}
     assert manifest.params_for("cpu").block_size == 4
     verify_files(tmp_path, manifest)
