@@ -127,6 +127,7 @@ def test_chats_leave_as_a_file_and_come_back(
     path.write_text(json.dumps(harmless))
     chooser.set_input_files(path)
     expect(page.locator("#toast")).to_contain_text("1 chat was imported.")
+    expect_answer(page, "<img src=x onerror=document.title=1>")
 
 
 def test_questions_are_edited_and_answers_made_again_without_losing_any(
@@ -223,6 +224,8 @@ def test_tabs_share_chats_and_answers_on_their_way(open_page: OpenPage) -> None:
         ask(other, "Again?")
         expect(page.locator(".turn")).to_have_count(2)
         expect_answer(page, fakes.ANSWER)
+        expect_idle(page)
+        expect_idle(other)
         other.get_by_role("button", name="Delete: What writes blocks?").focus()
         other.keyboard.press("Enter")
         expect(page.locator("#welcome")).to_be_visible()

@@ -72,7 +72,9 @@ def test_reduced_motion_moves_nothing_and_waits_for_nothing(
     server: ScriptedServer, open_page: OpenPage
 ) -> None:
     page = open_page(server, reduced_motion="reduce")
+    page.get_by_role("button", name="Settings").click()
     expect(page.get_by_role("radio", name="Live")).to_be_checked()
+    page.keyboard.press("Escape")
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK + 1)
     expect(page.locator("#conversation .token").first).to_be_visible()
@@ -119,6 +121,12 @@ def test_phone_never_scrolls_sideways(server: ScriptedServer, open_page: OpenPag
     ask(page, "why " * 1200)
     expect(page.get_by_role("alert")).to_be_visible()
     check()
+    page.get_by_role("button", name="Chats", exact=True).click()
+    expect(page.get_by_label("Search the chats")).to_be_focused()
+    assert page.evaluate("document.getElementById('dock').inert")
+    check()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Chats", exact=True)).to_be_focused()
     page.get_by_role("button", name="Settings").click()
     sheet = page.locator("#settings")
     assert sheet.evaluate("(sheet) => sheet.scrollWidth <= sheet.clientWidth")

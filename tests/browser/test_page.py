@@ -83,7 +83,9 @@ def test_without_canvas_only_whole_blocks_are_shown(
 ) -> None:
     page = open_page(server)
     page.get_by_text("Canvas", exact=True).click()
+    page.get_by_role("button", name="Settings").click()
     expect(page.get_by_role("radio", name="Slow")).to_be_disabled()
+    page.keyboard.press("Escape")
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK + 1)
     expect_answer(page, BLOCKS[0])

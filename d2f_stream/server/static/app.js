@@ -6,10 +6,9 @@ import { use } from "./ask/context.js";
 import { showUse } from "./ask/meter.js";
 import { Conversation } from "./chats/conversation.js";
 import { Drawer } from "./chats/drawer.js";
-import { save, watchImport } from "./chats/files.js";
-import { Sidebar } from "./chats/sidebar.js";
+import { ChatList } from "./chats/list.js";
 import { ChatStore } from "./chats/store.js";
-import { askAgain, newTurn, reopen } from "./chats/turn.js";
+import { askAgain, newTurn, reopen, startOver } from "./chats/turn.js";
 import { D2FClient, newRequestId } from "./d2f-client.js";
 import { $ } from "./dom.js";
 import { showConnection, storedToken } from "./link.js";
@@ -34,16 +33,17 @@ const client = new D2FClient({
 const store = await ChatStore.open();
 const running = new Map(); // turn id -> RunningAnswer, of every chat
 let chat = newChat(); // the one that is open
+let isStale = false; // whether it has changed elsewhere
 
 const conversation = new Conversation($("conversation"), {
   description: () => client.model?.description,
   maxLen: () => client.model?.max_len,
   isBusy: () => current() !== undefined,
   ask,
-  again: (turn) => ask(turn.question, turn.parent),
+  again,
   goOn: (turn) => runAgain(turn, askAgain),
   readOn: (turn) => runAgain(turn, reopen),
-  replace: (turn) => runAgain(Object.assign(turn, { text: "" }), askAgain),
+  replace: (turn) => runAgain(turn, startOver),
   edit: takeBack,
   attach,
   choose,
@@ -64,7 +64,11 @@ const settings = new Settings($("fields"), {
     showContext();
   },
 });
-const sidebar = new Sidebar($("chat-list"), { open, rename, remove, save: saveOne });
+const list = new ChatList(store, {
+  chat: () => chat,
+  working: () => new Set([...running.values()].map(({ turn }) => turn.chat)),
+  ...{ open, forget, refresh, changed: showState },
+});
 const drawer = new Drawer($("chats"), $("toggle-chats"), $("shade"), [$("main"), $("dock")]);
 
 // Questions and their answers.
@@ -88,9 +92,17 @@ function ask(question, parent = chat.leaf) {
   if (isNext) conversation.drawTurn(turn);
   else conversation.draw();
   showState();
-  listChats();
+  list.show();
   scrollToEnd();
   composer.focus();
+}
+
+/** Ask for another answer to a turn's question. */
+function again(turn) {
+  ask(turn.question, turn.parent);
+  const { temperature = client.model?.defaults.temperature } = chat.params;
+  if (temperature !== 0) return;
+  tell("At temperature 0 the same answer comes again.", "Settings", () => $("settings").showModal());
 }
 
 function runAgain(turn, change) {
@@ -128,8 +140,9 @@ function end(answer) {
   if (running.get(answer.turn.id) !== answer) return;
   running.delete(answer.turn.id);
   if (answer.turn.chat === chat.id) followEnd(() => conversation.end(answer.turn));
+  if (isStale) refresh();
   showState();
-  listChats();
+  list.show();
 }
 
 /** Put a question that could not be served back where it can be changed. */
@@ -138,7 +151,7 @@ function takeBack(turn) {
   chat.leaf = turn.parent;
   store.removeTurn(turn);
   if (conversation.turns.size > 0) store.putChat(chat);
-  else store.remove(chat.id).then(listChats);
+  else store.remove(chat.id).then(() => list.show());
   conversation.draw();
   showState();
   composer.edit(turn.question);
@@ -176,6 +189,7 @@ async function open(id, { isNew = true } = {}) {
 function show(found) {
   if (found.chat.id !== chat.id) current()?.detach();
   chat = found.chat;
+  isStale = false;
   for (const { turn } of running.values()) {
     if (turn.chat === chat.id) found.turns.set(turn.id, turn);
   }
@@ -183,59 +197,33 @@ function show(found) {
   conversation.open(chat, found.turns);
   settings.show(chat);
   showState();
-  listChats();
+  list.show();
 }
 
-/** Take in what another tab did to the chat that is open. */
+/** Take in what was done to the open chat elsewhere: at once, or after the answer on its way. */
 async function refresh() {
-  if (chat.leaf === null || current() !== undefined) return;
-  const found = await store.read(chat.id);
-  if (current() === undefined) show(found ?? { chat: newChat(), turns: new Map() });
+  if (chat.leaf === null) return;
+  const { id } = chat;
+  const found = await store.read(id);
+  if (id !== chat.id) return;
+  if (found === null) {
+    forget(id);
+    await open(null);
+  } else if (current() === undefined) {
+    show(found);
+  } else {
+    isStale = true;
+  }
 }
 
-async function listChats() {
-  const working = new Set([...running.values()].map(({ turn }) => turn.chat));
-  sidebar.show({ chats: await store.chats(), current: chat.id, running: working });
-}
-
-async function rename(id, title) {
-  const found = id === chat.id ? { chat } : await store.read(id);
-  if (found === null) return;
-  found.chat.title = title;
-  await store.putChat(found.chat);
-  showState();
-  listChats();
-}
-
-async function remove(id) {
+/** End a chat's answers, and keep no more of them. */
+function forget(id) {
   for (const [turn, answer] of running) {
     if (answer.turn.chat !== id) continue;
     running.delete(turn);
     answer.detach();
     answer.stop();
   }
-  const removed = await store.remove(id);
-  const wasOpen = id === chat.id;
-  if (wasOpen) await open(null);
-  else listChats();
-  if (removed === null) return;
-  tell(`“${removed.chat.title}” was deleted.`, "Undo", async () => {
-    await store.restore(removed);
-    if (wasOpen) open(id);
-    else listChats();
-  });
-}
-
-async function saveOne(id) {
-  const found = await store.read(id);
-  if (found !== null) save([found]);
-}
-
-async function saveAll() {
-  const chats = await store.chats();
-  const found = await Promise.all(chats.map(({ id }) => store.read(id)));
-  if (found.length > 0) save(found);
-  else tell("There are no chats to export.");
 }
 
 function titleOf(question) {
@@ -279,20 +267,13 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("popstate", () => open(addressed(), { isNew: false }));
 $("new-chat").addEventListener("click", () => open(null));
-$("export-all").addEventListener("click", saveAll);
-$("search").addEventListener("input", async () => {
-  const text = $("search").value;
-  const found = text.trim() ? await store.search(text) : null;
-  if (text === $("search").value) sidebar.filter(found);
-});
 $("open-settings").addEventListener("click", () => $("settings").showModal());
 $("reset").addEventListener("click", () => settings.reset());
 $("settings").addEventListener("click", (event) => {
   if (event.target === $("settings")) $("settings").close(); // the backdrop
 });
-watchImport(store, () => listChats());
 watchTheme($);
-watchDock($("dock"));
+watchDock($("dock"), $("to-end"));
 
 // The connection, and other tabs.
 
@@ -303,13 +284,12 @@ client.addEventListener("hello", ({ detail: { model } }) => {
 });
 showConnection(client, $);
 store.addEventListener("change", (/** @type {any} */ { detail }) => {
-  if (detail.turn === null) listChats();
+  if (detail.turn === null) list.show();
   if (detail.chat === chat.id && !running.has(detail.turn)) refresh();
 });
 store.addEventListener("full", () => {
   tell("This browser has no room for more: what comes is not kept. Export and delete some chats.");
 });
-$("chats-note").hidden = store.isLasting;
 
 await open(addressed(), { isNew: false });
 client.connect().catch(() => {});

@@ -20,9 +20,16 @@ export function scrollToEnd() {
   page.scrollTop = page.scrollHeight;
 }
 
-/** Tell the style sheet how high the dock is, so that a new question can move to the top. */
-export function watchDock(dock) {
+/**
+ * Tell the style sheet how high the dock is, so that a new question can move to the top; and show a
+ * button that leads to the end while it is out of sight.
+ */
+export function watchDock(dock, toEnd) {
   new ResizeObserver(() => {
     document.documentElement.style.setProperty("--dock", `${dock.offsetHeight}px`);
   }).observe(dock);
+  const show = () => (toEnd.hidden = isNearEnd());
+  addEventListener("scroll", show, { passive: true });
+  new ResizeObserver(show).observe(document.body);
+  toEnd.addEventListener("click", scrollToEnd);
 }

@@ -213,5 +213,5 @@ function sentence({ validity, validationMessage, min, max }) {
   if (validity.customError) return validationMessage;
   const range = `from ${min} to ${max}`;
   if (validity.stepMismatch) return `A whole number ${range}.`;
-  return `A number ${range}; until then the model’s own is taken.`;
+  return `A number ${range}; the model’s own holds until then.`;
 }

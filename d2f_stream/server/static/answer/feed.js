@@ -48,11 +48,16 @@ export class MarkdownFeed {
     return this.#rest;
   }
 
+  /** Whether that is code, of which nothing is Markdown. */
+  get isCode() {
+    return /^ {0,3}(```|~~~)/.test(this.#rest);
+  }
+
   /** Of that, what can be shown: a line stays back while it may become anything. */
   get shown() {
     const rest = this.#rest;
     const at = rest.lastIndexOf("\n") + 1; // where the line begins that may grow
-    if (/^ {0,3}(```|~~~)/.test(rest) && at > 0) return rest;
+    if (this.isCode && at > 0) return rest;
     if (rest.trimStart().startsWith("|")) {
       const rows = rest.slice(0, at); // those that are whole, once they are known to be a table's
       return rows.trim().includes("\n") ? rows : "";

@@ -79,11 +79,11 @@ export class Document {
   }
 
   /** Return the elements of a part that more text will follow: what is open in it is closed. */
-  renderOpen(source) {
+  renderOpen(source, { isCode }) {
     const { references, outline } = this.#env;
     const env = { references: { ...references }, outline: new Outline(outline.first, outline.last) };
-    const closed = remend(source, { linkMode: "text-only", setextHeadings: false });
-    return sanitised(parser.render(closed, env));
+    const ends = () => remend(source, { linkMode: "text-only", setextHeadings: false });
+    return sanitised(parser.render(isCode ? source : ends(), env));
   }
 }
 

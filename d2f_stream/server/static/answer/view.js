@@ -95,10 +95,10 @@ export class AnswerView {
 
   #add(text) {
     for (const source of this.#feed.push(text)) this.#finish(source);
-    const { shown } = this.#feed;
+    const { shown, isCode } = this.#feed;
     if (shown.trim()) {
       const part = (this.#open ??= this.#part());
-      patch(part, this.#document.renderOpen(shown), this.#canvas.root);
+      patch(part, this.#document.renderOpen(shown, { isCode }), this.#canvas.root);
     } else if (this.#open !== null) {
       this.#open.remove();
       this.#open = null;

@@ -1,6 +1,7 @@
 /** Archive: chats as a file, and back. A file may come from anywhere: only what fits is taken. */
 
 const VERSION = 1;
+const REASONS = new Set(["eos", "length", "stop", "cancelled"]);
 const ID = /^[\w-]{16,128}$/;
 
 /** Return the content of a file with chats; each is { chat, turns }. */
@@ -49,7 +50,7 @@ function turnOf(found, chat) {
   return {
     ...{ id, chat, parent: isText(parent) ? parent : null, question, createdAt, text },
     status: hasError ? "failed" : "finished",
-    reason: hasError ? null : isText(reason) ? reason : "cancelled",
+    reason: hasError ? null : REASONS.has(reason) ? reason : "cancelled",
     error: hasError ? { code: error.code, message: error.message } : null,
     ...{ requestId: id, stream: null, lastSeq: -1, shortened: null },
     ...{ progress: cost, before: cost, numLeftOut: number(found.numLeftOut) },

@@ -80,6 +80,12 @@ export function askAgain(turn) {
   turn.before = turn.progress;
 }
 
+/** Let a turn be asked for once more, from its answer's beginning. */
+export function startOver(turn) {
+  Object.assign(turn, { text: "", progress: NO_PROGRESS });
+  askAgain(turn);
+}
+
 /** The branch of a chat that ends with a turn: from the first one to it. */
 export function pathTo(turns, leaf) {
   const path = [];
