@@ -167,6 +167,8 @@ def stack_experts(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def published(tiny: Tiny, name: str) -> str:
     """Return the family's name of one of transformers' tensors or modules."""
+    if tiny.model_type == "nemotron_labs_diffusion":
+        return re.sub("^model", "encoder", re.sub("^lm_head", "diffusion_head", name))
     if tiny.model_type != "llada":
         return name
     for pattern, replacement in LLADA_NAMES:

@@ -134,6 +134,15 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
             confidence_threshold=0.9,
             sub_block_size=8,
         ),
+        # Nemotron-Labs-Diffusion's diffusion decoding: the first token of a block from the causal
+        # row before it, then the best token always and all others of at least 0.9 (the sampler
+        # defaults of mlx-vlm 0.7.10).
+        "nemotron": GenerationParams(
+            add_threshold=1.0,
+            max_active_blocks=1,
+            confidence_threshold=math.nextafter(0.9, 0.0),
+            sub_block_size=32,
+        ),
         # Drafts in blocks, kept where the model's own next tokens agree: for models that were
         # converted from autoregressive ones, or have a draft adapter. The thresholds decide the
         # speed alone: a wrong draft costs no answer, so that all of a block is drafted at once.

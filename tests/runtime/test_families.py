@@ -70,7 +70,8 @@ def test_ids_are_those_of_the_folders_own_tokenizer(tmp_path: Path, model_type: 
     assert config.mask_id == (config.vocab_size if tiny.mask is None else ids[tiny.mask])
     grid = tiny.attention if isinstance(tiny.attention, int) else None
     assert config.prompt_attention == ("grid" if grid else tiny.attention)
-    assert config.native_block_size == (grid or (1 if tiny.mask is None else 32))
+    trained = tiny.config.get("block_size", 1 if tiny.mask is None else 32)
+    assert config.native_block_size == (grid or trained)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,14 @@ def compare_backends(
     Raises:
         ValueError: the backends are not of the same model family, or there is no prompt.
     """
-    for name in ("mask_id", "eos_ids", "shift_logits", "prompt_attention", "num_tokens"):
+    for name in (
+        "mask_id",
+        "eos_ids",
+        "shift_logits",
+        "drafts_in_place",
+        "prompt_attention",
+        "num_tokens",
+    ):
         expected, found = getattr(reference.info, name), getattr(candidate.info, name)
         if expected != found:
             raise ValueError(f"{name} is {expected} in the reference but {found} in the candidate")
@@ -210,6 +217,8 @@ def _recomputed(
     hidden, _ = model(tokens, torch.arange(length)[None], mask, draft_rows=drafts)
     asked = torch.tensor(window.asked(model.config.mask_id), dtype=torch.long)
     rows = asked + window.start - int(model.config.shift_logits)
+    if model.config.drafts_in_place:
+        rows += asked > window.num_to_cache
     return model.logits(hidden[0, rows]).float()
 
 

@@ -16,7 +16,14 @@ import numpy as np
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.onnx_session import StepSession, open_sessions
 from d2f_runtime.backends.onnx_slot import OnnxSlot
-from d2f_runtime.backends.rows import Floats, check_rows, divisor_of, num_forwarded, to_proposals
+from d2f_runtime.backends.rows import (
+    Floats,
+    check_rows,
+    divisor_of,
+    num_forwarded,
+    shifted_positions,
+    to_proposals,
+)
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.manifest import Manifest, read_manifest
@@ -157,7 +164,10 @@ class OnnxBackend:
         num_rows = num_forwarded(window, self.info)
         length = max(1, num_rows)  # a graph needs a row; instead of a lone placeholder, any token
         masks = window.asked(self.info.mask_id)
-        head_rows = self._head_rows(masks, window.num_to_cache)
+        asked = masks
+        if self.info.drafts_in_place:
+            asked = shifted_positions(masks, window.num_to_cache)
+        head_rows = self._head_rows(asked, window.num_to_cache)
         session = self._session_for(length)
         width, num_heads = length, len(head_rows)
         if session.fixed is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from d2f_runtime.backends.answers import answer_states, sampling_of
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
-from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded
+from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded, shifted_positions
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask
 
@@ -140,7 +140,13 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
         visible[index, :length] = row.window.visible_until()[:length]
         masks.append(row.window.asked(info.mask_id))
     mask_rows = np.repeat(np.arange(len(rows)), [len(positions) for positions in masks])
-    mask_columns = np.array(list(chain.from_iterable(masks)), dtype=np.int64)
+    asked: list[list[int]] = masks
+    if info.drafts_in_place:
+        asked = [
+            shifted_positions(positions, row.window.num_to_cache)
+            for row, positions in zip(rows, masks, strict=True)
+        ]
+    mask_columns = np.array(list(chain.from_iterable(asked)), dtype=np.int64)
     head_rows = mask_rows * shape[1] + mask_columns
     if info.shift_logits:  # position 0 is predicted by the slot's last cached state
         head_rows = np.where(mask_columns == 0, mask_rows, len(rows) + head_rows - 1)

@@ -26,6 +26,7 @@ __all__ = [
     "check_rows",
     "divisor_of",
     "num_forwarded",
+    "shifted_positions",
     "to_proposals",
 ]
 
@@ -49,7 +50,22 @@ class Stored(Protocol):
 
 def num_forwarded(window: Window, info: ModelInfo) -> int:
     """Return how many leading positions of a window must run through the model."""
-    return window.num_forwarded(info.mask_id, shift_logits=info.shift_logits)
+    return window.num_forwarded(
+        info.mask_id, shift_logits=info.shift_logits, drafts_in_place=info.drafts_in_place
+    )
+
+
+def shifted_positions(positions: Sequence[int], num_to_cache: int) -> list[int]:
+    """Return what to ask a model with shifted logits for, so that drafts are predicted in place.
+
+    A state predicts the position after its own, so that of a draft is asked for one further. The
+    first draft is predicted by the cached row before it, as what is verified is.
+
+    Args:
+        positions: window positions to predict.
+        num_to_cache: of the window.
+    """
+    return [at + (at > num_to_cache) for at in positions]
 
 
 def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:

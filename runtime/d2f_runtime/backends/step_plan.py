@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import MAX_SLOTS, Span
-from d2f_runtime.backends.rows import num_forwarded
+from d2f_runtime.backends.rows import num_forwarded, shifted_positions
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.kernels.attention import TILE_FIELDS
 from d2f_runtime.models.facts import ModelInfo
@@ -82,12 +82,14 @@ class StepPlan(NamedTuple):
         num_rows: that run through the layers.
         num_masks: rows that run through the head.
         shift: whether a state predicts the position after its own.
+        in_place: whether those of drafts predict their own all the same.
     """
 
     placements: Sequence[Placement]
     num_rows: int
     num_masks: int
     shift: bool
+    in_place: bool = False
 
     @property
     def masks(self) -> list[list[int]]:
@@ -115,6 +117,8 @@ class StepPlan(NamedTuple):
         heads: list[int] = []
         for row, masks, first, num_rows, slot_index, _ in self.placements:
             pack_into(f"{num_rows}i", flat, 4 * first, *row.window.tokens[:num_rows])
+            if self.in_place:
+                masks = shifted_positions(masks, row.window.num_to_cache)
             if shift := first - self.shift:
                 heads += [shift + position for position in masks]
             else:
@@ -186,7 +190,7 @@ def plan_step(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -
         placements.append(Placement(row, masks, first, num_rows, span.index, span.offset))
         first += num_rows
         num_masks += len(masks)
-    return StepPlan(placements, first, num_masks, info.shift_logits)
+    return StepPlan(placements, first, num_masks, info.shift_logits, info.drafts_in_place)
 
 
 _COUNTING = memoryview(array("i", range(1 << 14)))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from d2f_runtime.decoding.blocks import Accepted
+from d2f_runtime.decoding.blocks import Accepted, Edited
 from d2f_runtime.decoding.window import Proposals, Window
 
 __all__ = ["LEAST", "TokenLogprobs"]
@@ -30,7 +30,9 @@ class TokenLogprobs:
         self._num_prompt = num_prompt
         self._values: dict[int, float] = {}  # by answer position
 
-    def note(self, window: Window, proposals: Proposals, accepted: Sequence[Accepted]) -> None:
+    def note(
+        self, window: Window, proposals: Proposals, accepted: Sequence[Accepted | Edited]
+    ) -> None:
         """Take what a step made of its window: see `BlockDecoder.apply`."""
         for at in range(window.num_to_cache - window.num_to_verify, window.num_to_cache):
             if window.tokens[at] != proposals.tokens[at]:

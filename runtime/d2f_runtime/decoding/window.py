@@ -47,7 +47,9 @@ class Window:
         """One past the canvas position of the last row."""
         return self.start + len(self.tokens)
 
-    def num_forwarded(self, mask_id: int, *, shift_logits: bool) -> int:
+    def num_forwarded(
+        self, mask_id: int, *, shift_logits: bool, drafts_in_place: bool = False
+    ) -> int:
         """Return how many leading positions must run through the model.
 
         A last attention block that is one mask is seen by nobody else, and a model with shifted
@@ -57,6 +59,8 @@ class Window:
         stops = self.block_stops
         last_start = stops[-2] if len(stops) > 1 else self.start
         is_placeholder = shift_logits and stops[-1] - last_start == 1 and self.tokens[-1] == mask_id
+        if drafts_in_place and last_start != self.start + self.num_to_cache:
+            is_placeholder = False  # its own row predicts it
         return len(self.tokens) - int(is_placeholder)
 
     def asked(self, mask_id: int) -> list[int]:

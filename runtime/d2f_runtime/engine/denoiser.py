@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from d2f_runtime.backends.base import Slot, StepRow
-from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed
+from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed, Edited
 from d2f_runtime.decoding.logprobs import TokenLogprobs
 from d2f_runtime.decoding.noise import SamplingNoise
 from d2f_runtime.decoding.policy import AcceptancePolicy
@@ -120,10 +120,12 @@ class Denoiser:
         num_rows = 0
         if window is not None:
             info = self._info
-            num_rows = window.num_forwarded(info.mask_id, shift_logits=info.shift_logits)
+            num_rows = window.num_forwarded(
+                info.mask_id, shift_logits=info.shift_logits, drafts_in_place=info.drafts_in_place
+            )
         logprobs: list[tuple[float, ...]] = []
         if self._logprobs is not None and window is not None:
-            accepted = [event for event in events if isinstance(event, Accepted)]
+            accepted = [event for event in events if isinstance(event, Accepted | Edited)]
             self._logprobs.note(window, proposals, accepted)
             logprobs = [self._logprobs.take(block.start, block.stop) for block in committed]
         if not self._params.drafts:

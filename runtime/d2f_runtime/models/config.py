@@ -118,6 +118,8 @@ class TransformerConfig(ModelFacts):
             del values["rotary_dim"]
         if self.commit_attention == "block":
             del values["commit_attention"]
+        if not self.drafts_in_place:
+            del values["drafts_in_place"]
         del values["unnamed_ids"]
         if self.unnamed_ids:
             values["unnamed_ids"] = list(self.unnamed_ids)

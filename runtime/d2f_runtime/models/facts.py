@@ -6,8 +6,8 @@ from typing import Any, Literal
 __all__ = ["FAMILIES", "About", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
 
 FAMILIES = (
-    "a2d", "dream", "fast_dllm_v2", "llada", "llada2", "llama", "qwen2", "qwen3", "scripted",
-    "sdar", "stable-diffcoder",
+    "a2d", "dream", "fast_dllm_v2", "llada", "llada2", "llama", "nemotron", "qwen2", "qwen3",
+    "scripted", "sdar", "stable-diffcoder",
 )  # fmt: skip
 """The kinds of model that folders may name; "scripted" has no transformer."""
 
@@ -25,6 +25,8 @@ class ModelFacts:
         eos_ids: every id that ends an answer.
         num_tokens: ids that may be produced; rows beyond are padding and forbidden.
         shift_logits: True where row i-1 predicts position i (Dream and autoregressive models).
+        drafts_in_place: with shifted logits, whether rows that are denoised predict their own
+            position all the same; the first of them is predicted by the cached row before it.
         prompt_attention: "full" is one bidirectional block, "causal" one block per position, "grid"
             blocks on multiples of `native_block_size`, "prompt_grid" blocks of that size that end
             with the prompt, whose first may be shorter.
@@ -40,6 +42,7 @@ class ModelFacts:
     eos_ids: tuple[int, ...]
     num_tokens: int
     shift_logits: bool = False
+    drafts_in_place: bool = False
     prompt_attention: PromptAttention = "full"
     commit_attention: CommitAttention = "block"
     native_block_size: int = 32

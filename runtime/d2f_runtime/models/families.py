@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from d2f_runtime.models.facts import PromptAttention
+from d2f_runtime.models.facts import CommitAttention, PromptAttention
 from d2f_runtime.models.layouts import Layout, published_name
 
 __all__ = ["PUBLISHED", "Family", "Layout", "Variant", "published_name"]
@@ -42,7 +42,7 @@ class Family:
     Attributes:
         label: of TransformerConfig and ModelInfo.
         layout: names of tensors and of config keys.
-        prompt_attention, shift_logits: see TransformerConfig.
+        prompt_attention, commit_attention, shift_logits, drafts_in_place: see ModelFacts.
         block_size: what the models were trained for, unless the config names it; tokens.
         variants: that only their names tell.
         mask_token: text of the mask, in either case; None where it is known by its id alone.
@@ -58,7 +58,9 @@ class Family:
     label: str
     layout: Layout = "llama"
     prompt_attention: PromptAttention
+    commit_attention: CommitAttention = "block"
     shift_logits: bool
+    drafts_in_place: bool = False
     block_size: int
     variants: tuple["Variant", ...] = ()
     mask_token: str | None = None
@@ -153,6 +155,18 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         eos_tokens={"<|endoftext|>": 156892, "<|role_end|>": 156900},
         qk_norm=True,
         defaults="llada2",
+    ),
+    "nemotron_labs_diffusion": Family(  # Nemotron-Labs-Diffusion-3B, -8B, -14B, -Base
+        label="nemotron",
+        layout="nemotron",
+        prompt_attention="causal",
+        commit_attention="causal",
+        shift_logits=True,
+        drafts_in_place=True,
+        block_size=32,
+        mask_id=100,
+        eos_tokens={},
+        defaults="nemotron",
     ),
     "Fast_dLLM_Qwen": Family(
         label="fast_dllm_v2",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cut", "Layout", "Place", "place_of", "published_name"]
 
-Layout = Literal["llada", "llada2", "llada2-merged", "llama", "qwen3-moe"]
+Layout = Literal["llada", "llada2", "llada2-merged", "llama", "nemotron", "qwen3-moe"]
 
 _LLADA_LAYER: Final = {
     "input_layernorm": "attn_norm",
@@ -83,6 +83,9 @@ def published_name(layout: Layout, name: str) -> str:
 
     LLaDA has two `ff_out`: a layer's is the down projection, that of the model is the head.
     """
+    if layout == "nemotron":
+        head, others = "lm_head.", "diffusion_head."
+        return name.replace(head, others) if name.startswith(head) else f"encoder.{name}"
     module, _, leaf = name.rpartition(".")
     if not module.startswith("layers."):
         if layout == "llada":

@@ -42,7 +42,7 @@ _COUNTS: Final = ("native_block_size", "max_block_size", "max_len", "num_tokens"
 STORED_AS: Final = {"num_tokens": "vocab_size"}
 """Facts that have another name in the file."""
 
-ADDED_LATER: Final = ("commit_attention",)
+ADDED_LATER: Final = ("commit_attention", "drafts_in_place")
 """Facts that older files lack."""
 
 JsonValue = str | int | float | bool | None

@@ -25,9 +25,11 @@ WINDOWLESS: Final = (
     "llada",
     "llada2",
     "llama",
+    "nemotron",
     "stable-diffcoder",
 )  # labels of families whose classes know no windows
 WITH_BIASES: Final = ("Dream", "Fast_dLLM_Qwen", "a2d-qwen2", "qwen2")  # on q, k and v
+PARADIGMS: Final = ("bidirectional", "block_diff")  # of Nemotron-Labs-Diffusion
 DEFAULT_WINDOW: Final = 4096  # of transformers' Qwen2Config and Qwen3Config, as the next one
 DEFAULT_WINDOW_LAYERS: Final = 28
 
@@ -62,7 +64,7 @@ def transformer_config(
             f"ids, but the model embeds {vocab_size}; it belongs to another model"
         )
     block_size = family.block_size
-    if family.prompt_attention in ("grid", "prompt_grid"):
+    if family.prompt_attention in ("grid", "prompt_grid") or family.drafts_in_place:
         block_size = config.integer("bd_size", config.integer("block_size", block_size))
         if block_size > MAX_BLOCK_SIZE:
             raise UnsupportedModel(
@@ -89,6 +91,8 @@ def transformer_config(
         qk_norm=sizes.qk_norm,
         tie_embeddings=sizes.tie_embeddings,
         shift_logits=family.shift_logits,
+        drafts_in_place=family.drafts_in_place,
+        commit_attention=family.commit_attention,
         prompt_attention=family.prompt_attention,
         native_block_size=block_size,
         max_block_size=MAX_BLOCK_SIZE if is_free else block_size,
@@ -161,7 +165,12 @@ def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
     head_dim = config.integer("head_dim", family.head_dim or max(1, hidden_size // num_heads))
     is_partial = family.layout == "llada2"
     turning = rotary_dim(config, head_dim) if is_partial else 0
-    rope = PublishedRope.read(config, head_dim=turning or head_dim, is_partial=is_partial)
+    rope = PublishedRope.read(
+        config,
+        head_dim=turning or head_dim,
+        is_partial=is_partial,
+        scales_queries=family.layout == "nemotron",
+    )
     return _Sizes(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -222,10 +231,22 @@ def _refuse_variants(config: ConfigFile, family: Family) -> None:
             shown = "a quantization" if key == "quantization_config" else f"{key} {value!r:.100}"
             raise UnsupportedModel(f"{config.path} asks for {shown}, which this build does not run")
     _refuse_windows(config, family)
+    if family.label == "nemotron":
+        _refuse_paradigms(config)
     if values["model_type"] == "Dream" and "block_size" in config:
         raise UnsupportedModel(
             f"{config.path} is a Dream with a block_size of its own, a block diffusion model that "
             "this build does not run"
+        )
+
+
+def _refuse_paradigms(config: ConfigFile) -> None:
+    """Refuse a Nemotron that was not trained to denoise; how it was else has no effect here."""
+    paradigm = config.values.get("dlm_paradigm", PARADIGMS[0])
+    if paradigm not in PARADIGMS:
+        raise UnsupportedModel(
+            f"{config.path} has the dlm_paradigm {paradigm!r:.100}, but this build runs "
+            f"{' and '.join(PARADIGMS)}"
         )
 
 

@@ -44,7 +44,12 @@ class PublishedRope:
 
     @classmethod
     def read(
-        cls, config: ConfigFile, *, head_dim: int, is_partial: bool = False
+        cls,
+        config: ConfigFile,
+        *,
+        head_dim: int,
+        is_partial: bool = False,
+        scales_queries: bool = False,
     ) -> "PublishedRope":
         """Read config.json.
 
@@ -52,6 +57,7 @@ class PublishedRope:
             config: of the model.
             head_dim: how many dimensions of a head there are to turn.
             is_partial: whether the family turns a part of each head, by `partial_rotary_factor`.
+            scales_queries: whether it multiplies queries, by `llama_4_scaling_beta`.
 
         Raises:
             UnsupportedModel: a kind that this build does not know.
@@ -91,7 +97,8 @@ class PublishedRope:
                 share = rope.number("partial_rotary_factor", 1.0)
                 scaling = ProportionalRope(rope.number("factor", 1.0), int(share * head_dim // 2))
             case "yarn":
-                scaling = _yarn(rope, trained, max_len)
+                beta = rope.number("llama_4_scaling_beta", 0.0, positive=False)
+                scaling = _yarn(rope, trained, max_len, beta if scales_queries else 0.0)
             case _:
                 scaling = _longrope(rope, trained, max_len, head_dim)
                 max_len = _trained_only(rope, trained, max_len)
@@ -113,7 +120,7 @@ def _llama3(rope: ConfigFile, trained: int) -> Llama3Rope:
     return Llama3Rope(rope.number("factor"), low, high, trained)
 
 
-def _yarn(rope: ConfigFile, trained: int, max_len: int) -> YarnRope:
+def _yarn(rope: ConfigFile, trained: int, max_len: int, query_beta: float) -> YarnRope:
     factor = rope.number("factor", max_len / trained)
     default = _magnitude(factor, 1.0)
     over, under = (rope.number(k, 0.0, positive=False) for k in ("mscale", "mscale_all_dim"))
@@ -126,6 +133,7 @@ def _yarn(rope: ConfigFile, trained: int, max_len: int) -> YarnRope:
         beta_slow=rope.number("beta_slow", 1.0),
         attention_factor=rope.number("attention_factor", default),
         truncate=rope.flag("truncate", True),
+        query_beta=query_beta,
     )
 
 

@@ -69,6 +69,11 @@ def open_ar_base(model: str) -> ArBase:
     source = locate(model)
     path = fetch_description(source) if isinstance(source, HubModel) else source
     config = read_config(path)
+    if config.drafts_in_place:
+        raise UnsupportedModel(
+            f"{model} is a {config.family} model, which denoises blocks already; --from-ar takes "
+            "an autoregressive one"
+        )
     if not config.shift_logits or config.prompt_attention != "causal":
         raise UnsupportedModel(
             f"{model} is a {config.family} model with {config.prompt_attention} attention, but "
