@@ -11,20 +11,16 @@ A forked process gets a loop of its own; sessions and engines that it inherited 
 its parent's.
 """
 
-import asyncio
-import atexit
 import contextlib
-import os
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypedDict, TypeVar, Unpack
+from typing import Self, TypedDict, TypeVar, Unpack
 
 from d2f_stream import api
-from d2f_stream.core.errors import EngineClosed
+from d2f_stream.background import Background, shared_background, stop_first
 from d2f_stream.core.events import Block, Event
 from d2f_stream.core.limits import Limits
 from d2f_stream.core.params import GenerationParams, ParamOverrides
@@ -33,8 +29,6 @@ from d2f_stream.core.session import EngineInfo, Prompt, Result
 from d2f_stream.core.session import Session as AsyncSession
 
 __all__ = ["Engine", "LoadOptions", "Session", "connect", "generate", "load"]
-
-EXIT_TIMEOUT_S: Final = 5.0
 
 Value = TypeVar("Value")
 
@@ -61,7 +55,7 @@ class Session:
     reference. One thread reads at a time.
     """
 
-    def __init__(self, background: "_Background", session: AsyncSession) -> None:
+    def __init__(self, background: "Background", session: AsyncSession) -> None:
         self._background = background
         self._session = session
 
@@ -125,7 +119,7 @@ class Session:
 class Engine:
     """An open engine; its requests are waited for by whoever reads them, in any thread."""
 
-    def __init__(self, background: "_Background", engine: AsyncEngine) -> None:
+    def __init__(self, background: "Background", engine: AsyncEngine) -> None:
         self._background = background
         self._engine = engine
 
@@ -166,7 +160,7 @@ def generate(
     if isinstance(model, Engine):
         return model.generate(prompt, params, **overrides)
     start = partial(api.generate, prompt, model=model, params=params, **overrides)
-    return _session(_background(), start)
+    return _session(shared_background(), start)
 
 
 @contextlib.contextmanager
@@ -204,110 +198,22 @@ def connect(
         yield engine
 
 
-class _Background:
-    """An event loop in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._pid = os.getpid()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="d2f-sync", daemon=True)
-        self._thread.start()
-        self._started.wait()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it works for this process."""
-        return self._pid == os.getpid() and not self._stop.is_set()
-
-    def run(self, work: Coroutine[object, None, Value]) -> Value:
-        """Wait in this thread for what the loop does; an interrupted wait cancels it.
-
-        Raises:
-            EngineClosed: the loop is the parent's of this process, or the process ends.
-            RuntimeError: the loop's own thread would wait for itself.
-        """
-        if not self.alive or self._thread is threading.current_thread():
-            work.close()
-            self._refuse()
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # of no effect once it is done
-
-    def stop(self) -> None:
-        """End all that runs, and the thread. Idempotent."""
-        if self.alive:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(EXIT_TIMEOUT_S)
-
-    def _serve(self) -> None:
-        asyncio.run(self._live())
-
-    async def _live(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
-        self._started.set()
-        await self._stop.wait()
-
-    def _refuse(self) -> None:
-        if self._pid != os.getpid():
-            raise EngineClosed(
-                "this session or engine belongs to the process that this one was forked from; "
-                "begin anew here, or start processes by spawn"
-            )
-        if not self.alive:
-            raise EngineClosed("the process ends, and its sessions have ended")
-        raise RuntimeError(
-            "d2f_stream.sync was called from its own event loop, which would wait for itself; "
-            "use d2f_stream there"
-        )
-
-
-_lock: Final = threading.Lock()
-_shared: Final[list[_Background]] = []  # one, of this process
-
-
-def _background() -> _Background:
-    with _lock:
-        if not _shared or not _shared[0].alive:
-            _shared[:] = [_Background()]
-        return _shared[0]
-
-
-def _stop() -> None:
-    for background in _shared:
-        background.stop()
-
-
-def _stop_first() -> None:
-    """Let the sessions end before the models that were loaded for them: hooks run backwards."""
-    atexit.unregister(_stop)
-    atexit.register(_stop)
-
-
-if hasattr(os, "register_at_fork"):  # or a child that is forked amid a call would wait for ever
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
-
-
-def _session(background: _Background, start: Callable[[], AsyncSession]) -> Session:
+def _session(background: Background, start: Callable[[], AsyncSession]) -> Session:
     async def on_the_loop() -> AsyncSession:
         return start()
 
     try:
         return Session(background, background.run(on_the_loop()))
     finally:
-        _stop_first()
+        stop_first()
 
 
 @contextlib.contextmanager
 def _opened(opening: Callable[[], AbstractAsyncContextManager[AsyncEngine]]) -> Iterator[Engine]:
-    background = _background()
+    background = shared_background()
     context = opening()
     engine = background.run(_enter(context))
-    _stop_first()
+    stop_first()
     try:
         yield Engine(background, engine)
     finally:

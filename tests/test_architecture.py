@@ -54,7 +54,8 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.transformers_streamer": {CORE},
     "d2f_stream.api": SDK
     | {"d2f_stream.client", "d2f_runtime.engine", "d2f_stream.transformers_streamer"},
-    "d2f_stream.sync": {"d2f_stream", "d2f_stream.api", CORE},
+    "d2f_stream.background": {CORE},
+    "d2f_stream.sync": {"d2f_stream", "d2f_stream.api", "d2f_stream.background", CORE},
     "d2f_stream.cli": {"d2f_stream", "d2f_stream.terminal", "d2f_stream.api", "d2f_stream.server"}
     | SDK
     | RUNTIME

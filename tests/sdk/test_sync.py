@@ -1,5 +1,6 @@
 """d2f_stream.sync: the same answers without an event loop, and nothing left behind."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import d2f_stream
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend, StepGate
 from d2f_runtime.engine import LocalEngine
 from d2f_stream import Block, EngineClosed, InvalidParams, InvalidRequest, StreamFinished, sync
+from d2f_stream.background import shared_background
 
 LONG = "x" * 2000
 FIRST_BLOCK = 10  # steps, enough for it
@@ -67,6 +69,13 @@ def test_load_opens_an_engine_for_several_threads(folder: Path) -> None:
     assert {*answers, shared} == {"hello there, friend"}
     with pytest.raises(EngineClosed):
         engine.generate("hi")
+
+
+def test_arguments_are_those_of_the_other_functions() -> None:
+    parameters = inspect.signature(d2f_stream.load).parameters
+    assert set(parameters) - {"model"} == set(sync.LoadOptions.__annotations__)
+    theirs = inspect.signature(d2f_stream.connect).parameters
+    assert set(theirs) == set(inspect.signature(sync.connect).parameters)
 
 
 def test_errors_are_raised_where_the_call_stands(folder: Path) -> None:
@@ -130,7 +139,7 @@ def test_interrupted_read_ends_the_answer() -> None:
 
 async def test_it_works_where_a_loop_runs_and_refuses_its_own(folder: Path) -> None:
     assert sync.generate("ho", model=folder).result().text == "ho ho"
-    background = sync._background()
+    background = shared_background()
 
     async def within() -> None:
         sync.generate("ho", model=folder)

@@ -1,16 +1,57 @@
-"""AnswerReader, AnswersReader: streams as one HTTP response reads them. Know no HTTP."""
+"""The streams of one request: started, and read as one HTTP response does. Knows no HTTP."""
 
 import asyncio
 from collections.abc import Sequence
 
 from d2f_stream.core.errors import D2FError, ServerShuttingDown, error_from
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
+from d2f_stream.server.openai.requests import AnswerRequest
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.wire.protocol import Generate, WirePrompt
 
-__all__ = ["Answer", "AnswerReader", "AnswersReader"]
+__all__ = ["Answer", "AnswerReader", "AnswersReader", "start_choices"]
 
 Answer = tuple[list[Block], StreamFinished]
+
+
+def start_choices(
+    registry: StreamRegistry,
+    asked: AnswerRequest,
+    prompt: WirePrompt,
+    name: str,
+    *,
+    client: str,
+    asker: str,
+) -> list[ServedStream]:
+    """Start a stream for each choice of a request, or none.
+
+    Args:
+        registry: starts them.
+        asked: the request.
+        prompt: of the request.
+        name: of the request; those of the streams are made of it.
+        client: whose streams they are.
+        asker: who takes turns with others.
+
+    Raises:
+        D2FError: one of them is refused.
+    """
+    streams: list[ServedStream] = []
+    try:
+        for choice in range(asked.num_choices):
+            generate = Generate(
+                request_id=f"{name}-{choice}" if choice else name,
+                prompt=prompt,
+                params=asked.overrides(choice),
+                on_disconnect="cancel",
+            )
+            streams.append(registry.generate(generate, client=client, asker=asker, clamp=True))
+    except D2FError:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams
 
 
 class AnswerReader:

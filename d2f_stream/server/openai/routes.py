@@ -37,15 +37,14 @@ from d2f_stream.server.openai.errors import (
     error_headers,
     status_of,
 )
-from d2f_stream.server.openai.reader import AnswersReader
+from d2f_stream.server.openai.reader import AnswersReader, start_choices
 from d2f_stream.server.openai.requests import AnswerRequest, ChatRequest, CompletionRequest
 from d2f_stream.server.openai.responses import ResponsesRequest, ResponseWriter
 from d2f_stream.server.openai.shapes import Model, ModelList
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
-from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.wire.codec import UNREADABLE
-from d2f_stream.wire.protocol import Generate, WirePrompt
+from d2f_stream.wire.protocol import WirePrompt
 
 __all__ = ["HttpObserver", "openai_routes"]
 
@@ -186,22 +185,7 @@ class _Api:
     ) -> Response:
         name = uuid.uuid4().hex
         asker = asker_of(client, request.client and request.client.host)
-        streams: list[ServedStream] = []
-        try:
-            for choice in range(asked.num_choices):
-                generate = Generate(
-                    request_id=f"{name}-{choice}" if choice else name,
-                    prompt=prompt,
-                    params=asked.overrides(choice),
-                    on_disconnect="cancel",
-                )
-                streams.append(
-                    self._registry.generate(generate, client=client, asker=asker, clamp=True)
-                )
-        except D2FError:
-            for stream in streams:
-                stream.cancel()
-            raise
+        streams = start_choices(self._registry, asked, prompt, name, client=client, asker=asker)
         reader = AnswersReader(streams, self._registry)
         writer = self._writer(asked, name)
         if asked.stream:
