@@ -130,6 +130,18 @@ class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
     stream: str | None = None
     request_id: str | None = None
 
+    @property
+    def name(self) -> str:
+        """What it names.
+
+        Raises:
+            InvalidRequest: both, or neither.
+        """
+        names = [name for name in (self.stream, self.request_id) if name is not None]
+        if len(names) != 1:
+            raise InvalidRequest("cancel names either a stream or a request_id")
+        return names[0]
+
 
 class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
     """Read a stream from the event after `after_seq` on; -1 is from its beginning."""

@@ -1,8 +1,7 @@
 """MqttGateway: the worker's side of MQTT. Takes requests from a broker, publishes their streams.
 
-Knows topics and streams; the connection is a `BrokerLink`. Handling a message never waits, so the
-broker's messages do not pile up here, and publishing never holds the engine up: each stream has a
-publisher that reads the stream's log at the broker's pace and remembers what was acknowledged.
+Knows topics and requests; the connection is a `BrokerLink`, what is published are `Publications`.
+Handling a message never waits, so the broker's messages do not pile up here.
 
 The client's name in a topic is believed. That the broker lets nobody use another's name is the
 work of its access rules: see docs/mqtt.md.
@@ -17,8 +16,6 @@ import socket
 import ssl
 from typing import Literal
 
-import msgspec
-
 from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink, Sleep, end_tasks
 from d2f_stream.core.errors import (
@@ -28,18 +25,17 @@ from d2f_stream.core.errors import (
     ProtocolError,
     StreamLost,
 )
-from d2f_stream.server.mqtt.publisher import StreamPublisher
+from d2f_stream.server.mqtt.publications import Publications
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
-from d2f_stream.server.streams.served_stream import ServedStream
-from d2f_stream.wire.codec import JSON, UNREADABLE, Codec
+from d2f_stream.wire.codec import JSON, Codec
 from d2f_stream.wire.protocol import (
+    REQUEST_ID,
     Cancel,
     Generate,
     RequestRejected,
     Resume,
     ServerHello,
-    check_request_id,
 )
 from d2f_stream.wire.topics import (
     CANCELS,
@@ -112,12 +108,11 @@ class MqttGateway:
         check_name("node", self.node)
         self._requests = requests_of(group)
         self._hello = hello
-        self._publishers: dict[str, StreamPublisher] = {}  # by stream id
-        self._publishing: set[asyncio.Task[None]] = set()
         self._num_connections = 0
         self._num_rejections = 0
         self._closing = False
         self._closed = asyncio.Event()
+        self._expiry_s = max(1, math.ceil(registry.limits.resume_ttl_s))
         self._link = BrokerLink(
             BrokerAddress.parse(url),
             self,
@@ -131,6 +126,8 @@ class MqttGateway:
             farewell=lambda: self._status("offline"),
             sleep=sleep,
         )
+        ttl_s = registry.limits.resume_ttl_s
+        self._publications = Publications(self._link, node=self.node, ttl_s=ttl_s)
 
     @property
     def connected(self) -> bool:
@@ -154,7 +151,7 @@ class MqttGateway:
             if not closed.done():
                 await asyncio.gather(link, beat)  # neither ends by itself: one has raised
         finally:
-            await end_tasks(link, beat, closed, *self._publishing)
+            await end_tasks(link, beat, closed, *self._publications.give_up())
 
     async def close(self, deadline_s: float) -> None:
         """Take no more requests, let the streams end, then say "offline" and end `run`.
@@ -168,12 +165,11 @@ class MqttGateway:
                 await self._link.unsubscribe([self._requests])
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
-                await self._streams_published()
-        for publisher in self._publishers.values():
-            publisher.stream.cancel()
+                await self._publications.wait_published()
+        self._publications.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_GRACE_S if self.connected else 0.0):
-                await self._streams_published()
+                await self._publications.wait_published()
                 await self._link.flush()
         self._closed.set()
 
@@ -183,8 +179,7 @@ class MqttGateway:
         """Announce the node, and publish anew what the broker may have lost."""
         self._num_connections += 1
         self._post_status()
-        for publisher in self._publishers.values():
-            publisher.note_reconnect()
+        self._publications.note_reconnect()
 
     def on_lost(self, reason: str, *, refused: bool) -> None:
         """Nothing to do: the logs keep what is to be published."""
@@ -227,14 +222,14 @@ class MqttGateway:
                     self._resume(operation, client, topic.request_id, codec)
                 case OperationTopic(), Cancel():
                     stream_id = operation.stream
-                    self._cancel(operation, client)
+                    self.registry.cancel(operation.name, client=_principal(client))
                 case _:
                     raise ProtocolError(
                         "this topic takes no such operation: generate goes to requests/, cancel "
                         "and resume to nodes/.../operations/"
                     )
         except D2FError as error:
-            name = name or _request_id_of(message.payload, codec) or UNREADABLE_REQUEST
+            name = name or _request_id_in(message.payload, codec) or UNREADABLE_REQUEST
             if name == UNREADABLE_REQUEST:
                 log.info("a message of %s cannot be read: %s", client, error)
             self._reject(StreamTopic(client, name, "events"), error, stream_id, codec)
@@ -247,55 +242,14 @@ class MqttGateway:
             )
         stream = self.registry.generate(request, client=_principal(client))
         drafts = request.params.drafts is True
-        self._publish(stream, client, codec, after_seq=-1, drafts=drafts)
+        self._publications.publish(stream, client, codec, after_seq=-1, drafts=drafts)
 
     def _resume(self, operation: Resume, client: str, request_id: str, codec: Codec) -> None:
         stream = self.registry.resume(operation.stream, client=_principal(client))
         if stream.request_id != request_id:
             raise InvalidRequest("the stream belongs to another request than the topic names")
-        self._publish(stream, client, codec, after_seq=operation.after_seq, drafts=operation.drafts)
-
-    def _cancel(self, operation: Cancel, client: str) -> None:
-        names = [name for name in (operation.stream, operation.request_id) if name is not None]
-        if len(names) != 1:
-            raise InvalidRequest("cancel names either a stream or a request_id")
-        self.registry.cancel(names[0], client=_principal(client))
-
-    def _publish(
-        self, stream: ServedStream, client: str, codec: Codec, *, after_seq: int, drafts: bool
-    ) -> None:
-        known = self._publishers.get(stream.id)
-        if known is not None and not known.done:
-            known.rewind(after_seq)
-            return
-        publisher = StreamPublisher(
-            stream,
-            self._link,
-            *(client, self.node, codec),
-            after_seq=after_seq,
-            drafts=drafts,
-            expiry_s=max(1, math.ceil(self.registry.limits.resume_ttl_s)),
-        )
-        self._publishers[stream.id] = publisher
-        task = asyncio.create_task(publisher.run(), name=f"d2f-mqtt-{stream.id}")
-        self._publishing.add(task)
-        task.add_done_callback(lambda task: self._note_published(task, publisher))
-
-    def _note_published(self, task: "asyncio.Task[None]", publisher: StreamPublisher) -> None:
-        self._publishing.discard(task)
-        if self._publishers.get(publisher.stream.id) is publisher:
-            del self._publishers[publisher.stream.id]
-        if task.cancelled():
-            return
-        if (broken := task.exception()) is not None:
-            logger.error("stream %s is not published", publisher.stream.id, exc_info=broken)
-            return
-        ttl_s = self.registry.limits.resume_ttl_s
-        asyncio.get_running_loop().call_later(ttl_s, self._clear_state, publisher)
-
-    def _clear_state(self, publisher: StreamPublisher) -> None:
-        if not self._closed.is_set():
-            self._link.post(("state", publisher.stream.id), publisher.cleared_state())
+        after_seq, drafts = operation.after_seq, operation.drafts
+        self._publications.publish(stream, client, codec, after_seq=after_seq, drafts=drafts)
 
     def _reject(
         self, topic: StreamTopic, error: D2FError, stream_id: str | None, codec: Codec
@@ -307,7 +261,7 @@ class MqttGateway:
             str(topic),
             codec.encode(rejection),
             content_type=codec.content_type,
-            expiry_s=max(1, math.ceil(self.registry.limits.resume_ttl_s)),
+            expiry_s=self._expiry_s,
             notes=(("node", self.node),),
         )
         # So many wait for each client, however many it asks for: others' must not be pushed out.
@@ -342,10 +296,6 @@ class MqttGateway:
             expiry_s=math.ceil(news.ttl_s),
         )
 
-    async def _streams_published(self) -> None:
-        while self._publishing:
-            await asyncio.wait(set(self._publishing))
-
 
 def _principal(client: str) -> str:
     return f"mqtt:{client}"
@@ -358,16 +308,7 @@ def _host_name() -> str:
     return kept.strip("-")[:64] or "worker"
 
 
-class _Named(msgspec.Struct):
-    request_id: str
-
-
-def _request_id_of(payload: bytes, codec: Codec) -> str | None:
+def _request_id_in(payload: bytes, codec: Codec) -> str | None:
     """Return the request id of a message that is wrong otherwise; None where it has no good one."""
-    library = msgspec.json if codec is JSON else msgspec.msgpack
-    try:
-        name: str = library.decode(payload, type=_Named).request_id
-        check_request_id(name)
-    except (*UNREADABLE, InvalidRequest):
-        return None
-    return name
+    name, _ = codec.names_of(payload)
+    return name if name is not None and REQUEST_ID.fullmatch(name) else None

@@ -13,7 +13,6 @@ from typing import Final, assert_never
 from d2f_stream.channels import Channel, ChannelClosed
 from d2f_stream.core.errors import (
     D2FError,
-    InvalidRequest,
     ProtocolError,
     SlowConsumer,
     TooManyStreams,
@@ -231,7 +230,8 @@ class Connection:
             case Resume():
                 self._resume(operation)
             case Cancel():
-                self._cancel(operation)
+                assert self.client is not None
+                self._registry.cancel(operation.name, client=self.client)
             case _:
                 assert_never(operation)
 
@@ -251,13 +251,6 @@ class Connection:
         if not self._outgoing.reads(stream_id=operation.stream):
             self._check_room()
         self._outgoing.follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)
-
-    def _cancel(self, operation: Cancel) -> None:
-        assert self.client is not None
-        names = [name for name in (operation.stream, operation.request_id) if name is not None]
-        if len(names) != 1:
-            raise InvalidRequest("cancel names either a stream or a request_id")
-        self._registry.cancel(names[0], client=self.client)
 
     def _check_room(self) -> None:
         limit = self._limits.max_streams_per_connection
