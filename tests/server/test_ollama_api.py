@@ -1,6 +1,7 @@
 """Ollama's API: its own client, and the requests that chat UIs make at their start."""
 
 import json
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,23 @@ async def test_turns_with_tools_are_accepted_as_history() -> None:
     server = Server(ScriptedBackend({prompt: TEXT}), ByteCodec(), Auth({}))
     async with server:
         assert (await server.client().chat("d2f", messages)).message.content == TEXT
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_are_those_of_the_committed_tokens(stream: bool) -> None:
+    backend = ScriptedBackend(TEXT, confidence=lambda position, step: 1 / (position + 2))
+    async with Server(backend, ByteCodec(), Auth({})) as server:
+        client, parts = server.client(), []
+        if stream:
+            lines: AsyncIterator[Any] = await client.chat(
+                "d2f", QUESTION, stream=True, logprobs=True
+            )
+            parts = [part.logprobs async for part in lines if part.logprobs]
+        else:
+            parts = [(await client.generate("d2f", "How many?", logprobs=True)).logprobs]
+    tokens = [token for part in parts for token in part]
+    assert "".join(token.token for token in tokens) == TEXT
+    assert [t.logprob for t in tokens] == [math.log(1 / (at + 2)) for at in range(len(TEXT))]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """From a stream's events to the lines of Ollama's API, and to its whole answers. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, Literal
 
 import msgspec
 
 from d2f_stream.core.events import Block, FinishReason, StreamFinished
+from d2f_stream.server.openai.token_logprobs import Token, TokenLine, chat_logprobs
 
 __all__ = ["AnswerWriter", "timestamp"]
 
@@ -32,26 +33,42 @@ class AnswerWriter:
     Attributes:
         dialect: whose shape.
         model: as the client called it.
+        logprobs: whether the log-probability of each token is told.
     """
 
     dialect: Dialect
     model: str
+    logprobs: bool = False
+    _tokens: TokenLine = field(default_factory=TokenLine)
 
     def line(self, block: Block) -> bytes:
-        """Return the line of a block."""
-        return _encoded({**self._text(block.text), "done": False})
+        """Return the line of a block; nothing for one without text."""
+        tokens = self._tokens.take(block) if self.logprobs else []
+        if not block.text:
+            return b""
+        return _encoded({**self._text(block.text), **self._told(tokens), "done": False})
 
     def last(self, end: StreamFinished) -> bytes:
         """Return the last line of a stream."""
-        return _encoded({**self._text(""), **_figures(end)})
+        tokens = self._tokens.end(end) if self.logprobs else []
+        told = self._told(tokens) if tokens else {}
+        return _encoded({**self._text(""), **told, **_figures(end)})
 
-    def whole(self, text: str, end: StreamFinished) -> bytes:
+    def whole(self, blocks: list[Block], end: StreamFinished) -> bytes:
         """Return an answer that is not streamed."""
-        return _encoded({**self._text(text), **_figures(end)})
+        text = "".join(block.text for block in blocks)
+        tokens: list[Token] = []
+        if self.logprobs:
+            tokens = [token for block in blocks for token in self._tokens.take(block)]
+            tokens += self._tokens.end(end)
+        return _encoded({**self._text(text), **self._told(tokens), **_figures(end)})
 
     def nothing(self) -> bytes:
         """Return the answer to a request that asks for nothing: the model is loaded."""
         return _encoded({**self._text(""), "done": True, "done_reason": "load"})
+
+    def _told(self, tokens: list[Token]) -> dict[str, object]:
+        return {"logprobs": chat_logprobs(tokens).content} if self.logprobs else {}
 
     def _text(self, text: str) -> dict[str, object]:
         head: dict[str, object] = {"model": self.model, "created_at": timestamp()}

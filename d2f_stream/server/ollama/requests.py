@@ -39,7 +39,7 @@ BOTH: Final[Fields] = {
     "keep_alive": Field("no effect"),
     "think": Field("refused", (False,)),
     "format": Field("refused", ("",)),
-    "logprobs": Field("refused", (False,)),
+    "logprobs": Field("obeyed"),
     "top_logprobs": Field("refused", (0,)),
     "truncate": Field("no effect"),  # the page and its clients leave out what does not fit
     "shift": Field("no effect"),
@@ -112,6 +112,7 @@ class Body(Struct, frozen=True, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     options: Options | None = None
+    logprobs: bool | None = None
 
     @property
     def is_streamed(self) -> bool:
@@ -120,7 +121,8 @@ class Body(Struct, frozen=True, kw_only=True):
 
     def overrides(self) -> Overrides:
         """Return the generation parameters that are set."""
-        return (self.options or Options()).overrides()
+        chosen = (self.options or Options()).overrides()
+        return msgspec.structs.replace(chosen, logprobs=True) if self.logprobs else chosen
 
 
 class ChatBody(Body, frozen=True, kw_only=True):

@@ -172,7 +172,11 @@ class _Api:
             return Response(status_code=CLIENT_LEFT)
         name = asked.model or self._registry.engine.info.name
         dialect = "chat" if kind is ChatBody else "generate"
-        writer = AnswerWriter(dialect="chat" if dialect == "chat" else "generate", model=name)
+        writer = AnswerWriter(
+            dialect="chat" if dialect == "chat" else "generate",
+            model=name,
+            logprobs=bool(asked.logprobs),
+        )
         prompt = asked.wire_prompt
         if prompt is None:
             return Response(writer.nothing(), media_type="application/json")
@@ -214,8 +218,7 @@ class _Api:
                 blocks, end = await unless_disconnected(request.receive, reader.read_all())
             finally:
                 reader.close()
-            text = "".join(block.text for block in blocks)
-            return Response(writer.whole(text, end), media_type="application/json")
+            return Response(writer.whole(blocks, end), media_type="application/json")
         try:
             # A request that is turned away at once gets a status of its own, not a 200.
             first = await unless_disconnected(request.receive, reader.next())
@@ -255,8 +258,8 @@ async def _lines(
 ) -> AsyncGenerator[bytes, None]:
     try:
         while not isinstance(event, StreamFinished):
-            if isinstance(event, Block) and event.text:
-                yield writer.line(event)
+            if isinstance(event, Block) and (line := writer.line(event)):
+                yield line
             event = await reader.next()
         yield writer.last(event)
     except D2FError as error:
