@@ -117,8 +117,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         commit: when a block is final. "filled": as soon as no position of it is masked. "verify":
             once the model's own next-token predictions say the same; the first that differs
             replaces what was drafted. The answer, greedy or sampled, is then that of
-            `block_size=1`, and the thresholds decide its speed alone (`activate_threshold` not even
-            that). For models converted from autoregressive ones, whose default it is.
+            `block_size=1`. So many masks as a block has tokens draft at a time, a draft is verified
+            where its confidence is above the threshold, and `max_active_blocks` bounds the rows of
+            a step to those of so many blocks and one more; all of that decides the speed alone.
+            For models converted from autoregressive ones, whose default it is.
         drafts: also emit provisional events while a block is being denoised.
         logprobs: blocks also tell the log-probability and the text of each of their tokens.
 

@@ -144,12 +144,11 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
             sub_block_size=32,
         ),
         # Drafts in blocks, kept where the model's own next tokens agree: for models that were
-        # converted from autoregressive ones, or have a draft adapter. The thresholds decide the
-        # speed alone: a wrong draft costs no answer, so that all of a block is drafted at once.
+        # converted from autoregressive ones, or have a draft adapter. Block size and threshold
+        # decide the speed alone: a wrong draft costs no answer.
         "verified": GenerationParams(
             block_size=8,
-            add_threshold=1.0,
-            max_active_blocks=1,
+            max_active_blocks=None,
             confidence_threshold=0.01,
             commit="verify",
         ),

@@ -89,7 +89,7 @@ def test_decoder_and_backend_make_the_answer() -> None:
         (Window(0, (1, MASK_ID, MASK_ID), 2, (2, 3)), {}, "a mask is about to be cached"),
         (FIRST, {"temperature": 0.5}, "uniforms"),
         (FIRST, {"uniforms": [0.5] * 6}, "uniforms"),
-        (FIRST, {"temperature": 0.5, "uniforms": [0.5]}, "1 uniforms for 6 positions"),
+        (FIRST, {"temperature": 0.5, "uniforms": [0.5]}, "1 uniforms for 6 entries"),
     ],
 )
 def test_row_that_breaks_a_rule_of_the_seam_is_refused(

@@ -1,21 +1,30 @@
-"""Verified commits: the decoder step by step against a naive loop, its answer against plain AR."""
+"""Verified answers: the decoder against plain AR, wherever it drafts."""
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2f_runtime.decoding.decoder import BlockDecoder, Committed
+from d2f_runtime.decoding.decoder import Committed
+from d2f_runtime.decoding.draft_decoder import MAX_BRANCHES, MAX_MASKS, DraftDecoder
+from d2f_runtime.decoding.draft_plan import DraftPlan
+from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.width import OWN, Width, widths_of
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.params import GenerationParams, ParamOverrides
-from verified_loop import MASK, VerifiedSettings, VerifiedStep, next_token_loop, verified_loop
+from verified_loop import MASK, next_token_loop
 
 LEVELS = 16
+CAUSAL: Final[dict[str, Any]] = {
+    "shift_logits": True,
+    "prompt_attention": "causal",
+    "commit_attention": "causal",
+}
 
 
 @dataclass(frozen=True)
@@ -58,26 +67,17 @@ class Twins:
 class Verified:
     twins: Twins
     params: GenerationParams
+    spare_rows: int
+    branches: bool
 
-    def decoder(self) -> BlockDecoder:
-        return BlockDecoder(
+    def decoder(self) -> DraftDecoder:
+        return DraftDecoder(
             prompt_tokens=self.twins.prompt,
             params=self.params,
             mask_id=MASK,
             eos_ids=self.twins.eos_ids,
-            shift_logits=True,
-            prompt_attention="causal",
-            commit_attention="causal",
-        )
-
-    def settings(self) -> VerifiedSettings:
-        return VerifiedSettings(
-            block_size=self.params.block_size,
-            max_new_tokens=self.params.max_new_tokens,
-            add_threshold=self.params.add_threshold,
-            confidence_threshold=self.params.confidence_threshold,
-            max_active_blocks=self.params.max_active_blocks,
-            eos_ids=self.twins.eos_ids,
+            spare_rows=self.spare_rows,
+            branches=self.branches,
         )
 
     def expected(self) -> list[int]:
@@ -102,89 +102,105 @@ def verified_cases(draw: st.DrawFn) -> Verified:
         commit="verify",
         max_new_tokens=draw(st.integers(1, 70)),
         block_size=draw(st.sampled_from((1, 2, 3, 4, 7, 8, 16, 32))),
-        add_threshold=draw(share),
-        activate_threshold=draw(share),
         confidence_threshold=draw(share),
-        max_active_blocks=draw(st.sampled_from((1, 2, 3, 4, None))),
+        max_active_blocks=draw(st.sampled_from((1, 2, 4, None))),
     )
-    return Verified(twins, params)
+    spare_rows = draw(st.sampled_from((1, 4, 10, 100, 10_000)))
+    return Verified(twins, params, spare_rows, draw(st.booleans()))
 
 
 def proposals_of(twins: Twins, cache: list[int], window: Window) -> Proposals:
     """Answer like a backend: clean rows as the AR model, the others as drafts."""
     canvas = (*cache, *window.tokens)
-    tokens, confidence = [NO_TOKEN] * len(window.tokens), [0.0] * len(window.tokens)
+    tokens, confidence = [NO_TOKEN] * window.num_entries, [0.0] * window.num_entries
     visible = window.visible_until()
-    for at in window.asked(MASK):
+    asked = [at for at in window.asked(MASK) if at < len(window.tokens)]
+    for at in asked:
         position = window.start + at
         if at <= window.num_to_cache:  # predicted by a row that is clean
             assert at == 0 or visible[at - 1] == position, "a clean row sees beyond itself"
             tokens[at], confidence[at] = twins.next_token(canvas[:position]), 0.5
         else:
-            tokens[at], confidence[at] = twins.draft(canvas[: visible[at]], position)
+            seen = canvas[: visible[at - 1]]
+            tokens[at], confidence[at] = twins.draft(seen, position)
+    entry = len(window.tokens)
+    for branch in window.branches:
+        seen = (*canvas[: branch.start], *[MASK] * branch.num_masks)
+        for position in range(branch.start, branch.start + branch.num_masks):
+            tokens[entry], confidence[entry] = twins.draft(seen, position + 1)
+            entry += 1
+    assert [*asked, *range(len(window.tokens), entry)] == window.asked(MASK)
     return Proposals(tokens, confidence)
 
 
 def run(
     case: Verified, widths: Sequence[Width] = (OWN,)
-) -> tuple[list[int], list[VerifiedStep], list[Committed]]:
+) -> tuple[list[int], list[Window], list[Committed]]:
     """Decode to the end, a width after the other, checking what must hold at every step."""
     decoder, size = case.decoder(), case.params.block_size
     cache: list[int] = []
-    steps: list[VerifiedStep] = []
+    windows: list[Window] = []
     commits: list[Committed] = []
     num_prompt, wanted = len(case.twins.prompt), case.expected()
+    end = num_prompt + case.params.max_new_tokens
     turns = itertools.cycle(widths)
     while (window := decoder.next_window(width := next(turns))) is not None:
         assert window.start <= len(cache)
-        num_drafts = window.tokens[window.num_to_cache :].count(MASK)
-        assert width.max_drafts is None or num_drafts <= width.max_drafts
         del cache[window.start :]
-        assert window.block_stops[-1] == window.stop
-        assert window.stop <= num_prompt + case.params.max_new_tokens
         clean = window.start + window.num_to_cache
-        edges = {*range(num_prompt, window.stop, size), window.stop}
-        stops = sorted({*range(window.start + 1, clean + 1), *(e for e in edges if e > clean)})
-        assert list(window.block_stops) == stops
-        asked = window.asked(MASK)
-        assert window.start == 0 or 0 not in asked, "its predicting row is no longer kept"
+        masks = [position for position, token in enumerate(window.tokens) if token == MASK]
+        assert masks == [*range(window.num_to_cache, len(window.tokens))]
+        stops = {*range(window.start + 1, clean + 1), window.stop - 1, window.stop}
+        assert window.block_stops == tuple(stop for stop in sorted(stops) if stop > window.start)
+        assert window.stop <= end
+        assert 0 not in window.asked(MASK) or window.start == 0, "its row is no longer kept"
+        assert len(window.branches) <= (MAX_BRANCHES if case.branches else 0)
+        for branch in window.branches:
+            assert window.start < branch.start < clean
+            assert branch.num_masks >= 1
+            assert branch.start + branch.num_masks < end
+        num_masks = max(0, len(masks) - 1) + window.num_branch_masks  # the last one does not run
+        assert num_masks <= MAX_MASKS
+        assert width.max_drafts is None or num_masks < width.max_drafts
+        assert num_masks <= size * (case.params.max_active_blocks or MAX_MASKS)
+        before = len(decoder.answer_tokens) - window.num_to_verify
         events = decoder.apply(proposals_of(case.twins, cache, window))
         assert decoder.num_cached <= clean
+        verified = decoder.answer_tokens[: decoder.num_cached - num_prompt + 1]
+        assert [*verified] == wanted[: len(verified)]
+        assert len(verified) > before, "no step brings less than a token"
         cache = [*cache, *window.tokens[: window.num_to_cache]]
-        assert (
-            cache[num_prompt : decoder.num_cached]
-            == [*wanted, *cache[num_prompt + len(wanted) :]][
-                : max(0, decoder.num_cached - num_prompt)
-            ]
-        ), "only what is verified stays cached"
+        assert list(decoder.cached_tokens) == cache[: decoder.num_cached]
         commits += [event for event in events if isinstance(event, Committed)]
-        steps.append(VerifiedStep(window.start, list(window.tokens), window.num_to_cache, -1))
+        windows.append(window)
     answer = [token for commit in commits for token in commit.tokens]
     for index, commit in enumerate(commits):
         assert commit.index == index
         assert commit.start == index * size
         assert commit.stop == min(commit.start + size, len(answer))
     assert decoder.finish_reason == ("eos" if answer[-1] in case.twins.eos_ids else "length")
-    return answer, steps, commits
+    assert decoder.num_useful_tokens == len(answer)
+    return answer, windows, commits
 
 
 @given(verified_cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_verified_answer_is_the_autoregressive_one(case: Verified) -> None:
-    answer, steps, _ = run(case)
+    answer, windows, _ = run(case)
     assert answer == case.expected()
-    assert len(steps) <= len(answer), "no step brings less than a token"
+    assert len(windows) <= len(answer)
 
 
-@given(verified_cases())
-@settings(max_examples=150, deadline=None)
-def test_verified_decoding_takes_the_naive_loop_step_by_step(case: Verified) -> None:
-    twins = case.twins
-    expected, wanted = verified_loop(twins.prompt, twins.next_token, twins.draft, case.settings())
-    answer, steps, _ = run(case)
-    assert answer == expected
-    found = [(step.start, step.tokens, step.num_clean) for step in steps]
-    assert found == [(step.start, step.tokens, step.num_clean) for step in wanted]
+def lone(skill: int, **changes: object) -> tuple[int, int]:
+    """Return tokens and steps of an answer that many drafts go into."""
+    twins = Twins(7, eos_share=0, skill=skill, num_tokens=4, prompt=(10, 11), eos_ids=(1,))
+    params = GenerationParams(
+        commit="verify", max_new_tokens=400, block_size=8, confidence_threshold=0.01,
+        max_active_blocks=None,
+    )  # fmt: skip
+    values: dict[str, object] = {"spare_rows": 10_000, "branches": True} | changes
+    answer, windows, _ = run(Verified(twins, params, **values))  # type: ignore[arg-type]
+    return len(answer), len(windows)
 
 
 @given(verified_cases(), st.lists(st.integers(0, 40), min_size=1, max_size=12))
@@ -193,31 +209,49 @@ def test_an_answer_does_not_depend_on_how_wide_its_windows_are(
     case: Verified, turns: list[int]
 ) -> None:
     widths = widths_of(case.params, case.params.block_size)
-    answer, steps, _ = run(case, [widths[turn % len(widths)] for turn in turns])
+    answer, windows, _ = run(case, [widths[turn % len(widths)] for turn in turns])
     assert answer == case.expected()
-    assert len(steps) <= len(answer)
+    assert len(windows) <= len(answer)
 
 
 @given(verified_cases())
 @settings(max_examples=50, deadline=None)
 def test_the_narrowest_windows_are_autoregressive_steps(case: Verified) -> None:
-    answer, steps, _ = run(case, widths_of(case.params, case.params.block_size)[:1])
-    assert len(steps) == len(answer)
-    assert {step.num_clean for step in steps[1:]} <= {1}
+    answer, windows, _ = run(case, [Width(max_drafts=1)])
+    assert len(windows) == len(answer)
+    assert {window.num_to_cache for window in windows[1:]} <= {1}
 
 
 def test_right_drafts_take_fewer_steps_than_tokens() -> None:
-    twins = Twins(7, eos_share=0, skill=100, num_tokens=4, prompt=(10, 11), eos_ids=(1,))
-    params = GenerationParams(
-        commit="verify",
-        max_new_tokens=64,
-        block_size=8,
-        confidence_threshold=0.2,
-        add_threshold=0.1,
-    )
-    answer, steps, _ = run(Verified(twins, params))
-    assert len(answer) == 64
-    assert len(steps) < 20
+    assert lone(100, branches=False)[1] < 400 / 4
+    assert lone(100)[1] < 400 / 4
+
+
+def test_branches_save_the_steps_that_only_draft() -> None:
+    tokens, without = lone(75, branches=False, spare_rows=10)
+    _, behind_all = lone(75, branches=False)
+    _, within = lone(75)
+    assert tokens == 400
+    assert within < 0.75 * without
+    assert within < behind_all
+
+
+@given(
+    confidence=st.lists(st.floats(0, 1), max_size=16),
+    size=st.integers(1, 16),
+    spare=st.integers(1, 1000),
+    most=st.integers(0, 64),
+)
+def test_plans_take_likelier_places_first_and_stay_in_bounds(
+    confidence: list[float], size: int, spare: int, most: int
+) -> None:
+    behind, places = DraftPlan(size, spare, MAX_BRANCHES).behind(confidence, most)
+    assert list(places) == sorted(set(places))
+    assert all(0 <= place < len(confidence) for place in places)
+    assert 0 <= behind <= size
+    assert behind + size * len(places) <= most
+    more = DraftPlan(size, spare * 2, MAX_BRANCHES).behind(confidence, most)
+    assert len(more[1]) + (more[0] > 0) >= len(places) + (behind > 0)
 
 
 @pytest.mark.parametrize(
@@ -225,34 +259,26 @@ def test_right_drafts_take_fewer_steps_than_tokens() -> None:
     [
         ({"sub_block_size": 2}, "sub_block_size"),
         ({"stop_at_eos": "drain"}, "stop_at_eos"),
+        ({"attention": "full"}, "attention"),
+        ({"edit_threshold": 0.5}, "edit_threshold"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: ParamOverrides, message: str) -> None:
     params = GenerationParams(commit="verify").with_overrides(changes)
     with pytest.raises(InvalidParams, match=message):
-        Verified(Twins(0, 0, 0, 1, (10,), (1,)), params).decoder()
+        check_verifiable(params, **CAUSAL)
 
 
 @pytest.mark.parametrize(
-    ("shifted", "prompt", "commit", "block_size"),
+    "changes",
     [
-        (False, "causal", "causal", 4),
-        (True, "full", "causal", 4),
-        (True, "grid", "block", 4),
-        (True, "causal", "block", 4),
+        {"shift_logits": False},
+        {"prompt_attention": "full"},
+        {"prompt_attention": "grid", "commit_attention": "block"},
+        {"commit_attention": "block"},
     ],
 )
-def test_models_that_predict_no_next_token_are_refused(
-    shifted: bool, prompt: str, commit: str, block_size: int
-) -> None:
+def test_models_that_predict_no_next_token_are_refused(changes: dict[str, object]) -> None:
+    params = GenerationParams(commit="verify", block_size=4)
     with pytest.raises(InvalidParams, match="commit"):
-        BlockDecoder(
-            prompt_tokens=(10,),
-            params=GenerationParams(commit="verify", block_size=block_size),
-            mask_id=MASK,
-            eos_ids=(1,),
-            shift_logits=shifted,
-            prompt_attention=prompt,  # type: ignore[arg-type]
-            commit_attention=commit,  # type: ignore[arg-type]
-            native_block_size=block_size,
-        )
+        check_verifiable(params, **(CAUSAL | changes))

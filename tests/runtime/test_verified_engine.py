@@ -48,7 +48,9 @@ class Letters:
 
 
 def backend() -> TorchBackend:
-    return TorchBackend(tiny_model(CONFIG), name="tiny")
+    tested = TorchBackend(tiny_model(CONFIG), name="tiny")
+    tested.info = replace(tested.info, spare_rows=1000)  # so that many drafts are kept
+    return tested
 
 
 @given(
@@ -80,13 +82,17 @@ def test_texts_are_those_of_one_token_after_the_other(
 
 
 async def test_drafts_of_blocks_that_leave_are_erased() -> None:
+    tested = backend()
+    tested.info = replace(tested.info, branches=False)  # nothing is drafted in their place
     shown: dict[int, Draft] = {}
     num_committed = num_erased = 0
-    async with LocalEngine.over(backend(), Letters(), defaults=PARAMS) as engine:
+    async with LocalEngine.over(tested, Letters(), defaults=PARAMS) as engine:
         for seed in range(8):
             shown.clear()
             num_committed = 0
-            session = engine.generate("efgh"[: seed % 4 + 1] + "j" * (seed // 4), drafts=True)
+            session = engine.generate(
+                "efgh"[: seed % 4 + 1] + "j" * (seed // 4), drafts=True, block_size=2
+            )
             async for event in session.events():
                 match event:
                     case Draft(filled=()):
@@ -120,7 +126,9 @@ def test_what_is_shown_is_what_is_on_the_canvas() -> None:
             shown -= {block.index for block in progress.committed} | set(progress.left)
             if progress.reason is not None:
                 break
-            assert shown == {view.index for view in progress.active}
+            active = {view.index for view in progress.active}
+            assert shown <= active
+            shown = active  # those that drafts have reached just now are shown with the others
         tested.close_slot(slot)
 
 

@@ -97,10 +97,11 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def decode(
-    backend: Backend, prompt: Sequence[int], params: GenerationParams
+    backend: Backend, prompt: Sequence[int], params: GenerationParams, spare_rows: int = 1000
 ) -> tuple[list[int], int]:
     """Return the committed tokens and the number of steps."""
-    denoiser = Denoiser(prompt_tokens=prompt, params=params, info=backend.info)
+    info = replace(backend.info, spare_rows=spare_rows)
+    denoiser = Denoiser(prompt_tokens=prompt, params=params, info=info)
     slot = backend.open_slot(len(prompt) + params.max_new_tokens)
     committed: list[Committed] = []
     while True:
@@ -127,17 +128,17 @@ def requests(draw: st.DrawFn) -> tuple[list[int], GenerationParams]:
     return prompt, params
 
 
-@given(requests())
+@given(requests(), st.sampled_from((4, 10, 1000)))
 @settings(
     max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 def test_a_verified_answer_is_the_models_own_next_tokens(
-    rig: Rig, asked: tuple[list[int], GenerationParams]
+    rig: Rig, asked: tuple[list[int], GenerationParams], spare_rows: int
 ) -> None:
     prompt, params = asked
-    answer, num_steps = decode(rig.backend, prompt, params)
+    answer, num_steps = decode(rig.backend, prompt, params, spare_rows)
     assert answer == rig.answer(prompt, params.max_new_tokens)
     assert num_steps <= len(answer)
 

@@ -6,7 +6,7 @@ quantized ones are judged by the shares.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,8 @@ from torch import Tensor
 from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.onnx_backend import OnnxBackend
 from d2f_runtime.backends.rows import num_forwarded
-from d2f_runtime.decoding.decoder import BlockDecoder
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
-from d2f_runtime.engine.denoiser import decoder_of
+from d2f_runtime.engine.denoiser import Decoder, decoder_of
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
 from d2f_stream.core.params import GenerationParams
@@ -228,10 +227,11 @@ def _decode(
     params: GenerationParams,
     *,
     shadow: Backend | None = None,
-) -> tuple[BlockDecoder, list[tuple[Proposals, Proposals]]]:
+) -> tuple[Decoder, list[tuple[Proposals, Proposals]]]:
     """Decode by the leader's proposals; the shadow runs the same windows."""
-    decoder = decoder_of(leader.info, prompt, params)
     backends = [leader] if shadow is None else [leader, shadow]
+    can_branch = all(backend.info.branches for backend in backends)
+    decoder = decoder_of(replace(leader.info, branches=can_branch), prompt, params)
     slots = [backend.open_slot(_capacity(backend.info, prompt, params)) for backend in backends]
     pairs: list[tuple[Proposals, Proposals]] = []
     try:
@@ -253,5 +253,5 @@ def _capacity(info: ModelInfo, prompt: Sequence[int], params: GenerationParams) 
     return min(info.max_len, len(prompt) + params.max_new_tokens + beyond)
 
 
-def _useful(decoder: BlockDecoder) -> tuple[int, ...]:
+def _useful(decoder: Decoder) -> tuple[int, ...]:
     return decoder.answer_tokens[: decoder.num_useful_tokens]

@@ -12,14 +12,14 @@ from typing import Final
 __all__ = ["BUCKETS", "MAX_ROWS", "Bucket", "bucket_for"]
 
 ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 512)
-SESSIONS: Final = (1, 4, 16)
+SESSIONS: Final = (1, 4, 16, 64)
 MAX_ROWS: Final = ROWS[-1]
 """A longer step, such as a prompt's, does enough work to hide what a graph saves."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """A shape: how many rows and sessions a step may have at most."""
+    """A shape: how many rows a step may have at most, and sessions, a branch counting as one."""
 
     sessions: int
     rows: int

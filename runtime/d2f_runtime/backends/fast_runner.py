@@ -23,7 +23,7 @@ from d2f_runtime.backends.answers import MAX_HEAD_ELEMENTS, answer_states, sampl
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.buckets import BUCKETS, MAX_ROWS, Bucket, bucket_for
 from d2f_runtime.backends.kv_pool import KVPool, Span
-from d2f_runtime.backends.rows import Floats, Masks
+from d2f_runtime.backends.rows import MAX_BRANCH_MASKS, Floats, Masks
 from d2f_runtime.backends.step_plan import Layout, StepPlan, plan_step
 from d2f_runtime.kernels.attention import TILE_FIELDS, rows_per_tile
 from d2f_runtime.models.facts import ModelInfo
@@ -165,15 +165,16 @@ class FastRunner:
 
     def _pieces(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> list[_Piece]:
         """Plan the rows, in halves where they need too much at once."""
-        plan = plan_step(rows, spans, self._info)
-        if plan.num_rows <= MAX_ROWS_AT_ONCE or len(rows) == 1:
+        plan = plan_step(rows, spans, self._info, scratch=self._pool.scratch)
+        fits = plan.num_rows <= MAX_ROWS_AT_ONCE and plan.num_branch_masks <= MAX_BRANCH_MASKS
+        if fits or len(rows) == 1:
             return [_Piece(rows, spans, plan)]
         half = len(rows) // 2
         return self._pieces(rows[:half], spans[:half]) + self._pieces(rows[half:], spans[half:])
 
     def _run(self, piece: _Piece) -> Floats:
         plan = piece.plan
-        bucket = bucket_for(max(plan.num_rows, plan.num_masks), len(piece.rows))
+        bucket = bucket_for(max(plan.num_rows, plan.num_masks), plan.num_runs)
         shape = self._eager_shape(plan) if bucket is None else self._shape(bucket)
         shape.fill(plan)
         if any(row.temperature > 0 for row in piece.rows):
@@ -241,7 +242,7 @@ class FastRunner:
         """Return buffers of about the plan's size, for a step that no bucket holds."""
         rows = max(plan.num_rows, plan.num_masks)
         rows += -rows % EAGER_MULTIPLE
-        return _Shape(Bucket(len(plan.masks), rows), self._group, self._device)
+        return _Shape(Bucket(plan.num_runs, rows), self._group, self._device)
 
     def _shape(self, bucket: Bucket) -> _Shape:
         if bucket not in self._shapes:

@@ -59,12 +59,24 @@ class KVPool:
     """Storage for `max_tokens` tokens over all slots; also each slot's last cached final state.
 
     The last row of `last_hidden` is nobody's.
+
+    Attributes:
+        scratch: the first of the places behind those of the slots, which hold nothing longer than
+            a step.
     """
 
     def __init__(
-        self, config: TransformerConfig, max_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: TransformerConfig,
+        max_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        num_scratch: int = 0,
     ) -> None:
-        shape = (2 * config.num_layers, max_tokens, config.num_kv_heads, config.head_dim)
+        self.scratch = max_tokens
+        places = max_tokens + num_scratch
+        shape = (2 * config.num_layers, places, config.num_kv_heads, config.head_dim)
         # NOTE: zeros, not empty: masked columns are multiplied by weight 0, which NaN survives.
         self.store = _zeros(shape, device, dtype)
         last_shape = (MAX_SLOTS + 1, config.hidden_size)

@@ -8,7 +8,6 @@ Shapes: B rows, W longest window, P longest cache, N masks over all rows, D hidd
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
 from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded, shifted_positions
 from d2f_runtime.models.facts import ModelInfo
-from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask
+from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask, branched_mask
 
 __all__ = ["PlainRunner"]
 
@@ -42,12 +41,14 @@ class _Batch:
     last_from: Ints  # [S] flattened row of each storing slot's last cached position
     last_to: Ints  # [S]
     draft_rows: Ints  # [R] rows of flattened hidden that are not to be cached
+    positions: Ints  # [B, W] on the canvas
+    branch: Ints  # [B, W] number of the row's branch in its window, 0 outside
 
     def integers(self) -> list[Ints]:
         return [
             self.tokens, self.visible, self.start, self.offset, self.slot_index,
             self.head_rows, self.store_from, self.store_to, self.last_from, self.last_to,
-            self.draft_rows,
+            self.draft_rows, self.positions, self.branch,
         ]  # fmt: skip
 
 
@@ -80,12 +81,17 @@ class PlainRunner:
         """Return [4, N] token, confidence, margin, neg_entropy; store K/V and last states."""
         parts = self._to_device(batch.integers())
         tokens, visible, start, offset, slot_index = parts[:5]
-        head_rows, store_from, store_to, last_from, last_to, draft_rows = parts[5:]
+        head_rows, store_from, store_to, last_from, last_to, draft_rows = parts[5:11]
+        positions, branch = parts[11:]
         last_hidden = self._pool.last_hidden[slot_index]
         if batch.tokens.shape[1]:
             past, num_cached = self._past(batch, offset)
-            mask = self._mask(start, visible, num_cached)
-            positions = start[:, None] + torch.arange(tokens.shape[1], device=self._device)
+            if batch.branch.any():
+                mask: Tensor | MaskRows = branched_mask(
+                    start, visible, num_cached, positions=positions, branch=branch
+                )
+            else:
+                mask = self._mask(start, visible, num_cached)
             hidden, new = self._model(
                 tokens, positions, mask, past, draft_rows=draft_rows if self._drafts else None
             )
@@ -128,32 +134,46 @@ class PlainRunner:
 def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _Batch:
     """Lay the rows out as padded arrays."""
     lengths = [num_forwarded(row.window, info) for row in rows]
-    shape = (len(rows), max(lengths))
+    shape = (
+        len(rows),
+        max(
+            length + row.window.num_branch_masks for row, length in zip(rows, lengths, strict=True)
+        ),
+    )
     tokens = np.zeros(shape, dtype=np.int64)
     start = np.array([row.window.start for row in rows], dtype=np.int64)
     # Padded rows see the whole window, so that no softmax is empty; nobody sees them.
     visible = np.repeat((start + shape[1])[:, None], shape[1], axis=1)
+    positions = start[:, None] + np.arange(shape[1])
+    branch = np.zeros(shape, dtype=np.int64)
     masks: list[list[int]] = []
+    columns: list[int] = []  # of the entries that are asked; the row before predicts where shifted
     for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids = row.window.tokens
-        tokens[index, :length] = ids[:length]
-        visible[index, :length] = row.window.visible_until()[:length]
-        masks.append(row.window.asked(info.mask_id))
-    mask_rows = np.repeat(np.arange(len(rows)), [len(positions) for positions in masks])
-    asked: list[list[int]] = masks
-    if info.drafts_in_place:
-        asked = [
-            shifted_positions(positions, row.window.num_to_cache)
-            for row, positions in zip(rows, masks, strict=True)
-        ]
-    mask_columns = np.array(list(chain.from_iterable(asked)), dtype=np.int64)
+        window = row.window
+        tokens[index, :length] = window.tokens[:length]
+        visible[index, :length] = window.visible_until()[:length]
+        masks.append(window.asked(info.mask_id))
+        asked: Sequence[int] = masks[-1]
+        if info.drafts_in_place:
+            asked = shifted_positions(asked, window.num_to_cache)
+        behind = length + 1 - len(window.tokens) if window.branches else 0
+        columns += [at if at < len(window.tokens) else at + behind for at in asked]
+        first = length
+        for number, each in enumerate(window.branches, 1):
+            own = slice(first, first + each.num_masks)
+            tokens[index, own], branch[index, own] = info.mask_id, number
+            positions[index, own] = each.start + np.arange(each.num_masks)
+            visible[index, own] = each.start
+            first = own.stop
+    mask_rows = np.repeat(np.arange(len(rows)), [len(each) for each in masks])
+    mask_columns = np.array(columns, dtype=np.int64)
     head_rows = mask_rows * shape[1] + mask_columns
     if info.shift_logits:  # position 0 is predicted by the slot's last cached state
         head_rows = np.where(mask_columns == 0, mask_rows, len(rows) + head_rows - 1)
     drafted = [
-        (index * shape[1] + num, length - num)
+        (index * shape[1] + num, length + row.window.num_branch_masks - num)
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True))
-        if (num := row.window.num_to_cache) < length
+        if (num := row.window.num_to_cache) < length + row.window.num_branch_masks
     ]
     stored = list(_stored(rows, spans, shape[1]))
     return _Batch(
@@ -169,6 +189,8 @@ def _pack(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> _B
         last_from=np.array([first + num - 1 for first, _, num, _ in stored], dtype=np.int64),
         last_to=np.array([index for _, _, _, index in stored], dtype=np.int64),
         draft_rows=ranges(drafted),
+        positions=positions,
+        branch=branch,
     )
 
 

@@ -6,7 +6,7 @@ Shapes: B rows, W the longest window, N masks over all rows.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.params import Rank
 
 __all__ = [
+    "MAX_BRANCH_MASKS",
     "Bools",
     "Floats",
     "Ints",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 MIN_TEMPERATURE = 1e-6
+MAX_BRANCH_MASKS: Final = 1024  # of all branches of a step
 _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order of the answers
 
 Ints = npt.NDArray[np.int64]
@@ -38,7 +40,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 Masks = Sequence[Sequence[int]]
-"""For each row of a step the window positions to predict: masks, and what is to be verified."""
+"""For each row of a step the entries of its window to predict; see `Window.asked`."""
 
 
 class Stored(Protocol):
@@ -83,8 +85,8 @@ def check_rows(rows: Sequence[StepRow], slots: Sequence[Stored]) -> None:
             raise ValueError(
                 f"window ends at {window.stop} but the slot has room for {slot.capacity} tokens"
             )
-        if row.temperature > 0 and (row.uniforms is None or len(row.uniforms) < len(window.tokens)):
-            raise ValueError("a temperature above 0 needs one uniform number per window position")
+        if row.temperature > 0 and (row.uniforms is None or len(row.uniforms) < window.num_entries):
+            raise ValueError("a temperature above 0 needs one uniform number per entry")
     if len({row.slot for row in rows}) < len(rows):
         raise ValueError("two rows of a step have the same slot")
 
@@ -130,7 +132,7 @@ def to_proposals(
     for row, positions in zip(rows, masks, strict=True):
         part = slice(first, first + len(positions))
         first = part.stop
-        width = len(row.window.tokens)
+        width = row.window.num_entries
         spread_tokens, spread_confidence = [NO_TOKEN] * width, [0.0] * width
         for at, token, sure in zip(positions, tokens[part], confidence[part], strict=True):
             spread_tokens[at], spread_confidence[at] = token, sure

@@ -244,13 +244,16 @@ class ScriptedBackend:
             self._read_prompt(state, window)
         answer = state.answer
         assert answer is not None
-        tokens = [NO_TOKEN] * len(window.tokens)
-        confidence = [0.0] * len(window.tokens)
+        tokens = [NO_TOKEN] * window.num_entries
+        confidence = [0.0] * window.num_entries
+        behind = [position + 1 for position in window.branch_positions()]
+        positions = [*range(window.start, window.stop), *behind]
+        canvas = (*window.tokens, *[self.info.mask_id] * window.num_branch_masks)
         asked = window.asked(self.info.mask_id)
-        set_already = [at for at in asked if window.tokens[at] != self.info.mask_id]
-        in_order = set_already + [at for at in asked if window.tokens[at] == self.info.mask_id]
+        set_already = [at for at in asked if canvas[at] != self.info.mask_id]
+        in_order = set_already + [at for at in asked if canvas[at] == self.info.mask_id]
         for index, at in enumerate(in_order, -len(set_already)):
-            position = window.start + at - state.num_prompt
+            position = positions[at] - state.num_prompt
             tokens[at] = answer[position] if position < len(answer) else self.info.eos_ids[0]
             if self.confidence is not None:
                 confidence[at] = self.confidence(position, state.num_steps)
@@ -289,8 +292,11 @@ class ScriptedBackend:
             raise ValueError("a mask is about to be cached")
         if (row.uniforms is None) != (row.temperature == 0.0):
             raise ValueError("uniforms are for a temperature above 0")
-        if row.uniforms is not None and len(row.uniforms) != len(window.tokens):
-            raise ValueError(f"{len(row.uniforms)} uniforms for {len(window.tokens)} positions")
+        if row.uniforms is not None and len(row.uniforms) != window.num_entries:
+            raise ValueError(f"{len(row.uniforms)} uniforms for {window.num_entries} entries")
+        for branch in window.branches:
+            if not window.start < branch.start < window.start + window.num_to_cache:
+                raise ValueError(f"{branch} follows no filled position of the window")
 
     def _note_call(self) -> None:
         self.threads.add(threading.current_thread().name)

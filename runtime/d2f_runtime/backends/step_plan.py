@@ -5,6 +5,8 @@ arrays and memory views take about half of what numpy's calls take there.
 
 The rows of all sessions stand one after the other. A slot's K/V lie in one span, so a window is
 written where its K/V would be cached, whether or not they will be: caching is then only counting.
+The masks of branches stand behind their window's rows, and their K/V in a part of the pool that is
+no slot's, as other rows of the step have the same canvas positions.
 
 Shapes: R rows, N masks, T tiles, S sessions.
 """
@@ -59,11 +61,12 @@ class Placement(NamedTuple):
 
     Attributes:
         row: with the window.
-        masks: window positions with a mask.
+        masks: entries of the window that are asked.
         first: of its rows among all rows of the step.
-        num_rows: of the window that run.
+        num_rows: of the window's positions that run; the branches' follow.
         slot_index: of its slot.
         offset: pool place of canvas position 0.
+        branches: pool place of the first branch's first mask.
     """
 
     row: StepRow
@@ -72,6 +75,7 @@ class Placement(NamedTuple):
     num_rows: int
     slot_index: int
     offset: int
+    branches: int
 
 
 class StepPlan(NamedTuple):
@@ -83,13 +87,25 @@ class StepPlan(NamedTuple):
         num_masks: rows that run through the head.
         shift: whether a state predicts the position after its own.
         in_place: whether those of drafts predict their own all the same.
+        mask_id: of the masks of branches.
     """
 
     placements: Sequence[Placement]
     num_rows: int
     num_masks: int
     shift: bool
-    in_place: bool = False
+    in_place: bool
+    mask_id: int
+
+    @property
+    def num_branch_masks(self) -> int:
+        """Masks of all branches."""
+        return sum(placement.row.window.num_branch_masks for placement in self.placements)
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of rows that see one run of keys each, or its beginning and their own."""
+        return sum(1 + len(placement.row.window.branches) for placement in self.placements)
 
     @property
     def masks(self) -> list[list[int]]:
@@ -115,17 +131,24 @@ class StepPlan(NamedTuple):
             same_geometry: what the array holds is of a step of this geometry.
         """
         heads: list[int] = []
-        for row, masks, first, num_rows, slot_index, _ in self.placements:
-            pack_into(f"{num_rows}i", flat, 4 * first, *row.window.tokens[:num_rows])
+        for row, masks, first, num_rows, slot_index, _, _ in self.placements:
+            window = row.window
+            pack_into(f"{num_rows}i", flat, 4 * first, *window.tokens[:num_rows])
             if self.in_place:
-                masks = shifted_positions(masks, row.window.num_to_cache)
+                masks = shifted_positions(masks, window.num_to_cache)
+            own = len(masks) - window.num_branch_masks
             if shift := first - self.shift:
-                heads += [shift + position for position in masks]
+                heads += [shift + position for position in masks[:own]]
             else:
-                heads += masks
-            if self.shift and masks and masks[0] == 0:
+                heads += masks[:own]
+            if self.shift and own and masks[0] == 0:
                 # predicted by the slot's last cached state
-                heads[-len(masks)] = -1 - slot_index
+                heads[-own] = -1 - slot_index
+            if window.branches:
+                begin = first + num_rows
+                end = begin + window.num_branch_masks
+                heads += range(begin, end)
+                pack_into(f"{end - begin}i", flat, 4 * begin, *[self.mask_id] * (end - begin))
         size = layout.rows
         heads += [0] * (size - len(heads))
         pack_into(f"{size}i", flat, 16 * size, *heads)
@@ -156,6 +179,18 @@ class StepPlan(NamedTuple):
             for at in range(0, placement.num_rows, per_tile):
                 count = min(per_tile, placement.num_rows - at)
                 tiles += (first + at, count, placement.offset, NO_BORDER, 0)
+            at, place = end, placement.branches
+            for branch in window.branches:
+                until, stop = at + branch.num_masks, branch.start + branch.num_masks
+                positions[at:until] = _counting(branch.start, stop)
+                places[at:until] = _counting(place, place + branch.num_masks)
+                visible[at:until] = array("i", (stop,)) * branch.num_masks
+                drafts[at:until] = array("i", (1,)) * branch.num_masks
+                for row in range(at, until, per_tile):
+                    count = min(per_tile, until - row)
+                    elsewhere = place - branch.start
+                    tiles += (row, count, placement.offset, branch.start, elsewhere)
+                at, place = until, place + branch.num_masks
             if window.num_to_cache:
                 last[placement.slot_index] = first + window.num_to_cache - 1
         rest = size - self.num_rows
@@ -169,16 +204,19 @@ class StepPlan(NamedTuple):
 
 
 def _shape_of(window: Window) -> tuple[object, ...]:
-    return window.start, window.num_to_cache, window.block_stops
+    return window.start, window.num_to_cache, window.block_stops, window.branches
 
 
-def plan_step(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -> StepPlan:
+def plan_step(
+    rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo, *, scratch: int = 0
+) -> StepPlan:
     """Lay the rows out.
 
     Args:
         rows: checked.
         spans: of their slots.
         info: of the model.
+        scratch: the first pool place that is for the masks of branches.
     """
     placements: list[Placement] = []
     first = num_masks = 0
@@ -187,10 +225,11 @@ def plan_step(rows: Sequence[StepRow], spans: Sequence[Span], info: ModelInfo) -
         window = row.window
         num_rows = num_forwarded(window, info)
         masks = window.asked(mask_id)
-        placements.append(Placement(row, masks, first, num_rows, span.index, span.offset))
-        first += num_rows
+        placements.append(Placement(row, masks, first, num_rows, span.index, span.offset, scratch))
+        scratch += window.num_branch_masks
+        first += num_rows + window.num_branch_masks
         num_masks += len(masks)
-    return StepPlan(placements, first, num_masks, info.shift_logits, info.drafts_in_place)
+    return StepPlan(placements, first, num_masks, info.shift_logits, info.drafts_in_place, mask_id)
 
 
 _COUNTING = memoryview(array("i", range(1 << 14)))

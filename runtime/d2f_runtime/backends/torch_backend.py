@@ -23,7 +23,7 @@ from d2f_runtime.backends.choice import (
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.kv_pool import KVPool, free_bytes, pool_tokens
 from d2f_runtime.backends.plain_runner import PlainRunner
-from d2f_runtime.backends.rows import broken_rows, check_rows, to_proposals
+from d2f_runtime.backends.rows import MAX_BRANCH_MASKS, broken_rows, check_rows, to_proposals
 from d2f_runtime.backends.runner import Runner
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
@@ -35,6 +35,8 @@ from d2f_stream.core.errors import UnsupportedModel
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["DTYPES", "QUANTIZED", "TorchBackend", "load"]
+
+GPU_SPARE_ROWS: Final = 2048  # of SmolLM2-135M on an H200, see docs/distillation.md
 
 logger = logging.getLogger("d2f_stream.torch_backend")
 
@@ -102,7 +104,8 @@ class TorchBackend:
                     *(name, max_tokens, config.max_len, (free or 0) / 2**30),
                 )
         self.info = replace(info, max_len=min(config.max_len, max_tokens))
-        self._pool = KVPool(config, max_tokens, self._device, dtype)
+        scratch = MAX_BRANCH_MASKS if info.branches and self.choice.name == "fast" else 0
+        self._pool = KVPool(config, max_tokens, self._device, dtype, num_scratch=scratch)
         self._runner: Runner | None
         if self.choice.name == "fast":
             from d2f_runtime.backends.fast_runner import FastRunner
@@ -236,8 +239,12 @@ def load(
 def _model_info(
     config: TransformerConfig, name: str, device: str, dtype: torch.dtype, quantization: str
 ) -> ModelInfo:
+    facts = config.facts
+    if device.startswith("cuda"):
+        facts |= {"spare_rows": GPU_SPARE_ROWS}
     return ModelInfo(
-        **config.facts,
+        **facts,
+        branches=config.commit_attention == "causal" and not config.drafts_in_place,
         name=name,
         kv_bytes_per_token=config.kv_bytes_per_token * dtype.itemsize // 4,
         device=device,

@@ -7,10 +7,7 @@ stops at its first EOS (`stop_at_eos`), the last block is cut instead of left ou
 number of unfilled blocks is bounded (`max_active_blocks`). What D2F is compared with runs here too:
 with `attention="full"` each window is the whole canvas to come, as one attention block.
 
-With `commit="verify"` nothing is final that the model does not say itself, row by row: the filled
-positions up to the first mask run as the autoregressive model would run them, and each of those
-rows predicts the next token. What differs from that is replaced by it, and all behind it is drafted
-anew. As the last of those rows predicts the first mask, no step brings less than one final token.
+Verified answers have a decoder of their own, `DraftDecoder`.
 """
 
 from collections.abc import Collection, Sequence
@@ -28,7 +25,6 @@ from d2f_runtime.decoding.editing import check_editable, edits_of, is_left
 from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
 from d2f_runtime.decoding.schedule import shares
-from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.width import OWN, Width
 from d2f_runtime.decoding.window import Proposals, Window, check_proposals
 from d2f_stream.core.errors import InvalidParams, InvalidPrompt
@@ -63,8 +59,7 @@ class BlockDecoder:
     Raises:
         InvalidPrompt: the prompt holds the mask id, or is empty where position 0 cannot be filled.
         InvalidParams: `max_new_tokens` leaves no whole block on the grid and `tail` is "drop"; or
-            full attention is asked of a model that is not bidirectional; or verified commits of
-            one that is not autoregressive.
+            full attention is asked of a model that is not bidirectional.
     """
 
     def __init__(
@@ -94,12 +89,9 @@ class BlockDecoder:
             allowed = f"'blocks' for a model with {prompt_attention} attention"
             raise InvalidParams("attention", params.attention, allowed)
         self._commits_causally = commit_attention == "causal"
-        self._verifies = params.commit == "verify"
         is_causal = prompt_attention == "causal" and (
             self._commits_causally or params.block_size == 1
         )
-        if self._verifies:
-            check_verifiable(params, is_autoregressive=shift_logits and is_causal)
         self._edits = params.edit_threshold is not None
         if self._edits:
             check_editable(params, shift_logits=shift_logits)
@@ -114,7 +106,6 @@ class BlockDecoder:
         self._num_cached = 0
         self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
         self._committed = self._num_prompt  # canvas position up to which all is final
-        self._verified = self._num_prompt  # the same, block edges or not, where this is verified
         self._eos: int | None = None  # canvas position of the first EOS so far
         self._num_steps = 0
         self._pending: Window | None = None
@@ -148,7 +139,7 @@ class BlockDecoder:
         if self._pending is None and not self.finished:
             if self._may_append(width.max_active_blocks):
                 self._append_block()
-            self._pending = self._window(width.max_drafts)
+            self._pending = self._window()
         return self._pending
 
     def apply(self, proposals: Proposals) -> list[Accepted | Edited | Committed]:
@@ -169,18 +160,13 @@ class BlockDecoder:
         self._pending = None
         self._num_steps += 1
         self._num_cached += window.num_to_cache
-        if self._verifies and not self._verify(window, proposals, accepted):
-            return [*accepted, *self._commit()]
         if self._edits:
             edited = self._revise(self._blocks[0], proposals, window.start, accepted)
             return [*accepted, *edited, *self._commit()]
-        # What precedes the first unfilled block is filled; or that block has its token already.
-        fully_activated = not self._verifies
+        fully_activated = True  # what precedes the first unfilled block is filled
         for block in self._blocks:
             activated = fully_activated
-            fully_activated = (
-                not self._verifies and block.progress >= self._params.activate_threshold
-            )
+            fully_activated = block.progress >= self._params.activate_threshold
             if block.masked:
                 self._accept(block, proposals, window.start, activated, accepted)
             if self._drops and self._eos is not None and self._eos < block.stop:
@@ -276,59 +262,24 @@ class BlockDecoder:
         self._blocks.append(Block(index, start, stop, masked, due))
         self._canvas.extend([self._mask_id] * (stop - length))
 
-    def _window(self, max_drafts: int | None) -> Window:
+    def _window(self) -> Window:
         if self._sees_all:
             end = self._partition.end
             masks = [self._mask_id] * (end - len(self._canvas))
             return Window(0, (*self._canvas, *masks), 0, (end,))
         start, last = self._num_cached, self._blocks[-1]
         stop = last.start + 1 if self._awaits_first(last) else last.stop
-        clean = self._first_mask if self._verifies else self._blocks[0].start
-        if self._verifies and max_drafts is not None:
-            stop = min(stop, clean + max_drafts)
+        clean = self._blocks[0].start
         block_stops = self._partition.stops(
             start, stop, causal_until=clean if self._commits_causally else 0
         )
-        num_to_verify = clean - self._verified if self._verifies else 0
         tokens = tuple(self._canvas[start:stop])
         num_to_edit = stop - max(last.start, self._num_prompt) if self._edits else 0
-        return Window(start, tokens, clean - start, block_stops, num_to_verify, num_to_edit)
+        return Window(start, tokens, clean - start, block_stops, num_to_edit=num_to_edit)
 
     def _awaits_first(self, block: Block) -> bool:
         """Whether only the first position may accept, which sees nothing of the rest."""
         return self._sub_blocks.first_alone and block.is_untouched
-
-    def _verify(self, window: Window, proposals: Proposals, accepted: list[Accepted]) -> bool:
-        """Make final what the model says itself, and the token that it says next.
-
-        Returns whether nothing differed, so that the other proposals belong to the canvas.
-        """
-        position, stop = self._verified, window.start + window.num_to_cache
-        while (
-            position < stop and self._canvas[position] == proposals.tokens[position - window.start]
-        ):
-            position += 1
-        if position < stop:
-            self._num_cached = position  # the K/V beyond are of tokens that are no more
-            self._mask_from(position)
-        if position < len(self._canvas):
-            block = next(block for block in self._blocks if position < block.stop)
-            self._fill(position, proposals.tokens[position - window.start], accepted)
-            block.unmask((position - block.start,))
-            self._verified = position + 1
-        else:
-            self._verified = position
-        return position == stop
-
-    def _mask_from(self, position: int) -> None:
-        """Take back all from a canvas position on; the blocks behind the position's leave."""
-        index = next(i for i, block in enumerate(self._blocks) if position < block.stop)
-        block = self._blocks[index]
-        del self._blocks[index + 1 :]
-        self._canvas[position:] = [self._mask_id] * (block.stop - position)
-        block.masked = list(range(position - block.start, block.stop - block.start))
-        if self._eos is not None and self._eos >= position:
-            self._eos = None
 
     def _accept(
         self,
@@ -410,7 +361,7 @@ class BlockDecoder:
 
     def _commit(self) -> list[Committed]:
         committed: list[Committed] = []
-        final = self._verified if self._verifies else self._first_mask
+        final = self._first_mask
         if self._edits and self._blocks and not self._blocks[0].is_left:
             return committed
         while self._blocks and self._blocks[0].stop <= final:

@@ -40,7 +40,8 @@ class TokenLogprobs:
             self._values[window.start + at - self._num_prompt] = _log(proposals.confidence[at])
         first = window.start - self._num_prompt
         for position, _ in accepted:
-            self._values[position] = _log(proposals.confidence[position - first])
+            if position - first < len(window.tokens):  # else it is a draft, to be verified
+                self._values[position] = _log(proposals.confidence[position - first])
 
     def take(self, start: int, stop: int) -> tuple[float, ...]:
         """Return those of a committed block's answer positions, and forget them."""

@@ -22,14 +22,15 @@ class SamplingNoise:
         self._seed = seed % 2**64
 
     def uniforms(self, window: Window, step: int) -> list[float]:
-        """Return [W] numbers; 0.0 for leading positions that are not asked, which draw nothing."""
+        """Return [E] numbers; 0.0 for leading positions that are not asked, which draw nothing."""
         num_known = window.num_to_cache - window.num_to_verify
-        first = window.start + num_known
-        start, stop = first // PAGE, -(-window.stop // PAGE)
+        behind = [position + 1 for position in window.branch_positions()]
+        first, last = window.start + num_known, max(window.stop, *behind, 0)
+        start, stop = first // PAGE, last // PAGE + 1
         numbers = [number for page in range(start, stop) for number in self._page(step, page)]
-        skipped = first - start * PAGE
-        drawn = numbers[skipped : skipped + window.stop - first]
-        return [0.0] * num_known + drawn
+        skipped = start * PAGE
+        drawn = numbers[first - skipped : window.stop - skipped]
+        return [0.0] * num_known + drawn + [numbers[position - skipped] for position in behind]
 
     def _page(self, step: int, page: int) -> list[float]:
         digest = shake_128(struct.pack("<QQQ", self._seed, step, page)).digest(_WORDS.size)

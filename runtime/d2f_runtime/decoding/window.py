@@ -11,9 +11,25 @@ from dataclasses import dataclass
 
 from d2f_stream.core.errors import ModelDamaged
 
-__all__ = ["NO_TOKEN", "Proposals", "Window", "check_proposals"]
+__all__ = ["NO_TOKEN", "Branch", "Proposals", "Window", "check_proposals"]
 
 NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Masks that follow a part of a window's filled positions, as if nothing stood behind it.
+
+    They see everything before `start` and each other, and are seen by nobody else. Each of them
+    predicts the token behind its own position.
+
+    Attributes:
+        start: canvas position of the first mask; a filled position of the window, not its first.
+        num_masks: how many.
+    """
+
+    start: int
+    num_masks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +49,8 @@ class Window:
         num_to_verify: how many of the positions to cache, the last of them, are predicted although
             they are filled.
         num_to_edit: how many of all positions, the last of them, are predicted, filled or not.
+        branches: more masks; only models with shifted logits get them. Their proposals follow those
+            of the window's positions.
     """
 
     start: int
@@ -41,6 +59,7 @@ class Window:
     block_stops: tuple[int, ...]
     num_to_verify: int = 0
     num_to_edit: int = 0
+    branches: tuple[Branch, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -63,14 +82,34 @@ class Window:
             is_placeholder = False  # its own row predicts it
         return len(self.tokens) - int(is_placeholder)
 
+    @property
+    def num_branch_masks(self) -> int:
+        """Masks of all branches."""
+        return sum(branch.num_masks for branch in self.branches)
+
+    @property
+    def num_entries(self) -> int:
+        """What a step proposes for at most: the window's positions, and the branches' masks."""
+        return len(self.tokens) + self.num_branch_masks
+
     def asked(self, mask_id: int) -> list[int]:
-        """Return the window positions to predict, ascending: to verify, to edit, and masks."""
+        """Return the entries to predict, ascending: to verify, to edit, masks, and branches."""
         if self.num_to_edit:
             return list(range(len(self.tokens) - self.num_to_edit, len(self.tokens)))
-        masks = [at for at, token in enumerate(self.tokens) if token == mask_id]
-        if not self.num_to_verify:
-            return masks
-        return [*range(self.num_to_cache - self.num_to_verify, self.num_to_cache), *masks]
+        asked = [at for at, token in enumerate(self.tokens) if token == mask_id]
+        if self.num_to_verify:
+            asked = [*range(self.num_to_cache - self.num_to_verify, self.num_to_cache), *asked]
+        if self.branches:
+            asked += range(len(self.tokens), self.num_entries)
+        return asked
+
+    def branch_positions(self) -> list[int]:
+        """Return the canvas position of each mask of the branches."""
+        return [
+            position
+            for branch in self.branches
+            for position in range(branch.start, branch.start + branch.num_masks)
+        ]
 
     def visible_until(self) -> list[int]:
         """[W] for each row, one past the last canvas position that it sees."""
@@ -84,12 +123,12 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """One token and one confidence for each window position, defined where the window asks.
+    """One token and one confidence for each entry of a window, defined where it asks.
 
     Attributes:
-        tokens: [W] proposed ids; NO_TOKEN at positions that are not asked. Never the mask id.
-        confidence: [W] probability of the proposed token, in [0, 1]; 0.0 where undefined.
-        rank: [W] the score that picks a forced proposal (higher is better), where the request asked
+        tokens: [E] proposed ids; NO_TOKEN at positions that are not asked. Never the mask id.
+        confidence: [E] probability of the proposed token, in [0, 1]; 0.0 where undefined.
+        rank: [E] the score that picks a forced proposal (higher is better), where the request asked
             for margin or neg_entropy; None means the confidence ranks.
     """
 
@@ -106,7 +145,7 @@ def check_proposals(window: Window, proposals: Proposals, *, mask_id: int, rank:
             proposed.
         ModelDamaged: a confidence is no number, as the model's logits were none.
     """
-    width = len(window.tokens)
+    width = window.num_entries
     for values in (proposals.tokens, proposals.confidence, proposals.rank):
         if values is not None and len(values) != width:
             raise RuntimeError(f"{len(values)} proposed values for a window of {width}")

@@ -11,16 +11,20 @@ from typing import NamedTuple
 
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.decoding.decoder import Accepted, BlockDecoder, BlockView, Committed, Edited
+from d2f_runtime.decoding.draft_decoder import DraftDecoder
 from d2f_runtime.decoding.logprobs import TokenLogprobs
 from d2f_runtime.decoding.noise import SamplingNoise
 from d2f_runtime.decoding.policy import AcceptancePolicy
+from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.events import FinishReason
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["Denoiser", "Progress", "decoder_of"]
+__all__ = ["Decoder", "Denoiser", "Progress", "decoder_of"]
+
+Decoder = BlockDecoder | DraftDecoder
 
 
 class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two steps
@@ -123,6 +127,7 @@ class Denoiser:
             num_rows = window.num_forwarded(
                 info.mask_id, shift_logits=info.shift_logits, drafts_in_place=info.drafts_in_place
             )
+            num_rows += window.num_branch_masks
         logprobs: list[tuple[float, ...]] = []
         if self._logprobs is not None and window is not None:
             accepted = [event for event in events if isinstance(event, Accepted | Edited)]
@@ -143,7 +148,7 @@ def decoder_of(
     prompt_tokens: Sequence[int],
     params: GenerationParams,
     policy: AcceptancePolicy | None = None,
-) -> BlockDecoder:
+) -> Decoder:
     """Return the decoder of one answer of a model.
 
     Args:
@@ -155,6 +160,22 @@ def decoder_of(
     Raises:
         InvalidRequest: the decoder refuses prompt or parameters.
     """
+    if params.commit == "verify":
+        check_verifiable(
+            params,
+            shift_logits=info.shift_logits,
+            prompt_attention=info.prompt_attention,
+            commit_attention=info.commit_attention,
+        )
+        return DraftDecoder(
+            prompt_tokens=prompt_tokens,
+            params=params,
+            mask_id=info.mask_id,
+            eos_ids=info.eos_ids,
+            spare_rows=info.spare_rows,
+            branches=info.branches,
+            drafts_in_place=info.drafts_in_place,
+        )
     return BlockDecoder(
         prompt_tokens=prompt_tokens,
         params=params,

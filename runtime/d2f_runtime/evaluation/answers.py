@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2f_runtime.backends.base import Backend, StepRow
-from d2f_runtime.decoding.decoder import BlockDecoder
 from d2f_runtime.decoding.policy import AcceptancePolicy
-from d2f_runtime.engine.denoiser import decoder_of
+from d2f_runtime.engine.denoiser import Decoder, decoder_of
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["Answer", "decode_all"]
@@ -40,7 +39,7 @@ def decode_all(
     `policy` replaces that of the parameters; `on_answer` is called after each, for progress bars.
     """
     waiting = list(enumerate(prompts))[::-1]
-    running: dict[int, tuple[Any, BlockDecoder]] = {}
+    running: dict[int, tuple[Any, Decoder]] = {}
     answers: dict[int, Answer] = {}
     while waiting or running:
         while waiting and len(running) < rows:
@@ -66,6 +65,6 @@ def decode_all(
     return [answers[number] for number in sorted(answers)]
 
 
-def _answer(decoder: BlockDecoder) -> Answer:
+def _answer(decoder: Decoder) -> Answer:
     useful = decoder.num_useful_tokens
     return Answer(tuple(decoder.answer_tokens[:useful]), useful, decoder.num_steps)

@@ -88,6 +88,9 @@ class ModelInfo(ModelFacts):
         description, license, examples: see `About`.
         window_scaled: whether activations are quantised by all that a window holds, so that what is
             computed of a prompt depends on how much of it was stored before.
+        spare_rows: about how many rows of a step cost as much as all else of it, so that drafts
+            cost little below that.
+        branches: whether steps may hold `Branch`es.
     """
 
     name: str
@@ -98,3 +101,5 @@ class ModelInfo(ModelFacts):
     license: str = ""
     examples: tuple[str, ...] = ()
     window_scaled: bool = False
+    spare_rows: int = 10
+    branches: bool = False

@@ -28,6 +28,7 @@ __all__ = [
     "Past",
     "Transformer",
     "block_causal_mask",
+    "branched_mask",
     "rotary",
     "rotary_frequencies",
     "rotate",
@@ -62,6 +63,27 @@ def block_causal_mask(
     cached_mask = in_cache[:, None, :] & (cached[None, None, :] < visible_until[:, :, None])
     window_mask = (start[:, None] + ahead[None, :])[:, None, :] < visible_until[:, :, None]
     return torch.cat([cached_mask, window_mask], dim=2)[:, None]  # [B, 1, W, P + W]
+
+
+def branched_mask(
+    start: Tensor, visible_until: Tensor, num_cached: int, *, positions: Tensor, branch: Tensor
+) -> Tensor:
+    """Return a `block_causal_mask` of windows with branches.
+
+    A row of a branch sees the rows outside of branches before `visible_until`, and its own branch.
+
+    Args:
+        start: see `block_causal_mask`, as for the next two.
+        visible_until: [B, W].
+        num_cached: columns of the cache.
+        positions: [B, W] of the rows on the canvas.
+        branch: [B, W] number of the row's branch, 0 outside.
+    """
+    mask = block_causal_mask(start, visible_until, num_cached)
+    before = positions[:, None, :] < visible_until[:, :, None]
+    query, key = branch[:, :, None], branch[:, None, :]
+    mask[:, 0, :, num_cached:] = ((key == 0) & before) | ((key == query) & (query > 0))
+    return mask
 
 
 @dataclass(frozen=True, slots=True)
