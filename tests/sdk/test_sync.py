@@ -1,5 +1,6 @@
 """d2f_stream.sync: the same answers without an event loop, and nothing left behind."""
 
+import asyncio
 import inspect
 import json
 import multiprocessing
@@ -193,6 +194,10 @@ def test_forked_child_begins_anew(folder: Path) -> None:
 async def test_session_can_be_awaited(folder: Path) -> None:
     result = await d2f_stream.generate("ho", model=folder)
     assert (result.text, result.reason) == ("ho ho", "eos")
+    sessions = [d2f_stream.generate("ho", model=folder) for _ in range(2)]
+    assert [result.text for result in await asyncio.gather(*sessions)] == ["ho ho"] * 2
+    waited = asyncio.wait_for(d2f_stream.generate("hi", model=folder), 60)
+    assert (await waited).text == "hello there, friend"
 
 
 def test_call_without_an_event_loop_says_what_to_do(folder: Path) -> None:

@@ -98,6 +98,20 @@ async def test_client_that_leaves_amid_the_answer_frees_its_slot() -> None:
         assert backend.num_steps == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_client_that_leaves_frees_the_slots_of_all_its_choices(stream: bool) -> None:
+    gate = StepGate()
+    backend = ScriptedBackend("a" * 100, gate=gate)
+    async with serving(backend) as served:
+        exchange = Exchange(served.app, CHAT, chat(stream=stream, n=3))
+        await asyncio.to_thread(gate.wait_entered)
+        await exchange.leave()
+        gate.open()
+        await ended(served)
+        assert backend.open_slots == {}
+        assert backend.num_steps < 5
+
+
 async def test_client_that_leaves_before_its_stream_started_ends_it() -> None:
     gate = StepGate()
     backend = ScriptedBackend("a" * 100, gate=gate, capacity=200)
