@@ -84,7 +84,7 @@ def _training(args: argparse.Namespace, base: ArBase) -> Training:
     training = Training(
         settings,
         load_checkpoint(base.path, device="cpu", dtype=torch.float32),
-        mask_id=adapter.facts.mask_id,
+        mask_id=adapter.mask_id,
         device=torch.device("cuda" if is_cuda else "cpu"),
     )
     training.flat.load(adapter.factors)

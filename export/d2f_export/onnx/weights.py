@@ -52,6 +52,7 @@ class Checkpoint:
         self._stored = StoredWeights.open(folder, adapter=adapter if facts is None else None)
         self.config: TransformerConfig = self._stored.config
         self._draft: DraftAdapter | None = None
+        self._has_mask = facts is None or facts.mask_id is not None
         if facts is not None and adapter is not None:
             self.config = facts.adapted(self.config)
             self._draft = DraftAdapter.open(adapter, facts, self.config)
@@ -73,6 +74,10 @@ class Checkpoint:
         tensors: list[Tensor] = []
         shards, adapter = self._stored.shards, self._stored.adapter
         for name in names:
+            if name == "draft.mask_embedding" and not self._has_mask:
+                (table,) = self(["embed_tokens.weight"])
+                tensors.append(table[self.config.mask_id])
+                continue
             if self._draft is not None and name.startswith("draft."):
                 tensors.append(self._draft.tensor(name.removeprefix("draft.")))
                 continue

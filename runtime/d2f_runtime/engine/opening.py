@@ -225,7 +225,7 @@ def _mask_id(
     path: Path, manifest: Manifest | None, published: Published | None, draft: DraftFacts | None
 ) -> int | None:
     """Return the mask's id; None where the backend, which comes later, has to say what is wrong."""
-    if draft is not None:
+    if draft is not None and draft.mask_id is not None:
         return draft.mask_id
     if manifest is not None:
         return manifest.mask_id

@@ -151,7 +151,7 @@ class Adapter:
 
 def _in_base(name: str, parameters: Mapping[str, tuple[int, ...]]) -> str:
     """Return what the base calls a parameter, be it whole or the model inside a causal LM."""
-    names = (name, f"model.{name}", name.removeprefix("model."))
+    names = (name, f"model.{name}", name.removeprefix("model."), name.removeprefix("encoder."))
     return next((n for n in names if n in parameters), name)
 
 

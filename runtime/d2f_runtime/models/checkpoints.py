@@ -127,7 +127,9 @@ def load_checkpoint(
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    if draft is not None:
+    if draft is not None and facts is not None:
+        if facts.mask_id is None:
+            draft.mask_embedding = model.embed_tokens.weight[config.mask_id].detach().clone()
         model.draft = draft.to(device, model.embed_tokens.weight.dtype)
     if isinstance(stored.shards, GgufWeights) and stored.shards.stored not in DENSE:
         _report(stored.shards, model)

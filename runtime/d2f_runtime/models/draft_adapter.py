@@ -8,7 +8,7 @@ Shapes: R draft rows of a step, D hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -74,7 +74,8 @@ class DraftAdapter(nn.Module):
         layers: list[dict[str, tuple[Tensor, Tensor]]],
     ) -> None:
         super().__init__()
-        self.facts = facts
+        assert facts.mask_id is not None, "whose it is, is known here"
+        self.facts, self.mask_id = facts, facts.mask_id
         self.mask_embedding: Tensor
         self.register_buffer("mask_embedding", mask_embedding, persistent=False)
         self._names = [list(factors) for factors in layers]
@@ -96,13 +97,17 @@ class DraftAdapter(nn.Module):
             ModelNotFound, ModelDamaged, UnsupportedModel: see `Adapter.open`; or there is no mask
                 embedding of the base's size.
         """
-        adapter = Adapter.open(folder, _parameters(config), beside=(MASK_EMBEDDING,))
+        has_mask = facts.mask_id is not None
+        beside = (MASK_EMBEDDING,) if has_mask else ()
+        adapter = Adapter.open(folder, _parameters(config), beside=beside)
         if adapter.replaced:
             raise UnsupportedModel(
                 f"{folder} holds {min(adapter.replaced)} whole, but a draft adapter leaves the "
                 "base as it is"
             )
-        embedding = adapter.beside(MASK_EMBEDDING)
+        embedding = torch.zeros(config.hidden_size)  # of the base's table, once that is there
+        if has_mask:
+            embedding = adapter.beside(MASK_EMBEDDING)
         if embedding.shape != (config.hidden_size,):
             raise UnsupportedModel(
                 f"{folder} has a {MASK_EMBEDDING} of shape {tuple(embedding.shape)}, but the base "
@@ -112,7 +117,7 @@ class DraftAdapter(nn.Module):
         for name, down, up in adapter.factors():
             layer, _, product = name.removesuffix(".weight").partition(".")[2].partition(".")
             layers[int(layer)][product.rpartition(".")[2]] = down, up
-        return cls(facts, embedding.float(), layers)
+        return cls(replace(facts, mask_id=config.mask_id), embedding.float(), layers)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -132,7 +137,7 @@ class DraftAdapter(nn.Module):
 
     def embed(self, tokens: Tensor, table: nn.Embedding) -> Tensor:
         """Return [..., D] what tokens are to the first layer, masks included."""
-        is_mask = tokens == self.facts.mask_id
+        is_mask = tokens == self.mask_id
         known = table(tokens.masked_fill(is_mask, 0))
         return torch.where(is_mask[..., None], self.mask_embedding, known)
 

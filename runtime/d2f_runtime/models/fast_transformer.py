@@ -223,7 +223,7 @@ class FastTransformer:
         if draft is None:
             return F.embedding(step.tokens, self._embedding), None
         assert step.drafts is not None
-        is_mask = step.tokens == draft.facts.mask_id
+        is_mask = step.tokens == draft.mask_id
         known = F.embedding(step.tokens.masked_fill(is_mask, 0), self._embedding)
         x = torch.where(is_mask[:, None], draft.mask_embedding, known)
         return x, step.drafts[:, None].to(x.dtype)

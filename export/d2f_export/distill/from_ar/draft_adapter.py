@@ -149,6 +149,7 @@ class StoredAdapter:
         factors: of `new_adapter`'s names, fp32.
         rank: of every product.
         facts: mask and block sizes.
+        mask_id: of the mask.
         base_sha256: of the base's file; None where its writer did not say.
     """
 
@@ -156,6 +157,7 @@ class StoredAdapter:
     factors: dict[str, Tensor]
     rank: int
     facts: DraftFacts
+    mask_id: int
     base_sha256: str | None
 
 
@@ -167,7 +169,7 @@ def read_adapter(folder: Path, config: TransformerConfig) -> StoredAdapter:
     """
     try:
         facts = DraftFacts.read(folder)
-        if facts is None:
+        if facts is None or facts.mask_id is None:
             raise InvalidRequest(
                 f"{folder} holds no draft adapter (its adapter_config.json has no 'd2f'); give a "
                 "folder that distill --from-ar wrote"
@@ -186,9 +188,8 @@ def read_adapter(folder: Path, config: TransformerConfig) -> StoredAdapter:
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise InvalidRequest(f"{folder} is no draft adapter that can be read: {error}") from error
     base = about["d2f"].get("base")
-    return StoredAdapter(
-        folder, factors, rank, facts, base.get("sha256") if isinstance(base, dict) else None
-    )
+    digest = base.get("sha256") if isinstance(base, dict) else None
+    return StoredAdapter(folder, factors, rank, facts, facts.mask_id, digest)
 
 
 def check_start(adapter: StoredAdapter, settings: DraftSettings, base_sha256: str | None) -> None:
@@ -204,7 +205,7 @@ def check_start(adapter: StoredAdapter, settings: DraftSettings, base_sha256: st
         )
     for name, own, wanted in (
         ("rank", adapter.rank, settings.rank),
-        ("mask_id", adapter.facts.mask_id, settings.mask_id),
+        ("mask_id", adapter.mask_id, settings.mask_id),
     ):
         if wanted is not None and own != wanted:
             raise InvalidRequest(

@@ -68,7 +68,7 @@ def train_draft(
         check_start(first, settings, base.sha256())
     mask_id = settings.mask_id
     if mask_id is None:
-        mask_id = free_mask_id(base) if first is None else first.facts.mask_id
+        mask_id = free_mask_id(base) if first is None else first.mask_id
     if mask_id in base.config.eos_ids:
         raise InvalidRequest(f"mask_id is {mask_id}, but that id ends the answers of {base.name}")
     answers, num_dropped = read_examples(settings, base)
