@@ -108,13 +108,14 @@ async def test_host_header_cannot_extend_the_policy() -> None:
 
 async def test_files_of_the_page_have_their_types_and_are_not_sent_twice() -> None:
     async with serving() as server, client_of(server) as client:
-        for path in STATIC.iterdir():
-            first = await client.get(f"/{path.name}")
+        for path in (path for path in STATIC.rglob("*") if path.suffix in CONTENT_TYPES):
+            name = path.relative_to(STATIC).as_posix()
+            first = await client.get(f"/{name}")
             assert (first.status_code, first.content) == (200, path.read_bytes())
             assert first.headers["content-type"] == CONTENT_TYPES[path.suffix]
             assert first.headers["cache-control"] == "no-cache"
             known = {"If-None-Match": first.headers["etag"]}
-            again = await client.get(f"/{path.name}", headers=known)
+            again = await client.get(f"/{name}", headers=known)
             assert (again.status_code, again.content) == (304, b"")
 
 

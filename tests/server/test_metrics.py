@@ -28,7 +28,7 @@ async def test_counts_after_a_run_are_exact() -> None:
         for stream in (False, True):
             await http.post("/v1/chat/completions", json=chat(stream=stream))
         await http.post("/v1/chat/completions", json=chat(max_tokens=4))
-        await http.post("/v1/chat/completions", json=chat(n=2))
+        await http.post("/v1/chat/completions", json=chat(presence_penalty=0.5))
         await http.post("/v1/chat/completions", json=chat(temperature=-1))
         read = reader(served.metrics)
         assert read("requests_total", outcome="eos") == 2
