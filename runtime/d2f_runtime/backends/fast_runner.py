@@ -34,7 +34,12 @@ __all__ = ["FastRunner"]
 logger = logging.getLogger("d2f_stream.fast_runner")
 
 MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
-OF_ONE_SESSION: Final = tuple(bucket for bucket in BUCKETS if bucket.sessions == 1)
+WARM: Final = tuple(
+    bucket
+    for bucket in BUCKETS
+    if bucket.sessions == 1 or (bucket.sessions <= 16 and bucket.rows <= 128)
+)
+"""What is captured beforehand: any step of one session, and steps of a few or with branches."""
 EAGER_MULTIPLE: Final = 64  # an uncaptured step's rows are padded to this, so few shapes occur
 
 
@@ -119,11 +124,12 @@ class FastRunner:
         self._device = pool.store.device
         self._use_graphs = use_graphs and self._device.type == "cuda"
         self._shapes: dict[Bucket, _Shape] = {}
+        self._is_warm = False
         self._graph_pool: Any = None  # torch gives the handle no public type
         self.graph_bytes: dict[Bucket, int] = {}
 
     @torch.inference_mode()
-    def warm_up(self, buckets: Sequence[Bucket] = OF_ONE_SESSION) -> None:
+    def warm_up(self, buckets: Sequence[Bucket] = WARM) -> None:
         """Capture shapes beforehand, and run one step that is too long to be captured."""
         if not self._use_graphs:
             return
@@ -134,6 +140,7 @@ class FastRunner:
             long = _Shape(Bucket(1, MAX_ROWS + EAGER_MULTIPLE), self._group, self._device)
             self._run_empty(long, 0)
             torch.cuda.synchronize(self._device)
+        self._is_warm = True
         logger.info(
             "captured %s shapes in %.1f s; graphs take %.0f MB of the device",
             len(buckets),
@@ -253,13 +260,19 @@ class FastRunner:
         return self._shapes[bucket]
 
     def _capture(self, bucket: Bucket, shape: _Shape) -> None:
+        began = time.perf_counter()
         self._run_empty(shape, bucket.rows)  # compiles the kernels
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # as a capture does, so that the difference is the graph's
         before = torch.cuda.memory_reserved(self._device)
         shape.greedy_graph = self._captured(lambda: self._greedy(shape, bucket.rows))
         self.graph_bytes[bucket] = torch.cuda.memory_reserved(self._device) - before
-        logger.debug("captured %s, %s bytes", bucket, self.graph_bytes[bucket])
+        logger.log(
+            logging.INFO if self._is_warm else logging.DEBUG,
+            "captured a step of %s rows and %s sessions in %.2f s, %s bytes",
+            *(bucket.rows, bucket.sessions),
+            *(time.perf_counter() - began, self.graph_bytes[bucket]),
+        )
 
     def _run_empty(self, shape: _Shape, num_masks: int) -> None:
         """Run a step without rows, which writes nothing that anybody reads."""
