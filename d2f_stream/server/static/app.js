@@ -33,6 +33,7 @@ const client = new D2FClient({
 const store = await ChatStore.open();
 const running = new Map(); // turn id -> RunningAnswer, of every chat
 let chat = newChat(); // the one that is open
+let endHint = () => {}; // takes a hint away that is out of date
 let isStale = false; // whether it has changed elsewhere
 
 const conversation = new Conversation($("conversation"), {
@@ -80,6 +81,7 @@ function current() {
 
 function ask(question, parent = chat.leaf) {
   if (current() !== undefined) return;
+  endHint();
   const before = conversation.turns.get(parent);
   const turn = newTurn({ chat: chat.id, parent, question, numLeftOut: before?.numLeftOut });
   const isNext = parent === chat.leaf;
@@ -102,7 +104,8 @@ function again(turn) {
   ask(turn.question, turn.parent);
   const { temperature = client.model?.defaults.temperature } = chat.params;
   if (temperature !== 0) return;
-  tell("At temperature 0 the same answer comes again.", "Settings", () => $("settings").showModal());
+  const openSettings = () => $("settings").showModal();
+  endHint = tell("At temperature 0 the same answer comes again.", "Settings", openSettings);
 }
 
 function runAgain(turn, change) {
@@ -187,7 +190,10 @@ async function open(id, { isNew = true } = {}) {
 }
 
 function show(found) {
-  if (found.chat.id !== chat.id) current()?.detach();
+  if (found.chat.id !== chat.id) {
+    current()?.detach();
+    endHint();
+  }
   chat = found.chat;
   isStale = false;
   for (const { turn } of running.values()) {

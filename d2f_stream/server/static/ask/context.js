@@ -41,7 +41,7 @@ export function numToLeaveOut(path, turn, { system, model, params }) {
 /** Return the tokens of a chat so far and of what is being typed: { used, isExact }. */
 export function use(path, typed, { system }) {
   const rate = rateOf(path);
-  const last = path.at(-1);
+  const last = path.findLast(({ status, promptTokens }) => status !== "failed" || promptTokens);
   const more = typed.trim() ? Math.ceil(typed.length * rate) + 2 * PER_MESSAGE : 0;
   if (last?.promptTokens) {
     return { used: last.promptTokens + last.progress.tokens - last.before.tokens + more, isExact: !more };
