@@ -323,11 +323,16 @@ def test_keyboard_alone_asks_stops_and_sets(server: ScriptedServer, open_page: O
     keyboard.press("Tab")
     keyboard.press("Space")
     expect(page.get_by_role("switch", name="Canvas")).not_to_be_checked()
+    keyboard.press("Control+K")
+    expect(page.get_by_label("Search the chats")).to_be_focused()
     page.get_by_role("button", name="Settings").focus()
     keyboard.press("Enter")
     expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
     keyboard.press("Escape")
     expect(page.get_by_role("button", name="Settings")).to_be_focused()
+    keyboard.press("Control+Shift+O")
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.get_by_label("Your question")).to_be_focused()
 
 
 def test_embedded_model_answers_its_own_example(open_page: OpenPage) -> None:

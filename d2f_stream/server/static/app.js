@@ -266,7 +266,14 @@ function showContext() {
 // What the reader does.
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && document.querySelector("dialog[open]") === null) current()?.stop();
+  if (document.querySelector("dialog[open]") !== null) return;
+  const isCommand = event.ctrlKey || event.metaKey;
+  const key = event.key.toLowerCase();
+  if (key === "escape" && !$("chats").contains(event.target)) current()?.stop();
+  else if (isCommand && !event.shiftKey && key === "k") drawer.search();
+  else if (isCommand && event.shiftKey && key === "o") open(null);
+  else return;
+  event.preventDefault();
 });
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) current()?.flush(); // nobody is watching

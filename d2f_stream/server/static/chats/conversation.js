@@ -98,7 +98,11 @@ export class Conversation {
       of: others.length,
       leftOut: this.#leftOut(turn),
       onEdit: (question) => this.#act.ask(question, turn.parent),
-      onChoose: (at) => this.#act.choose(newestLeaf(this.turns, others[at])),
+      onChoose: (at) => {
+        this.#act.choose(newestLeaf(this.turns, others[at]));
+        const section = this.#sections.get(others[at].id);
+        section?.root.querySelector(".question .tool:enabled").focus({ preventScroll: true });
+      },
     });
   }
 

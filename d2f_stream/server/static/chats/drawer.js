@@ -28,6 +28,12 @@ export class Drawer {
     this.#show(this.#wanted);
   }
 
+  /** Let the reader search, wherever the page is. */
+  search() {
+    if (this.#root.hidden) this.#choose(true);
+    this.#root.querySelector("input").focus();
+  }
+
   /** Something was chosen in the list: where it lies over the page, it goes. */
   leave() {
     if (this.#isOver) this.#choose(false);
