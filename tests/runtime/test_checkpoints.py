@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,16 @@ def test_the_backend_takes_known_quantizations_only(folder: Path) -> None:
     assert backend.info.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
     with pytest.raises(UnsupportedModel, match="'int3' but torch offers auto, none, fp32"):
         load(folder, device="cpu", quantization="int3")
+
+
+def test_loading_imports_no_compiler(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, tiny_model(CONFIGS["llada"]))
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from d2f_runtime.models.checkpoints import load_checkpoint\n"
+        "load_checkpoint(Path(sys.argv[1]))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

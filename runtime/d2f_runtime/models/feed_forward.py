@@ -17,13 +17,16 @@ class FeedForward(nn.Module):
     Args:
         hidden_size: D.
         ffn_size: its width.
+        product: of its three products.
     """
 
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, ffn_size: int, *, product: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, ffn_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, ffn_size, bias=False)
-        self.down_proj = nn.Linear(ffn_size, hidden_size, bias=False)
+        self.gate_proj = product(hidden_size, ffn_size, bias=False)
+        self.up_proj = product(hidden_size, ffn_size, bias=False)
+        self.down_proj = product(ffn_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, draft: LayerDraft | None = None) -> Tensor:
         """Map [..., D] to [..., D]."""

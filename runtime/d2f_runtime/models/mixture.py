@@ -64,6 +64,15 @@ class Router(nn.Module):
         return moved
 
 
+class ExpertProduct(nn.Linear):
+    """A product that draws no values while it is only laid out: thousands would take seconds."""
+
+    def reset_parameters(self) -> None:
+        """Draw values, unless there is no memory for them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Mixture(nn.Module):
     """The router, its experts, and the expert that all rows go through."""
 
@@ -71,7 +80,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.router = Router(hidden_size, config)
         self.experts = nn.ModuleList(
-            FeedForward(hidden_size, config.ffn_size) for _ in range(config.num_experts)
+            FeedForward(hidden_size, config.ffn_size, product=ExpertProduct)
+            for _ in range(config.num_experts)
         )
         self.shared: FeedForward | None = None
         if config.shared_size:

@@ -229,7 +229,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -293,3 +293,10 @@ class Transformer(nn.Module):
             std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.copy_(noise)
+
+
+def _embedding(num_rows: int, size: int) -> nn.Embedding:
+    """Return a table; where it is laid out only, no values, which would import torch's compiler."""
+    if torch.get_default_device().type == "meta":
+        return nn.Embedding(num_rows, size, _weight=torch.empty(num_rows, size))
+    return nn.Embedding(num_rows, size)
