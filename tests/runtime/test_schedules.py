@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 import block_loops
 from block_loops import Loop, Rule
+from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
 from d2f_runtime.decoding.decoder import BlockDecoder
 from d2f_runtime.decoding.schedule import shares
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
-from d2f_stream.core.errors import InvalidParams
+from d2f_runtime.engine.local import LocalEngine
+from d2f_stream.core.errors import InvalidParams, PromptTooLong
 from d2f_stream.core.params import GenerationParams
+from fakes import check_clean, info
 
 MASK, EOS = 99, (1, 2)
 LEVELS = 16  # confidences and thresholds share a coarse scale, so that ties and equality happen
@@ -159,3 +162,20 @@ def test_schedule_counts_what_the_prompt_left_of_the_block() -> None:
 def test_settings_out_of_range_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidParams, match=message):
         GenerationParams().with_overrides(changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("attention", ["grid", "prompt_grid", "full"])
+async def test_whole_last_blocks_have_room(attention: str) -> None:
+    room = info(prompt_attention=attention, native_block_size=8, max_len=30)
+    whole = GenerationParams(block_size=8, max_new_tokens=99, tail="whole", max_active_blocks=1)
+    backend = ScriptedBackend("x" * 99, info=room)
+    async with LocalEngine.over(backend, ByteCodec(), defaults=whole) as engine:
+        longest = {"grid": 19, "prompt_grid": 24, "full": 24}[attention]  # 24 - 5, or three blocks
+        result = await engine.generate("12345").result()
+        assert result.usage.completion_tokens == longest
+        assert backend.batches[-1][0].window.stop <= 30
+        again = await engine.generate("12345", max_new_tokens=longest - 2).result()
+        assert again.text == "x" * (longest - 2)
+        with pytest.raises(PromptTooLong):
+            await engine.generate("12345", max_new_tokens=longest + 1).result()
+    check_clean(backend)
