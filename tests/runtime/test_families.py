@@ -231,3 +231,8 @@ def test_llada_has_two_kinds_of_ff_out() -> None:
     down = published_name("llada", "layers.3.mlp.down_proj.weight")
     assert down == "model.transformer.blocks.3.ff_out.weight"
     assert published_name("llada", "lm_head.weight") == "model.transformer.ff_out.weight"
+
+
+def test_converted_models_mask_layers_with_windows_like_all_others(tmp_path: Path) -> None:
+    windowed = {"layer_types": ["full_attention", "sliding_attention"], **WINDOWED}
+    assert read(tmp_path, "a2d-qwen3", **windowed).config.prompt_attention == "prompt_grid"

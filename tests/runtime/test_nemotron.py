@@ -80,10 +80,22 @@ def test_factors_below_one_are_read(tmp_path: Path) -> None:
     assert (config.rope_scaling, config.eos_ids) == (YarnRope(0.25, 16384, query_beta=0.1), (2,))
 
 
-def test_what_cannot_denoise_is_refused(tmp_path: Path) -> None:
-    values = LARGE | {"dlm_paradigm": "autoregressive"}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UnsupportedModel, match="dlm_paradigm 'autoregressive'"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dlm_paradigm": "autoregressive"}, "dlm_paradigm 'autoregressive'"),
+        ({"sliding_window": 1024}, "sliding_window 1024"),
+        (
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "llama_4_scaling_beta with positions of the rope_type 'default'",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias True"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(tmp_path: Path, changes: Any, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LARGE | changes))
+    with pytest.raises(UnsupportedModel, match=message):
         read_published(tmp_path)
 
 

@@ -15,21 +15,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2f_runtime.kernels import attention, fetch, gate, head, norm, rope
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.draft_adapter import DraftAdapter, product_shapes
 from d2f_runtime.models.fast_draft import FastDraft, FastLayerDraft
+from d2f_runtime.models.fast_layer import FastFeedForward, FastLayer, pack_layer
 from d2f_runtime.models.fast_mixture import FastMixture
-from d2f_runtime.models.feed_forward import FeedForward
-from d2f_runtime.models.mixture import Mixture
 from d2f_runtime.models.rotary import query_scale, rotary
-from d2f_runtime.models.transformer import Layer, RMSNorm, Transformer
+from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.linear import PackedLinear, pack, rotated
-from d2f_runtime.quantization.stored import StoredWeight, join_outputs, stored_weight
 
 __all__ = ["KERNELS", "REFERENCES", "FastTransformer", "Ops", "StepTensors"]
 
@@ -87,24 +84,6 @@ class StepTensors(NamedTuple):
     drafts: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _FastLayer:
-    input_norm: Tensor
-    qkv: PackedLinear
-    qkv_bias: Tensor | None
-    head_norms: rope.HeadNorms | None
-    out: PackedLinear
-    ffn_norm: Tensor
-    feed_forward: "_FastFeedForward | FastMixture"
-    draft: FastLayerDraft | None
-
-
-@dataclass(frozen=True, slots=True)
-class _FastFeedForward:
-    gate_up: PackedLinear
-    down: PackedLinear
-
-
 class FastTransformer:
     """Packed weights and the forward over them. The embedding stays in the model's dtype.
 
@@ -131,7 +110,7 @@ class FastTransformer:
         self._draft = model.draft
         with torch.no_grad():
             self._layers = [
-                _pack_layer(model.layers, index, quantization, consume, model.draft, model.config)
+                pack_layer(model.layers, index, quantization, consume, model.draft, model.config)
                 for index in range(model.config.num_layers)
             ]
             self._embedding = model.embed_tokens.weight.detach()
@@ -230,7 +209,7 @@ class FastTransformer:
 
     def _rotated(
         self,
-        layer: _FastLayer,
+        layer: FastLayer,
         rows: Activation,
         rotation: rope.Rotation,
         drafts: Tensor | None,
@@ -245,7 +224,7 @@ class FastTransformer:
 
     def _gated(
         self,
-        inner: _FastFeedForward,
+        inner: FastFeedForward,
         draft: FastLayerDraft | None,
         rows: Activation,
         drafts: Tensor | None,
@@ -284,73 +263,6 @@ def _parts(
     if draft is not None and drafts is not None:
         draft.add(x, drafts, parts[0])
     return parts
-
-
-def _pack_layer(
-    layers: nn.ModuleList,
-    index: int,
-    quantization: str,
-    consume: bool,
-    draft: DraftAdapter | None,
-    config: TransformerConfig,
-) -> _FastLayer:
-    layer = layers[index]
-    assert isinstance(layer, Layer)
-    attention = layer.self_attn
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-
-    def cat(*projections: Tensor) -> Tensor:
-        return rope.interleave(torch.cat(projections), attention.head_dim)
-
-    bias = None
-    if attention.q_proj.bias is not None:
-        bias = cat(*(projection.bias for projection in projections))
-    norms = None
-    query_norm, key_norm = attention.q_norm, attention.k_norm
-    if isinstance(query_norm, RMSNorm) and isinstance(key_norm, RMSNorm):
-        norms = rope.HeadNorms(query_norm.weight.detach(), key_norm.weight.detach(), query_norm.eps)
-    dtype = layer.input_layernorm.weight.dtype
-
-    def packed_of(weight: StoredWeight) -> PackedLinear:
-        return pack(weight, quantization, dtype)
-
-    qkv = join_outputs([stored_weight(projection) for projection in projections], cat, dtype)
-    packed = _FastLayer(
-        input_norm=layer.input_layernorm.weight.detach(),
-        qkv=packed_of(qkv),
-        qkv_bias=bias,
-        head_norms=norms,
-        out=packed_of(stored_weight(attention.o_proj)),
-        ffn_norm=layer.post_attention_layernorm.weight.detach(),
-        feed_forward=_packed_feed_forward(layer.mlp, packed_of, dtype),
-        draft=None if draft is None else _merged_draft(draft, config, index),
-    )
-    if consume:
-        layers[index] = nn.Identity()
-    return packed
-
-
-def _packed_feed_forward(
-    mlp: FeedForward | Mixture,
-    packed_of: Callable[[StoredWeight], PackedLinear],
-    dtype: torch.dtype,
-) -> _FastFeedForward | FastMixture:
-    if isinstance(mlp, Mixture):
-        return FastMixture(mlp)
-    gate_and_up = [stored_weight(projection) for projection in (mlp.gate_proj, mlp.up_proj)]
-    return _FastFeedForward(
-        packed_of(join_outputs(gate_and_up, gate.interleave, dtype)),
-        packed_of(stored_weight(mlp.down_proj)),
-    )
-
-
-def _merged_draft(draft: DraftAdapter, config: TransformerConfig, index: int) -> FastLayerDraft:
-    return FastLayerDraft.of(
-        draft.layer(index, torch.empty(0)),
-        {name: shape[0] for name, shape in product_shapes(config).items()},
-        lambda ups: rope.interleave(ups, config.head_dim),
-        gate.interleave,
-    )
 
 
 def _rope_table(config: TransformerConfig, max_len: int, device: torch.device) -> Tensor:

@@ -77,6 +77,11 @@ class PublishedRope:
                 f"{rope.path} scales its rotary positions by {kind!r:.100}, but this build knows "
                 f"{', '.join(KINDS)}"
             )
+        if scales_queries and kind != "yarn" and "llama_4_scaling_beta" in rope:
+            raise UnsupportedModel(
+                f"{rope.path} has a llama_4_scaling_beta with positions of the rope_type {kind!r}, "
+                "but this build knows it with yarn"
+            )
         theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
         max_len = config.integer("max_position_embeddings")
         if kind == "default":
