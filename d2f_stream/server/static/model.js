@@ -6,7 +6,7 @@ import { button, element, $ } from "./dom.js";
 const USUAL = [
   "Explain in three sentences why the sky is blue.",
   "Write a Python function that tells whether a word is a palindrome, and explain it.",
-  "Compare tea and coffee in a small table.",
+  "Give me five tips for sleeping better.",
 ];
 
 const numbers = new Intl.NumberFormat("en");
