@@ -1,0 +1,211 @@
+"""Simulates an engine: real decoders and scheduler, and a clock that a step curve moves.
+
+A closed loop: so many clients, each of which asks anew as soon as it has its answer.
+"""
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from d2f_runtime.decoding.decoder import Committed
+from d2f_runtime.decoding.width import Width
+from d2f_runtime.engine.request_kind import RequestKind
+from d2f_runtime.engine.scheduler import Scheduler
+from d2f_runtime.engine.step_cost import TimedStep
+from lab.scheduling.curves import StepCurve
+from lab.scheduling.workloads import MASK, PROMPT_TOKENS, Request, Workload
+
+__all__ = ["Fixed", "Outcome", "Paying", "Planner", "simulate"]
+
+MAX_ROWS = 16
+MAX_STEP_TOKENS = 1024
+
+
+class Planner(Protocol):
+    """Who plans the steps."""
+
+    def add(self, session_id: int) -> None:
+        """Take a session on."""
+        ...
+
+    def plan(self) -> Sequence[tuple[int, Width]]:
+        """Return whose windows run next, and how wide they are."""
+        ...
+
+    def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
+        """Take a session's part of a step into account."""
+        ...
+
+    def learn_step(self, step: TimedStep) -> None:
+        """Take a step into account."""
+        ...
+
+    def remove(self, session_id: int) -> None:
+        """Forget a session."""
+        ...
+
+
+class Fixed:
+    """Gives everybody the same width, in turn."""
+
+    def __init__(self, width: Width) -> None:
+        self._width = width
+        self._line: list[int] = []
+
+    def add(self, session_id: int) -> None:
+        """Take a session on."""
+        self._line.append(session_id)
+
+    def plan(self) -> Sequence[tuple[int, Width]]:
+        """Return those that waited longest."""
+        run, self._line = self._line[:MAX_ROWS], self._line[MAX_ROWS:]
+        self._line += run
+        return [(session_id, self._width) for session_id in run]
+
+    def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
+        """Learn nothing."""
+
+    def learn_step(self, step: TimedStep) -> None:
+        """Learn nothing."""
+
+    def remove(self, session_id: int) -> None:
+        """Forget a session."""
+        self._line.remove(session_id)
+
+
+class Paying:
+    """The engine's own scheduler."""
+
+    def __init__(self, workload: Workload, timed: Sequence[TimedStep], max_sessions: int) -> None:
+        self._scheduler: Scheduler[int] = Scheduler(
+            max_sessions=max_sessions,
+            capacity_tokens=1 << 30,
+            max_rows=MAX_ROWS,
+            max_step_tokens=MAX_STEP_TOKENS,
+        )
+        self._scheduler.begin_with(timed)
+        self._kind = RequestKind.of(workload.params, workload.params.block_size)
+
+    def add(self, session_id: int) -> None:
+        """Take a session on."""
+        self._scheduler.add(
+            session_id,
+            capacity_tokens=1,
+            prompt_tokens=PROMPT_TOKENS,
+            kind=self._kind,
+            may_narrow=True,
+        )
+
+    def plan(self) -> Sequence[tuple[int, Width]]:
+        """Return the next batch."""
+        return self._scheduler.next_batch().run
+
+    def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
+        """Let the scheduler learn."""
+        self._scheduler.learn(session_id, width, rows=rows, tokens=tokens)
+
+    def learn_step(self, step: TimedStep) -> None:
+        """Let the scheduler learn."""
+        self._scheduler.learn_step(step)
+
+    def remove(self, session_id: int) -> None:
+        """Forget a session."""
+        self._scheduler.remove(session_id)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulation found.
+
+    Attributes:
+        tokens_per_s: of all clients together.
+        first_block_ms: mean time from a request to its first block.
+        tokens_per_step: of one session.
+        rows: mean rows of a step.
+        sessions: mean sessions of a step.
+    """
+
+    tokens_per_s: float
+    first_block_ms: float
+    tokens_per_step: float
+    rows: float
+    sessions: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return it for a record."""
+        return {
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "first_block_ms": round(self.first_block_ms, 1),
+            "tokens_per_step": round(self.tokens_per_step, 3),
+            "rows": round(self.rows, 1),
+            "sessions": round(self.sessions, 2),
+        }
+
+
+@dataclass
+class _Client:
+    request: Request
+    asked_ms: float
+    has_block: bool = False
+
+
+def simulate(
+    planner: Planner,
+    workload: Workload,
+    curve: StepCurve,
+    *,
+    num_clients: int,
+    num_requests: int,
+    seed: int = 0,
+) -> Outcome:
+    """Run so many requests of so many clients at once."""
+    chance = random.Random(seed)
+    noise = random.Random(seed + 1)
+    clients: dict[int, _Client] = {}
+    clock = 0.0
+    num_asked = num_tokens = num_steps = 0
+    first_ms: list[float] = []
+    steps: list[TimedStep] = []
+    while True:
+        while len(clients) < num_clients and num_asked < num_requests:
+            clients[num_asked] = _Client(workload.request(chance), clock)
+            planner.add(num_asked)
+            num_asked += 1
+        if not clients:
+            break
+        run = planner.plan()
+        windows = []
+        for name, width in run:
+            window = clients[name].request.decoder.next_window(width)
+            assert window is not None
+            windows.append(window)
+        rows = [
+            window.num_forwarded(MASK, shift_logits=workload.shift_logits) for window in windows
+        ]
+        ms = curve.ms(sum(rows), len(run)) * noise.uniform(0.97, 1.03)
+        clock += ms
+        steps.append(TimedStep(sum(rows), len(run), ms))
+        planner.learn_step(steps[-1])
+        for (name, width), window, num_rows in zip(run, windows, rows, strict=True):
+            client = clients[name]
+            decoder = client.request.decoder
+            events = decoder.apply(client.request.propose(window))
+            tokens = sum(e.stop - e.start for e in events if isinstance(e, Committed))
+            planner.learn(name, width, rows=num_rows, tokens=tokens)
+            num_steps += 1
+            num_tokens += tokens
+            if tokens and not client.has_block:
+                client.has_block = True
+                first_ms.append(clock - client.asked_ms)
+            if decoder.finished:
+                planner.remove(name)
+                del clients[name]
+    return Outcome(
+        tokens_per_s=1e3 * num_tokens / clock,
+        first_block_ms=statistics.mean(first_ms),
+        tokens_per_step=num_tokens / num_steps,
+        rows=statistics.mean(step.rows for step in steps),
+        sessions=statistics.mean(step.sessions for step in steps),
+    )
