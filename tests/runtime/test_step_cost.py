@@ -65,3 +65,10 @@ def test_a_compiler_s_pause_says_little() -> None:
     cost = StepCost([TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512)])
     cost.learn(TimedStep(100, 1, 2300.0))
     assert cost.ms(100, 1) < 1.35 * affine(100, 1)
+
+
+def test_a_long_step_s_noise_does_not_make_sessions_dear() -> None:
+    timed = [TimedStep(n, 1, affine(n, 1)) for n in (1, 128, 1024)]
+    noisy = TimedStep(1024, 8, 1.1 * affine(1024, 8))
+    cost = StepCost([*timed, TimedStep(16, 16, affine(16, 16)), noisy])
+    assert cost.ms(16, 16) == pytest.approx(affine(16, 16), rel=0.01)

@@ -127,13 +127,14 @@ class StepCost:
         beyond = 0 if first == last else 1  # a straight line is a guess, but no bare one
         self._seen = [ENOUGH if first <= rows <= last else beyond for rows in KNOTS]
         self._seen[self._segment(first)] = ENOUGH
-        extra = sorted(
+        extra = [
             (step.ms - self.ms(step.rows, 1)) / (step.sessions - 1)
             for step in timed
             if step.sessions > 1
-        )
-        if extra:
-            self._session_ms = max(0.0, extra[len(extra) // 2])
+        ]
+        # The least: a long step's noise is more than its sessions, and sessions that are thought
+        # dear would run one by one, so that nobody found out.
+        self._session_ms = max(0.0, min(extra, default=0.0))
 
 
 def _rising(points: dict[int, float]) -> list[tuple[int, float]]:
