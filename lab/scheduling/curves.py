@@ -25,11 +25,13 @@ class StepCurve:
         points: (rows, ms) of steps, ascending.
         session_ms: that each further session adds.
         source: where the points come from.
+        one_by_one: whether sessions run one after the other, each as the points say.
     """
 
     points: Sequence[tuple[float, float]]
     session_ms: float
     source: str
+    one_by_one: bool = False
 
     @classmethod
     def read(cls, path: Path) -> "StepCurve":
@@ -40,7 +42,7 @@ class StepCurve:
             rows, ms = alone[number]
             alone[number] = rows, min(ms, alone[number + 1][1])
         flat = cls(alone, 0.0, path.name)
-        extra = [(ms - flat.ms(rows, 1)) / (n - 1) for rows, n, ms in steps if n > 1]
+        extra = [(ms - flat._alone_ms(rows)) / (n - 1) for rows, n, ms in steps if n > 1]
         return cls(alone, max(0.0, statistics.median(extra or [0.0])), path.name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,15 +51,21 @@ class StepCurve:
             "points": [list(point) for point in self.points],
             "session_ms": round(self.session_ms, 4),
             "source": self.source,
+            "one_by_one": self.one_by_one,
         }
 
     def ms(self, rows: float, sessions: int) -> float:
         """Return what a step takes."""
+        if self.one_by_one:
+            return sessions * self._alone_ms(rows / sessions)
+        return self._alone_ms(rows) + self.session_ms * (sessions - 1)
+
+    def _alone_ms(self, rows: float) -> float:
         places = [place for place, _ in self.points]
         index = min(max(bisect_left(places, rows), 1), len(places) - 1)
         (first, low), (last, high) = self.points[index - 1], self.points[index]
         along = max(0.0, (rows - first) / (last - first))
-        return low + (high - low) * along + self.session_ms * (sessions - 1)
+        return low + (high - low) * along
 
     def warm(self, chance: random.Random) -> list[TimedStep]:
         """Return what warming up would find, with a twentieth of noise."""
@@ -76,5 +84,11 @@ CURVES: Final[dict[str, StepCurve]] = {
     "h200-fp8": StepCurve(
         ((1, 2.48), (32, 2.64), (128, 3.23), (184, 4.35), (387, 8.06), (666, 14.01)), 0.025, H200
     ),
+    "cpu-embedded": StepCurve(
+        ((1, 1.79), (16, 3.541), (32, 5.088), (64, 8.177), (80, 9.997)),
+        0.0,
+        "the embedded model, int8, ONNX Runtime on two cores: bench/onnx/small-cpu.json",
+        one_by_one=True,
+    ),
 }
-"""By name. The last two points of each are of four and eight sessions."""
+"""By name. The last two points of the H200's are of four and eight sessions."""

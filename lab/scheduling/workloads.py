@@ -35,8 +35,15 @@ class Request(Protocol):
 class Workload(Protocol):
     """Requests of one kind."""
 
-    params: GenerationParams
-    shift_logits: bool
+    @property
+    def params(self) -> GenerationParams:
+        """Of all requests."""
+        ...
+
+    @property
+    def shift_logits(self) -> bool:
+        """Whether a last mask needs no row."""
+        ...
 
     def request(self, chance: random.Random) -> Request:
         """Return one more."""
