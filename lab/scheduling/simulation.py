@@ -182,7 +182,8 @@ def simulate(
             assert window is not None
             windows.append(window)
         rows = [
-            window.num_forwarded(MASK, shift_logits=workload.shift_logits) for window in windows
+            window.num_forwarded(MASK, shift_logits=workload.shift_logits) + window.num_branch_masks
+            for window in windows
         ]
         ms = curve.ms(sum(rows), len(run)) * noise.uniform(0.97, 1.03)
         clock += ms

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from d2f_runtime.decoding.decoder import BlockDecoder
+from d2f_runtime.decoding.draft_decoder import DraftDecoder
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.params import GenerationParams
 
@@ -20,12 +21,15 @@ EOS: Final = 1
 MASK: Final = 0
 PROMPT_TOKENS: Final = 256
 MAX_NEW_TOKENS: Final = 256
+WRONG: Final = 9
+CPU_ROWS: Final = 16
+"""Spare rows up to which a device has no branches."""
 
 
 class Request(Protocol):
     """One answer to come."""
 
-    decoder: BlockDecoder
+    decoder: BlockDecoder | DraftDecoder
 
     def propose(self, window: Window) -> Proposals:
         """Return what the model would."""
@@ -57,43 +61,46 @@ class Drafted:
     Attributes:
         params: of all requests.
         skill: mean chance that a draft is right, if those before it are.
+        spare_rows: see `ModelInfo`; branches come with many.
         spread: how far a request's own chance may lie from that.
     """
 
     params: GenerationParams
     skill: float
+    spare_rows: int
     spread: float = 0.1
     shift_logits: bool = True
 
     def request(self, chance: random.Random) -> Request:
         """Return one with a skill and a length of its own."""
         skill = min(0.98, max(0.02, chance.uniform(-1, 1) * self.spread + self.skill))
-        decoder = BlockDecoder(
+        decoder = DraftDecoder(
             prompt_tokens=[2] * PROMPT_TOKENS,
             params=self.params,
             mask_id=MASK,
             eos_ids=(EOS,),
-            shift_logits=True,
-            prompt_attention="causal",
-            commit_attention="causal",
+            spare_rows=self.spare_rows,
+            branches=self.spare_rows > CPU_ROWS,
         )
         return _DraftedRequest(decoder, skill, _end_of(chance), random.Random(chance.random()))
 
 
 @dataclass
 class _DraftedRequest:
-    decoder: BlockDecoder
+    decoder: DraftDecoder
     skill: float
     end: int
     chance: random.Random
 
     def propose(self, window: Window) -> Proposals:
-        tokens = [NO_TOKEN] * len(window.tokens)
-        confidence = [0.0] * len(window.tokens)
+        tokens, confidence = [NO_TOKEN] * window.num_entries, [0.0] * window.num_entries
+        places = [*range(window.start, window.stop)]
+        places += [position + 1 for position in window.branch_positions()]
         for at in window.asked(MASK):
-            right = at <= window.num_to_cache or self.chance.random() < self.skill
-            tokens[at] = _truth(window.start + at, self.end) if right else 9
-            confidence[at] = 1.0
+            is_said = at <= window.num_to_cache and at < len(window.tokens)
+            is_right = is_said or self.chance.random() < self.skill
+            tokens[at] = _truth(places[at], self.end) if is_right else WRONG
+            confidence[at] = 1.0 if is_said else self.skill
         return Proposals(tokens, confidence)
 
 

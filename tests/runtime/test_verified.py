@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.decoding.decoder import Committed
-from d2f_runtime.decoding.draft_decoder import MAX_BRANCHES, MAX_MASKS, DraftDecoder
+from d2f_runtime.decoding.draft_decoder import MAX_BRANCHES, DraftDecoder
 from d2f_runtime.decoding.draft_plan import DraftPlan
 from d2f_runtime.decoding.verification import check_verifiable
-from d2f_runtime.decoding.width import OWN, Width, widths_of
+from d2f_runtime.decoding.width import MAX_DRAFTS, OWN, Width, widths_of
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.params import GenerationParams, ParamOverrides
@@ -160,9 +160,9 @@ def run(
             assert branch.num_masks >= 1
             assert branch.start + branch.num_masks < end
         num_masks = max(0, len(masks) - 1) + window.num_branch_masks  # the last one does not run
-        assert num_masks <= MAX_MASKS
+        assert num_masks <= MAX_DRAFTS
         assert width.max_drafts is None or num_masks < width.max_drafts
-        assert num_masks <= size * (case.params.max_active_blocks or MAX_MASKS)
+        assert num_masks <= size * (case.params.max_active_blocks or MAX_DRAFTS)
         before = len(decoder.answer_tokens) - window.num_to_verify
         events = decoder.apply(proposals_of(case.twins, cache, window))
         assert decoder.num_cached <= clean

@@ -8,14 +8,17 @@ from d2f_runtime.engine.width_gains import Gain, Span, WidthGains
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.core.presets import PRESETS
 
+ONE_BLOCK = PRESETS["verified"].with_overrides({"max_active_blocks": 1})
+
 
 def verified() -> WidthGains:
-    return RequestKind.of(PRESETS["verified"], 8).gains()
+    return RequestKind.of(ONE_BLOCK, 8).gains()
 
 
 def test_widths_of_a_verified_answer_are_numbers_of_drafts() -> None:
     drafts = [Width(max_drafts=count) for count in (1, 2, 4)]
-    assert widths_of(PRESETS["verified"], 8) == (*drafts, OWN)
+    assert widths_of(ONE_BLOCK, 8) == (*drafts, OWN)
+    assert len(widths_of(PRESETS["verified"], 8)) == 7  # 32 drafts stand before its 64
 
 
 def test_widths_of_a_pipeline_are_numbers_of_blocks() -> None:

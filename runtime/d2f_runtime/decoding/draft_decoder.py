@@ -18,7 +18,7 @@ from typing import Final, Literal
 from d2f_runtime.decoding.blocks import Accepted, BlockView, Committed
 from d2f_runtime.decoding.draft_plan import DraftPlan
 from d2f_runtime.decoding.partition import Partition
-from d2f_runtime.decoding.width import OWN, Width
+from d2f_runtime.decoding.width import MAX_DRAFTS, OWN, Width
 from d2f_runtime.decoding.window import Branch, Proposals, Window, check_proposals
 from d2f_stream.core.errors import InvalidPrompt
 from d2f_stream.core.params import GenerationParams
@@ -26,7 +26,6 @@ from d2f_stream.core.params import GenerationParams
 __all__ = ["DraftDecoder"]
 
 MAX_BRANCHES: Final = 7  # the fast step has shapes for so many
-MAX_MASKS: Final = 64  # of a step; with those before it, about what costs nothing on a GPU
 
 
 class DraftDecoder:
@@ -106,7 +105,7 @@ class DraftDecoder:
             width: tightens the bounds of the request for this step.
         """
         if self._pending is None and not self.finished:
-            bounds = [MAX_MASKS]
+            bounds = [MAX_DRAFTS]
             if self._params.max_active_blocks is not None:
                 bounds.append(self._params.max_active_blocks * self._params.block_size)
             if width.max_drafts is not None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["OWN", "Width", "widths_of"]
+__all__ = ["MAX_DRAFTS", "OWN", "UNBOUNDED_BLOCKS", "Width", "widths_of"]
 
 UNBOUNDED_BLOCKS = (1, 2, 3, 4)
 """Steps below a request that does not bound its blocks."""
+MAX_DRAFTS = 64
+"""Masks of a verified answer's step, whatever its request allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,8 @@ class Width:
 
     Attributes:
         max_active_blocks: unfilled blocks before no other one joins.
-        max_drafts: masks, the first ones, that a verified answer's window holds; at least 1.
+        max_drafts: tokens that a verified answer's step drafts, the one that the model says next
+            included; at least 1.
     """
 
     max_active_blocks: int | None = None
@@ -40,12 +43,12 @@ def widths_of(params: GenerationParams, block_size: int) -> tuple[Width, ...]:
         block_size: of its answer, tokens.
     """
     blocks = params.max_active_blocks
-    if params.add_threshold == 1.0:
+    if params.add_threshold == 1.0 and params.commit != "verify":
         blocks = 1  # the next block joins when the one before it is filled
     if params.attention == "full":
         return (OWN,)  # every window is the whole canvas
     if params.commit == "verify":
-        most = block_size * (blocks or UNBOUNDED_BLOCKS[-1])
+        most = MAX_DRAFTS if blocks is None else min(blocks * block_size, MAX_DRAFTS)
         counts = [1 << power for power in range(most.bit_length()) if 1 << power < most]
         return (*(Width(max_drafts=count) for count in counts), OWN)
     narrower = UNBOUNDED_BLOCKS if blocks is None else range(1, blocks)

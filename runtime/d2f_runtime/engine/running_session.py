@@ -47,6 +47,7 @@ class RunningSession:
         self._may_narrow = may_narrow or kind.verifies
         self._last_rows = 0
         self._span_width: Width | None = None
+        self._before: Width | None = None  # the last width of the span before
         self._is_mixed = False
         self._span = Span(0, 0, 0)
         self._tokens = self._expected = OTHERS
@@ -103,7 +104,9 @@ class RunningSession:
         self._span = Span(steps + 1, so_far + tokens, ran + rows)
         if not tokens:
             return False
-        span, is_pure = self._span, not self._is_mixed
+        # What a pipeline of another width had begun is no merit, or fault, of this one.
+        span, is_pure = self._span, not self._is_mixed and self._before in (None, width)
+        self._before = width
         self._span, self._span_width, self._is_mixed = Span(0, 0, 0), None, False
         if is_pure:
             choice = self.kind.widths.index(width)

@@ -1,15 +1,15 @@
 """WidthGains: what windows of each width have really brought, for requests of one kind.
 
 A kind is what decides how fast answers fill: the parameters of decoding. What is learned is the
-mean over spans, from one committed block of an answer to the next, within which the width stayed
-the same: so that no block is credited to a width that only finished it. Older spans count less and
+mean over spans, from one committed block of an answer to the next, of the same width as the span
+before: so that no block is credited to a width that only finished it. Older spans count less and
 less; a width that was not used for long becomes unknown, and may be tried again. Pure.
 """
 
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from d2f_runtime.decoding.width import UNBOUNDED_BLOCKS, Width
+from d2f_runtime.decoding.width import MAX_DRAFTS, UNBOUNDED_BLOCKS, Width
 
 __all__ = ["Gain", "Span", "WidthGains"]
 
@@ -77,7 +77,8 @@ class WidthGains:
         self._verifies = verifies
         blocks = max_active_blocks or UNBOUNDED_BLOCKS[-1] + 1
         if verifies:
-            masks = [width.max_drafts or blocks * block_size for width in widths]
+            own = min(blocks * block_size, MAX_DRAFTS)
+            masks = [width.max_drafts or own for width in widths]
             self._guesses = [_guess_verified(count) for count in masks]
         else:
             counts = [width.max_active_blocks or blocks for width in widths]
