@@ -29,7 +29,10 @@ CPU_ROWS: Final = 16
 class Request(Protocol):
     """One answer to come."""
 
-    decoder: BlockDecoder | DraftDecoder
+    @property
+    def decoder(self) -> BlockDecoder | DraftDecoder:
+        """Of the answer."""
+        ...
 
     def propose(self, window: Window) -> Proposals:
         """Return what the model would."""
