@@ -18,7 +18,7 @@ from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.transformer import Transformer, block_causal_mask
 
-Stored = Literal["torch", "fp32", "fp16", "int8", "int4", "int4-fp16", "device"]
+Stored = Literal["torch", "fp32", "fp16", "int8", "int4", "int4-fp16", "int4-int8", "device"]
 
 MASK = 3
 NUM_TOKENS = 150

@@ -66,7 +66,7 @@ def test_steps_and_answers_are_those_of_the_torch_backend(tmp_path: Path) -> Non
     assert found.steps[0] == found.steps[1]
 
 
-@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp16", "int8", "int4", "int4-int8"])
 def test_quantised_graphs_draft_too(quantization: Stored, tmp_path: Path) -> None:
     candidate = artefact(tmp_path, quantization)
     model = load_checkpoint(tiny_folder("llama", "torch"), adapter=tmp_path / "adapter")

@@ -112,7 +112,7 @@ async def test_torch_says_that_logits_are_no_numbers(
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("features", [slice(5, 6), slice(None)])  # integers can hide a single one
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("quantization", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp32", "int8", "int4", "int4-int8"])
 @pytest.mark.parametrize("family", ["llada", "dream"])
 async def test_graph_says_that_logits_are_no_numbers(
     tmp_path: Path,

@@ -41,7 +41,9 @@ def run_export(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--target", choices=("cpu", "cuda", "device"), default="cpu")
     parser.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
-    parser.add_argument("--quantize", metavar="NAME", help="fp32, fp16, int8, int4 or int4-fp16")
+    parser.add_argument(
+        "--quantize", metavar="NAME", help="fp32, fp16, int8, int4, int4-fp16 or int4-int8"
+    )
     parser.add_argument("--name", help="of the model, for people; default: of its folder")
     parser.add_argument("--window", type=int, default=64, help="positions; for --target device")
     parser.add_argument("--capacity", type=int, default=512, help="tokens; for --target device")

@@ -36,7 +36,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import torch
 from onnx import helper
 
 from d2f_export.onnx.graph_builder import OPSET, GraphBuilder, Stored, Value, Weights
@@ -52,7 +51,6 @@ from d2f_stream.core.errors import UnsupportedModel
 __all__ = ["OPSET", "FixedShape", "StepGraph", "step_graph"]
 
 LOWEST: Final = {"float32": FORBIDDEN, "float16": -65504.0}  # finite: no row's softmax is empty
-TORCH: Final = {"float32": torch.float32, "float16": torch.float16}
 NOWHERE: Final = 1 << 40  # a canvas position that nobody sees
 
 
@@ -172,7 +170,7 @@ class _Step:
         """Return [B, W, D] what the tokens are to the first layer."""
         graph, config = self.graph, self.config
         if self.draft_ranks is None:
-            return graph.op("Gather", self._embedding(), "tokens", axis=0)
+            return self._looked_up("tokens")
         stored = Stored("mask_embedding", self.linear.dtype, (config.hidden_size,))
         weights = Weights(
             ("draft.mask_embedding",), (stored,), lambda w: [w.float().numpy().astype(stored.dtype)]
@@ -180,7 +178,7 @@ class _Step:
         (mask,) = graph.store(weights)
         is_mask = graph.op("Equal", "tokens", graph.constant(config.mask_id))
         known = graph.op("Where", is_mask, graph.constant(0), "tokens")  # the table may lack it
-        known = graph.op("Gather", self._embedding(), known, axis=0)
+        known = self._looked_up(known)
         return graph.op("Where", graph.op("Unsqueeze", is_mask, graph.constant([2])), mask, known)
 
     def _draft(self) -> Draft | None:
@@ -191,12 +189,9 @@ class _Step:
         rows = self.graph.op("Unsqueeze", rows, self.graph.constant([2]))
         return Draft(rows, self.draft_ranks)
 
-    def _embedding(self) -> Value:
-        config, name, dtype = self.config, "embed_tokens.weight", self.linear.dtype
-        stored = Stored(name, dtype, (config.vocab_size, config.hidden_size))
-        return self.graph.store(
-            Weights((name,), (stored,), lambda w: [w.to(TORCH[dtype]).numpy()])
-        )[0]
+    def _looked_up(self, tokens: Value) -> Value:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return self.linear.look_up(tokens, "embed_tokens.weight", shape)
 
     def _sight(self) -> Sight:
         graph, dtype = self.graph, self.linear.dtype

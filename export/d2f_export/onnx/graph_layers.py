@@ -71,34 +71,39 @@ class _Layer:
         names = [self.path(f"{PARENTS[f'{part}_proj']}.{part}_proj") for part in parts]
         shapes = [product_shapes(self.config)[f"{part}_proj"] for part in parts]
         sizes = [num_out for num_out, _ in shapes]
-        shape = (sum(sizes), shapes[0][1])
-        out = self.linear(x, self.path(joined), [f"{name}.weight" for name in names], shape)
-        if self.draft is None or not any(name in self.draft.ranks for name in names):
-            return out
-        ranks = [self.draft.ranks.get(name, 0) for name in names]
-        share = self.share(x, self.draft, joined, names, sizes, ranks, shape[1])
-        return self.graph.op("Add", out, share)
+        num_in = shapes[0][1]
+        weights = [f"{name}.weight" for name in names]
+        draft = self.draft
+        if draft is None or not any(name in draft.ranks for name in names):
+            return self.linear(x, self.path(joined), weights, (sum(sizes), num_in))
+        ranks = [draft.ranks.get(name, 0) for name in names]
+        downs = [f"draft.{n}.down" for n, rank in zip(names, ranks, strict=True) if rank]
+        shape = (sum(sizes) + sum(ranks), num_in)
+        both = self.linear(x, self.path(joined), [*weights, *downs], shape)
+        parts_of = self.graph.constant([sum(sizes), sum(ranks)])
+        out, narrow = self.graph.ops("Split", 2, both, parts_of, axis=2)
+        return self.graph.op("Add", out, self.share(narrow, draft, names, sizes, ranks))
 
     def share(
         self,
-        x: Value,
+        narrow: Value,
         draft: Draft,
-        joined: str,
         names: Sequence[str],
         sizes: Sequence[int],
         ranks: Sequence[int],
-        num_in: int,
     ) -> Value:
-        """Return the factors' share of a product: zeros in the rows that are no drafts."""
-        graph, shape = self.graph, (sum(ranks), num_in)
-        adapted = [name for name, rank in zip(names, ranks, strict=True) if rank]
-        downs = [f"draft.{name}.down" for name in adapted]
-        narrow = self.linear(x, self.path(f"{joined}.draft_down"), downs, shape)
+        """Return the factors' share of a product: zeros in the rows that are no drafts.
+
+        Args:
+            narrow: [B, W, ranks], what the inner factors make of the rows.
+            draft: the adapter.
+            names: of the products.
+            sizes: of what they return.
+            ranks: of their factors, 0 without.
+        """
+        graph = self.graph
         narrow = graph.op("Mul", narrow, draft.rows)
-        parts = [narrow]
-        if len(adapted) > 1:
-            split = graph.constant([rank for rank in ranks if rank])
-            parts = graph.ops("Split", len(adapted), narrow, split, axis=2)
+        parts = self.linear.split(narrow, [rank for rank in ranks if rank])
         shares: list[Value] = []
         for name, size, rank in zip(names, sizes, ranks, strict=True):
             if rank:
@@ -137,7 +142,8 @@ class _Layer:
         if mixture is not None and not mixture.is_dense(self.index):
             mixed = add_mixture(self.linear, self.config, self.path("mlp"), normed)
             return graph.op("Add", x, mixed)
-        gate, up = (self.product(normed, f"mlp.{part}_proj", [part]) for part in ("gate", "up"))
+        both = self.product(normed, "mlp.gate_up_proj", ["gate", "up"])
+        gate, up = graph.ops("Split", 2, both, axis=2, num_outputs=2)
         gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
         down = self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])
         return graph.op("Add", x, down)

@@ -8,35 +8,42 @@ size but one row (bench/onnx), because D2F windows are bound by arithmetic and t
 do more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's MatMulNBits
 reads; symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix
 whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
+`int4-int8`: 4 bits in the file and 8 in memory, see `packed`; activations as with `int8`. Its table
+of embeddings, which may be the head too, has 6 bits.
 
-int8 weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
-8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run.
+`int8` weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
+8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run. Those of
+`int4-int8` are unsigned, which kernels add up in 32 bits.
 
 Shapes: N outputs, K inputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2f_export.onnx.graph_builder import MICROSOFT, Array, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.matrix_rows import by_rows
+from d2f_export.onnx.packed import BYTE_ZERO, Packing
 
 __all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization", "pack_int4", "pack_int8"]
 
-Quantization = Literal["fp32", "fp16", "int8", "int4", "int4-fp16"]
-QUANTIZATIONS: Final[tuple[Quantization, ...]] = ("fp32", "fp16", "int8", "int4", "int4-fp16")
+Quantization = Literal["fp32", "fp16", "int8", "int4", "int4-fp16", "int4-int8"]
+QUANTIZATIONS: Final[tuple[Quantization, ...]] = get_args(Quantization)
 FLOATS: Final = {"fp16": "float16", "int4-fp16": "float16"}  # of activations; else float32
 
 INT8_MAX: Final = 64  # of weights
+TORCH: Final = {"float32": torch.float32, "float16": torch.float16}
 ROW_MAX: Final = 127.0  # of activations, around 128
 SMALLEST: Final = 1e-9  # of a row's largest magnitude; a row of zeros has a scale all the same
 INT4_BLOCK: Final = 32
 FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
-ROWS_AT_ONCE: Final = 4096  # bounds the memory of a conversion
+LAYERS: Final = Packing(4)  # of int4-int8
+TABLE: Final = Packing(6)
 
 
 @dataclass(slots=True)
@@ -51,6 +58,7 @@ class Linear:
     graph: GraphBuilder
     quantization: Quantization
     _quantized: dict[Value, list[Value]] = field(default_factory=dict)
+    _tables: dict[str, tuple[Value, Value]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -73,8 +81,12 @@ class Linear:
             name: of the stored matrix.
             parameters: of the model.
             shape: N and K.
-            exact: leave out int4, which is too coarse for some matrices.
+            exact: leave out 4 bits, which are too coarse for some matrices.
         """
+        if self.quantization == "int4-int8":
+            stored8 = self._table(parameters[0], shape) if exact else None
+            stored8 = stored8 or LAYERS.store(self.graph, name, parameters, shape)
+            return self._bytes(x, *stored8)
         if self.quantization == "int8":
             return self._int8(x, name, parameters, shape)
         fits = self.dtype == "float32" or shape[1] % FUSED_INPUTS == 0
@@ -84,6 +96,48 @@ class Linear:
         stored = Stored(name, self.dtype, (num_in, num_out))
         weights = Weights(tuple(parameters), (stored,), lambda *w: [_transposed(w, self.dtype)])
         return self.graph.op("MatMul", x, *self.graph.store(weights))
+
+    def look_up(self, tokens: Value, name: str, shape: tuple[int, int]) -> Value:
+        """Return the rows of a table [V, D] that tokens [B, W] name: [B, W, D].
+
+        With `int4-int8`, a head that multiplies with the same table has it from here.
+        """
+        graph = self.graph
+        if self.quantization != "int4-int8":
+            stored = Stored(name, self.dtype, shape)
+            weights = Weights((name,), (stored,), lambda w: [_joined([w], self.dtype)])
+            return graph.op("Gather", *graph.store(weights), tokens, axis=0)
+        levels, scale = self._table(name, shape)
+        found = graph.op("Transpose", graph.op("Gather", levels, tokens, axis=1), perm=[1, 2, 0])
+        found = graph.op("Sub", graph.op("Cast", found, to=1), graph.constant(128.0, "float32"))
+        scale = graph.op("Gather", scale, tokens, axis=0)
+        return graph.op("Mul", found, graph.op("Unsqueeze", scale, graph.constant([2])))
+
+    def split(self, x: Value, sizes: Sequence[int]) -> list[Value]:
+        """Cut [B, W, K] into parts to be multiplied, which are rounded by one scale for a row."""
+        graph, number = self.graph, len(sizes)
+        if number == 1:
+            return [x]
+        lengths = graph.constant(list(sizes))
+        if not self.quantization.endswith("int8"):
+            return graph.ops("Split", number, x, lengths, axis=2)
+        levels, step = self._rows(x)
+        parts = graph.ops("Split", number, levels, lengths, axis=2)
+        self._quantized |= {part: [part, step] for part in parts}
+        return parts
+
+    def _table(self, name: str, shape: tuple[int, int]) -> tuple[Value, Value]:
+        if name not in self._tables:
+            self._tables[name] = TABLE.store(self.graph, name, [name], shape)
+        return self._tables[name]
+
+    def _bytes(self, x: Value, matrix: Value, scale: Value) -> Value:
+        """Multiply with levels around 128, [K, N]; sums are integers, whatever rows there are."""
+        graph = self.graph
+        levels, step = self._rows(x)
+        one, zero = graph.constant(1.0, "float32"), graph.constant(BYTE_ZERO, "uint8")
+        inputs = levels, matrix, one, scale, zero, zero
+        return graph.op("Mul", graph.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT), step)
 
     def _int8(
         self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]
@@ -150,7 +204,7 @@ def pack_int8(matrices: Sequence[Tensor]) -> list[Array]:
         scales[columns] = scale
         levels[:, columns] = np.rint(rows / scale[:, None]).astype(np.int8).T
 
-    _by_rows(matrices, convert)
+    by_rows(matrices, convert)
     return [levels, scales]
 
 
@@ -175,8 +229,13 @@ def pack_int4(matrices: Sequence[Tensor], dtype: str) -> list[Array]:
         packed[first : first + len(rows)] = levels[:, :, ::2] | levels[:, :, 1::2] << 4
         scales[first : first + len(rows)] = scale
 
-    _by_rows(matrices, convert)
+    by_rows(matrices, convert)
     return [packed, scales.reshape(-1)]
+
+
+def _joined(matrices: Sequence[Tensor], dtype: str) -> Array:
+    """Return [N, K] of matrices [N_i, K]."""
+    return np.concatenate([matrix.to(TORCH[dtype]).numpy() for matrix in matrices])
 
 
 def _transposed(matrices: Sequence[Tensor], dtype: str) -> Array:
@@ -187,14 +246,5 @@ def _transposed(matrices: Sequence[Tensor], dtype: str) -> Array:
     def convert(first: int, rows: Array) -> None:
         out[:, first : first + len(rows)] = rows.T
 
-    _by_rows(matrices, convert)
+    by_rows(matrices, convert)
     return out
-
-
-def _by_rows(matrices: Sequence[Tensor], convert: Callable[[int, Array], None]) -> None:
-    """Hand the joined rows on in fp32, some at a time."""
-    first = 0
-    for matrix in matrices:
-        for piece in torch.split(matrix, ROWS_AT_ONCE):
-            convert(first, piece.float().numpy())
-            first += len(piece)

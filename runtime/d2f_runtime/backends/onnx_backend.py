@@ -15,7 +15,7 @@ import numpy as np
 
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.backends.onnx_session import StepSession, open_sessions
-from d2f_runtime.backends.onnx_slot import OnnxSlot
+from d2f_runtime.backends.onnx_slot import ALIKE_ROWS, OnnxSlot
 from d2f_runtime.backends.rows import (
     Floats,
     check_rows,
@@ -104,7 +104,7 @@ class OnnxBackend:
             raise OutOfCapacity(
                 f"no room for the K/V of {capacity} tokens: {free} of {self._max_tokens} are free"
             )
-        opened = OnnxSlot(capacity, self._widest, self._manifest)
+        opened = OnnxSlot(capacity, self._widest, self._manifest, alike=self._computes_alike)
         self._num_reserved += capacity
         slot = Slot(self._next_slot)
         self._next_slot += 1
@@ -132,6 +132,14 @@ class OnnxBackend:
         """Free the sessions. Idempotent."""
         self._slots.clear()
         self._sessions.clear()
+
+    @property
+    def _computes_alike(self) -> bool:
+        """Whether a row is to be computed to the same bit whatever rows are beside it.
+
+        Integer products are; what is left is the order of sums in attention.
+        """
+        return self.info.quantization == "int4-int8" and self._widest.fixed is None
 
     @property
     def _widest(self) -> StepSession:
@@ -162,14 +170,15 @@ class OnnxBackend:
     def _inputs(self, row: StepRow) -> "_Inputs":
         window = row.window
         num_rows = num_forwarded(window, self.info)
-        length = max(1, num_rows)  # a graph needs a row; instead of a lone placeholder, any token
+        fewest = ALIKE_ROWS if self._computes_alike else 1  # instead of placeholders, any token
+        length = max(fewest, num_rows)
         masks = window.asked(self.info.mask_id)
         asked = masks
         if self.info.drafts_in_place:
             asked = shifted_positions(masks, window.num_to_cache)
         head_rows = self._head_rows(asked, window.num_to_cache)
         session = self._session_for(length)
-        width, num_heads = length, len(head_rows)
+        width, num_heads = length, max(fewest, len(head_rows))
         if session.fixed is not None:
             width = num_heads = session.fixed.width
         host: dict[str, Any] = {
@@ -183,7 +192,8 @@ class OnnxBackend:
             "in_full": np.array(row.temperature > 0 or row.rank != "confidence"),
         }
         host["tokens"][0, :num_rows] = window.tokens[:num_rows]
-        host["visible_until"][0, :length] = window.visible_until()[:length]
+        visible_until = window.visible_until()[:length]
+        host["visible_until"][0, : len(visible_until)] = visible_until
         host["head_rows"][0, : len(head_rows)] = head_rows
         if row.uniforms:
             host["uniforms"][0, : len(masks)] = [row.uniforms[i] for i in masks]

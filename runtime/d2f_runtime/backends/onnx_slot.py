@@ -3,7 +3,9 @@
 A graph reads the cached columns where they lie and writes the window's new K/V right behind them,
 so that caching is counting and nothing is copied. A run of a small model takes a few milliseconds,
 so what stays the same from step to step stays bound: the cache is bound in multiples of some
-tokens, new K/V while the window is at the same place.
+tokens, new K/V while the window is at the same place. Where rows are to be computed alike in every
+window, exactly what is cached is bound: a key then has the same column as long as it is seen, and a
+row's sums have one order.
 
 Shapes: W window, P columns of the cache that are bound, L layers, KV key/value heads, hd head size,
 D hidden size.
@@ -20,9 +22,10 @@ from d2f_runtime.backends.onnx_session import StepSession
 from d2f_runtime.backends.rows import Floats
 from d2f_runtime.models.manifest import Manifest
 
-__all__ = ["OnnxSlot"]
+__all__ = ["ALIKE_ROWS", "OnnxSlot"]
 
 PAST_STEP: Final = 32  # tokens
+ALIKE_ROWS: Final = 2  # of one alone, CPU kernels add up in another order
 ALIGNED: Final = 4  # columns of past and window; of others CUDA's fused attention takes no mask
 
 Array = npt.NDArray[Any]
@@ -50,6 +53,7 @@ class OnnxSlot:
     capacity: int
     num_cached: int
     _manifest: Manifest
+    _alike: bool
     _device: tuple[str, int]
     _dtype: Any
     _rows: int
@@ -58,15 +62,17 @@ class OnnxSlot:
     _current: int
     _bindings: dict[int, _Binding]
 
-    def __init__(self, capacity: int, session: StepSession, manifest: Manifest) -> None:
+    def __init__(
+        self, capacity: int, session: StepSession, manifest: Manifest, *, alike: bool = False
+    ) -> None:
         self.capacity, self.num_cached = capacity, 0
-        self._manifest, self._device = manifest, session.device
+        self._manifest, self._device, self._alike = manifest, session.device, alike
         self._dtype = session.dtype
         self._bindings = {}
         self._current = 0
         state = np.zeros((1, manifest.transformer.hidden_size), self._dtype)
         self._states = (self._placed(state), self._placed(state.copy()))
-        self._rows = capacity
+        self._rows = capacity + (ALIKE_ROWS - 1 if alike else 0)
         if session.fixed is not None:  # it reads all its columns and writes all its rows
             self._rows = session.fixed.capacity + session.fixed.width
         self._cache = self._reserved()
@@ -155,6 +161,8 @@ class OnnxSlot:
 
     def _num_columns(self, start: int, width: int) -> int:
         """Return how many columns to bind: the cached ones and some more, which `start` masks."""
+        if self._alike:
+            return start
         rounded = -(-start // PAST_STEP) * PAST_STEP + -width % ALIGNED
         if rounded > self._rows:
             rounded = start + -(start + width) % ALIGNED

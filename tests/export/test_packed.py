@@ -1,0 +1,144 @@
+"""Matrices of 4 to 6 bits on disk: what a session unpacks, and that rows are computed alone."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from d2f_export.onnx.artefact import Description, write_artefact
+from d2f_export.onnx.graph_builder import GraphBuilder
+from d2f_export.onnx.packed import Packing
+from d2f_export.onnx.quantize import Linear
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.backends.onnx_backend import OnnxBackend, load
+from d2f_runtime.decoding.window import Window
+from d2f_runtime.evaluation.answers import decode_all
+from d2f_stream.core.params import GenerationParams
+from tiny_drafts import write_draft_adapter
+from tiny_models import CONFIGS, tiny_folder
+
+pytestmark = pytest.mark.torch
+
+MASK = 160
+PROMPTS = [[5, 9, 12, 40], [70, 71], list(range(20, 60)), [33] * 7]
+
+
+def unpacked(packing: Packing, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the levels around 128 and the scales that a session has of a matrix."""
+    graph = GraphBuilder()
+    levels, scale = packing.store(graph, "w", ["w"], (weight.shape[0], weight.shape[1]))
+    outputs = [
+        helper.make_tensor_value_info(levels, TensorProto.UINT8, None),
+        helper.make_tensor_value_info(graph.op("Identity", scale), TensorProto.FLOAT, None),
+    ]
+    model = graph.model([], outputs)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    (weights,) = graph.weights
+    for stored, array in zip(weights.stored, weights.pack(weight), strict=True):
+        assert (stored.shape, stored.dtype) == (array.shape, array.dtype)
+        tensors[stored.name].raw_data = array.tobytes()
+    found = ort.InferenceSession(model.SerializeToString()).run(None, {})
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+@pytest.mark.parametrize("num_in", [64, 32, 50, 3])
+def test_weights_are_within_half_a_code_and_two_levels(bits: int, num_in: int) -> None:
+    weight = torch.randn(24, num_in, generator=torch.Generator().manual_seed(bits))
+    weight[3] = 0
+    levels, scale = unpacked(Packing(bits), weight)
+    assert levels.shape == (num_in, 24)
+    found = (levels.astype(np.float32) - 128).T * scale[:, None]
+    padded = np.pad(weight.numpy(), ((0, 0), (0, -num_in % 32)), mode="edge").reshape(24, -1, 32)
+    code = (padded.max(2) - padded.min(2)) / ((1 << bits) - 1)
+    allowed = np.repeat(code / 2, 32, axis=1)[:, :num_in] + 2 * scale[:, None]
+    assert (np.abs(found - weight.numpy()) <= allowed).all()
+
+
+def test_what_had_four_bits_keeps_its_codes() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (8, 2, 32))
+    codes[:, :, 0], codes[:, :, 1] = 0, 15  # as a minimum and a maximum have
+    step, lowest = rng.uniform(0.5, 1, (8, 2, 1)), rng.uniform(-9, -6, (8, 2, 1))
+    weight = torch.from_numpy((lowest + codes * step).reshape(8, 64)).float()
+    low = Packing(4).pack([weight])[0]
+    found = np.concatenate([low & 15, low >> 4], axis=1).transpose(2, 0, 1)
+    assert (found == codes).all()
+
+
+def test_products_are_those_of_the_unpacked_matrix() -> None:
+    rng = np.random.default_rng(1)
+    weight = torch.from_numpy(rng.standard_normal((40, 64)).astype(np.float32))
+    levels, scale = unpacked(Packing(4), weight)
+    graph = GraphBuilder()
+    out = Linear(graph, "int4-int8")("x", "w", ["w"], (40, 64))
+    x_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "rows", 64])
+    model = graph.model([x_info], [helper.make_tensor_value_info(out, TensorProto.FLOAT, None)])
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for stored, array in zip(graph.weights[0].stored, graph.weights[0].pack(weight), strict=True):
+        tensors[stored.name].raw_data = array.tobytes()
+    x = rng.standard_normal((1, 5, 64)).astype(np.float32)
+    (found,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    wanted = x[0] @ ((levels.astype(np.float32) - 128) * scale)
+    assert np.abs(found[0] - wanted).max() < 0.02 * np.abs(wanted).max()  # rows have 8 bits
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> OnnxBackend:
+    root: Path = tmp_path_factory.mktemp("packed")
+    write_draft_adapter(root / "adapter", CONFIGS["llama"], mask_id=MASK)
+    (root / "tokenizer.json").write_text("{}")
+    write_artefact(
+        tiny_folder("llama", "torch"),
+        root / "artefact",
+        Description(name="tiny", tokenizer=root / "tokenizer.json"),
+        quantization="int4-int8",
+        adapter=root / "adapter",
+    )
+    return load(root / "artefact", device="cpu")
+
+
+@pytest.mark.parametrize("cached", [0, 1, 31, 40, 70])
+def test_a_row_has_the_same_bits_in_every_window(drafting: OnnxBackend, cached: int) -> None:
+    tokens = tuple(int(t) for t in np.random.default_rng(cached).integers(1, 150, cached + 12))
+    slot = drafting.open_slot(cached + 40)
+    if cached:
+        drafting.step([_row(slot, Window(0, tokens[:cached], cached, tuple(range(1, cached + 1))))])
+    alone = []
+    for at in range(cached, cached + 8):
+        window = Window(at, (tokens[at], MASK), 1, (at + 1, at + 2))
+        alone.append(drafting.logits(_row(slot, window))[-1])
+        drafting.step([_row(slot, window)])
+    drafting.close_slot(slot)
+    slot = drafting.open_slot(cached + 40)
+    if cached:
+        drafting.step([_row(slot, Window(0, tokens[:cached], cached, tuple(range(1, cached + 1))))])
+    stop = cached + 8
+    stops = (*range(cached + 1, stop + 1), stop + 4)
+    window = Window(cached, (*tokens[cached:stop], *[MASK] * 4), 8, stops, 7)
+    together = drafting.logits(_row(slot, window))
+    drafting.close_slot(slot)
+    for one, other in zip(alone, together, strict=False):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 8, 16])
+@pytest.mark.parametrize("confidence", [0.001, 0.05, 0.9])
+def test_verified_answers_are_the_autoregressive_ones(
+    drafting: OnnxBackend, block_size: int, confidence: float
+) -> None:
+    common = GenerationParams(max_new_tokens=40, add_threshold=1.0, max_active_blocks=1)
+    ordinary = common.with_overrides({"block_size": 1})
+    verified = common.with_overrides(
+        {"block_size": block_size, "confidence_threshold": confidence, "commit": "verify"}
+    )
+    wanted = decode_all(drafting, PROMPTS, ordinary, rows=1)
+    found = decode_all(drafting, PROMPTS, verified, rows=1)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
+
+
+def _row(slot: int, window: Window) -> StepRow:
+    return StepRow(slot, window)  # type: ignore[arg-type]
