@@ -44,7 +44,7 @@ def generate(
     Args:
         prompt: a string, taken verbatim; a list of chat messages ({"role": ..., "content": ...}),
             put through the model's template; or a list of token ids.
-        model: None is the embedded model; a path is a model folder or a .gguf file; "org/name" is a
+        model: None is the default model; a path is a model folder or a .gguf file; "org/name" is a
             Hugging Face repository, unless there is a folder of that name; an address as of
             `connect` is a server; an open engine is used as it is. A model that is not open yet is
             loaded once per process and stays loaded, and all requests of an event loop share one
@@ -107,7 +107,7 @@ async def load(
     Safe to cancel.
 
     Args:
-        model: None is the embedded model; a path is a model folder or a .gguf file; "org/name" or
+        model: None is the default model; a path is a model folder or a .gguf file; "org/name" or
             "org/name@revision" is a Hugging Face repository, unless there is a folder of that name;
             an address is a server, which has chosen all that follows itself, save the token.
         adapter: folder or repository of a LoRA adapter (PEFT), merged into the weights.

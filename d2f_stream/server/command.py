@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "--model", help="a folder, a .gguf file or a hub id (default: the embedded model)"
+        "--model",
+        help="a folder, a .gguf file or a hub id (default: smollm2-135m-d2f, or word-problems)",
     )
     parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
     parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")

@@ -112,7 +112,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         help="a name (d2f-stream models list), a folder, a .gguf file, a hub id or a server's "
-        "address (default: that of the config file, else the embedded model)",
+        "address (default: that of the config file, else the default model)",
     )
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"

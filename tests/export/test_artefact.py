@@ -106,7 +106,7 @@ def test_int8_quantizes_every_matrix_and_keeps_seven_bits() -> None:
     graph = onnx.load(tiny_folder("dream", "int8") / "model.onnx").graph
     weights = [onnx.numpy_helper.to_array(t) for t in graph.initializer]
     matrices = [w for w in weights if w.dtype == "int8" and w.ndim == 2]
-    assert len(matrices) == 5 + 6 + 1  # qkv, o, gate, up, down; the last layer's q apart; the head
+    assert len(matrices) == 4 + 5 + 1  # qkv, o, gate and up, down; the last layer's q; the head
     assert all(abs(w).max() == 64 for w in matrices)
     assert not any(node.op_type == "MatMul" for node in graph.node)
 

@@ -1,5 +1,3 @@
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,34 +6,7 @@ import pytest
 import d2f_runtime.models
 from d2f_runtime.engine.opening import _key, embedded_folder, open_engine, shared_engine
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound
-
-SCRIPT = json.dumps({"answers": "abc"}).encode()
-
-
-def write_model(folder: Path, **changes: Any) -> Path:
-    manifest = {
-        "format_version": 1,
-        "name": "tiny",
-        "family": "scripted",
-        "mask_id": 257,
-        "eos_ids": [256],
-        "shift_logits": False,
-        "prompt_attention": "full",
-        "native_block_size": 8,
-        "max_block_size": 64,
-        "max_len": 512,
-        "vocab_size": 257,
-        "transformer": dict.fromkeys(
-            ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"), 1
-        ),
-        "defaults": {"cpu": {"max_new_tokens": 40}},
-        "files": {
-            "script.json": {"sha256": hashlib.sha256(SCRIPT).hexdigest(), "bytes": len(SCRIPT)}
-        },
-    }
-    (folder / "script.json").write_bytes(SCRIPT)
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-    return folder
+from scripted_folder import SCRIPT, write_model
 
 
 def open_(model: Path | None) -> Any:

@@ -5,6 +5,7 @@ tokenizer.
 """
 
 import asyncio
+import logging
 import os
 import threading
 from pathlib import Path
@@ -23,13 +24,16 @@ from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import About
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
+from d2f_runtime.models.installed import DEFAULT, find_installed
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
 from d2f_runtime.models.published import Published, find_published
 from d2f_runtime.text.files import holds_file
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
 from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
 
-__all__ = ["embedded_folder", "open_engine", "shared_engine"]
+__all__ = ["default_folder", "embedded_folder", "open_engine", "shared_engine"]
+
+logger = logging.getLogger("d2f_stream.opening")
 
 EMBEDDED: Final = "word-problems"  # its name, where another model is the default
 MAX_HASH_BYTES: Final = 1 << 28  # larger files take longer to hash than to load
@@ -64,7 +68,7 @@ def open_engine(
     """Return a new engine; entering it waits for the model.
 
     Args:
-        model: a folder, a GGUF file or a hub id; None is the embedded model.
+        model: a folder, a GGUF file or a hub id; None is the default one.
         adapter: folder or hub id of a LoRA adapter to merge into the weights, or of a draft
             adapter, which drafts go through beside them.
         backend: see `d2f_stream.load`, as for the next two.
@@ -120,6 +124,22 @@ def shared_engine(model: str | Path | None) -> LocalEngine:
         return engine
 
 
+def default_folder() -> Path:
+    """Return the folder of the model that is meant where none is named.
+
+    That is the installed package's, where there is one, else the embedded one.
+
+    Raises:
+        ModelNotFound: this installation has neither.
+    """
+    try:
+        folder = find_installed(DEFAULT)
+    except ModelNotFound as error:
+        logger.warning("%s; until then %s answers, which solves word problems", error, EMBEDDED)
+        folder = None
+    return embedded_folder() if folder is None else folder
+
+
 def embedded_folder() -> Path:
     """Return the folder of the model that ships with the package.
 
@@ -149,9 +169,7 @@ def _key(
         raise UnsupportedModel(
             f"{model} is a server; what runs here is a folder, a .gguf file or a hub id"
         )
-    if model == EMBEDDED and not Path(model).exists():
-        model = None
-    path = embedded_folder() if model is None else locate(model)
+    path = _located(model)
     if adapter is None and isinstance(path, HubModel) and isinstance(model, str):
         entry = named(model)  # a name stands for a model with the adapter it is meant to have
         adapter = None if entry is None else entry.adapter
@@ -169,6 +187,18 @@ def _key(
         kv_tokens=kv_tokens,
         family=family,
     )
+
+
+def _located(model: str | Path | None) -> Path | HubModel:
+    """Return where a model is. A folder of the name goes before what is installed."""
+    if model is None:
+        return default_folder()
+    if isinstance(model, str) and not Path(model).exists():
+        if model == EMBEDDED:
+            return embedded_folder()
+        if "/" not in model and (folder := find_installed(model)) is not None:
+            return folder
+    return locate(model)
 
 
 def _engine(key: ModelKey, limits: Limits | None = None, *, warm_up: bool = False) -> LocalEngine:

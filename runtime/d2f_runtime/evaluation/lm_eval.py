@@ -73,7 +73,7 @@ class D2FStreamLM(LM):  # type: ignore[misc]  # lm-eval is untyped
     """An engine as lm-eval sees it.
 
     Args:
-        model: a folder, GGUF file or hub id, None for the embedded model, or a server's address.
+        model: a folder, GGUF file or hub id, None for the default model, or a server's address.
         batch_size: answers at a time; "auto" is 16.
         max_batch_size: bounds "auto".
         device: "auto", "cpu", "cuda", ...

@@ -90,7 +90,7 @@ def opened(
     beside it; what a server does is its own choice.
 
     Args:
-        model: a folder, GGUF file or hub id, None for the embedded model, or a server's address.
+        model: a folder, GGUF file or hub id, None for the default model, or a server's address.
         concurrency: answers that share a step.
         adapter: a LoRA to merge into a local model.
         backend: of a local model.

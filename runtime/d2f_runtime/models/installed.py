@@ -1,0 +1,48 @@
+"""Models that are packages of their own, found by their entry points.
+
+A package names itself in the group "d2f_stream.models" and points at the path of its model folder,
+which it holds. What it is called there is what users type. Knows no backend.
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Final
+
+from d2f_runtime.models.manifest import FILE_NAME
+from d2f_runtime.text.files import holds_file
+from d2f_stream.core.errors import ModelNotFound
+
+__all__ = ["DEFAULT", "GROUP", "find_installed", "installed_names"]
+
+GROUP: Final = "d2f_stream.models"
+DEFAULT: Final = "smollm2-135m-d2f"
+"""The model that is meant where none is named, if its package is installed."""
+
+
+def installed_names() -> list[str]:
+    """Return the names of the installed packages' models, sorted."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
+
+
+def find_installed(name: str) -> Path | None:
+    """Return the folder of an installed model; None where no package has one of that name.
+
+    Raises:
+        ModelNotFound: its package is broken, or holds no model.
+    """
+    entries = importlib.metadata.entry_points(group=GROUP, name=name)
+    if not entries:
+        return None
+    entry = next(iter(entries))
+    try:
+        folder = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ModelNotFound(
+            f"the package of model {name} cannot be loaded ({error}); install it again"
+        ) from error
+    if not isinstance(folder, Path) or not holds_file(folder / FILE_NAME):
+        raise ModelNotFound(
+            f"the package of model {name} is installed, but {folder} holds no {FILE_NAME}; build "
+            "the model as the package's README says, and install it again"
+        )
+    return folder
