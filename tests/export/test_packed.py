@@ -1,6 +1,8 @@
 """Matrices of 4 to 6 bits on disk: what a session unpacks, and that rows are computed alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -26,10 +28,10 @@ MASK = 160
 PROMPTS = [[5, 9, 12, 40], [70, 71], list(range(20, 60)), [33] * 7]
 
 
-def unpacked(packing: Packing, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    graph: GraphBuilder, levels: str, scale: str, arrays: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the levels around 128 and the scales that a session has of a matrix."""
-    graph = GraphBuilder()
-    levels, scale = packing.store(graph, "w", ["w"], (weight.shape[0], weight.shape[1]))
     outputs = [
         helper.make_tensor_value_info(levels, TensorProto.UINT8, None),
         helper.make_tensor_value_info(graph.op("Identity", scale), TensorProto.FLOAT, None),
@@ -37,11 +39,19 @@ def unpacked(packing: Packing, weight: torch.Tensor) -> tuple[np.ndarray, np.nda
     model = graph.model([], outputs)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     (weights,) = graph.weights
-    for stored, array in zip(weights.stored, weights.pack(weight), strict=True):
-        assert (stored.shape, stored.dtype) == (array.shape, array.dtype)
+    for stored, array in zip(weights.stored, arrays, strict=True):
+        assert stored.shape == array.shape
+        assert stored.dtype == str(array.dtype)
         tensors[stored.name].raw_data = array.tobytes()
     found = ort.InferenceSession(model.SerializeToString()).run(None, {})
     return found[0], found[1]
+
+
+def unpacked(packing: Packing, weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a session has of a matrix."""
+    graph = GraphBuilder()
+    levels, scale = packing.store(graph, "w", ["w"], (weight.shape[0], weight.shape[1]))
+    return run(graph, levels, scale, packing.pack([weight]))
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
@@ -56,6 +66,22 @@ def test_weights_are_within_half_a_code_and_two_levels(bits: int, num_in: int) -
     code = (padded.max(2) - padded.min(2)) / ((1 << bits) - 1)
     allowed = np.repeat(code / 2, 32, axis=1)[:, :num_in] + 2 * scale[:, None]
     assert (np.abs(found - weight.numpy()) <= allowed).all()
+
+
+def test_smoothed_weights_are_the_products_with_the_factors() -> None:
+    weight = torch.randn(24, 50, generator=torch.Generator().manual_seed(0))
+    factor = torch.rand(50, generator=torch.Generator().manual_seed(1)) * 3 + 0.1
+    graph = GraphBuilder()
+    levels, scale = Packing(4).store(graph, "w", ["w"], (24, 50), smooth="s")
+    (weights,) = graph.weights
+    assert weights.sources == ("w", "s")
+    found_levels, found_scale = run(graph, levels, scale, weights.pack(weight, factor))
+    plain_levels, plain_scale = unpacked(Packing(4), weight)
+    plain = (plain_levels.astype(np.float32) - 128) * plain_scale  # [K, N]
+    found = (found_levels.astype(np.float32) - 128) * found_scale
+    allowed = plain_scale * factor.numpy()[:, None] + found_scale
+    assert (np.abs(found - plain * factor.numpy()[:, None]) <= allowed).all()
+    assert np.abs(found_levels.astype(int) - 128).max() <= 127
 
 
 def test_what_had_four_bits_keeps_its_codes() -> None:

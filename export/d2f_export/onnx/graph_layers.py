@@ -17,6 +17,7 @@ from torch import Tensor
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.graph_mixture import add_mixture
 from d2f_export.onnx.quantize import Linear
+from d2f_export.onnx.smoothing import NORMS
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import PARENTS, product_shapes
 
@@ -64,10 +65,24 @@ class _Layer:
         return f"layers.{self.index}.{name}"
 
     def norm(self, x: Value, name: str) -> Value:
-        return norm(self.graph, x, self.path(name), self.config, self.linear.dtype)
+        smooth = self.smooth(name)
+        return norm(self.graph, x, self.path(name), self.config, self.linear.dtype, smooth=smooth)
 
-    def product(self, x: Value, joined: str, parts: Sequence[str]) -> Value:
-        """Multiply with the joined matrices of some products; draft rows with their factors too."""
+    def smooth(self, name: str) -> str | None:
+        """Return the name of the factors that a norm's channels are divided by."""
+        smooths = self.linear.smooths and name in NORMS and self.config.mixture is None
+        return f"smooth.{self.path(name)}" if smooths else None
+
+    def product(self, x: Value, joined: str, parts: Sequence[str], *, after: str = "") -> Value:
+        """Multiply with the joined matrices of some products; draft rows with their factors too.
+
+        Args:
+            x: the activations.
+            joined: name of the joined matrix.
+            parts: the products, such as "gate".
+            after: the norm that returned the activations.
+        """
+        smooth = self.smooth(after)
         names = [self.path(f"{PARENTS[f'{part}_proj']}.{part}_proj") for part in parts]
         shapes = [product_shapes(self.config)[f"{part}_proj"] for part in parts]
         sizes = [num_out for num_out, _ in shapes]
@@ -75,11 +90,12 @@ class _Layer:
         weights = [f"{name}.weight" for name in names]
         draft = self.draft
         if draft is None or not any(name in draft.ranks for name in names):
-            return self.linear(x, self.path(joined), weights, (sum(sizes), num_in))
+            shape = (sum(sizes), num_in)
+            return self.linear(x, self.path(joined), weights, shape, smooth=smooth)
         ranks = [draft.ranks.get(name, 0) for name in names]
         downs = [f"draft.{n}.down" for n, rank in zip(names, ranks, strict=True) if rank]
         shape = (sum(sizes) + sum(ranks), num_in)
-        both = self.linear(x, self.path(joined), [*weights, *downs], shape)
+        both = self.linear(x, self.path(joined), [*weights, *downs], shape, smooth=smooth)
         parts_of = self.graph.constant([sum(sizes), sum(ranks)])
         out, narrow = self.graph.ops("Split", 2, both, parts_of, axis=2)
         return self.graph.op("Add", out, self.share(narrow, draft, names, sizes, ranks))
@@ -117,7 +133,7 @@ class _Layer:
     def project(self, x: Value, joined: str, parts: str, num_out: int) -> Value:
         """Multiply with the joined matrices of q, k and v, or some of them; add their biases."""
         names = [self.path(f"self_attn.{part}_proj") for part in parts]
-        out = self.product(x, joined, parts)
+        out = self.product(x, joined, parts, after="input_layernorm")
         if not self.config.qkv_bias:
             return out
         dtype = self.linear.dtype
@@ -142,7 +158,8 @@ class _Layer:
         if mixture is not None and not mixture.is_dense(self.index):
             mixed = add_mixture(self.linear, self.config, self.path("mlp"), normed)
             return graph.op("Add", x, mixed)
-        both = self.product(normed, "mlp.gate_up_proj", ["gate", "up"])
+        after = "post_attention_layernorm"
+        both = self.product(normed, "mlp.gate_up_proj", ["gate", "up"], after=after)
         gate, up = graph.ops("Split", 2, both, axis=2, num_outputs=2)
         gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
         down = self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])
@@ -216,11 +233,26 @@ def _selected(graph: GraphBuilder, sight: Sight, rows: Value) -> Sight:
     return Sight(cos, sin, mask, None if scale is None else select_rows(graph, scale, rows))
 
 
-def norm(graph: GraphBuilder, x: Value, name: str, config: TransformerConfig, dtype: str) -> Value:
-    """Normalise the last dimension by its root mean square, in fp32."""
+def norm(
+    graph: GraphBuilder,
+    x: Value,
+    name: str,
+    config: TransformerConfig,
+    dtype: str,
+    *,
+    smooth: str | None = None,
+) -> Value:
+    """Normalise the last dimension by its root mean square, in fp32.
+
+    `smooth` names factors that the channels are divided by.
+    """
     size = config.head_dim if name.endswith(("q_norm", "k_norm")) else config.hidden_size
     stored = Stored(f"{name}.weight", dtype, (size,))
     weights = Weights((stored.name,), (stored,), lambda *w: [_joined(w, dtype)])
+    if smooth is not None:
+        weights = Weights(
+            (stored.name, smooth), (stored,), lambda w, by: [_joined([w.float() / by], dtype)]
+        )
     scale = graph.store(weights)
     return graph.op("RMSNormalization", x, *scale, axis=-1, epsilon=config.norm_eps, stash_type=1)
 

@@ -53,7 +53,13 @@ class Packing:
         return (1 << self.bits) - 1
 
     def store(
-        self, graph: GraphBuilder, name: str, parameters: Sequence[str], shape: tuple[int, int]
+        self,
+        graph: GraphBuilder,
+        name: str,
+        parameters: Sequence[str],
+        shape: tuple[int, int],
+        *,
+        smooth: str | None = None,
     ) -> tuple[Value, Value]:
         """Add a matrix [N, K], joined of parameters; return what a session makes of it.
 
@@ -62,6 +68,8 @@ class Packing:
             name: of the stored matrix.
             parameters: [N_i, K] of the model.
             shape: N and K.
+            smooth: name of factors [K] that a session multiplies the inputs' weights with; with 4
+                bits.
 
         Returns:
             Levels around 128, [K, N] uint8, and the scales, [N] fp32.
@@ -77,9 +85,19 @@ class Packing:
         if self.high:
             size = (num_blocks, BLOCK * self.high // 8, num_out)
             stored.append(Stored(f"{name}.high", "uint8", size))
-        weights = Weights(tuple(parameters), tuple(stored), lambda *w: self.pack(w))
-        low, base, span, scale, *high = graph.store(weights)
-        levels = self._levels(graph, self._codes(graph, low, high), base, span)
+        sources = tuple(parameters)
+
+        def pack(*tensors: Tensor) -> Sequence[Array]:
+            return self.pack(tensors) if smooth is None else self.smoothed(*tensors)
+
+        if smooth is not None:
+            sources = (*sources, smooth)
+            stored.append(Stored(f"{name}.factor", "float32", (num_blocks, BLOCK, 1)))
+            stored.append(Stored(f"{name}.ratio", "float32", (num_out,)))
+        low, base, span, scale, *more = graph.store(Weights(sources, tuple(stored), pack))
+        high = more[: bool(self.high)]
+        codes = self._codes(graph, low, high)
+        levels = self._levels(graph, codes, base, span, more[bool(self.high) :])
         levels = graph.op("Reshape", levels, graph.constant([-1, num_out]))
         if num_blocks * BLOCK > num_in:
             ends = (graph.constant([end]) for end in (0, num_in, 0))
@@ -116,6 +134,24 @@ class Packing:
             arrays.append(self._high(codes >> 4))
         return arrays
 
+    def smoothed(self, *tensors: Tensor) -> list[Array]:
+        """Return the arrays, the factors, and what makes an output's largest level 126 again.
+
+        Args:
+            tensors: matrices [N_i, K], and the factors [K].
+        """
+        *matrices, factor = tensors
+        arrays = self.pack(matrices)
+        low, base, span, scale = arrays[:4]
+        codes = np.concatenate([low & 15, low >> 4], axis=1).astype(np.float32)
+        factors = np.ones((len(low), BLOCK, 1), np.float32)
+        factors.reshape(-1)[: len(factor)] = factor.float().numpy()
+        levels = codes * (span.astype(np.float32) / self.codes) + (base.astype(np.float32) - 128)
+        largest = np.abs(levels * factors).max(axis=(0, 1))
+        ratio = LEVEL_MAX / np.where(largest > 0, largest, LEVEL_MAX).astype(np.float32)
+        arrays[3] = scale / ratio
+        return [*arrays, factors, ratio]
+
     def _high(self, bits: Array) -> Array:
         """Join the higher bits of codes, [G, 32, N], to whole bytes."""
         number = 8 // self.high
@@ -142,11 +178,23 @@ class Packing:
         bits = graph.op("Concat", *(graph.op("BitwiseAnd", p, only) for p in parts), axis=1)
         return graph.op("BitwiseOr", codes, shifted(bits, 4, "LEFT"))
 
-    def _levels(self, graph: GraphBuilder, codes: Value, base: Value, span: Value) -> Value:
-        """Return [G, 32, N] uint8 levels around 128."""
+    def _levels(
+        self, graph: GraphBuilder, codes: Value, base: Value, span: Value, smooth: Sequence[Value]
+    ) -> Value:
+        """Return [G, 32, N] uint8 levels around 128; `smooth` is nothing, or factor and ratio."""
         step = graph.op("Cast", span, to=1)
         step = graph.op("Mul", step, graph.constant(1 / self.codes, "float32"))
         start = graph.op("Cast", base, to=1)
-        start = graph.op("Add", start, graph.constant(0.5, "float32"))  # the cast cuts off
+        above = 0.5  # the cast cuts off
+        if smooth:
+            start = graph.op("Sub", start, graph.constant(float(BYTE_ZERO), "float32"))
+            above += BYTE_ZERO
+        else:
+            start = graph.op("Add", start, graph.constant(above, "float32"))
         levels = graph.op("Mul", graph.op("Cast", codes, to=1), step)
-        return graph.op("Cast", graph.op("Add", levels, start), to=2)
+        levels = graph.op("Add", levels, start)
+        if smooth:
+            for factor in smooth:
+                levels = graph.op("Mul", levels, factor)
+            levels = graph.op("Add", levels, graph.constant(above, "float32"))
+        return graph.op("Cast", levels, to=2)

@@ -9,7 +9,7 @@ do more of it. `int4`: blocks of 32 weights with one scale each, which onnxrunti
 reads; symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix
 whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
 `int4-int8`: 4 bits in the file and 8 in memory, see `packed`; activations as with `int8`. Its table
-of embeddings, which may be the head too, has 6 bits.
+of embeddings, which may be the head too, has 5 bits.
 
 `int8` weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
 8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run. Those of
@@ -43,7 +43,7 @@ SMALLEST: Final = 1e-9  # of a row's largest magnitude; a row of zeros has a sca
 INT4_BLOCK: Final = 32
 FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
 LAYERS: Final = Packing(4)  # of int4-int8
-TABLE: Final = Packing(6)
+TABLE: Final = Packing(5)
 
 
 @dataclass(slots=True)
@@ -65,6 +65,11 @@ class Linear:
         """Of activations."""
         return FLOATS.get(self.quantization, "float32")
 
+    @property
+    def smooths(self) -> bool:
+        """Whether the channels that a norm returns are to be made alike in size."""
+        return self.quantization == "int4-int8"
+
     def __call__(
         self,
         x: Value,
@@ -73,6 +78,7 @@ class Linear:
         shape: tuple[int, int],
         *,
         exact: bool = False,
+        smooth: str | None = None,
     ) -> Value:
         """Multiply [..., K] with matrices [N_i, K], joined to N outputs: [..., N].
 
@@ -82,10 +88,11 @@ class Linear:
             parameters: of the model.
             shape: N and K.
             exact: leave out 4 bits, which are too coarse for some matrices.
+            smooth: name of the factors that `x` was divided by; see `smoothing`.
         """
         if self.quantization == "int4-int8":
             stored8 = self._table(parameters[0], shape) if exact else None
-            stored8 = stored8 or LAYERS.store(self.graph, name, parameters, shape)
+            stored8 = stored8 or LAYERS.store(self.graph, name, parameters, shape, smooth=smooth)
             return self._bytes(x, *stored8)
         if self.quantization == "int8":
             return self._int8(x, name, parameters, shape)

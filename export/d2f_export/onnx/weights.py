@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2f_export.onnx.graph import StepGraph
 from d2f_export.onnx.graph_builder import Array, Stored
+from d2f_export.onnx.smoothing import smoothing_of
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter
 from d2f_runtime.models.draft_facts import DraftFacts
@@ -53,6 +54,8 @@ class Checkpoint:
         self.config: TransformerConfig = self._stored.config
         self._draft: DraftAdapter | None = None
         self._has_mask = facts is None or facts.mask_id is not None
+        self._folder = folder
+        self._smoothing: dict[str, Tensor] | None = None
         if facts is not None and adapter is not None:
             self.config = facts.adapted(self.config)
             self._draft = DraftAdapter.open(adapter, facts, self.config)
@@ -66,7 +69,7 @@ class Checkpoint:
         """Read parameters by our names, dense where they are quantised, adapter merged in.
 
         Those of a draft adapter begin with "draft.": its mask_embedding, and down and up of a
-        product.
+        product. Those that begin with "smooth." are the factors behind a norm.
 
         Raises:
             ModelDamaged: one holds a value that is no number.
@@ -74,6 +77,9 @@ class Checkpoint:
         tensors: list[Tensor] = []
         shards, adapter = self._stored.shards, self._stored.adapter
         for name in names:
+            if name.startswith("smooth."):
+                tensors.append(self._factors(name.removeprefix("smooth.")))
+                continue
             if name == "draft.mask_embedding" and not self._has_mask:
                 (table,) = self(["embed_tokens.weight"])
                 tensors.append(table[self.config.mask_id])
@@ -97,6 +103,12 @@ class Checkpoint:
                 )
             tensors.append(tensor)
         return tensors
+
+    def _factors(self, norm: str) -> Tensor:
+        """Return the factors behind a norm; the first call runs the model."""
+        if self._smoothing is None:
+            self._smoothing = smoothing_of(self._folder)
+        return self._smoothing[norm]
 
 
 def write_graphs(
