@@ -351,17 +351,18 @@ def test_two_rows_of_a_slot_are_refused(rig: Rig) -> None:
 
 def test_sampling_without_uniform_numbers_is_refused(rig: Rig) -> None:
     slot = rig.backend.open_slot(64)
-    with pytest.raises(ValueError, match="one uniform number per window position"):
+    with pytest.raises(ValueError, match="one uniform number per entry"):
         rig.backend.step([StepRow(slot, canvas(14).window(0), temperature=0.5)])
     rig.backend.close_slot(slot)
 
 
 def test_info_names_the_model(rig: Rig, family: str) -> None:
     config, info = (CONFIGS | MIXTURES)[family], rig.backend.info
-    assert (info.family, info.mask_id, info.eos_ids) == (family, MASK, (1, 2))
+    assert (info.family, info.mask_id, info.eos_ids) == (config.family, MASK, (1, 2))
     assert info.num_tokens == NUM_TOKENS
     assert info.prompt_attention == config.prompt_attention
-    assert info.kv_bytes_per_token == 2 * 2 * config.num_kv_heads * config.head_dim * 4
+    per_layer = 2 * config.num_kv_heads * config.head_dim * 4
+    assert info.kv_bytes_per_token == config.num_layers * per_layer
     assert info.device in ("cpu", "cuda")
     assert info.quantization == "fp32"
 
