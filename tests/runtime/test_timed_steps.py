@@ -48,6 +48,16 @@ async def test_sessions_for_which_there_is_no_room_are_not_timed() -> None:
     check_clean(backend)
 
 
+async def test_a_model_that_holds_little_is_not_timed() -> None:
+    backend = ScriptedBackend("abc", capacity=20)
+    async with LocalEngine.over(
+        backend, ByteCodec(), defaults=PIPELINE, limits=Limits(may_narrow=True), warm_up=True
+    ) as engine:
+        assert backend.num_steps == 0
+        assert (await engine.generate("hi", max_new_tokens=8).result()).text == "abc"
+    check_clean(backend)
+
+
 async def test_a_step_that_fails_then_fails_the_engine() -> None:
     backend = ScriptedBackend("abc", errors={3: RuntimeError("broken")})
     engine = LocalEngine.over(

@@ -16,6 +16,7 @@ from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.step_cost import TimedStep
 from d2f_runtime.loaded_model import LoadedModel, SlotOwner
 from d2f_runtime.models.facts import ModelInfo
+from d2f_stream.core.errors import OutOfCapacity
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["do_time_steps"]
@@ -87,7 +88,10 @@ def _do_round(
     slots: list[Slot] = []
     try:
         for _ in range(num_sessions):
-            opened = model.do_open_slot(owner, 1 + length, lambda: None)
+            try:
+                opened = model.do_open_slot(owner, 1 + length, lambda: None)
+            except OutOfCapacity:  # not even alone
+                return []
             if opened is None:
                 return []
             slots.append(opened.slot)
