@@ -20,6 +20,7 @@ class RunningSession:
         gains: of its kind.
         num_runs: steps that it was planned into.
         width: number of the width that it keeps for now; None where that is to be decided.
+        narrows: whether its windows may be narrower than its request's own.
         probes: whether it tries a width of which too little is known.
 
     Args:
@@ -44,7 +45,7 @@ class RunningSession:
         self.width: int | None = None
         self.probes = False
         self._prompt_tokens = self._owed = prompt_tokens
-        self._may_narrow = may_narrow or kind.verifies
+        self.narrows = may_narrow or kind.verifies
         self._last_rows = 0
         self._span_width: Width | None = None
         self._before: Width | None = None  # the last width of the span before
@@ -70,13 +71,15 @@ class RunningSession:
     def decided(self, *, is_alone: bool) -> int | None:
         """Return the number of the width that it has now; None where that is to be decided."""
         own = len(self.kind.widths) - 1
-        if not self._may_narrow or own == 0 or (is_alone and not self.kind.verifies):
+        if not self.narrows or own == 0 or (is_alone and not self.kind.verifies):
             return own
         return self.width
 
     def gain(self, choice: int, *, hopes: bool) -> Gain:
         """Return what a step of the width brings: as its kind does, or more, as it did before."""
         gain = (self.gains.hoped if hopes else self.gains.expected)[choice]
+        if not self.narrows:
+            return gain
         factor = self._tokens / self._expected
         if self.kind.verifies:  # a step brings a token in any case
             return Gain(1.0 + max(0.0, gain.tokens - 1.0) * factor, gain.rows)
@@ -84,8 +87,9 @@ class RunningSession:
 
     def next_rows(self, choice: int) -> float:
         """Return the rows that its next step takes: those of the last one, if it has its width."""
-        rows = self._last_rows if choice == self.width else 0
-        return (rows or self.gains.expected[choice].rows) + self.prompt_rows
+        if self._last_rows and choice == self.width:
+            return self._last_rows if self.num_runs else self._last_rows + self._prompt_tokens
+        return self.gains.expected[choice].rows + self.prompt_rows
 
     def learn(self, width: Width, *, rows: int, tokens: int) -> bool:
         """Take a step into account; return whether it ended a span of one width.
@@ -115,7 +119,7 @@ class RunningSession:
         return is_pure
 
     def _note_speed(self, choice: int, span: Span) -> None:
-        if not (self._may_narrow and self.gains.known(choice)):
+        if not (self.narrows and self.gains.known(choice)):
             return
         floor = span.steps if self.kind.verifies else 0
         expected = self.gains.expected[choice].tokens * span.steps - floor

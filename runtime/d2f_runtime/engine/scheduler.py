@@ -251,14 +251,16 @@ class Scheduler(Generic[Id]):
         line: list[_Place[Id]] = []
         room: float = self._max_step_tokens
         num_skipped = 0
+        alike: dict[WidthGains, Part] = {}  # what sessions without a choice bring
         for session_id, session in chain(first, ready):
             decided, hopes = session.decided(is_alone=is_alone), False
-            choices: Sequence[int] = range(len(session.kind.widths))
-            if decided is not None:
-                choices = (decided,)
-            else:
+            choices: Sequence[int]
+            if decided is None:
+                choices = range(len(session.kind.widths))
                 hopes = session.kind not in asked and session.kind not in self._probes
                 asked.add(session.kind)
+            else:
+                choices = (decided,)
             rows = session.next_rows(choices[0])
             if line and rows > room:
                 num_skipped += 1  # keeps its place, so it leads a later step
@@ -266,8 +268,13 @@ class Scheduler(Generic[Id]):
                     break
                 continue
             room -= rows
-            gains = [session.gain(choice, hopes=hopes) for choice in choices]
-            line.append(_Place(session_id, choices, Part(gains, session.prompt_rows), hopes))
+            has_alike = session.num_runs > 0 and not session.narrows
+            part = alike.get(session.gains) if has_alike else None
+            if part is None:
+                part = _part(session, choices, hopes=hopes)
+            if has_alike:
+                alike[session.gains] = part
+            line.append(_Place(session_id, choices, part, hopes))
             if len(line) == self._max_rows:
                 break
         return line
@@ -289,3 +296,8 @@ class Scheduler(Generic[Id]):
         if len(self._gains) > MAX_KINDS:
             del self._gains[next(iter(self._gains))]
         return gains
+
+
+def _part(session: RunningSession, choices: Sequence[int], *, hopes: bool) -> Part:
+    gains = [session.gain(choice, hopes=hopes) for choice in choices]
+    return Part(gains, session.prompt_rows)
