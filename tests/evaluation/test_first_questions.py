@@ -5,7 +5,7 @@ Each answer must be there, end, not turn in circles, and be what the model says 
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def answers() -> Iterator[tuple[list[Result], list[Result]]]:
+def answers() -> tuple[list[Result], list[Result]]:
     """All answers, as the model is shipped and token by token."""
     return asyncio.run(_answer())
 

@@ -9,7 +9,7 @@ do more of it. `int4`: blocks of 32 weights with one scale each, which onnxrunti
 reads; symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix
 whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
 `int4-int8`: 4 bits in the file and 8 in memory, see `packed`; activations as with `int8`. Its table
-of embeddings, which may be the head too, has 5 bits.
+of embeddings, which may be the head too, has 6 bits.
 
 `int8` weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
 8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run. Those of
@@ -43,7 +43,7 @@ SMALLEST: Final = 1e-9  # of a row's largest magnitude; a row of zeros has a sca
 INT4_BLOCK: Final = 32
 FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
 LAYERS: Final = Packing(4)  # of int4-int8
-TABLE: Final = Packing(5)
+TABLE: Final = Packing(6)
 
 
 @dataclass(slots=True)
