@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -148,8 +148,7 @@ def test_source_distribution_is_small_and_builds_the_same_modules(
     source: Path, unpacked: Path, tmp_path: Path
 ) -> None:
     assert source.stat().st_size < MAX_SOURCE_BYTES
-    with tarfile.open(source) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(source, tmp_path)
     (root,) = tmp_path.iterdir()
     build(tmp_path / "dist", "wheel", root=root)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
