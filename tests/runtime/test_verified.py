@@ -104,6 +104,7 @@ def verified_cases(draw: st.DrawFn) -> Verified:
         block_size=draw(st.sampled_from((1, 2, 3, 4, 7, 8, 16, 32))),
         confidence_threshold=draw(share),
         max_active_blocks=draw(st.sampled_from((1, 2, 4, None))),
+        tail=draw(st.sampled_from(("cut", "whole"))),
     )
     spare_rows = draw(st.sampled_from((1, 4, 10, 100, 10_000)))
     return Verified(twins, params, spare_rows, draw(st.booleans()))

@@ -140,7 +140,7 @@ class DraftDecoder:
         self._num_cached = edge
         self._drafts, self._confidence = [], []
         self._ended = num_right > 0 and self._canvas[-1] in self._eos_ids
-        if not self._ended and edge < self._partition.end:
+        if not self._ended and edge < self._partition.limit:
             token = proposals.tokens[edge - window.start]
             if token < 0:
                 raise RuntimeError(f"no proposal at canvas position {edge}")
@@ -159,12 +159,12 @@ class DraftDecoder:
     @property
     def finished(self) -> bool:
         """Whether no further step is needed."""
-        return self._ended or len(self._canvas) == self._partition.end
+        return self._ended or len(self._canvas) == self._partition.limit
 
     @property
     def end(self) -> int:
         """How long the canvas may become, tokens."""
-        return self._partition.end
+        return self._partition.limit
 
     @property
     def finish_reason(self) -> Literal["eos", "length"] | None:
@@ -201,7 +201,7 @@ class DraftDecoder:
         known = [*self._canvas, *self._drafts]
         views: list[BlockView] = []
         start = self._committed
-        while start <= len(known) and start < self._partition.end:
+        while start <= len(known) and start < self._partition.limit:
             index, _, stop = self._partition.block_at(start)
             tokens = known[start:stop]
             tokens += [self._mask_id] * (stop - start - len(tokens))
@@ -214,7 +214,7 @@ class DraftDecoder:
     def _window(self, max_masks: int) -> Window:
         start, first = self._num_cached, len(self._canvas)
         clean = first + len(self._drafts)
-        end = self._partition.end
+        end = self._partition.limit
         behind, wanted = self._plan.behind(self._confidence, max_masks)
         tokens = [*self._canvas[start:], *self._drafts]
         stops = [*range(start + 1, clean + 1)]
