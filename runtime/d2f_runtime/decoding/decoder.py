@@ -13,27 +13,21 @@ Verified answers have a decoder of their own, `DraftDecoder`.
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from d2f_runtime.decoding.blocks import (
-    Accepted,
-    Block,
-    BlockView,
-    Committed,
-    Edited,
-    SubBlocks,
-)
-from d2f_runtime.decoding.editing import check_editable, edits_of, is_left
+from d2f_runtime.decoding.acceptance import Acceptance
+from d2f_runtime.decoding.answer_decoder import AnswerDecoder
+from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, Edited
+from d2f_runtime.decoding.editing import Editing
 from d2f_runtime.decoding.partition import Partition, PromptAttention
-from d2f_runtime.decoding.policy import AcceptancePolicy, policy_of
-from d2f_runtime.decoding.schedule import shares
+from d2f_runtime.decoding.policy import AcceptancePolicy
 from d2f_runtime.decoding.width import OWN, Width
-from d2f_runtime.decoding.window import Proposals, Window, check_proposals
-from d2f_stream.core.errors import InvalidParams, InvalidPrompt
+from d2f_runtime.decoding.window import Proposals, Window
+from d2f_stream.core.errors import InvalidParams
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["Accepted", "BlockDecoder", "BlockView", "Committed", "Edited"]
 
 
-class BlockDecoder:
+class BlockDecoder(AnswerDecoder):
     """Decodes one answer, step by step.
 
     Call `next_window`, run it, hand the proposals to `apply`; until `next_window` returns None.
@@ -75,12 +69,10 @@ class BlockDecoder:
         native_block_size: int | None = None,
         policy: AcceptancePolicy | None = None,
     ) -> None:
-        self._params = params
-        self._mask_id = mask_id
-        self._eos_ids = frozenset(eos_ids)
-        self._policy = policy or policy_of(params)
-        first_alone = shift_logits and params.sub_block_size > 0
-        self._sub_blocks = SubBlocks(params.sub_block_size, first_alone)
+        super().__init__(
+            prompt_tokens, params, mask_id=mask_id, eos_ids=eos_ids, shift_logits=shift_logits
+        )
+        self._acceptance = Acceptance(params, policy=policy, shift_logits=shift_logits)
         self._truncates = params.stop_at_eos == "truncate"
         self._sees_all = params.attention == "full"
         # With full attention what comes before an EOS sees what comes after: all goes on as it was.
@@ -92,33 +84,14 @@ class BlockDecoder:
         is_causal = prompt_attention == "causal" and (
             self._commits_causally or params.block_size == 1
         )
-        self._edits = params.edit_threshold is not None
-        if self._edits:
-            check_editable(params, shift_logits=shift_logits)
+        self._editing = Editing.of(params, shift_logits=shift_logits)
         # Whether blocks of the answer are cached by rows that see what a prompt's would.
         self._extends_prompt = prompt_attention == "grid" or is_causal
-        self._canvas = list(prompt_tokens)
-        self._check_prompt(shift_logits)
         self._partition = Partition.of(
-            len(self._canvas), params, prompt_attention, native_block_size
+            self._num_prompt, params, prompt_attention, native_block_size
         )
-        self._num_prompt = len(self._canvas)
-        self._num_cached = 0
         self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
-        self._committed = self._num_prompt  # canvas position up to which all is final
         self._eos: int | None = None  # canvas position of the first EOS so far
-        self._num_steps = 0
-        self._pending: Window | None = None
-
-    def begin_at(self, num_cached: int) -> None:
-        """Take the first positions of the prompt as cached; before the first window.
-
-        Raises:
-            RuntimeError: an internal error: a step was taken, or it is more than the prompt.
-        """
-        if self._num_steps or self._pending is not None or not 0 <= num_cached <= self._num_prompt:
-            raise RuntimeError(f"{num_cached} tokens of {self._num_prompt} cannot be cached now")
-        self._num_cached = num_cached
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
@@ -152,16 +125,11 @@ class BlockDecoder:
             RuntimeError: an internal error: the proposals do not belong to the window, or name the
                 mask id; or the policy broke its contract. The decoder is unusable after it.
         """
-        window = self._pending
-        if window is None:
-            raise RuntimeError("proposals came, but no window is pending")
-        check_proposals(window, proposals, mask_id=self._mask_id, rank=self._params.rank)
         accepted: list[Accepted] = []
-        self._pending = None
-        self._num_steps += 1
+        window = self._end_step(proposals)
         self._num_cached += window.num_to_cache
-        if self._edits:
-            edited = self._revise(self._blocks[0], proposals, window.start, accepted)
+        if self._editing is not None:
+            edited = self._revise(self._editing, proposals, window.start, accepted)
             return [*accepted, *edited, *self._commit()]
         fully_activated = True  # what precedes the first unfilled block is filled
         for block in self._blocks:
@@ -177,7 +145,7 @@ class BlockDecoder:
     @property
     def finished(self) -> bool:
         """Whether no further step is needed."""
-        if self._ended and self._truncates:
+        if self._has_ended and self._truncates:
             return True
         return not self._blocks and self._is_whole
 
@@ -187,28 +155,6 @@ class BlockDecoder:
         return self._partition.end
 
     @property
-    def finish_reason(self) -> Literal["eos", "length"] | None:
-        """Why the answer ended; None before that."""
-        if not self.finished:
-            return None
-        return "eos" if self._ended else "length"
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps applied."""
-        return self._num_steps
-
-    @property
-    def num_cached(self) -> int:
-        """Number of leading canvas positions whose K/V is stored."""
-        return self._num_cached
-
-    @property
-    def num_useful_tokens(self) -> int:
-        """Number of committed tokens, to the first EOS, included."""
-        return self._committed - self._num_prompt
-
-    @property
     def answer_tokens(self) -> tuple[int, ...]:
         """All answer positions so far, masks and what follows an EOS in its block included."""
         return tuple(self._canvas[self._num_prompt : self._partition.limit])
@@ -216,20 +162,18 @@ class BlockDecoder:
     @property
     def active_blocks(self) -> tuple[BlockView, ...]:
         """The blocks not committed yet, filled ones that wait for an earlier one included."""
-        return () if self._ended else tuple(map(self._view, self._blocks))
+        if self._has_ended:
+            return ()
+        views: list[BlockView] = []
+        for block in self._blocks:
+            start = max(block.start, self._num_prompt)
+            tokens = self._canvas[start : min(block.stop, self._partition.limit)]
+            views.append(self._view(block.index, start, tokens))
+        return tuple(views)
 
     @property
-    def _ended(self) -> bool:
+    def _has_ended(self) -> bool:
         return self._eos is not None and self._eos < self._committed
-
-    def _check_prompt(self, shift_logits: bool) -> None:
-        if shift_logits and not self._canvas:
-            raise InvalidPrompt(
-                "the prompt is empty, but this model predicts from the token before"
-            )
-        if self._mask_id in self._canvas:
-            at = self._canvas.index(self._mask_id)
-            raise InvalidPrompt(f"the prompt holds the mask id {self._mask_id} at position {at}")
 
     @property
     def _is_whole(self) -> bool:
@@ -241,7 +185,7 @@ class BlockDecoder:
     def _may_append(self, max_active_blocks: int | None) -> bool:
         if self._is_whole:
             return False
-        if self._edits and self._blocks:
+        if self._editing is not None and self._blocks:
             return False  # what is filled may change
         if not self._blocks:
             return True  # whatever the bound: every window must hold a mask
@@ -254,11 +198,8 @@ class BlockDecoder:
     def _append_block(self) -> None:
         length = len(self._canvas)
         index, start, stop = self._partition.block_at(length)  # on a grid it may hold prompt too
-        params, masked = self._params, list(range(length - start, stop - start))
-        due: tuple[int, ...] = ()
-        if params.steps_per_block:
-            size = self._partition.block_size
-            due = shares(params.schedule, params.steps_per_block, size, len(masked))
+        masked = list(range(length - start, stop - start))
+        due = self._acceptance.shares_of(self._partition.block_size, len(masked))
         self._blocks.append(Block(index, start, stop, masked, due))
         self._canvas.extend([self._mask_id] * (stop - length))
 
@@ -268,68 +209,45 @@ class BlockDecoder:
             masks = [self._mask_id] * (end - len(self._canvas))
             return Window(0, (*self._canvas, *masks), 0, (end,))
         start, last = self._num_cached, self._blocks[-1]
-        stop = last.start + 1 if self._awaits_first(last) else last.stop
+        stop = last.start + 1 if self._acceptance.awaits_first(last) else last.stop
         clean = self._blocks[0].start
         block_stops = self._partition.stops(
             start, stop, causal_until=clean if self._commits_causally else 0
         )
         tokens = tuple(self._canvas[start:stop])
-        num_to_edit = stop - max(last.start, self._num_prompt) if self._edits else 0
+        num_to_edit = stop - max(last.start, self._num_prompt) if self._editing is not None else 0
         return Window(start, tokens, clean - start, block_stops, num_to_edit=num_to_edit)
-
-    def _awaits_first(self, block: Block) -> bool:
-        """Whether only the first position may accept, which sees nothing of the rest."""
-        return self._sub_blocks.first_alone and block.is_untouched
 
     def _accept(
         self,
         block: Block,
         proposals: Proposals,
-        base: int,
+        start: int,
         fully_activated: bool,
         accepted: list[Accepted],
     ) -> None:
-        first, stop = block.start - base, block.stop - base
-        confidence = _by_offset(proposals.confidence, first, stop)
-        rank = confidence
-        if proposals.rank is not None:
-            rank = _by_offset(proposals.rank, first, stop)
-        if self._params.rank == "position":
-            rank = range(0, first - stop, -1)
-        masked, policy = self._sub_blocks.open(block.masked), self._policy
-        if len(proposals.tokens) < stop:  # drafts beyond the window were not asked for
-            masked = [offset for offset in masked if first + offset < len(proposals.tokens)]
-            if not masked:
-                return
-        if block.shares and fully_activated:
-            policy = policy_of(self._params, least=block.next_share())
-        offsets = policy.accept(masked, confidence, rank, fully_activated=fully_activated)
-        if not offsets:
-            if fully_activated:
-                raise RuntimeError("the policy accepted nothing in a fully activated block")
-            return
+        offsets = self._acceptance.offsets(block, proposals, start, fully_activated=fully_activated)
         for offset in offsets:
-            self._fill(block.start + offset, proposals.tokens[first + offset], accepted)
+            position = block.start + offset
+            self._fill(position, proposals.tokens[position - start], accepted)
         block.unmask(offsets)
 
     def _revise(
-        self, block: Block, proposals: Proposals, base: int, accepted: list[Accepted]
+        self, editing: Editing, proposals: Proposals, start: int, accepted: list[Accepted]
     ) -> list[Edited]:
         """Accept into the open block and edit what was set before, by the same proposals."""
-        threshold = self._params.edit_threshold
-        assert threshold is not None
-        first, stop, had_masks = block.start - base, block.stop - base, bool(block.masked)
+        block = self._blocks[0]
+        first, stop, had_masks = block.start - start, block.stop - start, bool(block.masked)
         tokens = proposals.tokens[first:stop]
-        offsets = edits_of(
+        offsets = editing.offsets(
             block,
             self._canvas[block.start : block.stop],
             tokens,
             proposals.confidence[first:stop],
             num_fixed=max(self._num_prompt - block.start, 0),
-            threshold=threshold,
         )
         if had_masks:
-            self._accept(block, proposals, base, True, accepted)
+            self._accept(block, proposals, start, True, accepted)
         edited: list[Edited] = []
         for offset in offsets:
             self._canvas[block.start + offset] = tokens[offset]
@@ -338,12 +256,7 @@ class BlockDecoder:
             at for at in range(self._committed, block.stop) if self._canvas[at] in self._eos_ids
         )
         self._eos = next(ends, None)  # one may have come or gone
-        block.is_left = is_left(
-            block,
-            had_masks=had_masks,
-            was_edited=bool(edited),
-            max_steps=self._params.max_edit_steps,
-        )
+        editing.end_step(block, had_masks=had_masks, was_edited=bool(edited))
         return edited
 
     def _fill(self, position: int, token: int, accepted: list[Accepted]) -> None:
@@ -362,7 +275,7 @@ class BlockDecoder:
     def _commit(self) -> list[Committed]:
         committed: list[Committed] = []
         final = self._first_mask
-        if self._edits and self._blocks and not self._blocks[0].is_left:
+        if self._editing is not None and self._blocks and not self._blocks[0].is_left:
             return committed
         while self._blocks and self._blocks[0].stop <= final:
             self._announce(self._blocks.pop(0), committed)
@@ -377,23 +290,9 @@ class BlockDecoder:
         return next(masks, len(self._canvas))
 
     def _announce(self, block: Block, committed: list[Committed]) -> None:
-        if self._ended:
+        if self._has_ended:
             return  # draining: what follows the first EOS is no part of the answer
-        start, stop = self._committed, min(block.stop, self._partition.limit)
+        stop = min(block.stop, self._partition.limit)
         if self._eos is not None:
             stop = min(stop, self._eos + 1)
-        self._committed = stop
-        tokens = tuple(self._canvas[start:stop])
-        start, stop = start - self._num_prompt, stop - self._num_prompt
-        committed.append(Committed(block.index, start, stop, tokens))
-
-    def _view(self, block: Block) -> BlockView:
-        num_prompt = self._num_prompt
-        start, stop = max(block.start, num_prompt), min(block.stop, self._partition.limit)
-        tokens = tuple(self._canvas[start:stop])
-        return BlockView(block.index, start - num_prompt, stop - num_prompt, tokens)
-
-
-def _by_offset(values: Sequence[float], first: int, stop: int) -> Sequence[float]:
-    """Return a block's part of a window's values; what lies before the window is 0."""
-    return values[first:stop] if first >= 0 else [*[0.0] * -first, *values[:stop]]
+        committed.append(self._commit_until(stop, block.index))

@@ -13,14 +13,14 @@ this one.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Final, Literal
+from typing import Final
 
+from d2f_runtime.decoding.answer_decoder import AnswerDecoder
 from d2f_runtime.decoding.blocks import Accepted, BlockView, Committed
 from d2f_runtime.decoding.draft_plan import DraftPlan
 from d2f_runtime.decoding.partition import Partition
 from d2f_runtime.decoding.width import MAX_DRAFTS, OWN, Width
-from d2f_runtime.decoding.window import Branch, Proposals, Window, check_proposals
-from d2f_stream.core.errors import InvalidPrompt
+from d2f_runtime.decoding.window import Branch, Proposals, Window
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["DraftDecoder"]
@@ -28,7 +28,7 @@ __all__ = ["DraftDecoder"]
 MAX_BRANCHES: Final = 7  # the fast step has shapes for so many
 
 
-class DraftDecoder:
+class DraftDecoder(AnswerDecoder):
     """Decodes one verified answer, step by step; see `BlockDecoder`, whose interface it has.
 
     For models and requests that `check_verifiable` takes.
@@ -58,38 +58,14 @@ class DraftDecoder:
         branches: bool = False,
         drafts_in_place: bool = False,
     ) -> None:
-        if not prompt_tokens:
-            raise InvalidPrompt(
-                "the prompt is empty, but this model predicts from the token before"
-            )
-        if mask_id in prompt_tokens:
-            at = list(prompt_tokens).index(mask_id)
-            raise InvalidPrompt(f"the prompt holds the mask id {mask_id} at position {at}")
-        self._params = params
-        self._mask_id = mask_id
-        self._eos_ids = frozenset(eos_ids)
+        super().__init__(prompt_tokens, params, mask_id=mask_id, eos_ids=eos_ids, shift_logits=True)
         self._plan = DraftPlan(params.block_size, spare_rows, MAX_BRANCHES if branches else 0)
-        self._canvas = list(prompt_tokens)  # prompt and verified tokens
-        self._num_prompt = len(self._canvas)
+        # The canvas holds prompt and verified tokens; the drafts follow it.
         self._partition = Partition.of(self._num_prompt, params, "causal", None)
         self._drafts_in_place = drafts_in_place
-        self._drafts: list[int] = []  # that follow the canvas
+        self._drafts: list[int] = []
         self._confidence: list[float] = []  # of the drafts
-        self._num_cached = 0
-        self._committed = self._num_prompt
         self._ended = False
-        self._num_steps = 0
-        self._pending: Window | None = None
-
-    def begin_at(self, num_cached: int) -> None:
-        """Take the first positions of the prompt as cached; before the first window.
-
-        Raises:
-            RuntimeError: an internal error: a step was taken, or it is more than the prompt.
-        """
-        if self._num_steps or self._pending is not None or not 0 <= num_cached <= self._num_prompt:
-            raise RuntimeError(f"{num_cached} tokens of {self._num_prompt} cannot be cached now")
-        self._num_cached = num_cached
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
@@ -122,12 +98,7 @@ class DraftDecoder:
             RuntimeError: an internal error: the proposals do not belong to the window, or name the
                 mask id. The decoder is unusable after it.
         """
-        window = self._pending
-        if window is None:
-            raise RuntimeError("proposals came, but no window is pending")
-        check_proposals(window, proposals, mask_id=self._mask_id, rank=self._params.rank)
-        self._pending = None
-        self._num_steps += 1
+        window = self._end_step(proposals)
         first = len(self._canvas)
         drafted = self._drafts
         num_right = 0
@@ -167,26 +138,8 @@ class DraftDecoder:
         return self._partition.limit
 
     @property
-    def finish_reason(self) -> Literal["eos", "length"] | None:
-        """Why the answer ended; None before that."""
-        if not self.finished:
-            return None
-        return "eos" if self._ended else "length"
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps applied."""
-        return self._num_steps
-
-    @property
-    def num_cached(self) -> int:
-        """Number of leading canvas positions whose K/V is stored."""
-        return self._num_cached
-
-    @property
-    def num_useful_tokens(self) -> int:
-        """Number of committed tokens, to the first EOS, included."""
-        return self._committed - self._num_prompt
+    def _has_ended(self) -> bool:
+        return self._ended
 
     @property
     def answer_tokens(self) -> tuple[int, ...]:
@@ -205,9 +158,7 @@ class DraftDecoder:
             index, _, stop = self._partition.block_at(start)
             tokens = known[start:stop]
             tokens += [self._mask_id] * (stop - start - len(tokens))
-            views.append(
-                BlockView(index, start - self._num_prompt, stop - self._num_prompt, tuple(tokens))
-            )
+            views.append(self._view(index, start, tokens))
             start = stop
         return tuple(views)
 
@@ -269,10 +220,5 @@ class DraftDecoder:
             index, _, stop = self._partition.block_at(self._committed)
             if stop > known and not self.finished:
                 break
-            start, stop = self._committed, min(stop, known)
-            tokens = tuple(self._canvas[start:stop])
-            committed.append(
-                Committed(index, start - self._num_prompt, stop - self._num_prompt, tokens)
-            )
-            self._committed = stop
+            committed.append(self._commit_until(min(stop, known), index))
         return committed
