@@ -16,7 +16,8 @@ from d2f_runtime.backends.base import Backend
 from d2f_runtime.engine.answer_params import default_params, fitted_params
 from d2f_runtime.engine.limits import EngineLoad, Limits
 from d2f_runtime.engine.prompts import check_size, encode
-from d2f_runtime.engine.step_loop import StepLoop, StepObserver
+from d2f_runtime.engine.running_streams import StepObserver
+from d2f_runtime.engine.step_loop import StepLoop
 from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_runtime.models.facts import ModelInfo
@@ -53,7 +54,8 @@ class LocalEngine:
     ) -> None:
         self._model = model
         self._warm_up = warm_up
-        self._steps = StepLoop(model, limits or Limits())
+        self._observers: dict[object, StepObserver] = {}
+        self._steps = StepLoop(model, limits or Limits(), self._observers)
         self._encoders = ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="d2f-encode")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
@@ -102,7 +104,7 @@ class LocalEngine:
         Returns:
             What ends that; idempotent.
         """
-        observers, key = self._steps.observers, object()
+        observers, key = self._observers, object()
         observers[key] = observe
 
         def undo() -> None:
@@ -214,11 +216,10 @@ class LocalEngine:
         if self._closing:
             return
         self._model = model = MODELS.renew(self._model)
-        steps = StepLoop(model, self._steps.limits)
+        steps = StepLoop(model, self._steps.limits, self._observers)
         await steps.load()
         if self._warm_up:
             await self._prepare_steps(steps)
-        steps.observers = self._steps.observers
         self._steps = steps
 
     def shut(self) -> None:
