@@ -12,9 +12,7 @@ import contextlib
 import logging
 import math
 import secrets
-import socket
 import ssl
-from typing import Literal
 
 from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink, Sleep, end_tasks
@@ -25,10 +23,11 @@ from d2f_stream.core.errors import (
     ProtocolError,
     StreamLost,
 )
+from d2f_stream.server.mqtt.node import STATUS_INTERVAL_S, Node
 from d2f_stream.server.mqtt.publications import Publications
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
-from d2f_stream.wire.codec import JSON, Codec
+from d2f_stream.wire.codec import Codec
 from d2f_stream.wire.protocol import (
     REQUEST_ID,
     Cancel,
@@ -41,14 +40,10 @@ from d2f_stream.wire.topics import (
     CANCELS,
     GROUP,
     UNREADABLE_REQUEST,
-    NodeStatus,
-    NodeStatusTopic,
     OperationTopic,
     RequestTopic,
     StreamTopic,
-    check_name,
     codec_of,
-    encode,
     operations_of,
     parse,
     requests_of,
@@ -58,9 +53,6 @@ __all__ = ["MqttGateway"]
 
 logger = logging.getLogger("d2f_stream.mqtt")
 log = PeerLog(logger)
-
-STATUS_INTERVAL_S = 30.0
-"""Between two announcements; three missed ones count as gone."""
 
 WILL_DELAY_S = 10
 CLOSE_GRACE_S = 5.0
@@ -104,11 +96,8 @@ class MqttGateway:
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.registry = registry
-        self.node = f"{_host_name() if node is None else node}-{secrets.token_hex(4)}"
-        check_name("node", self.node)
+        self._node = Node(node, hello)
         self._requests = requests_of(group)
-        self._hello = hello
-        self._num_connections = 0
         self._num_rejections = 0
         self._closing = False
         self._closed = asyncio.Event()
@@ -118,16 +107,21 @@ class MqttGateway:
             self,
             # Whoever connects by this name takes the worker's place, and nodes are known to all.
             identifier=f"d2f-worker-{secrets.token_hex(16)}",
-            subscriptions=[(self._requests, 1), (CANCELS, 1), (operations_of(self.node), 1)],
+            subscriptions=[(self._requests, 1), (CANCELS, 1), (operations_of(self._node.name), 1)],
             session_expiry_s=will_delay_s,
             tls=tls,
-            will=self._status("offline"),
+            will=self._node.status("offline"),
             will_delay_s=will_delay_s,
-            farewell=lambda: self._status("offline"),
+            farewell=lambda: self._node.status("offline"),
             sleep=sleep,
         )
         ttl_s = registry.limits.resume_ttl_s
-        self._publications = Publications(self._link, node=self.node, ttl_s=ttl_s)
+        self._publications = Publications(self._link, node=self._node.name, ttl_s=ttl_s)
+
+    @property
+    def node(self) -> str:
+        """The worker's name, as topics have it."""
+        return self._node.name
 
     @property
     def connected(self) -> bool:
@@ -159,7 +153,7 @@ class MqttGateway:
         What still runs at the deadline is cancelled. Safe to cancel; `run` then goes on.
         """
         self._closing = True
-        self._link.post("status", self._status("closing"))
+        self._post_status()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_GRACE_S):
                 await self._link.unsubscribe([self._requests])
@@ -177,7 +171,7 @@ class MqttGateway:
 
     def on_connected(self) -> None:
         """Announce the node, and publish anew what the broker may have lost."""
-        self._num_connections += 1
+        self._node.num_connections += 1
         self._post_status()
         self._publications.note_reconnect()
 
@@ -278,34 +272,11 @@ class MqttGateway:
                 self._post_status()
 
     def _post_status(self) -> None:
-        self._link.post("status", self._status("closing" if self._closing else "online"))
-
-    def _status(self, status: Literal["online", "closing", "offline"]) -> Outgoing:
-        news = NodeStatus(
-            node=self.node,
-            status=status,
-            connection=self._num_connections,
-            ttl_s=3 * STATUS_INTERVAL_S,
-            hello=None if status == "offline" else self._hello,
-        )
-        return Outgoing(
-            str(NodeStatusTopic(self.node)),
-            encode(news),
-            retain=True,
-            content_type=JSON.content_type,
-            expiry_s=math.ceil(news.ttl_s),
-        )
+        self._link.post("status", self._node.status("closing" if self._closing else "online"))
 
 
 def _principal(client: str) -> str:
     return f"mqtt:{client}"
-
-
-def _host_name() -> str:
-    kept = "".join(
-        sign if sign.isascii() and sign.isalnum() else "-" for sign in socket.gethostname()
-    )
-    return kept.strip("-")[:64] or "worker"
 
 
 def _request_id_in(payload: bytes, codec: Codec) -> str | None:
