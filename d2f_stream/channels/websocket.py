@@ -19,6 +19,7 @@ from d2f_stream.core.errors import (
     Unauthorized,
 )
 from d2f_stream.wire.addresses import SECRETS
+from d2f_stream.wire.close_codes import UNAUTHORIZED
 from d2f_stream.wire.codec import JSON, MSGPACK, SUBPROTOCOLS, Codec
 from d2f_stream.wire.protocol import Authenticate
 
@@ -32,7 +33,6 @@ MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
 MAX_REASON_BYTES: Final = 123
 """Of a close frame: RFC 6455 allows 125 bytes for code and reason."""
 CLOSE_TIMEOUT_S: Final = 2.0
-UNAUTHORIZED: Final = 4401
 NOTHING_NEW: Final = ("", "no token was given", "the token is wrong")
 
 

@@ -11,22 +11,15 @@ the browser's client follows too: tests/sdk/conversation_cases.json.
 """
 
 import logging
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final, assert_never
 
 from d2f_stream.client.asked import Asked, Post
+from d2f_stream.client.outbox import Outbox
 from d2f_stream.client.remote import RemoteStream
+from d2f_stream.client.requests import Requests
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import (
-    D2FError,
-    LimitExceeded,
-    MessageTooLarge,
-    ProtocolError,
-    StreamLost,
-    Unauthorized,
-    error_from,
-)
+from d2f_stream.core.errors import D2FError, MessageTooLarge, StreamLost
 from d2f_stream.core.events import (
     Block,
     Draft,
@@ -36,7 +29,7 @@ from d2f_stream.core.events import (
     StreamNames,
     StreamStarted,
 )
-from d2f_stream.wire.codec import JSON
+from d2f_stream.wire.close_codes import MESSAGE_TOO_LARGE, final_error
 from d2f_stream.wire.protocol import (
     Cancel,
     Generate,
@@ -49,13 +42,6 @@ from d2f_stream.wire.protocol import (
 __all__ = ["Conversation"]
 
 logger = logging.getLogger("d2f_stream.client")
-
-PROTOCOL_ERROR: Final = 1002
-MESSAGE_TOO_LARGE: Final = 1009
-UNAUTHORIZED: Final = 4401
-
-MAX_REMEMBERED: Final = 1024
-"""Requests that are over, remembered so that their late start can be cancelled."""
 
 MAX_BOUNCES: Final = 3
 """So often a request that a closing server turns away is put to another."""
@@ -89,27 +75,25 @@ class Conversation:
         self._changed = changed
         self._ended = ended
         self._max_bounces = MAX_BOUNCES if has_others else 0
-        self._asked: dict[str, Asked] = {}  # by request id, in order
-        self._by_stream: dict[str, Asked] = {}
-        self._outbox: deque[Post] = deque()
-        self._owed: dict[str, Post] = {}  # by request id: cancels of what ended on this side
-        self._over: OrderedDict[str, str | None] = OrderedDict()  # request id -> stream
+        self._requests = Requests()
+        self._outbox = Outbox()
 
     @property
     def busy(self) -> bool:
         """Whether a connection is needed."""
-        return bool(self._asked or self._owed)
+        return bool(self._requests) or self._outbox.is_owing
 
     @property
     def num_requests(self) -> int:
         """Requests that are not over."""
-        return len(self._asked)
+        return len(self._requests)
 
     # The reader's side: requests come and are given up.
 
     def ask(self, request: Generate, buffer: EventBuffer, names: StreamNames | None = None) -> None:
         """Take a request on; `buffer` gets its events."""
-        asked = self._asked[request.request_id] = Asked(RemoteStream(request, buffer, names))
+        asked = Asked(RemoteStream(request, buffer, names))
+        self._requests.add(asked)
         if self.up:
             self._post(asked.ask())
         else:
@@ -121,7 +105,7 @@ class Conversation:
         The server ends it where it can be told. Otherwise it ends here and now, and the server is
         told later.
         """
-        asked = self._asked.get(request_id)
+        asked = self._requests.get(request_id)
         if asked is None or asked.cancelled:
             return
         asked.cancelled = True
@@ -130,38 +114,38 @@ class Conversation:
         elif self.up:
             self._post(asked.cancel())
         else:
-            self._owe(asked)
+            self._outbox.owe(asked)
             self._end_here(asked)
 
     def end_cancelled(self, request_id: str) -> None:
         """Wait no longer for the server's last word on a request that was given up. Idempotent."""
-        asked = self._asked.get(request_id)
+        asked = self._requests.get(request_id)
         if asked is not None:
             self._end_here(asked)
 
     def has_started(self, request_id: str) -> bool:
         """Whether a server runs the request."""
-        asked = self._asked.get(request_id)
+        asked = self._requests.get(request_id)
         return asked is not None and asked.served_as is not None
 
     def abandon(self, error: D2FError) -> None:
         """Let every reader see `error` at once, and have the servers end what they run."""
-        for request_id, asked in list(self._asked.items()):
+        for asked in self._requests:
             asked.stream.fail(error)
-            self.cancel(request_id)
+            self.cancel(asked.request_id)
 
     def fail(self, error: D2FError, *, started: bool = True) -> None:
         """End everything on this side, or what has not started; nothing more is sent for it."""
         if started:
             self._outbox.clear()
-            self._owed.clear()
-        for asked in list(self._asked.values()):
+            self._outbox.forgive()
+        for asked in self._requests:
             if started or asked.served_as is None:
                 self._fail(asked, error)
 
     def fail_request(self, request_id: str, error: D2FError) -> None:
         """End one request on this side."""
-        if (asked := self._asked.get(request_id)) is not None:
+        if (asked := self._requests.get(request_id)) is not None:
             self._fail(asked, error)
 
     # The connection's side.
@@ -170,14 +154,14 @@ class Conversation:
         """Note that somebody listens: cancel what is owed, read on, and ask again."""
         self.up = True
         self.hello = hello or self.hello
-        self._outbox.extend(self._owed.values())
+        self._outbox.pay()
         self.recover()
 
     def recover(self, server: str | None = None, *, unstarted: bool = True) -> None:
         """Say again what may be lost: for the streams of one server or all, and for requests."""
         if not self.up:
             return
-        for asked in self._asked.values():
+        for asked in self._requests:
             if asked.served_as is None:
                 if unstarted:
                     self._outbox.append(asked.ask())
@@ -192,10 +176,10 @@ class Conversation:
         """Note that nobody listens any more. What was cancelled meanwhile ends here."""
         self.up, self.closing = False, None
         self._outbox.clear()
-        for asked in list(self._asked.values()):
+        for asked in self._requests:
             asked.resumed_after = None
             if asked.cancelled:
-                self._owe(asked)
+                self._outbox.owe(asked)
                 self._end_here(asked)
 
     def closed(self, code: int, reason: str) -> D2FError | None:
@@ -204,38 +188,27 @@ class Conversation:
         In that case everything has ended on this side.
         """
         self.broken()
-        error: D2FError | None = None
-        if code == UNAUTHORIZED:
-            error = Unauthorized(reason or "the server wants another token")
-        elif code == PROTOCOL_ERROR:
-            error = ProtocolError(f"the server cannot read this client: {reason}")
-        elif code == MESSAGE_TOO_LARGE:
+        if code == MESSAGE_TOO_LARGE and (largest := self._requests.largest_unanswered):
             # Sent again, it would be refused again. Which it was is not told: if not the largest
             # alone, then the next is found in the same way.
-            self._fail_largest(
-                MessageTooLarge(
-                    f"a message was too large for the other side: {code} {reason}".strip()
-                )
-            )
+            text = f"a message was too large for the other side: {code} {reason}".strip()
+            self._fail(largest, MessageTooLarge(text))
+        error = final_error(code, reason)
         if error is not None:
             self.fail(error)
         return error
 
     def lost(self, server: str, error: D2FError) -> None:
         """End the streams of a server that is gone."""
-        for asked in list(self._asked.values()):
+        for asked in self._requests:
             if asked.served_as is not None and asked.server == server:
                 self._fail(asked, error)
 
     def next_post(self) -> Post | None:
         """Take what is to be sent next; None where there is nothing now."""
-        if not self._outbox:
-            return None
-        post = self._outbox.popleft()
-        if isinstance(post.operation, Generate):
-            self._asked[post.request_id].reached = True
-        elif isinstance(post.operation, Cancel):
-            self._owed = {name: owed for name, owed in self._owed.items() if owed is not post}
+        post = self._outbox.take()
+        if post is not None and isinstance(post.operation, Generate):
+            self._requests[post.request_id].reached = True
         return post
 
     def receive(
@@ -252,9 +225,9 @@ class Conversation:
             case StreamStarted():
                 self._started(message, server)
             case Block() | Draft() | StreamFinished() | StreamFailed():
-                asked = self._by_stream.get(message.stream)
+                asked = self._requests.of_stream(message.stream)
                 if asked is None and request_id is not None:
-                    asked = self._joined_late(message, request_id, server)
+                    asked = self._requests.join(request_id, message.stream, server)
                 if asked is not None:
                     self._deliver(asked, message)
             case RequestRejected():
@@ -267,24 +240,12 @@ class Conversation:
                 assert_never(message)
 
     def _started(self, event: StreamStarted, server: str) -> None:
-        asked = self._asked.get(event.request_id)
-        known = self._over.get(event.request_id) if asked is None else asked.served_as
-        if asked is not None and known in (None, event.stream):
-            self._serve(asked, event.stream, server)
-            self._deliver(asked, event)
-        elif asked is not None or (event.request_id in self._over and known != event.stream):
-            # A second one runs what runs already, or what is over.
+        asked = self._requests.get(event.request_id)
+        if self._requests.is_superfluous(event.request_id, event.stream):
             self._post(Post(Cancel(stream=event.stream), event.request_id, server))
-
-    def _joined_late(
-        self, event: Block | Draft | StreamFinished | StreamFailed, request_id: str, server: str
-    ) -> Asked | None:
-        """Return the request of a stream whose start was missed; None where it is none of ours."""
-        asked = self._asked.get(request_id)
-        if asked is None or asked.served_as is not None:
-            return None
-        self._serve(asked, event.stream, server)
-        return asked
+        elif asked is not None:
+            self._requests.serve(asked, event.stream, server)
+            self._deliver(asked, event)
 
     def _deliver(self, asked: Asked, event: Event) -> None:
         stream = asked.stream
@@ -299,16 +260,15 @@ class Conversation:
             self._settle(asked)
 
     def _rejected(self, message: RequestRejected, request_id: str | None) -> None:
-        error = error_from(message.code, message.message)
-        if isinstance(error, LimitExceeded):
-            error.retry_after_s = message.retry_after_s
+        error = message.error()
         if message.stream is None and request_id is None:
             # The server could not read an operation, so nobody can tell which.
             logger.error("the server cannot read a message: %s", error)
-            for unanswered in self._unanswered():
+            for unanswered in self._requests.unanswered:
                 self._fail(unanswered, error)
             return
-        asked = self._by_stream.get(message.stream or "") or self._asked.get(request_id or "")
+        asked = self._requests.of_stream(message.stream or "")
+        asked = asked or self._requests.get(request_id or "")
         if asked is None:
             return  # a stream that was cancelled after it had ended
         if asked.served_as is not None and asked.served_as != message.stream:
@@ -320,20 +280,6 @@ class Conversation:
             self._end_here(asked)
         else:
             self._fail(asked, error)
-
-    # Small steps.
-
-    def _serve(self, asked: Asked, stream_id: str, server: str) -> None:
-        asked.served_as, asked.server = stream_id, server
-        self._by_stream[stream_id] = asked
-
-    def _unanswered(self) -> list[Asked]:
-        return [a for a in self._asked.values() if a.reached and a.served_as is None]
-
-    def _fail_largest(self, error: D2FError) -> None:
-        """End the largest of the requests that got no answer; nothing where there is none."""
-        if unanswered := self._unanswered():
-            self._fail(max(unanswered, key=lambda a: len(JSON.encode(a.stream.request))), error)
 
     def _post(self, post: Post) -> None:
         self._outbox.append(post)
@@ -348,21 +294,7 @@ class Conversation:
         self._settle(asked)
 
     def _settle(self, asked: Asked) -> None:
-        request_id = asked.request_id
-        self._asked.pop(request_id, None)
-        if asked.served_as is not None:
-            self._by_stream.pop(asked.served_as, None)
-        self._over[request_id] = asked.served_as
-        if len(self._over) > MAX_REMEMBERED:
-            self._over.popitem(last=False)
-        if self._outbox:
-            self._outbox = deque(
-                post
-                for post in self._outbox
-                if post.request_id != request_id or isinstance(post.operation, Cancel)
-            )
-        self._ended(request_id)
+        self._requests.remove(asked)
+        self._outbox.forget(asked.request_id)
+        self._ended(asked.request_id)
         self._changed()
-
-    def _owe(self, asked: Asked) -> None:
-        self._owed[asked.request_id] = asked.cancel()

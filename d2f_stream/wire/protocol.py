@@ -20,7 +20,7 @@ from typing import Final, Literal, Self
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from d2f_stream.core.errors import D2FError, InvalidRequest, LimitExceeded
+from d2f_stream.core.errors import D2FError, InvalidRequest, LimitExceeded, error_from
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.core.params import (
     Attention,
@@ -227,6 +227,13 @@ class RequestRejected(Struct, frozen=True, kw_only=True, tag="request.rejected")
             stream=stream,
             retry_after_s=error.retry_after_s if isinstance(error, LimitExceeded) else None,
         )
+
+    def error(self) -> D2FError:
+        """Return the error that it tells of."""
+        error = error_from(self.code, self.message)
+        if isinstance(error, LimitExceeded):
+            error.retry_after_s = self.retry_after_s
+        return error
 
 
 class ServerClosing(Struct, frozen=True, kw_only=True, tag="server.closing"):

@@ -23,9 +23,9 @@ from d2f_stream.server.auth import (
     token_of_header,
     token_of_subprotocols,
 )
-from d2f_stream.server.streams.connection import CLOSE_CODES
 from d2f_stream.server.streams.gateway import Gateway
 from d2f_stream.wire.addresses import SECRETS
+from d2f_stream.wire.close_codes import CLOSE_CODES
 from d2f_stream.wire.codec import JSON, SUBPROTOCOLS, Codec
 
 __all__ = ["WebSocketChannel", "stream_route"]

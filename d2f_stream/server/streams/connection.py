@@ -23,6 +23,7 @@ from d2f_stream.server.logins import FailedLogins, Peer
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.outgoing import Outgoing
 from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.wire.close_codes import CLOSE_CODES
 from d2f_stream.wire.protocol import (
     Authenticate,
     Cancel,
@@ -33,19 +34,10 @@ from d2f_stream.wire.protocol import (
     ServerHello,
 )
 
-__all__ = ["CLOSE_CODES", "Connection"]
+__all__ = ["Connection"]
 
 logger = logging.getLogger("d2f_stream.server")
 log = PeerLog(logger)
-
-CLOSE_CODES: Final = {
-    "shutting_down": 1012,
-    "protocol_error": 1002,
-    "too_many_connections": 1013,
-    "unauthorized": 4401,
-    "slow_consumer": 4408,
-}
-"""Websocket close codes of the reasons that the server closes a connection for."""
 
 LAST_WORDS_S: Final = 1.0
 LARGE_BYTES: Final = 16 * 1024

@@ -10,8 +10,9 @@ from d2f_stream.channels import Channel
 from d2f_stream.core.errors import ServerShuttingDown, TooManyConnections
 from d2f_stream.server.auth import LOCAL, Auth
 from d2f_stream.server.logins import FailedLogins, Peer
-from d2f_stream.server.streams.connection import CLOSE_CODES, Connection
+from d2f_stream.server.streams.connection import Connection
 from d2f_stream.server.streams.registry import StreamRegistry
+from d2f_stream.wire.close_codes import CLOSE_CODES
 from d2f_stream.wire.protocol import VERSION, ServerClosing, ServerHello
 
 __all__ = ["Gateway"]
