@@ -100,13 +100,13 @@ class Outgoing:
 
 
 class LinkUser(Protocol):
-    """Whose link it is. Called on the event loop; must not wait and must not raise."""
+    """Whose link it is. Called on the event loop; must not raise, and not wait for the broker."""
 
     def on_connected(self) -> None:
         """The connection stands and the subscriptions are made, again or for the first time."""
         ...
 
-    def on_message(self, message: Incoming) -> None:
+    async def on_message(self, message: Incoming) -> None:
         """A message came."""
         ...
 

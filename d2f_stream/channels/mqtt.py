@@ -175,9 +175,9 @@ class BrokerLink:
             logger.info("connected to the broker at %s", self.address)
             self._user.on_connected()
             async for message in client.messages:
-                self._hand_over(message)
+                await self._hand_over(message)
                 while not inbox.empty():  # aiomqtt makes a task for each that it hands out
-                    self._hand_over(inbox.get_nowait())
+                    await self._hand_over(inbox.get_nowait())
                 if inbox.overflowed:
                     raise LinkDown(f"more than {self._max_inbox} messages waited; some were lost")
         except asyncio.CancelledError:
@@ -188,9 +188,9 @@ class BrokerLink:
             self._connected.clear()
             await client.leave()
 
-    def _hand_over(self, message: aiomqtt.Message) -> None:
+    async def _hand_over(self, message: aiomqtt.Message) -> None:
         try:
-            self._user.on_message(incoming_of(message))
+            await self._user.on_message(incoming_of(message))
         except Exception:  # one message must not end the connection of all
             logger.exception("a message on %.200s failed", message.topic.value)
 

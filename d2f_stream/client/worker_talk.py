@@ -153,7 +153,7 @@ class WorkerTalk:
             kind = Unauthorized if "authori" in reason.lower() else RemoteError
             self.conversation.fail_request(operation.request_id, kind(text))
 
-    def on_message(self, message: Incoming) -> None:
+    async def on_message(self, message: Incoming) -> None:
         """Take an event of a stream, or the status of a worker."""
         topic = parse(message.topic)
         try:

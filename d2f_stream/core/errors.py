@@ -22,6 +22,7 @@ the offending value, the limit and the way out.
         ├── ConnectionLost (ConnectionError)  the server cannot be reached
         ├── StreamLost                   the server does not know the stream (any more)
         ├── WorkerLost                   the worker that ran the stream is gone
+        ├── LogUnavailable               the log that servers share cannot be reached, or is full
         ├── Unauthorized (PermissionError)  no token, or a wrong one
         ├── LimitExceeded                a limit of the server; the sentence names it
         │   ├── MessageTooLarge          a message, prompt or answer beyond what is served
@@ -44,6 +45,7 @@ __all__ = [
     "InvalidPrompt",
     "InvalidRequest",
     "LimitExceeded",
+    "LogUnavailable",
     "MessageTooLarge",
     "MissingExtra",
     "ModelDamaged",
@@ -209,6 +211,12 @@ class WorkerLost(RemoteError):
     """The worker that ran the stream is gone."""
 
     code = "worker_lost"
+
+
+class LogUnavailable(RemoteError):
+    """The log that servers share cannot be reached, has no room, or is none that can be used."""
+
+    code = "log_unavailable"
 
 
 class Unauthorized(RemoteError, PermissionError):

@@ -74,9 +74,9 @@ def test_no_message_breaks_a_gateway(batch: list[Incoming]) -> None:
             hello = Gateway(registry).hello
             gateway = MqttGateway(registry, "mqtt://127.0.0.1:1", hello=hello)
             for message in batch:
-                gateway.on_message(message)
+                await gateway.on_message(message)
             good = Generate(request_id=REQUEST, prompt="hi")
-            stream = registry.generate(good, client="somebody")
+            stream = await registry.generate(good, client="somebody")
             assert [event async for event in stream.follow()]
             await gateway.close(0.0)
             await registry.shut_down(0.0)
@@ -178,9 +178,9 @@ def test_rejections_of_one_client_do_not_push_out_another_s() -> None:
         async with engine_over(ScriptedBackend("short")) as engine:
             registry = StreamRegistry(engine)
             gateway = MqttGateway(registry, "mqtt://127.0.0.1:1", hello=Gateway(registry).hello)
-            gateway.on_message(garbage("bob"))
+            await gateway.on_message(garbage("bob"))
             for _ in range(10_000):
-                gateway.on_message(garbage("mallory"))
+                await gateway.on_message(garbage("mallory"))
             waiting = [message.topic for message in gateway._link._outbox.values()]
             assert sum("/bob/" in topic for topic in waiting) == 1
             assert len(waiting) < 100

@@ -67,7 +67,7 @@ class Listener:
     def on_connected(self) -> None:
         self.num_connections += 1
 
-    def on_message(self, message: Incoming) -> None:
+    async def on_message(self, message: Incoming) -> None:
         self.messages.append(message.payload)
 
     def on_lost(self, reason: str, *, refused: bool) -> None:

@@ -286,7 +286,7 @@ async def test_worker_that_closes_cancels_what_is_left_at_the_deadline(
         engine.generate("hi") as session,
     ):
         text = await first_block(session, gate)
-        (stream,) = one.registry._shelf._streams.values()
+        (stream,) = one.registry._runs._pumps.values()
         cancelled = asyncio.Event()
         cancel = stream.cancel
 

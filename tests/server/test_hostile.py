@@ -17,7 +17,7 @@ from d2f_runtime.models import __path__ as models_path
 from d2f_runtime.text import bounded_template
 from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.printable import printable
-from d2f_stream.server.auth import Auth
+from d2f_stream.server.auth import LOCAL, Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.listening.sockets import max_sockets
 from d2f_stream.server.logins import FailedLogins
@@ -48,7 +48,7 @@ async def test_refused_resume_leaves_the_reading_of_its_stream_alone(after_seq: 
         started = await peer.generate()
         await peer.resume(started.stream, after_seq=after_seq)
         assert (await peer.rejected()).code == "invalid_request"
-        (stream,) = server.registry._shelf._streams.values()
+        stream = await server.registry.resume(started.stream, client=LOCAL)
         assert stream.num_readers == 1
         gate.open()
         check_whole([started, *await peer.answer()])

@@ -55,7 +55,7 @@ async def test_times_are_those_of_the_clock() -> None:
     metrics = Metrics(clock=lambda: next(ticks))
     async with engine_over(ScriptedBackend("a" * 20)) as engine:
         registry = StreamRegistry(engine, observer=metrics)
-        stream = registry.generate(Generate(request_id="r" * 16, prompt="hi"), client="ann")
+        stream = await registry.generate(Generate(request_id="r" * 16, prompt="hi"), client="ann")
         assert [event async for event in stream.follow()]
         await registry.shut_down(1.0)
     read = reader(metrics)
@@ -75,7 +75,9 @@ async def test_load_is_what_the_engine_does_now() -> None:
         metrics.watch(engine, gateway)
         read = reader(metrics)
         for number in (1, 2):
-            registry.generate(Generate(request_id=f"{number}" * 16, prompt="hi"), client="ann")
+            await registry.generate(
+                Generate(request_id=f"{number}" * 16, prompt="hi"), client="ann"
+            )
         await asyncio.to_thread(gate.wait_entered)
         async with asyncio.timeout(10):  # the second prompt may still be read, off the loop
             while not read("sessions_waiting"):  # noqa: ASYNC110 - no event tells it
@@ -96,12 +98,12 @@ async def test_resumes_cancels_and_failures_are_counted() -> None:
     async with engine_over(backend) as engine:
         registry = StreamRegistry(engine, observer=metrics)
         first, second = (Generate(request_id=f"{n}" * 16, prompt="hi") for n in "12")
-        stream = registry.generate(first, client="ann")
-        registry.generate(first, client="ann")
-        registry.resume(stream.id, client="ann")
-        registry.generate(second, client="ann")
+        stream = await registry.generate(first, client="ann")
+        await registry.generate(first, client="ann")
+        await registry.resume(stream.id, client="ann")
+        await registry.generate(second, client="ann")
         with pytest.raises(D2FError):
-            registry.generate(Generate(request_id="short", prompt="hi"), client="ann")
+            await registry.generate(Generate(request_id="short", prompt="hi"), client="ann")
         await asyncio.to_thread(gate.wait_entered)
         stream.cancel()
         gate.open()
@@ -123,7 +125,7 @@ async def test_drafts_that_nobody_took_in_time_are_counted() -> None:
         request = Generate(
             request_id="r" * 16, prompt="hi", params=Overrides(drafts=True, max_active_blocks=1)
         )
-        stream = registry.generate(request, client="ann")
+        stream = await registry.generate(request, client="ann")
         absent = stream.read(drafts=True, wake=lambda: None)
         uninterested = stream.read(wake=lambda: None)
         await registry.shut_down(10.0)

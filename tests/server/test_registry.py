@@ -29,6 +29,7 @@ from d2f_stream.core.errors import (
 )
 from d2f_stream.core.events import Block, Draft, Event, StreamFinished, StreamStarted
 from d2f_stream.server.limits import RateLimit, ServeLimits
+from d2f_stream.server.streams.memory_log import MemoryLog
 from d2f_stream.server.streams.served_stream import Cursor, ServedStream
 from d2f_stream.wire.protocol import Generate, OnDisconnect, Overrides
 from fakes import ANSWER, block, draft, finished, info, started
@@ -70,7 +71,7 @@ def text_of(events: list[Event]) -> str:
 
 async def test_stream_carries_the_names_that_clients_know() -> None:
     async with network(ScriptedBackend(ANSWER)) as net:
-        stream = net.registry.generate(request("mine"), client="alice")
+        stream = await net.registry.generate(request("mine"), client="alice")
         events = await read(stream)
         assert isinstance(events[0], StreamStarted)
         assert (events[0].request_id, events[0].stream) == (stream.request_id, stream.id)
@@ -80,11 +81,11 @@ async def test_stream_carries_the_names_that_clients_know() -> None:
 
 async def test_request_without_a_length_takes_the_room_that_is_left() -> None:
     async with network(ScriptedBackend(LONG, info=info(max_len=100))) as net:
-        events = await read(net.registry.generate(request(prompt="x" * 90), client="alice"))
+        events = await read(await net.registry.generate(request(prompt="x" * 90), client="alice"))
         assert len(text_of(events)) == 10
         with pytest.raises(PromptTooLong, match="max_new_tokens is 11"):
             await read(
-                net.registry.generate(
+                await net.registry.generate(
                     request("2", prompt="x" * 90, max_new_tokens=11), client="alice"
                 )
             )
@@ -92,32 +93,32 @@ async def test_request_without_a_length_takes_the_room_that_is_left() -> None:
 
 async def test_same_request_attaches_whether_it_runs_or_has_ended() -> None:
     async with network(ScriptedBackend(ANSWER)) as net:
-        stream = net.registry.generate(request(), client="alice")
-        assert net.registry.generate(request(), client="alice") is stream
+        stream = await net.registry.generate(request(), client="alice")
+        assert await net.registry.generate(request(), client="alice") is stream
         await read(stream)
-        assert net.registry.generate(request(), client="alice") is stream
+        assert await net.registry.generate(request(), client="alice") is stream
         assert net.notes.started == {stream.request_id: 1}
         assert net.notes.num_resumes == 2
 
 
 async def test_same_name_of_two_clients_is_two_streams() -> None:
     async with network(ScriptedBackend(ANSWER)) as net:
-        alice = net.registry.generate(request(), client="alice")
-        bob = net.registry.generate(request(), client="bob")
+        alice = await net.registry.generate(request(), client="alice")
+        bob = await net.registry.generate(request(), client="bob")
         assert alice.id != bob.id
-        net.registry.cancel(bob.request_id, client="bob")
+        await net.registry.cancel(bob.request_id, client="bob")
         assert text_of(await read(alice)) == ANSWER
 
 
 async def test_nobody_reaches_the_stream_of_another() -> None:
     backend, gate = held()
     async with network(backend) as net:
-        stream = net.registry.generate(request(), client="alice")
+        stream = await net.registry.generate(request(), client="alice")
         with pytest.raises(StreamLost):
-            net.registry.resume(stream.id, client="bob")
+            await net.registry.resume(stream.id, client="bob")
         for name in (stream.id, stream.request_id):
             with pytest.raises(StreamLost):
-                net.registry.cancel(name, client="bob")
+                await net.registry.cancel(name, client="bob")
         gate.open()
         assert text_of(await read(stream)) == ANSWER
 
@@ -127,12 +128,12 @@ async def test_name_that_could_be_guessed_or_does_not_fit_is_refused(name: str) 
     async with network(ScriptedBackend()) as net:
         asked = Generate(request_id=name, prompt="hi")
         with pytest.raises(InvalidRequest, match="request_id"):
-            net.registry.generate(asked, client="alice")
+            await net.registry.generate(asked, client="alice")
         assert [error.code for error in net.notes.refused] == ["invalid_request"]
 
 
 async def test_stream_ids_are_long_and_differ() -> None:
-    ids = {ServedStream(request(), client="a", charge=1).id for _ in range(1000)}
+    ids = {ServedStream(request(), client="a").id for _ in range(1000)}
     assert len(ids) == 1000
     assert min(map(len, ids)) >= 24
 
@@ -142,14 +143,14 @@ async def test_stream_ids_are_long_and_differ() -> None:
 
 @pytest.mark.parametrize("after_seq", [-2, 0, 1, 10**9])
 async def test_reader_ahead_of_a_stream_without_events_is_refused(after_seq: int) -> None:
-    stream = ServedStream(request(), client="alice", charge=1)
+    stream = ServedStream(request(), client="alice")
     with pytest.raises(InvalidRequest, match="after_seq"):
         stream.read(after_seq=after_seq, wake=lambda: None)
 
 
 async def test_reader_ahead_of_the_log_is_refused() -> None:
     async with network(ScriptedBackend("hello")) as net:
-        stream = net.registry.generate(request(), client="alice")
+        stream = await net.registry.generate(request(), client="alice")
         assert len(await read(stream)) == 3
         assert await read(stream, after_seq=2) == []
         with pytest.raises(InvalidRequest, match="the last event of the stream is 2"):
@@ -159,7 +160,7 @@ async def test_reader_ahead_of_the_log_is_refused() -> None:
 async def test_slow_and_fast_readers_read_the_same() -> None:
     backend = ScriptedBackend(LONG)
     async with network(backend) as net:
-        stream = net.registry.generate(request(max_new_tokens=400), client="alice")
+        stream = await net.registry.generate(request(max_new_tokens=400), client="alice")
         fast, late = await asyncio.gather(read(stream), read(stream))
         assert fast == late == await read(stream)
         assert text_of(fast) == LONG[:400]
@@ -169,7 +170,7 @@ async def test_slow_and_fast_readers_read_the_same() -> None:
 async def test_follower_that_leaves_early_is_forgotten() -> None:
     backend, gate = held()
     async with network(backend) as net:
-        stream = net.registry.generate(request(), client="alice")
+        stream = await net.registry.generate(request(), client="alice")
         gate.let_through(1)
         async with aclosing(stream.follow()) as events:  # type: ignore[type-var]
             await anext(events)
@@ -182,7 +183,7 @@ async def test_stream_that_is_to_end_with_its_readers_ends_with_the_last() -> No
     backend, gate = held(LONG)
     async with network(backend) as net:
         asked = request(on_disconnect="cancel", max_new_tokens=4000)
-        stream = net.registry.generate(asked, client="alice")
+        stream = await net.registry.generate(asked, client="alice")
         readers = [stream.read(wake=lambda: None) for _ in range(2)]
         readers[0].detach()
         readers[0].detach()
@@ -195,7 +196,7 @@ async def test_stream_that_is_to_end_with_its_readers_ends_with_the_last() -> No
 
 
 def test_draft_is_not_read_after_its_block() -> None:
-    stream = ServedStream(request(), client="alice", charge=1)
+    stream = ServedStream(request(), client="alice")
     stream.append(started())
     reader = stream.read(drafts=True, wake=lambda: None)
     for event in (draft(0), draft(1), block(0)):
@@ -208,7 +209,7 @@ class Readers(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stream = ServedStream(request(), client="alice", charge=1)
+        self.stream = ServedStream(request(), client="alice")
         self.stream.append(started())
         self.num_blocks = 0
         self.over = False
@@ -307,13 +308,13 @@ async def skip(seconds: float) -> None:
 def test_stream_can_be_resumed_for_its_time_and_no_longer() -> None:
     async def main() -> None:
         async with network(ScriptedBackend(ANSWER)) as net:
-            stream = net.registry.generate(request(), client="alice")
+            stream = await net.registry.generate(request(), client="alice")
             await read(stream)
             await skip(299)
-            assert net.registry.resume(stream.id, client="alice") is stream
+            assert await net.registry.resume(stream.id, client="alice") is stream
             await skip(2)
             with pytest.raises(StreamLost, match="kept for 300 s"):
-                net.registry.resume(stream.id, client="alice")
+                await net.registry.resume(stream.id, client="alice")
             assert net.registry.num_retained == 0
 
     run_skipping(main())
@@ -323,9 +324,9 @@ def test_running_stream_is_kept_however_long_it_takes() -> None:
     async def main() -> None:
         backend, gate = held()
         async with network(backend) as net:
-            stream = net.registry.generate(request(), client="alice")
+            stream = await net.registry.generate(request(), client="alice")
             await skip(10_000)
-            assert net.registry.resume(stream.id, client="alice") is stream
+            assert await net.registry.resume(stream.id, client="alice") is stream
             gate.open()
             assert text_of(await read(stream)) == ANSWER
 
@@ -335,13 +336,13 @@ def test_running_stream_is_kept_however_long_it_takes() -> None:
 def test_name_may_be_used_again_once_its_stream_is_forgotten() -> None:
     async def main() -> None:
         async with network(ScriptedBackend(ANSWER)) as net:
-            first = net.registry.generate(request(), client="alice")
+            first = await net.registry.generate(request(), client="alice")
             await read(first)
             await skip(301)
-            second = net.registry.generate(request(), client="alice")
+            second = await net.registry.generate(request(), client="alice")
             assert second is not first
             await skip(301)  # the first one's time is over again; the second one's is not
-            assert net.registry.resume(second.id, client="alice") is second
+            assert await net.registry.resume(second.id, client="alice") is second
             await read(second)
 
     run_skipping(main())
@@ -350,13 +351,13 @@ def test_name_may_be_used_again_once_its_stream_is_forgotten() -> None:
 async def test_stream_that_made_room_holds_no_memory() -> None:
     limits = ServeLimits(max_retained_bytes=3000)
     async with network(ScriptedBackend("hello"), limits=limits) as net:
-        first = net.registry.generate(request("first"), client="a")
+        first = await net.registry.generate(request("first"), client="a")
         await read(first)
         await until(lambda: net.registry.num_active == 0)
         net.notes.ended.clear()
         gone = weakref.ref(first)
         del first
-        await read(net.registry.generate(request("second"), client="a"))
+        await read(await net.registry.generate(request("second"), client="a"))
         await until(lambda: net.registry.num_active == 0)
         gc.collect()
         assert gone() is None
@@ -366,11 +367,11 @@ async def test_running_streams_are_never_forgotten_for_room() -> None:
     backend, gate = held()
     async with network(backend, limits=ServeLimits(max_running_tokens=250)) as net:
         running = [
-            net.registry.generate(request("r", max_new_tokens=100), client=client)
+            await net.registry.generate(request("r", max_new_tokens=100), client=client)
             for client in ("a", "b")
         ]
         with pytest.raises(TooManyStreams, match="250 tokens in all"):
-            net.registry.generate(request("r", max_new_tokens=100), client="c")
+            await net.registry.generate(request("r", max_new_tokens=100), client="c")
         assert net.registry.num_retained == 2
         gate.open()
         for stream in running:
@@ -381,15 +382,15 @@ async def test_one_client_leaves_running_tokens_to_others() -> None:
     backend, gate = held()
     async with network(backend, limits=ServeLimits(max_running_tokens=400)) as net:
         mallory = [
-            net.registry.generate(request(f"m{n}", max_new_tokens=100), client="mallory")
+            await net.registry.generate(request(f"m{n}", max_new_tokens=100), client="mallory")
             for n in range(3)
         ]
         with pytest.raises(TooManyStreams, match="300 tokens together"):
-            net.registry.generate(request("m3", max_new_tokens=1), client="mallory")
-        bobs = net.registry.generate(request(max_new_tokens=100), client="bob")
+            await net.registry.generate(request("m3", max_new_tokens=1), client="mallory")
+        bobs = await net.registry.generate(request(max_new_tokens=100), client="bob")
         mallory[0].cancel()
         await until(lambda: net.registry.num_active == 3)
-        net.registry.generate(request("m3", max_new_tokens=100), client="mallory")
+        await net.registry.generate(request("m3", max_new_tokens=100), client="mallory")
         gate.open()
         assert text_of(await read(bobs)) == ANSWER
 
@@ -398,7 +399,7 @@ async def test_share_of_the_running_tokens_does_not_bind_an_only_stream() -> Non
     limits = ServeLimits(max_running_tokens=200, max_running_tokens_per_client=1)
     async with network(ScriptedBackend(ANSWER), limits=limits) as net:
         for name in ("first", "second"):
-            stream = net.registry.generate(request(name, max_new_tokens=200), client="a")
+            stream = await net.registry.generate(request(name, max_new_tokens=200), client="a")
             assert text_of(await read(stream)) == ANSWER
             await until(lambda: net.registry.num_active == 0)
 
@@ -407,43 +408,45 @@ async def test_share_of_the_running_tokens_does_not_bind_an_only_stream() -> Non
 async def test_request_that_is_refused_costs_others_nothing(tokens: int) -> None:
     limits = ServeLimits(max_running_tokens=300, max_retained_bytes=8000)
     async with network(ScriptedBackend("hello"), limits=limits) as net:
-        kept = net.registry.generate(request("kept", max_new_tokens=100), client="alice")
+        kept = await net.registry.generate(request("kept", max_new_tokens=100), client="alice")
         await read(kept)
         with pytest.raises(D2FError):
             await read(
-                net.registry.generate(
+                await net.registry.generate(
                     request("mean", prompt="", max_new_tokens=tokens), client="mallory"
                 )
             )
-        assert net.registry.resume(kept.id, client="alice") is kept
+        assert await net.registry.resume(kept.id, client="alice") is kept
 
 
 async def test_ended_streams_are_bounded_in_bytes_and_whoever_has_most_gives_way() -> None:
     limits = ServeLimits(max_retained_bytes=20_000)
     async with network(ScriptedBackend("hello"), limits=limits) as net:
-        bobs = net.registry.generate(request("bob"), client="bob")
+        bobs = await net.registry.generate(request("bob"), client="bob")
         await read(bobs)
         alices = []
         for number in range(30):
-            alices.append(net.registry.generate(request(f"alice-{number}"), client="alice"))
+            alices.append(await net.registry.generate(request(f"alice-{number}"), client="alice"))
             await read(alices[-1])
-        assert net.registry.resume(bobs.id, client="bob") is bobs
-        assert net.registry.resume(alices[-1].id, client="alice") is alices[-1]
+        assert await net.registry.resume(bobs.id, client="bob") is bobs
+        assert await net.registry.resume(alices[-1].id, client="alice") is alices[-1]
         with pytest.raises(StreamLost):
-            net.registry.resume(alices[0].id, client="alice")
+            await net.registry.resume(alices[0].id, client="alice")
         assert net.registry.num_retained * bobs.num_bytes <= 20_000
         await until(lambda: net.registry.num_active == 0)
-        assert len(net.registry._shelf._expiries) == net.registry.num_retained
+        log = net.registry._log
+        assert isinstance(log, MemoryLog)
+        assert len(log._shelf._expiries) == net.registry.num_retained
 
 
 async def test_request_id_stands_for_one_request() -> None:
     async with network(ScriptedBackend("hello")) as net:
-        first = net.registry.generate(request(), client="alice")
-        assert net.registry.generate(request(), client="alice") is first
+        first = await net.registry.generate(request(), client="alice")
+        assert await net.registry.generate(request(), client="alice") is first
         for other in (request(prompt="another"), request(max_new_tokens=5)):
             with pytest.raises(RequestConflict, match="another request of yours"):
-                net.registry.generate(other, client="alice")
-        assert net.registry.generate(request(prompt="another"), client="bob") is not first
+                await net.registry.generate(other, client="alice")
+        assert await net.registry.generate(request(prompt="another"), client="bob") is not first
         assert text_of(await read(first)) == "hello"
 
 
@@ -457,7 +460,7 @@ async def test_answer_takes_the_room_that_is_left_unless_its_length_is_named() -
         ]
         for name, fields, clamp in cases:
             prompt = "x" * (max_len - 10)
-            stream = net.registry.generate(
+            stream = await net.registry.generate(
                 request(name, prompt=prompt, **fields), client="alice", clamp=clamp
             )
             log = await read(stream)
@@ -469,7 +472,7 @@ async def test_answer_takes_the_room_that_is_left_unless_its_length_is_named() -
             fields = dict[str, Any]() if clamp else {"max_new_tokens": 11}
             with pytest.raises(PromptTooLong):
                 await read(
-                    net.registry.generate(
+                    await net.registry.generate(
                         request(name, prompt=prompt, **fields), client="alice", clamp=clamp
                     )
                 )
@@ -479,9 +482,9 @@ async def test_clients_take_turns_however_much_one_of_them_asks() -> None:
     backend, gate = held()
     limits = ServeLimits(max_running=4)
     async with network(backend, limits=limits) as net:
-        alices = [net.registry.generate(request(f"a{n}"), client="alice") for n in range(20)]
+        alices = [await net.registry.generate(request(f"a{n}"), client="alice") for n in range(20)]
         await until(lambda: sum(stream.started for stream in alices) == 3)  # three quarters
-        bobs = [net.registry.generate(request(f"b{n}"), client="bob") for n in range(2)]
+        bobs = [await net.registry.generate(request(f"b{n}"), client="bob") for n in range(2)]
         gate.open()
         await until(lambda: all(stream.started for stream in bobs))
         assert sum(stream.started for stream in alices) < 12
@@ -493,9 +496,9 @@ async def test_clients_take_turns_however_much_one_of_them_asks() -> None:
 async def test_stream_that_waits_for_its_turn_is_cancelled_at_once() -> None:
     backend, gate = held()
     async with network(backend, limits=ServeLimits(max_running=1)) as net:
-        running = net.registry.generate(request("first"), client="alice")
+        running = await net.registry.generate(request("first"), client="alice")
         await until(lambda: running.started)
-        waiting = net.registry.generate(request("second"), client="alice")
+        waiting = await net.registry.generate(request("second"), client="alice")
         await until(lambda: net.registry.num_waiting == 1)
         waiting.cancel()
         start, end = await read(waiting)
@@ -530,7 +533,7 @@ async def test_request_that_does_not_fit_is_refused_and_leaves_nothing(
     limits = ServeLimits(max_new_tokens=512)
     async with network(ScriptedBackend(ANSWER), limits=limits) as net:
         with pytest.raises(kind):
-            await read(net.registry.generate(asked, client="alice"))
+            await read(await net.registry.generate(asked, client="alice"))
         await until(lambda: net.registry.num_active == 0)
         assert net.registry.num_retained == 0
         assert net.registry._admission.num_tokens == 0
@@ -541,24 +544,24 @@ async def test_number_of_streams_is_bounded_for_each_client_and_in_all() -> None
     limits = ServeLimits(max_streams=3, max_streams_per_client=2)
     async with network(backend, limits=limits) as net:
         generate = net.registry.generate
-        first = generate(request("a1"), client="alice")
-        generate(request("a2"), client="alice")
+        first = await generate(request("a1"), client="alice")
+        await generate(request("a2"), client="alice")
         with pytest.raises(TooManyStreams, match="2 of your streams"):
-            generate(request("a3"), client="alice")
-        assert generate(request("a1"), client="alice") is first  # attaching is no new stream
-        generate(request("b1"), client="bob")
+            await generate(request("a3"), client="alice")
+        assert await generate(request("a1"), client="alice") is first  # attaching is no new stream
+        await generate(request("b1"), client="bob")
         with pytest.raises(TooManyStreams, match="3 streams are running or waiting"):
-            generate(request("b2"), client="bob")
+            await generate(request("b2"), client="bob")
         gate.open()
         await until(lambda: not net.registry.num_active)
-        generate(request("a3"), client="alice")
+        await generate(request("a3"), client="alice")
 
 
 async def test_stream_turned_away_later_may_be_asked_for_again() -> None:
     backend = ScriptedBackend(ANSWER, capacity=10)  # no slot is ever large enough
     async with network(backend) as net:
         for _ in range(2):
-            stream = net.registry.generate(request(), client="alice")
+            stream = await net.registry.generate(request(), client="alice")
             with pytest.raises(D2FError, match="10"):
                 await read(stream)
             assert net.registry.num_retained == 0
@@ -601,13 +604,13 @@ def test_clients_have_rates_of_their_own() -> None:
 async def test_shutting_down_lets_streams_end() -> None:
     backend, gate = held()
     async with network(backend) as net:
-        stream = net.registry.generate(request(), client="alice")
+        stream = await net.registry.generate(request(), client="alice")
         closing = asyncio.create_task(net.registry.shut_down(60))
         await asyncio.sleep(0)
         assert not net.registry.admits
         with pytest.raises(ServerShuttingDown):
-            net.registry.generate(request("new"), client="alice")
-        assert net.registry.generate(request(), client="alice") is stream
+            await net.registry.generate(request("new"), client="alice")
+        assert await net.registry.generate(request(), client="alice") is stream
         gate.open()
         await closing
         assert text_of(await read(stream)) == ANSWER
@@ -616,7 +619,7 @@ async def test_shutting_down_lets_streams_end() -> None:
 async def test_shutting_down_cancels_what_is_left_at_the_deadline() -> None:
     backend = ScriptedBackend(LONG)
     async with network(backend) as net:
-        stream = net.registry.generate(request(max_new_tokens=4000), client="alice")
+        stream = await net.registry.generate(request(max_new_tokens=4000), client="alice")
         await net.registry.shut_down(0)
         assert isinstance(stream.log[-1], StreamFinished)
         assert stream.log[-1].reason == "cancelled"
@@ -626,10 +629,10 @@ async def test_shutting_down_cancels_what_is_left_at_the_deadline() -> None:
 async def test_pump_that_is_cancelled_tells_its_readers() -> None:
     backend, gate = held()
     async with network(backend) as net:
-        stream = net.registry.generate(request(), client="alice")
+        stream = await net.registry.generate(request(), client="alice")
         reading = asyncio.create_task(read(stream))
         await asyncio.to_thread(gate.wait_entered)
-        (pump,) = net.registry._pumps
+        (pump,) = net.registry._runs._pumps
         pump.cancel()
         with pytest.raises(ServerShuttingDown):
             await reading

@@ -1,7 +1,7 @@
 """MqttGateway: the worker's side of MQTT. Takes requests from a broker, publishes their streams.
 
 Knows topics and requests; the connection is a `BrokerLink`, what is published are `Publications`.
-Handling a message never waits, so the broker's messages do not pile up here.
+Handling a message waits for the log at most, so the broker's messages do not pile up here.
 
 The client's name in a topic is believed. That the broker lets nobody use another's name is the
 work of its access rules: see docs/mqtt.md.
@@ -181,22 +181,22 @@ class MqttGateway:
     def on_refused(self, message: Outgoing, reason: str) -> None:
         """Nothing to do: the link logs it."""
 
-    def on_message(self, message: Incoming) -> None:
+    async def on_message(self, message: Incoming) -> None:
         """Do what a client asks, or refuse it."""
         topic = parse(message.topic)
         match topic:
             case RequestTopic(client):
-                self._refusing(topic, message, client, None)
+                await self._refusing(topic, message, client, None)
             case OperationTopic(_, client, request_id):
-                self._refusing(topic, message, client, request_id)
+                await self._refusing(topic, message, client, request_id)
             case StreamTopic(client, request_id, "cancel"):
                 # Every worker gets it, and at most one has such a stream.
                 with contextlib.suppress(StreamLost):
-                    self.registry.cancel(request_id, client=_principal(client))
+                    await self.registry.cancel(request_id, client=_principal(client))
             case _:
                 log.info("a message to %s is dropped: it names no client", message.topic)
 
-    def _refusing(
+    async def _refusing(
         self, topic: RequestTopic | OperationTopic, message: Incoming, client: str, name: str | None
     ) -> None:
         codec = codec_of(message.content_type)
@@ -210,13 +210,13 @@ class MqttGateway:
             operation = codec.decode_operation(message.payload)
             match topic, operation:
                 case RequestTopic(), Generate():
-                    self._generate(operation, client, codec)
+                    await self._generate(operation, client, codec)
                 case OperationTopic(), Resume():
                     stream_id = operation.stream
-                    self._resume(operation, client, topic.request_id, codec)
+                    await self._resume(operation, client, topic.request_id, codec)
                 case OperationTopic(), Cancel():
                     stream_id = operation.stream
-                    self.registry.cancel(operation.name, client=_principal(client))
+                    await self.registry.cancel(operation.name, client=_principal(client))
                 case _:
                     raise ProtocolError(
                         "this topic takes no such operation: generate goes to requests/, cancel "
@@ -228,18 +228,18 @@ class MqttGateway:
                 log.info("a message of %s cannot be read: %s", client, error)
             self._reject(StreamTopic(client, name, "events"), error, stream_id, codec)
 
-    def _generate(self, request: Generate, client: str, codec: Codec) -> None:
+    async def _generate(self, request: Generate, client: str, codec: Codec) -> None:
         if request.on_disconnect != "continue":
             raise InvalidRequest(
                 f"on_disconnect is {request.on_disconnect!r}, but over MQTT a worker does not see "
                 "who is gone; make the request's cancel your last will instead"
             )
-        stream = self.registry.generate(request, client=_principal(client))
+        stream = await self.registry.generate(request, client=_principal(client))
         drafts = request.params.drafts is True
         self._publications.publish(stream, client, codec, after_seq=-1, drafts=drafts)
 
-    def _resume(self, operation: Resume, client: str, request_id: str, codec: Codec) -> None:
-        stream = self.registry.resume(operation.stream, client=_principal(client))
+    async def _resume(self, operation: Resume, client: str, request_id: str, codec: Codec) -> None:
+        stream = await self.registry.resume(operation.stream, client=_principal(client))
         if stream.request_id != request_id:
             raise InvalidRequest("the stream belongs to another request than the topic names")
         after_seq, drafts = operation.after_seq, operation.drafts

@@ -211,7 +211,7 @@ class _Api:
             on_disconnect="cancel",
         )
         asker = asker_of(client, request.client and request.client.host)
-        stream = self._registry.generate(generate, client=client, asker=asker, clamp=True)
+        stream = await self._registry.generate(generate, client=client, asker=asker, clamp=True)
         reader = AnswerReader(stream, self._registry)
         if not asked.is_streamed:
             try:

@@ -20,6 +20,7 @@ from d2f_stream.core.errors import (
     InvalidPrompt,
     InvalidRequest,
     LimitExceeded,
+    LogUnavailable,
     MessageTooLarge,
     ModelNotFound,
     OutOfCapacity,
@@ -71,6 +72,7 @@ STATUS: Final[dict[type[D2FError], int]] = {
     EngineFailed: 503,
     OutOfCapacity: 503,
     ServerShuttingDown: 503,
+    LogUnavailable: 503,
     WorkerLost: 503,
     D2FError: 500,
 }

@@ -15,7 +15,7 @@ __all__ = ["Answer", "AnswerReader", "AnswersReader", "start_choices"]
 Answer = tuple[list[Block], StreamFinished]
 
 
-def start_choices(
+async def start_choices(
     registry: StreamRegistry,
     asked: AnswerRequest,
     prompt: WirePrompt,
@@ -24,7 +24,7 @@ def start_choices(
     client: str,
     asker: str,
 ) -> list[ServedStream]:
-    """Start a stream for each choice of a request, or none.
+    """Start a stream for each choice of a request, or none. Safe to cancel.
 
     Args:
         registry: starts them.
@@ -46,8 +46,9 @@ def start_choices(
                 params=asked.overrides(choice),
                 on_disconnect="cancel",
             )
-            streams.append(registry.generate(generate, client=client, asker=asker, clamp=True))
-    except D2FError:
+            stream = await registry.generate(generate, client=client, asker=asker, clamp=True)
+            streams.append(stream)
+    except BaseException:  # refused, or the client has left
         for stream in streams:
             stream.cancel()
         raise

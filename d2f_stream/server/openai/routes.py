@@ -185,7 +185,9 @@ class _Api:
     ) -> Response:
         name = uuid.uuid4().hex
         asker = asker_of(client, request.client and request.client.host)
-        streams = start_choices(self._registry, asked, prompt, name, client=client, asker=asker)
+        streams = await start_choices(
+            self._registry, asked, prompt, name, client=client, asker=asker
+        )
         reader = AnswersReader(streams, self._registry)
         writer = self._writer(asked, name)
         if asked.stream:

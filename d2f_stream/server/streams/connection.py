@@ -194,7 +194,7 @@ class Connection:
             if isinstance(operation, Authenticate):
                 await self._log_in_again(operation.token)
             else:
-                self._do(operation)
+                await self._do(operation)
         except D2FError as error:
             request_id = getattr(operation, "request_id", None)
             stream = getattr(operation, "stream", None)
@@ -215,31 +215,31 @@ class Connection:
             raise _Closing(refusal)
         raise refusal
 
-    def _do(self, operation: Generate | Resume | Cancel) -> None:
+    async def _do(self, operation: Generate | Resume | Cancel) -> None:
         match operation:
             case Generate():
-                self._generate(operation)
+                await self._generate(operation)
             case Resume():
-                self._resume(operation)
+                await self._resume(operation)
             case Cancel():
                 assert self.client is not None
-                self._registry.cancel(operation.name, client=self.client)
+                await self._registry.cancel(operation.name, client=self.client)
             case _:
                 assert_never(operation)
 
-    def _generate(self, request: Generate) -> None:
+    async def _generate(self, request: Generate) -> None:
         assert self.client is not None
         if not self._outgoing.reads(request_id=request.request_id):
             self._check_room()
-        stream = self._registry.generate(
+        stream = await self._registry.generate(
             request, client=self.client, asker=asker_of(self.client, id(self))
         )
         drafts = request.params.drafts is True
         self._outgoing.follow(stream, after_seq=-1, drafts=drafts)
 
-    def _resume(self, operation: Resume) -> None:
+    async def _resume(self, operation: Resume) -> None:
         assert self.client is not None
-        stream = self._registry.resume(operation.stream, client=self.client)
+        stream = await self._registry.resume(operation.stream, client=self.client)
         if not self._outgoing.reads(stream_id=operation.stream):
             self._check_room()
         self._outgoing.follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)

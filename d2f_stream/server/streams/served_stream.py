@@ -12,7 +12,6 @@ from typing import Final
 
 from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
-from d2f_stream.core.session import Session
 from d2f_stream.wire.protocol import Generate
 
 __all__ = ["Cursor", "ServedStream", "digest_of"]
@@ -31,24 +30,29 @@ class ServedStream:
         client: whose it is.
         asker: who takes turns with others for it.
         request_id: the client's name for it.
+        request: what it answers, until it has ended.
+        clamp: whether the answer is shortened where the model has no room for its length.
         digest: of the request that it answers.
-        charge: tokens that prompt and answer may take, about.
+        charge: tokens that prompt and answer may take, about, where it is worked on from here.
         log: durable events so far; an event's index is its `seq`.
         drafts: the latest draft of each block that is not final.
         num_drafts_dropped: drafts that a reader wanted and a later state overtook.
         error: why it was turned away before it began, if it was.
         ended: whether no more events come.
+        observe: is told of each event.
     """
 
     def __init__(
-        self, request: Generate, *, client: str, charge: int, asker: str | None = None
+        self, request: Generate, *, client: str, asker: str | None = None, clamp: bool = False
     ) -> None:
         self.id = secrets.token_urlsafe(18)
         self.client = client
         self.asker = asker or client
         self.request_id = request.request_id
+        self.request: Generate | None = request
+        self.clamp = clamp
         self.digest = digest_of(request)
-        self.charge = charge
+        self.charge = 0
         self.log: list[Event] = []
         self.drafts: dict[int, Draft] = {}
         self.num_drafts_dropped = 0
@@ -56,13 +60,21 @@ class ServedStream:
         self.ended = False
         self.cancels_on_disconnect = request.on_disconnect == "cancel"
         self._cursors: set[Cursor] = set()
-        self._session: Session | None = None
-        self._withdraw: Callable[[], object] | None = None
+        self.observe: Callable[[ServedStream, Event], None] | None = None
+        self._cancel: Callable[[], object] | None = None
+        self._cancel_elsewhere: Callable[[], object] | None = None
+        self._waits = False
+        self._terminal: asyncio.Future[None] | None = None
 
     @property
     def started(self) -> bool:
         """Whether its first event is out."""
         return bool(self.log)
+
+    @property
+    def has_terminal(self) -> bool:
+        """Whether its last event is out."""
+        return bool(self.log) and isinstance(self.log[-1], StreamFinished | StreamFailed)
 
     @property
     def num_readers(self) -> int:
@@ -76,11 +88,13 @@ class ServedStream:
 
     def cancel(self) -> None:
         """End the stream within a step. Idempotent."""
-        if self._session is not None:
-            self._session.cancel()
-        elif self._withdraw is not None:
-            withdraw, self._withdraw = self._withdraw, None
-            withdraw()
+        if self._cancel is not None:
+            cancel = self._cancel
+            if self._waits:
+                self._cancel = None
+            cancel()
+        elif self._cancel_elsewhere is not None and not self.has_terminal:
+            self._cancel_elsewhere()
 
     def read(
         self, *, after_seq: int = -1, drafts: bool = False, wake: Callable[[], None]
@@ -124,44 +138,71 @@ class ServedStream:
         finally:
             cursor.detach()
 
-    # The producer's side: called by the registry only.
+    # The producer's side: called by the registry and the log only.
 
     def wait(self, withdraw: Callable[[], object]) -> None:
-        """Note what `cancel` calls while the stream waits for its session."""
-        self._withdraw = withdraw
+        """Note what `cancel` calls while the stream waits for its worker."""
+        self._cancel, self._waits = withdraw, True
 
     @property
     def withdrawn(self) -> bool:
         """Whether it was cancelled while it waited."""
-        return self._withdraw is None and self._session is None and not self.ended
+        return self._waits and self._cancel is None
 
-    def begin(self, session: Session) -> None:
-        """Note the session that `cancel` ends."""
-        self._session = session
+    def begin(self, cancel: Callable[[], object]) -> None:
+        """Note what `cancel` calls from now on: the stream has its worker."""
+        self._cancel, self._waits = cancel, False
 
-    def append(self, event: Event) -> None:
-        """Append a durable event, or keep a draft until a later state overtakes it."""
+    def leave(self) -> None:
+        """Note that its worker, if it has one, is not in this process."""
+        self._cancel, self._waits = None, False
+
+    async def wait_terminal(self) -> None:
+        """Wait until its last event is out, or it was turned away. Safe to cancel."""
+        if not (self.has_terminal or self.ended):
+            if self._terminal is None:
+                self._terminal = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._terminal)
+
+    def append(self, event: Event) -> bool:
+        """Append the next durable event, or keep a draft until a later state overtakes it.
+
+        Returns whether it was the next one: an event of any other `seq` is refused.
+        """
+        if not isinstance(event, Draft) and event.seq != len(self.log):
+            return False
         match event:
             case Draft():
                 self.drafts[event.index] = event
                 for cursor in self._cursors:
                     cursor._note_draft(event.index)
-                return
+                if self.observe is not None:
+                    self.observe(self, event)
+                return True
             case Block():
                 self.drafts.pop(event.index, None)
             case StreamFinished() | StreamFailed():
                 self.drafts.clear()
+                self._note_terminal()
         for cursor in self._cursors:
             cursor._drop_drafts()
         self.log.append(event)
         self._wake_all()
+        if self.observe is not None:
+            self.observe(self, event)
+        return True
 
     def end(self, error: D2FError | None = None) -> None:
         """Put nothing more; `error` says why, where the last event does not."""
         self.error = error
         self.ended = True
-        self._session = self._withdraw = None
+        self.request = self.observe = self._cancel = None
+        self._note_terminal()
         self._wake_all()
+
+    def _note_terminal(self) -> None:
+        if self._terminal is not None and not self._terminal.done():
+            self._terminal.set_result(None)
 
     def _wake_all(self) -> None:
         for cursor in self._cursors:

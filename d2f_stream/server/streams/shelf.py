@@ -45,8 +45,16 @@ class Shelf:
         Raises:
             StreamLost: there is none.
         """
+        return self.get(stream_id, client=client)
+
+    def get(self, stream_id: str, *, client: str | None = None) -> ServedStream:
+        """Return the stream of that id; of the client's, where one is named.
+
+        Raises:
+            StreamLost: there is none.
+        """
         stream = self._streams.get(stream_id)
-        if stream is None or stream.client != client:
+        if stream is None or client not in (None, stream.client):
             kept = f"streams are kept for {self._limits.resume_ttl_s:g} s after their end"
             raise StreamLost(f"there is no stream {stream_id[:64]!r}; {kept}")
         return stream

@@ -1,0 +1,151 @@
+"""StreamLog: where the streams of a server are kept, so that they outlive who works and who reads.
+
+The seam between one process and many. `MemoryLog` keeps streams in this process and is the default;
+`ValkeyLog` keeps them in a store that several servers share: any of them reads any stream from any
+event on, and each stream has one worker at a time, wherever that runs.
+
+Whoever reads gets a `ServedStream`, which is this process's copy of a stream and grows as the log
+does. Whoever works for a stream holds its lease, a `Work`, and appends to the log through that
+only. The log takes each `seq` once and without a gap, so a worker that was thought dead and its
+replacement cannot repeat, reorder or mix up anything.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from d2f_stream.core.events import Event
+from d2f_stream.core.params import ParamOverrides
+from d2f_stream.core.session import Prompt
+from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.wire.protocol import Generate
+
+__all__ = ["LoggingEngine", "StreamLog", "Work"]
+
+
+class Work(Protocol):
+    """A worker's hold on one stream: its lease, renewed while the context is open.
+
+    It ends with the context, by an event that ends the stream, or when the worker was silent for
+    longer than the lease runs: then another worker may take the stream over, and `append` refuses.
+    """
+
+    @property
+    def stream_id(self) -> str:
+        """The stream."""
+        ...
+
+    @property
+    def events(self) -> Sequence[Event]:
+        """The stream's durable events, those of earlier workers included; not to be changed."""
+        ...
+
+    async def append(self, event: Event) -> bool:
+        """Append the stream's next event; False where the stream is no longer this worker's.
+
+        A draft is passed on to whoever reads now, and kept nowhere. Safe to cancel: the event is in
+        the log, or is not.
+
+        Raises:
+            LogUnavailable: the log could not be reached for too long, or has no room.
+        """
+        ...
+
+    def on_cancel(self, cancel: Callable[[], None]) -> None:
+        """Have `cancel` called when the stream is cancelled, at once where it was before."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give the lease back: a stream that has not ended may be worked on by others at once."""
+        ...
+
+
+class StreamLog(Protocol):
+    """Keeps streams. Belongs to one event loop."""
+
+    def __len__(self) -> int:
+        """Streams that this process has a copy of."""
+        ...
+
+    async def create(
+        self, request: Generate, *, client: str, asker: str, clamp: bool
+    ) -> tuple[ServedStream, bool]:
+        """Return the stream of the client's request, and whether it was made just now.
+
+        Of any number of servers that are asked at once, one makes it.
+
+        Args:
+            request: what is asked.
+            client: whose stream it is: nobody else finds it.
+            asker: who takes turns with others for it.
+            clamp: whether the answer is shortened where the model has no room for its length.
+
+        Raises:
+            LogUnavailable: the log cannot be reached, or has no room.
+        """
+        ...
+
+    async def of_request(self, request_id: str, *, client: str) -> ServedStream | None:
+        """Return the stream that the client's request started; None where there is none."""
+        ...
+
+    async def find(self, stream_id: str, *, client: str) -> ServedStream:
+        """Return the client's stream, with all that the log has of it now.
+
+        Raises:
+            StreamLost: there is none of that id.
+            LogUnavailable: the log cannot be reached.
+        """
+        ...
+
+    async def work(self, stream_id: str) -> Work | None:
+        """Take the stream's lease; None where another worker has it, or the stream has ended.
+
+        Raises:
+            StreamLost: there is no such stream.
+            LogUnavailable: the log cannot be reached.
+        """
+        ...
+
+    async def wait_free(self, stream: ServedStream) -> None:
+        """Wait until the stream has ended here, or nobody holds its lease any more. Safe to cancel.
+
+        Raises:
+            StreamLost: the log has forgotten it.
+            LogUnavailable: the log could not be reached for too long.
+        """
+        ...
+
+    def retain(self, stream: ServedStream) -> None:
+        """Keep a stream that has ended until its time is over, or others need the room."""
+        ...
+
+    def forget(self, stream: ServedStream) -> None:
+        """Let a stream be found no more: its request may come again. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class LoggingEngine(Protocol):
+    """An engine whose workers append to the log themselves, elsewhere.
+
+    A server asks it to have a stream worked on, and reads the events from the log like everybody.
+    """
+
+    async def work(self, stream_id: str, prompt: Prompt, overrides: ParamOverrides) -> None:
+        """Have a worker bring the stream to its end, from where the log has it. Safe to cancel.
+
+        The worker takes the stream's lease by `StreamLog.work`. Returns once the stream has ended
+        or another worker has it; where a worker is lost, takes another one.
+
+        Raises:
+            D2FError: no worker takes it, and nothing was appended for the last one.
+        """
+        ...
