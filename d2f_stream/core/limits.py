@@ -17,7 +17,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         max_sessions: sessions that hold a slot.
         max_tokens: tokens that all slots together have room for.
         max_rows: sessions that share a step.
-        max_step_tokens: bound of the window tokens of a step; within it, what pays decides.
+        max_step_tokens: bound of the window tokens of a step, pieces of prompts included; within
+            it, what pays decides.
         max_prompt_tokens: of one request; None leaves it to the model.
         may_narrow: the default of GenerationParams.may_narrow here: whether answers may depend on
             what else runs. Requests that say it themselves, as all presets do, keep their word.

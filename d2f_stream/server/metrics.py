@@ -78,6 +78,11 @@ class EngineLoad(Protocol):
         ...
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of running sessions' prompts that are still to be computed."""
+        ...
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens that the open slots have room for."""
         ...
@@ -288,6 +293,7 @@ def _read_load(load: EngineLoad) -> Iterator[Metric]:
         ("d2f_sessions_waiting", "Sessions of the engine that wait for a slot", load.num_waiting),
         ("d2f_kv_tokens", "Tokens that the engine's open slots have room for", load.kv_tokens),
         ("d2f_kept_tokens", "Tokens of storage kept for prompts to come", load.kept_tokens),
+        ("d2f_prompt_tokens", "Prompt tokens still to be computed", load.prompt_tokens),
     )
     for name, meaning, value in readings:
         yield GaugeMetricFamily(name, meaning, value)

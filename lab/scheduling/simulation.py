@@ -11,11 +11,13 @@ from typing import Protocol
 
 from d2f_runtime.decoding.decoder import Committed
 from d2f_runtime.decoding.width import Width
+from d2f_runtime.decoding.window import Window
+from d2f_runtime.engine.prompt_cuts import Piece, PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.scheduler import Scheduler
 from d2f_runtime.engine.step_cost import TimedStep
 from lab.scheduling.curves import StepCurve
-from lab.scheduling.workloads import MASK, PROMPT_TOKENS, Request, Workload
+from lab.scheduling.workloads import MASK, PLAIN, PROMPT_TOKENS, Request, Workload
 
 __all__ = ["Fixed", "Outcome", "Paying", "Planner", "simulate"]
 
@@ -30,8 +32,8 @@ class Planner(Protocol):
         """Take a session on."""
         ...
 
-    def plan(self) -> Sequence[tuple[int, Width]]:
-        """Return whose windows run next, and how wide they are."""
+    def plan(self) -> Sequence[tuple[int, Width, Piece | None]]:
+        """Return whose windows run next, how wide they are, and how much of their prompts."""
         ...
 
     def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
@@ -58,11 +60,11 @@ class Fixed:
         """Take a session on."""
         self._line.append(session_id)
 
-    def plan(self) -> Sequence[tuple[int, Width]]:
+    def plan(self) -> Sequence[tuple[int, Width, Piece | None]]:
         """Return those that waited longest."""
         run, self._line = self._line[:MAX_ROWS], self._line[MAX_ROWS:]
         self._line += run
-        return [(session_id, self._width) for session_id in run]
+        return [(session_id, self._width, None) for session_id in run]
 
     def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
         """Learn nothing."""
@@ -93,14 +95,15 @@ class Paying:
         self._scheduler.add(
             session_id,
             capacity_tokens=1,
-            prompt_tokens=PROMPT_TOKENS,
+            prompt=PromptCuts(PROMPT_TOKENS, 1),
             kind=self._kind,
             may_narrow=True,
         )
 
-    def plan(self) -> Sequence[tuple[int, Width]]:
+    def plan(self) -> Sequence[tuple[int, Width, Piece | None]]:
         """Return the next batch."""
-        return self._scheduler.next_batch().run
+        batch = self._scheduler.next_batch()
+        return [(name, width, batch.prompts.get(name)) for name, width in batch.run]
 
     def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
         """Let the scheduler learn."""
@@ -150,6 +153,23 @@ class _Client:
     asked_ms: float
     has_block: bool = False
 
+    def begin(self, width: Width, piece: Piece | None) -> Window:
+        """Return its window in a step, or a piece of its prompt."""
+        decoder = self.request.decoder
+        if piece is not None and not piece.is_last:
+            start = decoder.num_cached
+            stop = start + piece.num_tokens
+            tokens = (PLAIN,) * piece.num_tokens
+            return Window(start, tokens, piece.num_tokens, tuple(range(start + 1, stop + 1)))
+        window = decoder.next_window(width)
+        assert window is not None
+        return window
+
+
+def _rows_of(window: Window, workload: Workload) -> int:
+    forwarded = window.num_forwarded(MASK, shift_logits=workload.shift_logits)
+    return forwarded + window.num_branch_masks
+
 
 def simulate(
     planner: Planner,
@@ -176,25 +196,22 @@ def simulate(
         if not clients:
             break
         run = planner.plan()
-        windows = []
-        for name, width in run:
-            window = clients[name].request.decoder.next_window(width)
-            assert window is not None
-            windows.append(window)
-        rows = [
-            window.num_forwarded(MASK, shift_logits=workload.shift_logits) + window.num_branch_masks
-            for window in windows
-        ]
+        parts = [clients[name].begin(width, piece) for name, width, piece in run]
+        rows = [_rows_of(window, workload) for window in parts]
         ms = curve.ms(sum(rows), len(run)) * noise.uniform(0.97, 1.03)
         clock += ms
         steps.append(TimedStep(sum(rows), len(run), ms))
         planner.learn_step(steps[-1])
-        for (name, width), window, num_rows in zip(run, windows, rows, strict=True):
+        for (name, width, piece), window, num_rows in zip(run, parts, rows, strict=True):
             client = clients[name]
             decoder = client.request.decoder
+            if piece is not None and not piece.is_last:
+                decoder.begin_at(window.stop)
+                continue
             events = decoder.apply(client.request.propose(window))
             tokens = sum(e.stop - e.start for e in events if isinstance(e, Committed))
-            planner.learn(name, width, rows=num_rows, tokens=tokens)
+            prompt = max(0, PROMPT_TOKENS - window.start)
+            planner.learn(name, width, rows=num_rows - prompt, tokens=tokens)
             num_steps += 1
             num_tokens += tokens
             if tokens and not client.has_block:

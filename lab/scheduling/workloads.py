@@ -15,10 +15,11 @@ from d2f_runtime.decoding.draft_decoder import DraftDecoder
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["EOS", "MASK", "PROMPT_TOKENS", "Drafted", "Filled", "Request", "Workload"]
+__all__ = ["EOS", "MASK", "PLAIN", "PROMPT_TOKENS", "Drafted", "Filled", "Request", "Workload"]
 
 EOS: Final = 1
 MASK: Final = 0
+PLAIN: Final = 2
 PROMPT_TOKENS: Final = 256
 MAX_NEW_TOKENS: Final = 256
 WRONG: Final = 9
@@ -78,7 +79,7 @@ class Drafted:
         """Return one with a skill and a length of its own."""
         skill = min(0.98, max(0.02, chance.uniform(-1, 1) * self.spread + self.skill))
         decoder = DraftDecoder(
-            prompt_tokens=[2] * PROMPT_TOKENS,
+            prompt_tokens=[PLAIN] * PROMPT_TOKENS,
             params=self.params,
             mask_id=MASK,
             eos_ids=(EOS,),
@@ -125,7 +126,7 @@ class Filled:
     def request(self, chance: random.Random) -> Request:
         """Return one with a length and a difficulty of its own."""
         decoder = BlockDecoder(
-            prompt_tokens=[2] * PROMPT_TOKENS, params=self.params, mask_id=MASK, eos_ids=(EOS,)
+            prompt_tokens=[PLAIN] * PROMPT_TOKENS, params=self.params, mask_id=MASK, eos_ids=(EOS,)
         )
         reach = self.reach * chance.uniform(0.7, 1.3)
         return _FilledRequest(

@@ -1,7 +1,11 @@
 """Windows whose mask is made in pieces: the same answers, in memory that does not grow with it."""
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from d2f_runtime.backends import plain_runner
 from d2f_runtime.backends.base import StepRow
@@ -46,3 +50,22 @@ def test_pieces_are_the_mask() -> None:
     pieces = list(MaskRows(start, visible, 3, 2).pieces())
     assert [piece.shape[2] for _, piece in pieces] == [2, 2, 1]
     assert torch.equal(torch.cat([piece for _, piece in pieces], dim=2), whole)
+
+
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6), spare=st.integers(1, 80))
+def test_rows_run_together_as_cheaply_as_can_be(lengths: list[int], spare: int) -> None:
+    def cost(groups: Sequence[Sequence[int]]) -> int:
+        return sum(max(lengths[n] for n in group) * len(group) + spare for group in groups)
+
+    def partitions(rest: Sequence[int]) -> Iterator[list[list[int]]]:
+        if not rest:
+            yield []
+            return
+        for others in range(1 << len(rest) - 1):
+            group = [rest[0], *(n for bit, n in enumerate(rest[1:]) if others >> bit & 1)]
+            for more in partitions([n for n in rest if n not in group]):
+                yield [group, *more]
+
+    found = plain_runner.groups(lengths, spare_rows=spare)
+    assert sorted(n for group in found for n in group) == [*range(len(lengths))]
+    assert cost(found) == min(map(cost, partitions(range(len(lengths)))))

@@ -15,6 +15,7 @@ from d2f_runtime.engine import LocalEngine
 from d2f_runtime.engine.answer_params import default_params
 from d2f_runtime.loaded_model import LoadedModel, ModelParts
 from d2f_stream import GenerationParams, StreamNames
+from d2f_stream.core.limits import Limits
 from tiny_models import CONFIGS, Stored, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.torch
@@ -87,6 +88,24 @@ async def test_graph_answers_the_same_whatever_was_asked_before(
     # int8 graphs scale what a window holds by all of it, the prompt too.
     assert (model.prefixes is None) is (stored == "int8")
     model.device.stop(last=model.do_close)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("family", ["llama", "a2d", "sdar", "fast_dllm_v2", "llada", "dream"])
+async def test_prompt_in_pieces_is_answered_as_in_one(family: str, keeps: bool) -> None:
+    prompts = [text(seed, 60 + seed) for seed in range(3)]
+    prompts.append([*prompts[0], *text(9, 20)])
+    found: list[list[tuple[int, ...]]] = []
+    for most in (1 << 20, 24):
+        model = LoadedModel(family, partial(parts_of, family), keeps_prefixes=keeps)
+        async with LocalEngine(model, limits=Limits(max_step_tokens=most)) as engine:
+            sessions = [engine.generate(prompt) for prompt in prompts]
+            found.append([(await session.result()).token_ids for session in sessions])
+            late = await engine.generate(prompts[0]).result()
+            assert late.token_ids == found[-1][0]
+        model.device.stop(last=model.do_close)
+        model.device.join(10.0)
+    assert found[0] == found[1]
 
 
 async def test_next_turn_computes_only_what_is_new() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from d2f_runtime.decoding.width import OWN, Width
+from d2f_runtime.engine.prompt_cuts import PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.scheduler import Scheduler
 from d2f_runtime.engine.step_cost import TimedStep
@@ -41,13 +42,14 @@ def add(
     bound: int | None = 4,
     may_narrow: bool = True,
     commit: Commit = "filled",
+    spacing: int = 0,
 ) -> None:
     kind = RequestKind.of(GenerationParams(max_active_blocks=bound, commit=commit), 32)
     for name in names:
         plan.add(
             name,
             capacity_tokens=capacity,
-            prompt_tokens=prompt,
+            prompt=PromptCuts(prompt, spacing),
             kind=kind,
             may_narrow=may_narrow,
         )
@@ -66,15 +68,12 @@ def run_steps(
 ) -> list[dict[str, Width]]:
     """Run steps that take `ms` of rows and sessions; a window brings (tokens, rows)."""
     steps = []
-    begun: set[str] = set()
     for _ in range(num_steps):
         batch = plan.next_batch()
         rows = 0
         for name, width in batch.run:
             tokens, own_rows = brings(width)
-            prompt = 0 if name in begun else 8
-            begun.add(name)
-            plan.learn(name, width, rows=own_rows + prompt, tokens=tokens)
+            plan.learn(name, width, rows=own_rows, tokens=tokens)
             rows += own_rows
         plan.learn_step(TimedStep(rows, len(batch.run), ms(rows, len(batch.run))))
         steps.append(dict(batch.run))
@@ -340,6 +339,7 @@ def test_nobody_starves_and_limits_hold(seed: int) -> None:
                 capacity=capacity[name],
                 prompt=rnd.randint(1, 800),
                 may_narrow=rnd.random() < 0.5,
+                spacing=rnd.choice((0, 1, 32)),
             )
             arrived.append(name)
         for name in list(admitted):

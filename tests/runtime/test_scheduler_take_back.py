@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2f_runtime.engine.prompt_cuts import PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.scheduler import Scheduler
 from d2f_stream.core.params import GenerationParams
@@ -33,7 +34,7 @@ def test_batch_that_was_taken_back_is_the_next_one(
         scheduler.add(
             number,
             capacity_tokens=capacity,
-            prompt_tokens=prompt,
+            prompt=PromptCuts(prompt, (0, 1, 16)[number % 3]),
             kind=KIND,
             may_narrow=number % 2 == 0,
         )
@@ -50,7 +51,8 @@ def test_batch_that_was_taken_back_is_the_next_one(
             assert admits == bool(batch.admit)
             assert not scheduler.admits
             scheduler.take_back(batch)
-            assert scheduler.next_batch().run == batch.run
+            again = scheduler.next_batch()
+            assert (again.run, again.prompts) == (batch.run, batch.prompts)
 
 
 def test_session_that_left_meanwhile_is_not_taken_back() -> None:
@@ -58,7 +60,7 @@ def test_session_that_left_meanwhile_is_not_taken_back() -> None:
         max_sessions=2, capacity_tokens=100, max_rows=2, max_step_tokens=200
     )
     for name in ("gone", "stays"):
-        scheduler.add(name, capacity_tokens=10, prompt_tokens=4, kind=KIND)
+        scheduler.add(name, capacity_tokens=10, prompt=PromptCuts(4), kind=KIND)
     batch = scheduler.next_batch()
     scheduler.remove("gone")
     scheduler.take_back(batch)

@@ -1,7 +1,9 @@
-"""PlainRunner: runs the rows of a step with torch alone, in one padded forward, on any device.
+"""PlainRunner: runs the rows of a step with torch alone, in padded forwards, on any device.
 
-A step makes one host-to-device copy of what numpy packed (two when something is sampled) and one
-device-to-host copy of the answers. The reference for the fast step.
+A step is one forward as a rule; rows of very different lengths, such as a piece of a prompt beside
+windows of answers, go in several, so that little is padded. A forward makes one host-to-device copy
+of what numpy packed (two when something is sampled) and one device-to-host copy of the answers. The
+reference for the fast step.
 
 Shapes: B rows, W longest window, P longest cache, N masks over all rows, D hidden size.
 """
@@ -20,7 +22,7 @@ from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded, shifte
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask, branched_mask
 
-__all__ = ["PlainRunner"]
+__all__ = ["PlainRunner", "groups"]
 
 MAX_MASK_ELEMENTS = 1 << 26  # attention needs a few bytes for each; a longer prompt goes in pieces
 
@@ -52,6 +54,30 @@ class _Batch:
         ]  # fmt: skip
 
 
+def groups(lengths: Sequence[int], *, spare_rows: int) -> list[list[int]]:
+    """Return which rows to run together, as numbers of the lengths.
+
+    Those of similar lengths, so that the rows that run, padding included, and the forwards, each of
+    which costs as much as `spare_rows` rows, are as few as can be.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    cheapest: list[tuple[int, int]] = [(0, 0)]  # of the first n: what they cost, the last's begin
+    for stop in range(1, len(order) + 1):
+        width = lengths[order[stop - 1]]
+        costs = (
+            (cheapest[begin][0] + width * (stop - begin) + spare_rows, begin)
+            for begin in range(stop)
+        )
+        cheapest.append(min(costs))
+    found: list[list[int]] = []
+    stop = len(order)
+    while stop:
+        begin = cheapest[stop][1]
+        found.append(sorted(order[begin:stop]))
+        stop = begin
+    return found[::-1]
+
+
 class PlainRunner:
     """Implements Runner with the plain `Transformer`.
 
@@ -74,8 +100,23 @@ class PlainRunner:
 
     def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
         """Run the rows and store their K/V; see Runner."""
-        batch = _pack(rows, spans, self._info)
-        return batch.masks, self._run(batch, *sampling_of(rows, batch.masks))
+        lengths = [num_forwarded(row.window, self._info) for row in rows]
+        together = groups(lengths, spare_rows=self._info.spare_rows)
+        if len(together) == 1:
+            batch = _pack(rows, spans, self._info)
+            return batch.masks, self._run(batch, *sampling_of(rows, batch.masks))
+        masks: dict[int, Sequence[int]] = {}
+        found: dict[int, Floats] = {}
+        for group in together:
+            own = [rows[index] for index in group]
+            batch = _pack(own, [spans[index] for index in group], self._info)
+            answers = self._run(batch, *sampling_of(own, batch.masks))
+            ends = np.cumsum([len(each) for each in batch.masks])
+            parts = np.split(answers, ends[:-1], axis=1)
+            masks |= dict(zip(group, batch.masks, strict=True))
+            found |= dict(zip(group, parts, strict=True))
+        numbers = range(len(rows))
+        return [masks[n] for n in numbers], np.concatenate([found[n] for n in numbers], axis=1)
 
     def _run(self, batch: _Batch, sampling: Floats | None, nucleus: bool) -> Floats:
         """Return [4, N] token, confidence, margin, neg_entropy; store K/V and last states."""

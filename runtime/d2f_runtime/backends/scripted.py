@@ -213,7 +213,7 @@ class ScriptedBackend:
         proposals = [self._propose(row) for row in rows]
         for row in rows:
             state, window = self.open_slots[row.slot], row.window
-            state.num_steps += 1
+            state.num_steps += bool(window.asked(self.info.mask_id))
             state.num_cached = window.start + window.num_to_cache
             state.tokens[window.start :] = window.tokens[: window.num_to_cache]
         return proposals
@@ -240,6 +240,9 @@ class ScriptedBackend:
     def _propose(self, row: StepRow) -> Proposals:
         state, window = self.open_slots[row.slot], row.window
         self._check(state, row)
+        asked = window.asked(self.info.mask_id)
+        if not asked:  # a piece of a prompt
+            return Proposals([NO_TOKEN] * window.num_entries, [0.0] * window.num_entries)
         if state.answer is None:
             self._read_prompt(state, window)
         answer = state.answer
@@ -249,7 +252,6 @@ class ScriptedBackend:
         behind = [position + 1 for position in window.branch_positions()]
         positions = [*range(window.start, window.stop), *behind]
         canvas = (*window.tokens, *[self.info.mask_id] * window.num_branch_masks)
-        asked = window.asked(self.info.mask_id)
         set_already = [at for at in asked if canvas[at] != self.info.mask_id]
         in_order = set_already + [at for at in asked if canvas[at] == self.info.mask_id]
         for index, at in enumerate(in_order, -len(set_already)):

@@ -3,7 +3,7 @@
 Pure arithmetic on what windows bring and what steps take. Every session of the step gets its
 narrowest window first, in order, as long as rows become no dearer by it; then the widenings that
 bring most tokens for their rows, as long as they raise what the whole step brings per millisecond.
-A prompt's rows are owed whatever is chosen, and weigh in the budget alone.
+A prompt's rows are owed whatever width is chosen, and weigh in the budget alone.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def _num_sessions(parts: Sequence[Part], cost: StepCost) -> int:
     rows = 0.0
     rates: list[float] = []
     for number, part in enumerate(parts, 1):
-        rows += part.choices[0].rows
+        rows += part.choices[0].rows + part.prompt_rows
         rates.append(rows / cost.ms(rows, number))
     enough = SLACK * max(rates, default=0.0)
     return max((number for number, rate in enumerate(rates, 1) if rate >= enough), default=0)

@@ -17,7 +17,8 @@ from d2f_runtime.decoding.noise import SamplingNoise
 from d2f_runtime.decoding.policy import AcceptancePolicy
 from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.width import Width
-from d2f_runtime.decoding.window import Proposals
+from d2f_runtime.decoding.window import Proposals, Window
+from d2f_runtime.engine.prompt_cuts import Piece, PromptCuts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.events import FinishReason
 from d2f_stream.core.params import GenerationParams
@@ -33,6 +34,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
     Attributes:
         num_steps: the stream's steps so far.
         num_rows: positions that the step ran through the model for it.
+        num_prompt_rows: those of them that belong to the prompt and are stored now.
         committed: blocks that became final, in order.
         reason: why the answer ended; None before that.
         active: the blocks not committed yet; () unless drafts are asked for.
@@ -43,6 +45,7 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
 
     num_steps: int
     num_rows: int
+    num_prompt_rows: int
     committed: Sequence[Committed]
     reason: FinishReason | None
     active: Sequence[BlockView] = ()
@@ -61,6 +64,9 @@ class Denoiser:
         self, *, prompt_tokens: Sequence[int], params: GenerationParams, info: ModelInfo
     ) -> None:
         self._params = params
+        self._prompt = tuple(prompt_tokens)
+        self._cuts = PromptCuts.of(len(self._prompt), info)
+        self._piece: Window | None = None  # of the prompt, in the step that is under way
         self._decoder = decoder_of(info, prompt_tokens, params)
         self._noise: SamplingNoise | None = None
         if params.temperature > 0:
@@ -84,12 +90,20 @@ class Denoiser:
         """The tokens whose K/V the slot holds."""
         return self._decoder.cached_tokens
 
-    def row(self, slot: Slot, width: Width) -> StepRow:
+    def row(self, slot: Slot, width: Width, piece: Piece | None = None) -> StepRow:
         """Begin a step: return its row.
+
+        Args:
+            slot: of the answer.
+            width: of its window.
+            piece: of the prompt; None runs all of it that is left, as the last one does.
 
         Raises:
             RuntimeError: an internal error: the answer is finished.
         """
+        if piece is not None and not piece.is_last:
+            self._piece = self._window_of(piece)
+            return StepRow(slot, self._piece)
         params, noise = self._params, self._noise
         window = self._decoder.next_window(width)
         # A position that is verified draws the number with which it was drafted.
@@ -107,7 +121,7 @@ class Denoiser:
 
     def joined(self) -> Sequence[BlockView]:
         """Return the blocks that joined since the last call, all masks; () unless drafts."""
-        if not self._params.drafts:
+        if not self._params.drafts or self._piece is not None:
             return ()
         new = [view for view in self._decoder.active_blocks if view.index >= self._num_joined]
         if new:
@@ -117,30 +131,46 @@ class Denoiser:
     def apply(self, proposals: Proposals) -> Progress:
         """End the step; see `BlockDecoder.apply`."""
         decoder = self._decoder
+        if self._piece is not None:
+            piece, self._piece = self._piece, None
+            decoder.begin_at(piece.stop)
+            rows = len(piece.tokens)
+            return Progress(decoder.num_steps, rows, rows, (), None)
         window = decoder.next_window()  # the pending one
         events = decoder.apply(proposals)
         committed = [event for event in events if isinstance(event, Committed)]
         reason = decoder.finish_reason
-        num_rows = 0
+        num_rows = num_prompt_rows = 0
         if window is not None:
             info = self._info
             num_rows = window.num_forwarded(
                 info.mask_id, shift_logits=info.shift_logits, drafts_in_place=info.drafts_in_place
             )
             num_rows += window.num_branch_masks
+            stored = min(window.start + window.num_to_cache, len(self._prompt))
+            num_prompt_rows = max(0, stored - window.start)
         logprobs: list[tuple[float, ...]] = []
         if self._logprobs is not None and window is not None:
             accepted = [event for event in events if isinstance(event, Accepted | Edited)]
             self._logprobs.note(window, proposals, accepted)
             logprobs = [self._logprobs.take(block.start, block.stop) for block in committed]
+        made = Progress(
+            decoder.num_steps, num_rows, num_prompt_rows, committed, reason, logprobs=logprobs
+        )
         if not self._params.drafts:
-            return Progress(decoder.num_steps, num_rows, committed, reason, logprobs=logprobs)
+            return made
         active = decoder.active_blocks
         last = [event.index for event in committed] + [view.index for view in active]
         stop = last[-1] + 1 if last else self._num_joined
         left = range(stop, self._num_joined)
         self._num_joined = stop
-        return Progress(decoder.num_steps, num_rows, committed, reason, active, left, logprobs)
+        return made._replace(active=active, left=left)
+
+    def _window_of(self, piece: Piece) -> Window:
+        start = self._decoder.num_cached
+        stop = start + piece.num_tokens
+        stops = self._cuts.stops(start, stop)
+        return Window(start, self._prompt[start:stop], stop - start, stops)
 
 
 def decoder_of(

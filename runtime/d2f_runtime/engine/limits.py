@@ -17,6 +17,7 @@ class EngineLoad:
         kv_tokens: tokens that the open slots have room for.
         kept_tokens: tokens that slots of ended sessions take, kept for prompts that begin alike.
         reused_tokens: prompt tokens so far that needed no computing, since their K/V were kept.
+        prompt_tokens: of running sessions' prompts that are still to be computed.
     """
 
     num_running: int
@@ -24,3 +25,4 @@ class EngineLoad:
     kv_tokens: int
     kept_tokens: int = 0
     reused_tokens: int = 0
+    prompt_tokens: int = 0

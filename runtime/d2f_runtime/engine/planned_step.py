@@ -103,8 +103,9 @@ class PlannedStep:
     def _begin(self, stream: Stream, width: Width) -> StepRow | Exception:
         """Return a stream's row, or the error that is the stream's own."""
         assert stream.slot is not None
+        piece = self.batch.prompts.get(stream.id)
         try:
-            row = stream.denoiser.row(stream.slot, width)
+            row = stream.denoiser.row(stream.slot, width, piece)
             if joined := stream.denoiser.joined():
                 self._joined.append((stream, joined))
         except Exception as error:

@@ -3,6 +3,7 @@
 from typing import Final
 
 from d2f_runtime.decoding.width import Width
+from d2f_runtime.engine.prompt_cuts import Piece, PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.width_gains import Gain, Span, WidthGains
 
@@ -18,7 +19,7 @@ class RunningSession:
     Attributes:
         capacity_tokens: K/V storage that it needs at most.
         gains: of its kind.
-        num_runs: steps that it was planned into.
+        prompt_rows: of the prompt that no step was planned for yet.
         width: number of the width that it keeps for now; None where that is to be decided.
         narrows: whether its windows may be narrower than its request's own.
         probes: whether it tries a width of which too little is known.
@@ -26,7 +27,7 @@ class RunningSession:
     Args:
         kind: of its request.
         may_narrow: whether others may narrow its windows.
-        prompt_tokens: that its first step computes.
+        prompt: that its first steps compute.
     """
 
     def __init__(
@@ -35,16 +36,16 @@ class RunningSession:
         gains: WidthGains,
         *,
         capacity_tokens: int,
-        prompt_tokens: int,
+        prompt: PromptCuts,
         may_narrow: bool,
     ) -> None:
         self.kind = kind
         self.gains = gains
         self.capacity_tokens = capacity_tokens
-        self.num_runs = 0
         self.width: int | None = None
         self.probes = False
-        self._prompt_tokens = self._owed = prompt_tokens
+        self._prompt = prompt
+        self.prompt_rows = prompt.num_tokens
         self.narrows = may_narrow or kind.verifies
         self._last_rows = 0
         self._span_width: Width | None = None
@@ -53,20 +54,18 @@ class RunningSession:
         self._span = Span(0, 0, 0)
         self._tokens = self._expected = OTHERS
 
-    @property
-    def prompt_rows(self) -> int:
-        """Rows of the prompt that its next step computes."""
-        return 0 if self.num_runs else self._prompt_tokens
-
     def begin_at(self, num_cached: int) -> None:
         """Take so many of the prompt's tokens as stored."""
-        self._prompt_tokens -= num_cached
-        self._owed = self._prompt_tokens
+        self.prompt_rows = max(0, self._prompt.num_tokens - num_cached)
 
     def begin_anew(self) -> None:
         """Forget that it ran: its slot was taken."""
-        self.num_runs = self._last_rows = 0
-        self._owed = self._prompt_tokens
+        self._last_rows = 0
+        self.prompt_rows = self._prompt.num_tokens
+
+    def piece(self, max_tokens: int) -> Piece:
+        """Return the next piece of its prompt; of more tokens where it cannot be cut so near."""
+        return self._prompt.piece(self._prompt.num_tokens - self.prompt_rows, max_tokens)
 
     def decided(self, *, is_alone: bool) -> int | None:
         """Return the number of the width that it has now; None where that is to be decided."""
@@ -86,20 +85,20 @@ class RunningSession:
         return Gain(gain.tokens * factor, gain.rows)
 
     def next_rows(self, choice: int) -> float:
-        """Return the rows that its next step takes: those of the last one, if it has its width."""
+        """Return the rows of its next window: those of the last one, if it has its width."""
         if self._last_rows and choice == self.width:
-            return self._last_rows if self.num_runs else self._last_rows + self._prompt_tokens
-        return self.gains.expected[choice].rows + self.prompt_rows
+            return self._last_rows
+        return self.gains.expected[choice].rows
 
     def learn(self, width: Width, *, rows: int, tokens: int) -> bool:
         """Take a step into account; return whether it ended a span of one width.
 
         Args:
             width: that the step was planned with.
-            rows: that it ran, the first one's prompt included.
+            rows: that it ran, a prompt's left out.
             tokens: that were committed by it.
         """
-        rows, self._owed = max(1, rows - self._owed), 0  # one token's row is a prompt's last
+        rows = max(1, rows)  # one token's row is a prompt's last
         self._last_rows = rows
         if self._span_width not in (None, width):
             self._is_mixed = True

@@ -90,6 +90,7 @@ class RunningStreams:
             kv_tokens=sum(s.capacity for s in self._streams.values() if s.slot is not None),
             kept_tokens=0 if prefixes is None else prefixes.kept_tokens,
             reused_tokens=0 if prefixes is None else prefixes.num_tokens_reused,
+            prompt_tokens=self.scheduler.num_prompt_tokens,
         )
 
     @property
@@ -106,7 +107,7 @@ class RunningStreams:
         self.scheduler.add(
             stream.id,
             capacity_tokens=stream.capacity,
-            prompt_tokens=len(stream.cached_prompt),
+            prompt=stream.prompt_cuts,
             kind=stream.kind,
             may_narrow=stream.params.may_narrow,
         )
@@ -143,7 +144,7 @@ class RunningStreams:
         """
         batch = self.scheduler.next_batch()
         if batch.admit:
-            await self._admit([self._streams[stream_id] for stream_id in batch.admit])
+            batch = await self._admit(batch)
         launched = self._launch(batch)
         if len(self._steps) > launched:  # else there is none before it: plan one more
             await self._announce_oldest()
@@ -199,10 +200,14 @@ class RunningStreams:
             if isinstance(progress, Exception):
                 continue
             rows += progress.num_rows
-            tokens = sum(block.stop - block.start for block in progress.committed)
-            self.scheduler.learn(
-                stream.id, widths[stream.id], rows=progress.num_rows, tokens=tokens
-            )
+            piece = step.batch.prompts.get(stream.id)
+            if piece is None or piece.is_last:
+                self.scheduler.learn(
+                    stream.id,
+                    widths[stream.id],
+                    rows=progress.num_rows - progress.num_prompt_rows,
+                    tokens=sum(block.stop - block.start for block in progress.committed),
+                )
         self.scheduler.learn_step(TimedStep(rows, result.num_rows, 1e3 * result.wall_s))
 
     def _show(self, joined: Joined) -> None:
@@ -226,9 +231,9 @@ class RunningStreams:
         if stream.outcome is not None:
             self.end(stream, stream.outcome)
 
-    async def _admit(self, streams: Sequence[Stream]) -> None:
-        """Open slots in order of arrival, as far as there is room."""
-        model = self._model
+    async def _admit(self, batch: Batch[StreamId]) -> Batch[StreamId]:
+        """Open slots in order of arrival, as far as there is room; return what is to be run."""
+        model, streams = self._model, [self._streams[stream_id] for stream_id in batch.admit]
         for number, stream in enumerate(streams):
             try:
                 opened = await model.device.call(
@@ -243,11 +248,12 @@ class RunningStreams:
             if opened is None:
                 for waiting in reversed(streams[number:]):
                     self.scheduler.requeue(waiting.id)
-                return
+                break
             stream.slot = opened.slot
             stream.denoiser.begin_at(opened.num_cached)
-            self.scheduler.begin_at(stream.id, opened.num_cached)
+            batch = self.scheduler.begin_at(stream.id, opened.num_cached, batch)
             stream.start()
+        return batch
 
     async def _retire(self, ended: Sequence[Stream]) -> None:
         """Free the slots of streams that are to end, then announce their ends."""

@@ -8,16 +8,17 @@ millisecond. Only where a request allows it: the windows of any other are its ow
 answer is, too, and those of verified answers, whose text does not depend on them.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Final, Generic, NamedTuple, TypeVar
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Generic, TypeVar
 
-from d2f_runtime.decoding.width import Width
-from d2f_runtime.engine.allotment import Part, allot
+from d2f_runtime.decoding.width import OWN, Width
+from d2f_runtime.engine.allotment import allot
+from d2f_runtime.engine.prompt_cuts import Piece, PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.engine.running_session import RunningSession
 from d2f_runtime.engine.step_cost import StepCost, TimedStep
+from d2f_runtime.engine.step_line import StepBounds, line_up
 from d2f_runtime.engine.width_gains import WidthGains
 from d2f_stream.core.errors import OutOfCapacity
 
@@ -37,20 +38,16 @@ class Batch(Generic[Id]):
         admit: sessions that leave the queue now: open a slot for each, or `requeue` it.
         run: (session, width of its window) in row order, those of `admit` included; may be empty.
         decided: those of them whose width was decided for this step.
+        prompts: the pieces of prompts that it runs; a session whose piece is not the last one has
+            no window in the step.
+        after_long: whether a prompt had the step before it to itself.
     """
 
     admit: tuple[Id, ...]
     run: tuple[tuple[Id, Width], ...]
     decided: tuple[Id, ...] = ()
-
-
-class _Place(NamedTuple, Generic[Id]):
-    """A session in line for a step: which widths it may have, and whether it may try one."""
-
-    session_id: Id
-    choices: Sequence[int]
-    part: Part
-    hopes: bool
+    prompts: Mapping[Id, Piece] = field(default_factory=dict)
+    after_long: bool = False
 
 
 class Scheduler(Generic[Id]):
@@ -69,8 +66,8 @@ class Scheduler(Generic[Id]):
     ) -> None:
         self._max_sessions = max_sessions
         self._capacity_tokens = capacity_tokens
-        self._max_rows = max_rows
-        self._max_step_tokens = max_step_tokens
+        self._bounds = StepBounds(max_rows, max_step_tokens)
+        self._was_long = False  # a prompt had the last step to itself
         self._cost = StepCost()
         self._gains: dict[RequestKind, WidthGains] = {}
         self._probes: dict[RequestKind, Id] = {}  # who tries a width, of each kind one at most
@@ -84,15 +81,15 @@ class Scheduler(Generic[Id]):
         session_id: Id,
         *,
         capacity_tokens: int,
-        prompt_tokens: int,
+        prompt: PromptCuts,
         kind: RequestKind,
         may_narrow: bool = False,
     ) -> None:
         """Queue a session under an id that is not in use.
 
-        `capacity_tokens` is the K/V storage it needs at most, `prompt_tokens` are the uncached ones
-        (its first window is longer by them), `kind` is its request's, `may_narrow` whether others
-        may narrow its windows; those of verified answers always may be narrowed.
+        `capacity_tokens` is the K/V storage it needs at most, `prompt` is what its first steps
+        store, `kind` is its request's, `may_narrow` whether others may narrow its windows; those of
+        verified answers always may be narrowed.
 
         Raises:
             OutOfCapacity: it could not be admitted even alone.
@@ -108,13 +105,22 @@ class Scheduler(Generic[Id]):
             kind,
             self._gains_of(kind),
             capacity_tokens=capacity_tokens,
-            prompt_tokens=prompt_tokens,
+            prompt=prompt,
             may_narrow=may_narrow,
         )
 
-    def begin_at(self, session_id: Id, num_cached: int) -> None:
-        """Note that a session's slot holds the first tokens of its prompt already."""
-        self._running[session_id].begin_at(num_cached)
+    def begin_at(self, session_id: Id, num_cached: int, batch: Batch[Id]) -> Batch[Id]:
+        """Return the batch that admits a session, whose slot holds the prompt's first tokens.
+
+        What the batch runs of the prompt then begins behind them.
+        """
+        session, piece = self._running[session_id], batch.prompts.get(session_id)
+        session.begin_at(num_cached)
+        if piece is None:
+            return batch
+        piece = session.piece(piece.num_tokens)
+        session.prompt_rows -= piece.num_tokens
+        return replace(batch, prompts={**batch.prompts, session_id: piece})
 
     def remove(self, session_id: Id) -> None:
         """Forget a session: finished, failed or cancelled. Idempotent."""
@@ -149,33 +155,46 @@ class Scheduler(Generic[Id]):
     def next_batch(self) -> Batch[Id]:
         """Plan the next step; call once per step. Those it runs go to the end of the line."""
         admit = self._admit()
-        line = self._line()
+        ready = [each for each in self._running.items() if each[0] not in self._paused]
+        line = line_up(
+            ready, self._cost, self._bounds, probed=self._probes.keys(), was_long=self._was_long
+        )
         parts = [place.part for place in line]
-        chosen = allot(parts, self._cost, max_rows=self._max_step_tokens)
+        chosen = allot(parts, self._cost, max_rows=self._bounds.rows)
         run: list[tuple[Id, Width]] = []
+        prompts: dict[Id, Piece] = {}
         decided = [place.session_id for place in line[: len(chosen)] if len(place.choices) > 1]
         for place, number in zip(line, chosen, strict=False):
-            session_id, choice = place.session_id, place.choices[number]
+            session_id = place.session_id
             session = self._running[session_id] = self._running.pop(session_id)
-            session.num_runs += 1
-            session.width = choice
+            if place.piece is not None:
+                prompts[session_id] = place.piece
+                session.prompt_rows -= place.piece.num_tokens
+            if not place.choices:
+                run.append((session_id, OWN))
+                continue
+            session.width = choice = place.choices[number]
             if place.hopes and not session.gains.known(choice):
                 session.probes = True
                 self._probes[session.kind] = session_id
             run.append((session_id, session.kind.widths[choice]))
-        return Batch(admit, tuple(run), tuple(decided))
+        batch = Batch(admit, tuple(run), tuple(decided), prompts, self._was_long)
+        self._was_long = any(each.num_tokens > self._bounds.rows for each in prompts.values())
+        return batch
 
     def take_back(self, batch: Batch[Id]) -> None:
         """Undo the run of a batch that did not come about: its sessions lead the line again."""
         led: dict[Id, RunningSession] = {}
         for session_id, _ in batch.run:
             if (session := self._running.pop(session_id, None)) is not None:
-                session.num_runs -= 1
+                if session_id in batch.prompts:
+                    session.prompt_rows += batch.prompts[session_id].num_tokens
                 if session_id in batch.decided:
                     session.width = None
                     self._end_probe(session_id, session)
                 led[session_id] = session
         self._running = {**led, **self._running}
+        self._was_long = batch.after_long
 
     def begin_with(self, timed: Iterable[TimedStep]) -> None:
         """Take steps into account that were timed beforehand."""
@@ -191,7 +210,7 @@ class Scheduler(Generic[Id]):
         Args:
             session_id: its name.
             width: that the step was planned with.
-            rows: that ran, the first one's prompt included.
+            rows: that ran, a prompt's left out.
             tokens: that were committed.
         """
         session = self._running.get(session_id)
@@ -214,6 +233,11 @@ class Scheduler(Generic[Id]):
     def num_running(self) -> int:
         """Number of sessions that hold a slot, paused ones included."""
         return len(self._running)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens of running sessions that no step was planned for yet."""
+        return sum(session.prompt_rows for session in self._running.values())
 
     @property
     def num_waiting(self) -> int:
@@ -242,43 +266,6 @@ class Scheduler(Generic[Id]):
             return False
         return used + session.capacity_tokens <= self._capacity_tokens
 
-    def _line(self) -> list[_Place[Id]]:
-        """Return who may take part, in order."""
-        ready = (each for each in self._running.items() if each[0] not in self._paused)
-        first = list(islice(ready, 2))
-        is_alone = len(first) < 2
-        asked: set[RequestKind] = set()
-        line: list[_Place[Id]] = []
-        room: float = self._max_step_tokens
-        num_skipped = 0
-        alike: dict[WidthGains, Part] = {}  # what sessions without a choice bring
-        for session_id, session in chain(first, ready):
-            decided, hopes = session.decided(is_alone=is_alone), False
-            choices: Sequence[int]
-            if decided is None:
-                choices = range(len(session.kind.widths))
-                hopes = session.kind not in asked and session.kind not in self._probes
-                asked.add(session.kind)
-            else:
-                choices = (decided,)
-            rows = session.next_rows(choices[0])
-            if line and rows > room:
-                num_skipped += 1  # keeps its place, so it leads a later step
-                if num_skipped == self._max_rows:
-                    break
-                continue
-            room -= rows
-            has_alike = session.num_runs > 0 and not session.narrows
-            part = alike.get(session.gains) if has_alike else None
-            if part is None:
-                part = _part(session, choices, hopes=hopes)
-            if has_alike:
-                alike[session.gains] = part
-            line.append(_Place(session_id, choices, part, hopes))
-            if len(line) == self._max_rows:
-                break
-        return line
-
     def _decide_anew(self) -> None:
         """Let all sessions have another width from now on, those that try one excepted."""
         for session in self._running.values():
@@ -296,8 +283,3 @@ class Scheduler(Generic[Id]):
         if len(self._gains) > MAX_KINDS:
             del self._gains[next(iter(self._gains))]
         return gains
-
-
-def _part(session: RunningSession, choices: Sequence[int], *, hopes: bool) -> Part:
-    gains = [session.gain(choice, hopes=hopes) for choice in choices]
-    return Part(gains, session.prompt_rows)

@@ -63,6 +63,34 @@ class StepCost:
         along = max(0.0, (rows - first) / (last - first))
         return max(LEAST_MS, low + (high - low) * along + self._session_ms * (sessions - 1))
 
+    def rows_within(self, more_ms: float, *, rows: float, sessions: int, most: int) -> int:
+        """Return how many rows, of one more session, a step may have besides for so much more.
+
+        Beyond what was seen each row is taken to cost as much as one did so far: a guess too high,
+        which grows less with each step that goes a little further.
+
+        Args:
+            more_ms: milliseconds.
+            rows: of the step.
+            sessions: of the step.
+            most: that are asked for.
+        """
+        limit_ms = self.ms(rows, sessions) + more_ms
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._cautious_ms(rows + middle, sessions + 1) <= limit_ms:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _cautious_ms(self, rows: float, sessions: int) -> float:
+        last = max((knot for knot, times in enumerate(self._seen) if times), default=0)
+        linear_ms = self._knots_ms[last] * rows / KNOTS[last]
+        ms = self.ms(rows, sessions)
+        return ms if rows <= KNOTS[last] else max(ms, linear_ms)
+
     def learn(self, step: TimedStep) -> None:
         """Take a step's time into account."""
         if step.rows < 1 or step.ms <= 0.0:

@@ -13,6 +13,7 @@ from typing import NewType
 from d2f_runtime.backends.base import Slot
 from d2f_runtime.decoding.decoder import BlockView, Committed
 from d2f_runtime.engine.denoiser import Denoiser, Progress
+from d2f_runtime.engine.prompt_cuts import PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.detokenizer import Detokenizer
@@ -94,6 +95,11 @@ class Stream:
     def cached_prompt(self) -> Sequence[int]:
         """The prompt, where its K/V are stored; () where every step computes it."""
         return () if self.params.attention == "full" else self.prompt_tokens
+
+    @property
+    def prompt_cuts(self) -> PromptCuts:
+        """Where the prompt may be cut, as far as its K/V are stored."""
+        return PromptCuts.of(len(self.cached_prompt), self._info)
 
     def cached_tokens(self) -> Sequence[int]:
         """Return the tokens whose K/V the slot holds; on the device thread."""

@@ -72,7 +72,7 @@ class LoadedModel:
         self._waiting: dict[SlotOwner, Callable[[], object]] = {}
         self._max_kept = MAX_KEPT if keeps_prefixes else 0
         self.prefixes: PrefixCache[Slot] | None = None
-        self._fresh: dict[Slot, _Prompt] = {}  # prompts that the next step stores
+        self._fresh: dict[Slot, _Prompt] = {}  # prompts that the next steps store
 
     def do_load(self) -> ModelParts:
         """Return the parts, loading them first where that was not done yet."""
@@ -167,9 +167,11 @@ class LoadedModel:
             raise
         if self.prefixes is not None and self._fresh:
             for row in rows:
-                if (asked := self._fresh.pop(row.slot, None)) is not None:
+                if (asked := self._fresh.get(row.slot)) is not None:
                     stored = asked.tokens[: row.window.start + row.window.num_to_cache]
                     self.prefixes.opened(row.slot, stored, asked.scope, capacity=asked.capacity)
+                    if row.window.num_to_cache < len(row.window.tokens):  # no piece of the prompt
+                        del self._fresh[row.slot]
         if self.prefixes is not None:
             for row, proposed in zip(rows, proposals, strict=True):
                 if not math.isfinite(sum(proposed.confidence)):  # nor is what the slot stores
