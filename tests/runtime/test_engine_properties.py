@@ -23,6 +23,7 @@ REQUESTS = st.builds(
     temperature=st.sampled_from([0.0, 0.8]),
     stop=st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3).map(tuple),
     stop_at_eos=st.sampled_from(["truncate", "drain"]),
+    tail=st.sampled_from(["cut", "whole"]),
     drafts=st.booleans(),
 )
 GRIDS = st.sampled_from(["full", "causal", "grid"])

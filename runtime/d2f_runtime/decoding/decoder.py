@@ -252,9 +252,8 @@ class BlockDecoder(AnswerDecoder):
         for offset in offsets:
             self._canvas[block.start + offset] = tokens[offset]
             edited.append(Edited(block.start + offset - self._num_prompt, tokens[offset]))
-        ends = (
-            at for at in range(self._committed, block.stop) if self._canvas[at] in self._eos_ids
-        )
+        stop = min(block.stop, self._partition.limit)
+        ends = (at for at in range(self._committed, stop) if self._canvas[at] in self._eos_ids)
         self._eos = next(ends, None)  # one may have come or gone
         editing.end_step(block, had_masks=had_masks, was_edited=bool(edited))
         return edited
@@ -263,7 +262,9 @@ class BlockDecoder(AnswerDecoder):
         if token < 0:
             raise RuntimeError(f"no proposal at canvas position {position}, which holds a mask")
         self._canvas[position] = token
-        if token in self._eos_ids and (self._eos is None or position < self._eos):
+        # What ends behind the longest answer that is allowed ends none.
+        stop = self._partition.limit if self._eos is None else self._eos
+        if token in self._eos_ids and position < stop:
             self._eos = position
         accepted.append(Accepted(position - self._num_prompt, token))
 
