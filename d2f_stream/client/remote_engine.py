@@ -5,14 +5,15 @@ its events wait on this side, bounded by its `max_new_tokens`, and nobody pauses
 """
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 from d2f_stream.client.remote import new_request
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError, EngineClosed
-from d2f_stream.core.events import StreamNames
+from d2f_stream.core.errors import D2FError, EngineClosed, InvalidRequest
+from d2f_stream.core.events import Block, StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 from d2f_stream.wire.protocol import Generate, ModelCard
@@ -104,6 +105,7 @@ class RemoteEngine:
         params: GenerationParams | None = None,
         *,
         names: StreamNames | None = None,
+        committed: Sequence[Block] = (),
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
@@ -112,6 +114,7 @@ class RemoteEngine:
             prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
             names: that the events carry instead of the server's.
+            committed: must be empty; a server continues its own answers.
             overrides: single fields, on top of either.
 
         Raises:
@@ -123,6 +126,10 @@ class RemoteEngine:
             Unauthorized: we were not let in.
         """
         self._check_open()
+        if committed:
+            raise InvalidRequest(
+                "a server is asked for whole answers; give `committed` to an engine in this process"
+            )
         card = self._line.card
         defaults = None if card is None else card.params
         request = new_request(prompt, params, overrides, defaults=defaults)

@@ -8,7 +8,7 @@ for it. The marks and the reader flag follow `Assembler` of websockets (asyncio/
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from d2f_stream.core.errors import D2FError
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
@@ -39,6 +39,7 @@ class EventBuffer:
         pause: called when more than `high` durable events wait.
         resume: called after `pause`, when only a quarter of them still wait.
         high: durable events; drafts do not count, as each replaces the one before it.
+        committed: what the reader has of the answer already.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class EventBuffer:
         pause: Callable[[], None] = _go_on,
         resume: Callable[[], None] = _go_on,
         high: int = HIGH_WATER,
+        committed: Sequence[Block] = (),
     ) -> None:
-        self.text = ""
-        self.token_ids: list[int] = []
+        self.text = "".join(block.text for block in committed)
+        self.token_ids = [token for block in committed for token in block.token_ids]
         self.terminal: StreamFinished | StreamFailed | None = None
         self.error: D2FError | None = None
         self._events: deque[Event] = deque()

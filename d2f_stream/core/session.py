@@ -104,9 +104,13 @@ class Engine(Protocol):
         params: GenerationParams | None = None,
         *,
         names: StreamNames | None = None,
+        committed: Sequence[Block] = (),
         **overrides: Unpack[ParamOverrides],
     ) -> "Session":
-        """Start a request; the session streams its answer, under the given names."""
+        """Start a request; the session streams its answer, under the given names.
+
+        With `committed`, the blocks that another engine has told of it, what follows them.
+        """
         ...
 
     async def __aenter__(self) -> Self:

@@ -22,7 +22,7 @@ class StepRow:
     """One session's part of a step; each has a slot of its own.
 
     `uniforms` holds one number in [0, 1) per window position for the inverse CDF; None when
-    `temperature` is 0.
+    `temperature` is 0. `num_prompt` is where the answer begins, for backends that have a script.
     """
 
     slot: Slot
@@ -31,6 +31,7 @@ class StepRow:
     top_p: float = 1.0
     rank: Rank = "confidence"
     uniforms: Sequence[float] | None = None
+    num_prompt: int | None = None
 
 
 class Backend(Protocol):

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Self
 
 from d2f_runtime.backends.base import Slot, StepRow
-from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.files import read_object
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, OutOfCapacity
@@ -244,7 +244,7 @@ class ScriptedBackend:
         if not asked:  # a piece of a prompt
             return Proposals([NO_TOKEN] * window.num_entries, [0.0] * window.num_entries)
         if state.answer is None:
-            self._read_prompt(state, window)
+            self._read_prompt(state, row)
         answer = state.answer
         assert answer is not None
         tokens = [NO_TOKEN] * window.num_entries
@@ -263,11 +263,13 @@ class ScriptedBackend:
                 confidence[at] = 1.0 if index < self.tokens_per_step else 0.0
         return Proposals(tokens, confidence, None if row.rank == "confidence" else confidence)
 
-    def _read_prompt(self, state: _SlotState, window: Window) -> None:
-        # Where the first window's masks begin, the prompt ends; a copied prefix stands before it.
+    def _read_prompt(self, state: _SlotState, row: StepRow) -> None:
+        # Where the first window's masks begin, the prompt ends, unless the row knows that some of
+        # the answer stands between; a copied prefix stands before it.
+        window = row.window
         masks = (i for i, token in enumerate(window.tokens) if token == self.info.mask_id)
         rest = window.tokens[: next(masks, len(window.tokens))]
-        prompt = (*state.tokens[: window.start], *rest)
+        prompt = (*state.tokens[: window.start], *rest)[: row.num_prompt]
         state.num_prompt = len(prompt)
         if callable(self.answers):
             state.answer = tuple(self.answers(prompt))

@@ -51,7 +51,7 @@ class AnswerDecoder:
         self._num_prompt = len(self._canvas)
         self._num_cached = 0
         self._committed = self._num_prompt  # canvas position up to which all is final
-        self._num_steps = 0
+        self._num_steps = self._num_steps_before = 0
         self._pending: Window | None = None
 
     def begin_at(self, num_cached: int) -> None:
@@ -60,7 +60,8 @@ class AnswerDecoder:
         Raises:
             RuntimeError: an internal error: a step was taken, or it is more than the prompt.
         """
-        if self._num_steps or self._pending is not None or not 0 <= num_cached <= self._num_prompt:
+        begun = self._num_steps > self._num_steps_before or self._pending is not None
+        if begun or not 0 <= num_cached <= self._num_prompt:
             raise RuntimeError(f"{num_cached} tokens of {self._num_prompt} cannot be cached now")
         self._num_cached = num_cached
 

@@ -10,12 +10,14 @@ with `attention="full"` each window is the whole canvas to come, as one attentio
 Verified answers have a decoder of their own, `DraftDecoder`.
 """
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Literal
 
 from d2f_runtime.decoding.acceptance import Acceptance
 from d2f_runtime.decoding.answer_decoder import AnswerDecoder
 from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, Edited
+from d2f_runtime.decoding.continuation import check_committed
 from d2f_runtime.decoding.editing import Editing
 from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy
@@ -90,8 +92,40 @@ class BlockDecoder(AnswerDecoder):
         self._partition = Partition.of(
             self._num_prompt, params, prompt_attention, native_block_size
         )
+        self._given: deque[tuple[int, ...]] = deque()  # blocks that are final and not on the canvas
         self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
         self._eos: int | None = None  # canvas position of the first EOS so far
+
+    def go_on(
+        self, committed: Sequence[Committed], *, num_steps: int, at_once: bool = True
+    ) -> None:
+        """Begin behind the first blocks of the answer, which another decoder of it committed.
+
+        Before the first window.
+
+        Args:
+            committed: from the answer's first on.
+            num_steps: that were taken for them; `num_steps` counts on from there.
+            at_once: whether the first window holds them all, to be cached behind the prompt. Else
+                each has a window to itself, the one in which it once joined, so that its K/V are
+                cached amid what they were.
+
+        Raises:
+            InvalidRequest: a decoder of the same request would not have committed them.
+        """
+        partition, eos_ids = self._partition, self._eos_ids
+        check_committed(committed, partition, mask_id=self._mask_id, eos_ids=eos_ids)
+        answer = [token for block in committed for token in block.tokens]
+        self._committed += len(answer)
+        self._num_steps = self._num_steps_before = num_steps
+        if answer and answer[-1] in eos_ids:
+            self._eos = self._committed - 1
+        if self._committed == partition.limit:  # what was denoised behind it is not needed
+            answer += [answer[-1]] * (partition.end - partition.limit)
+        elif self._eos is None and not (at_once or self._sees_all):
+            self._given.extend(block.tokens for block in committed)
+            return
+        self._canvas += answer
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
@@ -128,6 +162,11 @@ class BlockDecoder(AnswerDecoder):
         accepted: list[Accepted] = []
         window = self._end_step(proposals)
         self._num_cached += window.num_to_cache
+        if self._given:
+            given, block = self._given.popleft(), self._blocks.pop()
+            self._canvas[block.stop - len(given) : block.stop] = given
+            self._num_steps -= 1  # it was taken where the block was committed
+            return []
         if self._editing is not None:
             edited = self._revise(self._editing, proposals, window.start, accepted)
             return [*accepted, *edited, *self._commit()]
@@ -185,7 +224,7 @@ class BlockDecoder(AnswerDecoder):
     def _may_append(self, max_active_blocks: int | None) -> bool:
         if self._is_whole:
             return False
-        if self._editing is not None and self._blocks:
+        if (self._editing is not None or self._given) and self._blocks:
             return False  # what is filled may change
         if not self._blocks:
             return True  # whatever the bound: every window must hold a mask

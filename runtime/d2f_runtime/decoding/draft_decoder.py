@@ -17,6 +17,7 @@ from typing import Final
 
 from d2f_runtime.decoding.answer_decoder import AnswerDecoder
 from d2f_runtime.decoding.blocks import Accepted, BlockView, Committed
+from d2f_runtime.decoding.continuation import check_committed
 from d2f_runtime.decoding.draft_plan import DraftPlan
 from d2f_runtime.decoding.partition import Partition
 from d2f_runtime.decoding.width import MAX_DRAFTS, OWN, Width
@@ -66,6 +67,18 @@ class DraftDecoder(AnswerDecoder):
         self._drafts: list[int] = []
         self._confidence: list[float] = []  # of the drafts
         self._ended = False
+
+    def go_on(
+        self, committed: Sequence[Committed], *, num_steps: int, at_once: bool = True
+    ) -> None:
+        """Begin behind the first blocks of the answer, at once; see `BlockDecoder.go_on`."""
+        del at_once  # its rows are cached one by one in any case
+        partition, eos_ids = self._partition, self._eos_ids
+        check_committed(committed, partition, mask_id=self._mask_id, eos_ids=eos_ids)
+        self._canvas += [token for block in committed for token in block.tokens]
+        self._committed = len(self._canvas)
+        self._num_steps = self._num_steps_before = num_steps
+        self._ended = bool(committed) and self._canvas[-1] in eos_ids
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:

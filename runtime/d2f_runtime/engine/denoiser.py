@@ -18,6 +18,7 @@ from d2f_runtime.decoding.policy import AcceptancePolicy
 from d2f_runtime.decoding.verification import check_verifiable
 from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import Proposals, Window
+from d2f_runtime.engine.continuation import NEW, Continuation
 from d2f_runtime.engine.prompt_cuts import Piece, PromptCuts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.events import FinishReason
@@ -34,7 +35,8 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
     Attributes:
         num_steps: the stream's steps so far.
         num_rows: positions that the step ran through the model for it.
-        num_prompt_rows: those of them that belong to the prompt and are stored now.
+        num_prompt_rows: those of them that belong to the prompt, or to what another engine committed,
+            and are stored now.
         committed: blocks that became final, in order.
         reason: why the answer ended; None before that.
         active: the blocks not committed yet; () unless drafts are asked for.
@@ -56,29 +58,49 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
 class Denoiser:
     """Decodes one answer, step by step: `row`, run it, `apply`.
 
+    Args:
+        prompt_tokens: ids.
+        params: of the request.
+        info: of the model.
+        before: what another engine made of the same request.
+
     Raises:
-        InvalidRequest: the decoder refuses prompt or parameters.
+        InvalidRequest: the decoder refuses prompt, parameters or what was before.
     """
 
     def __init__(
-        self, *, prompt_tokens: Sequence[int], params: GenerationParams, info: ModelInfo
+        self,
+        *,
+        prompt_tokens: Sequence[int],
+        params: GenerationParams,
+        info: ModelInfo,
+        before: Continuation = NEW,
     ) -> None:
         self._params = params
         self._prompt = tuple(prompt_tokens)
         self._cuts = PromptCuts.of(len(self._prompt), info)
         self._piece: Window | None = None  # of the prompt, in the step that is under way
+        self._num_given = len(self._prompt) + before.num_tokens
         self._decoder = decoder_of(info, prompt_tokens, params)
+        self._decoder.go_on(
+            before.committed, num_steps=before.num_steps, at_once=not info.window_scaled
+        )
         self._noise: SamplingNoise | None = None
         if params.temperature > 0:
             seed = params.seed
             self._noise = SamplingNoise(random.getrandbits(63) if seed is None else seed)
-        self._num_joined = 0
-        self._logprobs = TokenLogprobs(len(prompt_tokens)) if params.logprobs else None
+        self._num_joined = len(before.blocks)
+        self._logprobs = TokenLogprobs(len(self._prompt)) if params.logprobs else None
         self._info = info
 
     def begin_at(self, num_cached: int) -> None:
         """Take the prompt's first tokens as stored already; before the first step."""
         self._decoder.begin_at(num_cached)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why no step is needed; None where some are."""
+        return self._decoder.finish_reason
 
     @property
     def end(self) -> int:
@@ -117,6 +139,7 @@ class Denoiser:
             top_p=params.top_p,
             rank="confidence" if params.rank == "position" else params.rank,
             uniforms=None if noise is None else noise.uniforms(window, step),
+            num_prompt=len(self._prompt),
         )
 
     def joined(self) -> Sequence[BlockView]:
@@ -147,7 +170,7 @@ class Denoiser:
                 info.mask_id, shift_logits=info.shift_logits, drafts_in_place=info.drafts_in_place
             )
             num_rows += window.num_branch_masks
-            stored = min(window.start + window.num_to_cache, len(self._prompt))
+            stored = min(window.start + window.num_to_cache, self._num_given)
             num_prompt_rows = max(0, stored - window.start)
         logprobs: list[tuple[float, ...]] = []
         if self._logprobs is not None and window is not None:

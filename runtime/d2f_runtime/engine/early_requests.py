@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from d2f_runtime.engine.stream import Stream, StreamId, cancelled_unstarted
+from d2f_runtime.engine.continuation import Continuation
+from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import ModelParts
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import D2FError
@@ -20,6 +21,7 @@ Prepare = Callable[[ModelParts], Stream]
 class _Request:
     prepare: Prepare
     buffer: EventBuffer
+    before: Continuation
 
 
 class EarlyRequests:
@@ -34,15 +36,17 @@ class EarlyRequests:
     def __contains__(self, stream_id: StreamId) -> bool:
         return stream_id in self._requests
 
-    def add(self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer) -> None:
+    def add(
+        self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer, before: Continuation
+    ) -> None:
         """Take a request on."""
-        self._requests[stream_id] = _Request(prepare, buffer)
+        self._requests[stream_id] = _Request(prepare, buffer, before)
 
     def cancel(self, stream_id: StreamId) -> None:
         """End a request. Nothing happens where it is not, or not any more, among these."""
         request = self._requests.pop(stream_id, None)
         if request is not None:
-            request.buffer.append(cancelled_unstarted(stream_id))
+            request.buffer.append(request.before.cancelled(stream_id))
 
     def start(self, parts: ModelParts, add: Callable[[Stream], None]) -> None:
         """Make streams of all requests and add them; turn away those that are refused."""

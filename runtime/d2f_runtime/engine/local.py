@@ -6,7 +6,7 @@ model runs on is behind `backends.base`.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Final, Self, Unpack
 
 from d2f_runtime.backends.base import Backend
 from d2f_runtime.engine.answer_params import default_params, fitted_params
+from d2f_runtime.engine.continuation import Continuation
 from d2f_runtime.engine.limits import EngineLoad, Limits
 from d2f_runtime.engine.prompts import check_size, encode
 from d2f_runtime.engine.running_streams import StepObserver
@@ -24,7 +25,7 @@ from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import EngineClosed, EngineFailed
-from d2f_stream.core.events import StreamNames
+from d2f_stream.core.events import Block, StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 
@@ -123,6 +124,7 @@ class LocalEngine:
         params: GenerationParams | None = None,
         *,
         names: StreamNames | None = None,
+        committed: Sequence[Block] = (),
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
@@ -131,29 +133,34 @@ class LocalEngine:
             prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
             names: that the events carry; no other stream of the engine may have them.
+            committed: the blocks that another engine has told of this request, from the first on.
+                The session tells what follows them: where it depends on nothing but prompt,
+                parameters and seed, that is what would have followed there.
             overrides: single fields, on top of either. Where neither says max_new_tokens, the
                 model's default is what the answer gets at most: less where the prompt leaves less.
 
         Raises:
-            InvalidRequest: prompt or parameters do not fit the model. While it is loading, the
-                session's first await raises this instead.
+            InvalidRequest: prompt or parameters do not fit the model, or what was committed does
+                not fit them. While it is loading, the session's first await raises this instead.
             EngineClosed: the engine was closed.
             EngineFailed: the backend failed before.
         """
         self._check_open()
         given = names or StreamNames.fresh()
         stream_id = StreamId(given.stream)
-        steps = self._steps
+        steps, before = self._steps, Continuation(committed)
         buffer = EventBuffer(
             cancel=partial(steps.cancel, stream_id),
             pause=partial(steps.pause, stream_id),
             resume=partial(steps.resume, stream_id),
+            committed=committed,
         )
 
         def prepare(parts: ModelParts) -> Stream:
             chosen = (params or self._defaults_of(parts)).with_overrides(overrides)
             must_fit = params is not None or "max_new_tokens" in overrides
             check_size(prompt, parts)
+            before.check(parts.info.num_tokens)
             tokens = encode(prompt, parts)
             fitted = fitted_params(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
             return Stream(
@@ -163,9 +170,10 @@ class LocalEngine:
                 info=parts.info,
                 codec=parts.codec,
                 buffer=buffer,
+                before=before,
             )
 
-        steps.submit(stream_id, prepare, buffer)
+        steps.submit(stream_id, prepare, buffer, before)
         return Session(buffer)
 
     def check_size(self, prompt: Prompt) -> None:

@@ -112,6 +112,7 @@ class RunningStreams:
             may_narrow=stream.params.may_narrow,
         )
         self._streams[stream.id] = stream
+        self._has_ended |= stream.outcome is not None  # it lacked nothing but its last event
         logger.debug("stream %s: %s prompt tokens", stream.id, stream.num_prompt_tokens)
         if self.scheduler.admits:
             self.withdraw()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+from d2f_runtime.engine.continuation import NEW, Continuation
 from d2f_runtime.engine.early_requests import EarlyRequests, Prepare
 from d2f_runtime.engine.limits import EngineLoad, Limits
 from d2f_runtime.engine.running_streams import RunningStreams, StepObserver
@@ -96,7 +97,13 @@ class StepLoop:
         timed = await self._model.device.call(do_time, self._model, self)
         self._streams.scheduler.begin_with(timed)
 
-    def submit(self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer) -> None:
+    def submit(
+        self,
+        stream_id: StreamId,
+        prepare: Prepare,
+        buffer: EventBuffer,
+        before: Continuation = NEW,
+    ) -> None:
         """Take a request on.
 
         Raises:
@@ -106,7 +113,7 @@ class StepLoop:
         if stream_id in self._streams or stream_id in self._early:
             raise ValueError(f"another stream of this engine is called {stream_id!r}")
         if self.parts is None:
-            self._early.add(stream_id, prepare, buffer)
+            self._early.add(stream_id, prepare, buffer, before)
         else:
             self._streams.add(prepare(self.parts))
         self._wake.set()

@@ -12,6 +12,7 @@ from typing import NewType
 
 from d2f_runtime.backends.base import Slot
 from d2f_runtime.decoding.decoder import BlockView, Committed
+from d2f_runtime.engine.continuation import NEW, Continuation
 from d2f_runtime.engine.denoiser import Denoiser, Progress
 from d2f_runtime.engine.prompt_cuts import PromptCuts
 from d2f_runtime.engine.request_kind import RequestKind
@@ -19,7 +20,7 @@ from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.detokenizer import Detokenizer
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError
+from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import (
     Block,
     Draft,
@@ -33,7 +34,7 @@ from d2f_stream.core.events import (
 )
 from d2f_stream.core.params import GenerationParams
 
-__all__ = ["Stream", "StreamId", "cancelled_unstarted"]
+__all__ = ["Stream", "StreamId"]
 
 StreamId = NewType("StreamId", str)
 
@@ -47,8 +48,11 @@ class Stream:
         slot: the backend's storage, while it has one; kept by the step loop.
         outcome: why the stream is to end, once that is decided; the terminal event follows.
 
+    Args:
+        before: what another engine told of the same request; its events go on from there.
+
     Raises:
-        InvalidRequest: the decoder refuses prompt or parameters.
+        InvalidRequest: prompt or parameters are refused, or what was before is not of them.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Stream:
         info: ModelInfo,
         codec: TextCodec,
         buffer: EventBuffer,
+        before: Continuation = NEW,
     ) -> None:
         self.id = StreamId(names.stream)
         self.slot: Slot | None = None
@@ -70,7 +75,9 @@ class Stream:
         self._request_id = names.request
         self._info = info
         self._buffer = buffer
-        self.denoiser = Denoiser(prompt_tokens=prompt_tokens, params=params, info=info)
+        self.denoiser = Denoiser(
+            prompt_tokens=prompt_tokens, params=params, info=info, before=before
+        )
         self._detokenizer = Detokenizer(
             decode=codec.decode, stop=tuple(params.stop), special_tokens=codec.special_tokens
         )
@@ -79,12 +86,14 @@ class Stream:
             self._token_texts = Detokenizer(decode=codec.decode)
         self._piece = functools.lru_cache(maxsize=4096)(lambda token: codec.decode((token,)))
         self._drafts: dict[int, tuple[int, ...]] = {}
-        self._seq = 0
-        self._text_length = 0
-        self._num_tokens = 0
-        self._num_steps = 0
-        self._started_at = time.perf_counter()
-        self._first_block_ms: float | None = None
+        self._seq = before.next_seq
+        self._text_length = before.text_length
+        self._num_tokens = before.num_tokens
+        self._num_steps = before.num_steps
+        self._before_ms = before.elapsed_ms
+        self._started_at: float | None = None
+        self._first_block_ms = before.first_block_ms
+        self._read_again(before.blocks)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -124,9 +133,11 @@ class Stream:
 
     def start(self) -> None:
         """Announce the stream; the clock of its timings starts. Idempotent."""
+        if self._started_at is not None:
+            return
+        self._started_at = time.perf_counter() - self._before_ms / 1000
         if self._seq:
             return
-        self._started_at = time.perf_counter()
         self._buffer.append(
             StreamStarted(
                 stream=self.id,
@@ -193,11 +204,33 @@ class Stream:
             )
         )
 
-    def _commit(self, block: Committed, logprobs: Sequence[float], *, is_last: bool) -> None:
-        tokens = block.tokens
+    def _read_again(self, blocks: Sequence[Block]) -> None:
+        """Take the text of blocks that are out; where nothing is left to come, set `outcome`."""
+        reason = self.denoiser.finish_reason
+        for block in blocks:
+            ends = block.token_ids[-1] in self._info.eos_ids
+            is_last = ends or (reason is not None and block is blocks[-1])
+            text = self._text_of(block.token_ids, is_last=is_last)
+            if text != block.text:
+                raise InvalidRequest(
+                    f"the text of committed block {block.index} is {block.text!r:.100}, but here "
+                    f"its ids make {text!r:.100}; continue an answer with the model and the stop "
+                    "strings that it began with"
+                )
+            self._texts_of(block.token_ids, is_last=is_last)
+        if blocks:
+            self.outcome = "stop" if self._detokenizer.stopped else reason
+
+    def _text_of(self, tokens: Sequence[int], *, is_last: bool) -> str:
+        """Return the text that becomes stable with a block's ids."""
         text = self._detokenizer.push(tokens[:-1] if tokens[-1] in self._info.eos_ids else tokens)
         if is_last and not self._detokenizer.stopped:
             text += self._detokenizer.flush()
+        return text
+
+    def _commit(self, block: Committed, logprobs: Sequence[float], *, is_last: bool) -> None:
+        tokens = block.tokens
+        text = self._text_of(tokens, is_last=is_last)
         elapsed_ms = self._elapsed_ms()
         if self._first_block_ms is None:
             self._first_block_ms = elapsed_ms
@@ -255,16 +288,5 @@ class Stream:
         return self._seq - 1
 
     def _elapsed_ms(self) -> float:
+        assert self._started_at is not None
         return (time.perf_counter() - self._started_at) * 1000
-
-
-def cancelled_unstarted(stream_id: StreamId) -> StreamFinished:
-    """Return the only event of a request that was cancelled while its model was loading."""
-    return StreamFinished(
-        stream=stream_id,
-        seq=0,
-        reason="cancelled",
-        text_length=0,
-        usage=Usage(prompt_tokens=0, completion_tokens=0, steps=0),
-        timings=Timings(first_block_ms=None, total_ms=0.0),
-    )
