@@ -35,8 +35,8 @@ class Progress(NamedTuple):  # a third of a frozen dataclass's cost, between two
     Attributes:
         num_steps: the stream's steps so far.
         num_rows: positions that the step ran through the model for it.
-        num_prompt_rows: those of them that belong to the prompt, or to what another engine committed,
-            and are stored now.
+        num_prompt_rows: those of them that belong to the prompt, or to what another engine
+            committed, and are stored now.
         committed: blocks that became final, in order.
         reason: why the answer ended; None before that.
         active: the blocks not committed yet; () unless drafts are asked for.
