@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
+from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend, StepGate
 from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_runtime.models.facts import ModelInfo
 from d2f_stream.core.buffer import EventBuffer
@@ -117,6 +117,12 @@ def check_clean(backend: ScriptedBackend) -> None:
     assert backend.closed
     assert len(backend.threads) == 1
     assert threading.current_thread().name not in backend.threads
+
+
+def held(answers: str = ANSWER, **fields: Any) -> tuple[ScriptedBackend, StepGate]:
+    """Return a backend whose steps wait for the gate."""
+    gate = StepGate()
+    return ScriptedBackend(answers, gate=gate, **fields), gate
 
 
 async def texts(session: Session) -> list[str]:

@@ -131,3 +131,6 @@ class Exchange:
 def chat(content: str = "hi", **fields: Any) -> dict[str, Any]:
     """Return the body of a chat request."""
     return {"model": "d2f", "messages": [{"role": "user", "content": content}], **fields}
+
+
+MESSAGES: Any = [{"role": "user", "content": "hi"}]

@@ -14,7 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 import fakes
-from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
+from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_runtime.engine.local import Limits
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.server.auth import Auth
@@ -182,12 +182,6 @@ def check_whole(log: list[Event], answer: str = fakes.ANSWER, *, after_seq: int 
 
 def text_of(log: list[Event]) -> str:
     return "".join(event.text for event in log if isinstance(event, Block))
-
-
-def held(answers: str = fakes.ANSWER, **fields: Any) -> tuple[ScriptedBackend, StepGate]:
-    """A backend whose steps wait for the gate."""
-    gate = StepGate()
-    return ScriptedBackend(answers, gate=gate, **fields), gate
 
 
 @asynccontextmanager

@@ -10,7 +10,8 @@ from websockets.exceptions import InvalidStatus
 from d2f_stream.server.auth import Auth
 from d2f_stream.wire.codec import JSON, MSGPACK
 from d2f_stream.wire.protocol import Authenticate, Cancel
-from serving import ALICE, BOB, TWO_CLIENTS, Peer, check_whole, held, request, serving
+from fakes import held
+from serving import ALICE, BOB, TWO_CLIENTS, Peer, check_whole, request, serving
 
 
 def as_subprotocol(token: str) -> str:

@@ -23,7 +23,8 @@ from d2f_stream.core.errors import EngineFailed
 from d2f_stream.core.events import StreamFailed
 from d2f_stream.server.serve import Server, serve
 from d2f_stream.server.settings import ServeSettings, Timeouts
-from serving import Peer, check_whole, held, request, serving
+from fakes import held
+from serving import Peer, check_whole, request, serving
 
 HANGING = """
 import asyncio, sys, time

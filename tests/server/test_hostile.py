@@ -26,8 +26,8 @@ from d2f_stream.server.serve import Server
 from d2f_stream.server.settings import ServeSettings
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from d2f_stream.wire.protocol import Authenticate
-from fakes import ANSWER, params
-from serving import ALICE, BOB, TWO_CLIENTS, Peer, check_whole, handshake, held, request, serving
+from fakes import ANSWER, held, params
+from serving import ALICE, BOB, TWO_CLIENTS, Peer, check_whole, handshake, request, serving
 
 DEEP = b"[" * 5000 + b"]" * 5000
 LOGIN_GUARD_S = 20

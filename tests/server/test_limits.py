@@ -14,7 +14,8 @@ from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.listening.uvicorn_guard import MAX_FRAGMENTS
 from d2f_stream.server.settings import Timeouts
 from d2f_stream.wire.codec import MSGPACK
-from serving import Peer, check_whole, handshake, held, request, serving, small_socket
+from fakes import held
+from serving import Peer, check_whole, handshake, request, serving, small_socket
 
 LONG = "A block of text that nobody reads. " * 100
 

@@ -16,7 +16,8 @@ from d2f_stream.server.listening.listener import AddressUnavailable
 from d2f_stream.server.serve import Server, serve
 from d2f_stream.server.settings import ServeSettings
 from d2f_stream.wire.protocol import RequestRejected, ServerClosing
-from serving import Address, Peer, check_whole, held, request, serving, text_of
+from fakes import held
+from serving import Address, Peer, check_whole, request, serving, text_of
 
 ENDLESS = "on and " * 1000
 PARAMS = {"max_new_tokens": 4000}

@@ -10,7 +10,8 @@ from d2f_stream.core.events import Block, Draft, StreamFinished
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from d2f_stream.wire.protocol import Cancel
-from serving import Peer, check_whole, held, request, serving, text_of
+from fakes import held
+from serving import Peer, check_whole, request, serving, text_of
 
 
 @pytest.mark.parametrize("codec", [JSON, MSGPACK], ids=lambda codec: str(codec.name))
