@@ -21,8 +21,6 @@ from memory_network import Network
 from peers import Expecting
 
 LONG = "a" * 4000
-
-
 TOKENS = Auth({"alice": "alice-token", "bob": "bob-token"})
 
 

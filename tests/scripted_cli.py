@@ -46,6 +46,11 @@ class ScriptedLoad:
         return LocalEngine.over(self.backend, ByteCodec())
 
 
+def generate(*arguments: str, load: cli.Loader | None = None) -> int:
+    """Run `d2f-stream generate` in this process; return its exit code."""
+    return cli.main(["generate", *arguments], load=load or ScriptedLoad())
+
+
 @dataclass(slots=True)
 class PacedBackend(ScriptedBackend):
     """A scripted model with steps as long as a small model's; so its answer lasts for long."""

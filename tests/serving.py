@@ -201,3 +201,8 @@ def handshake(port: int) -> bytes:
         "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
     ).encode()
+
+
+def url_of(server: Server) -> str:
+    """Return the address that clients connect to."""
+    return f"ws://127.0.0.1:{server.port}"

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from browser.page_server import PageServer
+from browser.page_server import PageServer, ScriptedServer
 from requirements import require_program
 
 if TYPE_CHECKING:  # this file is read even where Playwright is missing
@@ -59,6 +59,20 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
         watch.page.context.close()
     for watch in watches:
         watch.check()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ScriptedServer]:
+    with ScriptedServer("0123456789" * 12) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def page(chromium: Browser, server: ScriptedServer) -> Iterator[Page]:
+    page = chromium.new_page()
+    page.goto(server.url + "d2f-client.d.ts")  # any document of the origin
+    yield page
+    page.close()
 
 
 class _Watch:

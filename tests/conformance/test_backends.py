@@ -1,130 +1,19 @@
-"""What every backend must do, whatever it is made of: one suite for all of them."""
+"""What every backend must do, whatever it is made of: what its steps propose."""
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2f_runtime.backends import open_backend
-from d2f_runtime.backends.base import Backend, Slot, StepRow
-from d2f_runtime.backends.torch_backend import TorchBackend
-from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
-from d2f_runtime.models.checkpoints import load_checkpoint
-from d2f_runtime.models.transformer import Transformer
-from d2f_stream.core.errors import OutOfCapacity
-from tiny_models import CONFIGS, MASK, MIXTURES, NUM_TOKENS, recompute, tiny_folder
+from backend_rigs import TOLERANCE, Canvas, Rig, assert_same, cache_up_to, canvas, expected
+from d2f_runtime.backends.base import StepRow
+from d2f_runtime.decoding.window import NO_TOKEN, Proposals
+from tiny_models import MASK, NUM_TOKENS, recompute
 
 pytestmark = pytest.mark.torch
-
-# fp32 sums in another order: rounding of logits of about 30 reaches confidences as 1e-6.
-TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Rig:
-    """A backend under test and the model that it must agree with."""
-
-    backend: Backend
-    model: Transformer
-
-    @property
-    def shifted(self) -> bool:
-        return self.model.config.shift_logits
-
-
-@pytest.fixture(scope="module", params=[*CONFIGS, *MIXTURES])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-NEEDS_CUDA = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-KINDS = [
-    "torch",
-    "onnx",
-    "fast-references",  # the fast step's code over the kernels' plain references
-    pytest.param("fast", marks=NEEDS_CUDA),
-    pytest.param("fast-uncaptured", marks=NEEDS_CUDA),
-]
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def rig(request: pytest.FixtureRequest, family: str) -> Iterator[Rig]:
-    model = load_checkpoint(tiny_folder(family, "torch"))
-    backend: Backend
-    if request.param.startswith("fast"):
-        backend = TorchBackend(
-            model,
-            name="fast",
-            device="cpu" if request.param == "fast-references" else "cuda",
-            runner="fast",
-            graphs="lazy" if request.param == "fast" else "off",
-        )
-    else:
-        folder = tiny_folder(family, "torch" if request.param == "torch" else "fp32")
-        backend = open_backend(request.param, folder, device="cpu", quantization="auto")
-    yield Rig(backend, model)
-    backend.close()
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Tokens, the edges of the attention blocks, and where the masks begin."""
-
-    tokens: tuple[int, ...]
-    stops: tuple[int, ...]
-
-    @property
-    def first_mask(self) -> int:
-        return self.tokens.index(MASK) if MASK in self.tokens else len(self.tokens)
-
-    def window(self, start: int, num_to_cache: int = 0, stop: int | None = None) -> Window:
-        stop = len(self.tokens) if stop is None else stop
-        return Window(
-            start=start,
-            tokens=self.tokens[start:stop],
-            num_to_cache=num_to_cache,
-            block_stops=tuple(s for s in self.stops if start < s <= stop),
-        )
-
-    def cached(self, start: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.tokens[:start], tuple(stop for stop in self.stops if stop <= start)
-
-
-def canvas(seed: int, *, sizes: Sequence[int] = (11, 4, 4, 4), num_filled: int = 2) -> Canvas:
-    """Blocks of the given sizes: the first `num_filled` are filled, the others hold masks."""
-    rng = random.Random(seed)
-    tokens: list[int] = []
-    for index, size in enumerate(sizes):
-        ids = [rng.randrange(4, NUM_TOKENS) for _ in range(size)]
-        if index >= num_filled:
-            ids = [MASK if rng.random() < 0.7 else token for token in ids]
-            ids[rng.randrange(size)] = MASK
-        tokens += ids
-    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return Canvas(tuple(tokens), tuple(stops))
-
-
-def cache_up_to(backend: Backend, slot: Slot, case: Canvas, edges: Sequence[int]) -> None:
-    """Cache the canvas piece by piece; the windows end with the piece."""
-    for start, stop in pairwise((0, *edges)):
-        backend.step([StepRow(slot, case.window(start, stop - start, stop))])
-
-
-def expected(rig: Rig, case: Canvas, window: Window) -> Proposals:
-    return recompute(rig.model, window, *case.cached(window.start))
-
-
-def assert_same(found: Proposals, wanted: Proposals) -> None:
-    assert list(found.tokens) == list(wanted.tokens)
-    assert list(found.confidence) == pytest.approx(list(wanted.confidence), abs=TOLERANCE)
 
 
 def run(rig: Rig, case: Canvas, edges: Sequence[int], num_to_cache: int = 0) -> Proposals:
@@ -275,16 +164,6 @@ def test_greedy_and_sampled_rows_share_a_step(rig: Rig) -> None:
         rig.backend.close_slot(slot)
 
 
-def test_a_slot_starts_over_after_preemption(rig: Rig) -> None:
-    case = canvas(8)
-    slot = rig.backend.open_slot(64)
-    cache_up_to(rig.backend, slot, canvas(9), (11, 15))
-    cache_up_to(rig.backend, slot, case, (11,))
-    (found,) = rig.backend.step([StepRow(slot, case.window(11))])
-    assert_same(found, expected(rig, case, case.window(11)))
-    rig.backend.close_slot(slot)
-
-
 def test_a_trailing_lone_mask_is_predicted_without_being_seen(rig: Rig) -> None:
     tokens = tuple(random.Random(10).randrange(4, NUM_TOKENS) for _ in range(6))
     case = Canvas((*tokens, MASK), tuple(range(1, 8)))
@@ -310,80 +189,3 @@ def test_a_window_without_masks_proposes_nothing(rig: Rig) -> None:
     case = canvas(11, sizes=(5, 4), num_filled=2)
     found = run(rig, case, (5,), 4)
     assert found == Proposals([NO_TOKEN] * 4, [0.0] * 4)
-
-
-def test_slots_run_out_and_come_back(rig: Rig) -> None:
-    size = (1 << 30) // rig.backend.info.kv_bytes_per_token // 2  # of 1 GiB, the default
-    slots = [rig.backend.open_slot(size) for _ in range(2)]
-    with pytest.raises(OutOfCapacity, match=f"no room for the K/V of {size} tokens: 0 of "):
-        rig.backend.open_slot(size)
-    rig.backend.close_slot(slots[0])
-    rig.backend.close_slot(slots[0])  # idempotent: its room is not counted twice
-    slots[0] = rig.backend.open_slot(size)
-    with pytest.raises(OutOfCapacity):
-        rig.backend.open_slot(size)
-    for slot in slots:
-        rig.backend.close_slot(slot)
-
-
-def test_a_window_that_the_slot_does_not_hold_is_refused(rig: Rig) -> None:
-    case = canvas(12)
-    slot = rig.backend.open_slot(22)
-    with pytest.raises(ValueError, match="window ends at 23 but the slot has room for 22 tokens"):
-        rig.backend.step([StepRow(slot, case.window(0, 11))])
-    rig.backend.close_slot(slot)
-
-
-def test_a_window_that_leaves_a_gap_is_refused(rig: Rig) -> None:
-    slot = rig.backend.open_slot(64)
-    with pytest.raises(ValueError, match="window starts at 11 but the slot holds 0 tokens"):
-        rig.backend.step([StepRow(slot, canvas(13).window(11))])
-    rig.backend.close_slot(slot)
-
-
-def test_two_rows_of_a_slot_are_refused(rig: Rig) -> None:
-    slot = rig.backend.open_slot(64)
-    row = StepRow(slot, canvas(13).window(0))
-    with pytest.raises(ValueError, match="two rows of a step have the same slot"):
-        rig.backend.step([row, row])
-    rig.backend.close_slot(slot)
-
-
-def test_sampling_without_uniform_numbers_is_refused(rig: Rig) -> None:
-    slot = rig.backend.open_slot(64)
-    with pytest.raises(ValueError, match="one uniform number per entry"):
-        rig.backend.step([StepRow(slot, canvas(14).window(0), temperature=0.5)])
-    rig.backend.close_slot(slot)
-
-
-def test_info_names_the_model(rig: Rig, family: str) -> None:
-    config, info = (CONFIGS | MIXTURES)[family], rig.backend.info
-    assert (info.family, info.mask_id, info.eos_ids) == (config.family, MASK, (1, 2))
-    assert info.num_tokens == NUM_TOKENS
-    assert info.prompt_attention == config.prompt_attention
-    per_layer = 2 * config.num_kv_heads * config.head_dim * 4
-    assert info.kv_bytes_per_token == config.num_layers * per_layer
-    assert info.device in ("cpu", "cuda")
-    assert info.quantization == "fp32"
-
-
-def test_closing_twice_is_fine(family: str) -> None:
-    for name, kind in (("torch", "torch"), ("onnx", "fp32")):
-        folder = tiny_folder(family, "torch" if kind == "torch" else "fp32")
-        backend = open_backend(name, folder, device="cpu", quantization="auto")
-        slot = backend.open_slot(8)
-        backend.close()
-        backend.close()
-        backend.close_slot(slot)
-
-
-def test_the_torch_pool_is_bounded_by_tokens(family: str) -> None:
-    backend = TorchBackend(
-        load_checkpoint(tiny_folder(family, "torch")), name="small", max_tokens=100
-    )
-    first, second = backend.open_slot(60), backend.open_slot(40)
-    with pytest.raises(OutOfCapacity, match="0 of 100 are free and 2 of 1024 slots open"):
-        backend.open_slot(1)
-    backend.close_slot(first)
-    backend.close_slot(second)
-    backend.open_slot(100)

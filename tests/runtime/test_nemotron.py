@@ -9,40 +9,37 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import d2f_stream
 from d2f_runtime.backends import open_backend
-from d2f_runtime.backends.base import Backend, StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.engine.denoiser import decoder_of
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.published import read_published
 from d2f_runtime.models.rope_scaling import YarnRope
 from d2f_stream.core.errors import UnsupportedModel
-from d2f_stream.core.params import GenerationParams
-from d2f_stream.core.presets import PRESETS
 from tiny_checkpoints import (
-    FAMILIES,
-    added_tokens,
     additive,
     config_of,
     oracle,
     write_checkpoint,
     write_model,
 )
+from tiny_nemotron import (
+    END,
+    KIND,
+    MASK,
+    PROMPT,
+    SIZE,
+    TINY,
+    answered,
+    forward,
+    replace_params,
+    seen,
+)
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
-
-KIND = "nemotron_labs_diffusion"
-TINY = FAMILIES[KIND]
-IDS = added_tokens(TINY)
-MASK, END = IDS["<SPECIAL_100>"], IDS["<SPECIAL_11>"]
-SIZE = 8
-PROMPT = [40, 41, 60, 8, 120, 7, 55, 90, 33, 14, 200]
 LARGE: dict[str, Any] = {
     "architectures": ["NemotronLabsDiffusionModel"], "model_type": KIND, "vocab_size": 131072,
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34,
@@ -108,25 +105,6 @@ def test_training_a_draft_of_it_is_refused(tmp_path: Path) -> None:
         open_ar_base(str(tmp_path))
     with pytest.raises(UnsupportedModel, match="nemotron model, but a teacher must see"):
         open_base(str(tmp_path))
-
-
-def seen(length: int, block: int) -> Tensor:
-    """Who sees whom: causal up to `block`, everything from there on."""
-    visible = torch.ones(length, length).tril().bool()
-    visible[block:] = True
-    return visible
-
-
-@torch.no_grad()
-def forward(model: Any, canvas: Sequence[int], block: int) -> Tensor:
-    """Return [length, V] logits of an oracle; what must not be said is out."""
-    mask = additive(seen(len(canvas), block))
-    dtype = model.lm_head.weight.dtype
-    out: Tensor = model(
-        torch.tensor([canvas]), attention_mask=mask.to(dtype), use_cache=False
-    ).logits[0]
-    out[:, MASK] = out[:, max(IDS.values()) + 1 :] = -torch.inf
-    return out
 
 
 @pytest.mark.parametrize("block", [20, 28])
@@ -221,18 +199,6 @@ async def test_verified_answers_are_the_autoregressive_ones(tmp_path: Path) -> N
             assert result.usage.steps <= len(wanted) + 1
 
 
-def answered(backend: Backend, params: GenerationParams) -> tuple[list[int], list[float]]:
-    """Decode with a backend; return the answer and every confidence on the way."""
-    decoder = decoder_of(backend.info, PROMPT, params)
-    slot, found = backend.open_slot(len(PROMPT) + params.max_new_tokens), []
-    while window := decoder.next_window():
-        (proposals,) = backend.step([StepRow(slot, window)])
-        found += [proposals.confidence[at] for at in window.asked(MASK)]
-        decoder.apply(proposals)
-    backend.close_slot(slot)
-    return list(decoder.answer_tokens), found
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -269,10 +235,6 @@ def test_every_step_predicts_alike(tmp_path: Path, changes: Any) -> None:
         backend.close()
 
 
-def replace_params(changes: Any) -> GenerationParams:
-    return PRESETS["nemotron"].with_overrides(changes)
-
-
 def test_a_last_mask_is_a_placeholder_only_where_a_cached_row_predicts_it() -> None:
     after_cached = Window(4, (5, 6, MASK), 2, (5, 6, 7))
     after_draft = Window(4, (5, MASK, MASK), 1, (5, 6, 7))
@@ -289,90 +251,3 @@ def test_its_config_survives(tmp_path: Path) -> None:
     assert again == config
     assert "drafts_in_place" not in replace(config, drafts_in_place=False).to_dict()
     assert config_of(TINY)["mask_token_id"] == MASK
-
-
-def write_linear_spec(folder: Path, *, num_layers: int = 2, scale: float = 4.0) -> Path:
-    """Write the adapter that is published beside the weights: o_proj alone, of rank 4."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(9)
-    weights: dict[str, Tensor] = {}
-    for layer in range(num_layers):
-        stem = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj.lora_"
-        weights[f"{stem}A.weight"] = torch.randn(4, 128, generator=generator) * 0.2
-        weights[f"{stem}B.weight"] = torch.randn(64, 4, generator=generator) * 0.2
-    save_file(weights, folder / "adapter_model.safetensors")
-    config = {
-        "base_model_name_or_path": "nvidia/Nemotron-Labs-Diffusion-8B", "bias": "none",
-        "lora_alpha": 4 * scale, "peft_type": "LORA", "r": 4, "target_modules": ["o_proj"],
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-async def test_drafts_through_the_adapter_leave_the_answer(tmp_path: Path) -> None:
-    write_model(tmp_path / "base", KIND, seed=2)
-    adapter = write_linear_spec(tmp_path / "linear_spec_lora")
-    async with d2f_stream.load(tmp_path / "base", device="cpu") as engine:
-        wanted = await engine.generate(PROMPT, max_new_tokens=30, block_size=1).result()
-    async with d2f_stream.load(tmp_path / "base", adapter=adapter, device="cpu") as engine:
-        assert engine.defaults.commit == "verify"
-        assert engine.defaults.block_size == SIZE
-        for block_size in (SIZE, 4, 1):
-            found = await engine.generate(PROMPT, max_new_tokens=30, block_size=block_size).result()
-            assert found.token_ids == wanted.token_ids
-            assert found.usage.steps <= wanted.usage.steps
-
-
-@torch.no_grad()
-def test_only_drafts_go_through_the_adapter(tmp_path: Path) -> None:
-    changes = {"num_hidden_layers": 1}  # of one layer K/V do not depend on the output projection
-    theirs = oracle(TINY, seed=5, **changes)
-    write_checkpoint(tmp_path / "base", TINY, theirs, **changes)
-    adapter = write_linear_spec(tmp_path / "linear_spec_lora", num_layers=1)
-    model = load_checkpoint(tmp_path / "base", adapter=adapter)
-    plain = forward(theirs, [*PROMPT, *[MASK] * SIZE], len(PROMPT)).softmax(-1).max(-1)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    down, up = (weights[next(name for name in weights if f"lora_{x}" in name)] for x in "AB")
-    theirs.model.layers[0].self_attn.o_proj.weight += 4.0 * up @ down
-    drafted = forward(theirs, [*PROMPT, *[MASK] * SIZE], len(PROMPT)).softmax(-1).max(-1)
-    window = Window(
-        0, (*PROMPT, *[MASK] * SIZE), len(PROMPT), (*range(1, len(PROMPT) + 1), len(PROMPT) + SIZE)
-    )
-    for runner in ("plain", "fast"):
-        backend = TorchBackend(model, name="x", runner=runner)
-        slot = backend.open_slot(40)
-        (found,) = backend.step([StepRow(slot, window)])
-        first, rest = found.confidence[len(PROMPT)], found.confidence[len(PROMPT) + 1 :]
-        assert first == pytest.approx(float(plain.values[len(PROMPT) - 1]), abs=1e-5)
-        assert list(rest) == pytest.approx(drafted.values[len(PROMPT) + 1 :].tolist(), abs=1e-5)
-        assert list(found.tokens[-3:]) == drafted.indices[-3:].tolist()
-        backend.close()
-    changed = (plain.values - drafted.values)[-SIZE:].abs().max()
-    assert changed > 1e-3  # a hundred times the tolerance
-
-
-def test_graph_holds_the_adapter_beside_the_base(tmp_path: Path) -> None:
-    from d2f_export.onnx.artefact import Description, write_artefact
-
-    write_model(tmp_path / "base", KIND, seed=2)
-    adapter = write_linear_spec(tmp_path / "linear_spec_lora")
-    write_artefact(
-        tmp_path / "base", tmp_path / "onnx", Description(name="x", defaults={"cpu": {}}),
-        target="cpu", quantization="fp32", adapter=adapter, window=24, capacity=96,
-    )  # fmt: skip
-    params = replace_params(
-        {"max_new_tokens": 21, "block_size": SIZE, "commit": "verify", "sub_block_size": 0}
-    )
-    model = load_checkpoint(tmp_path / "base", adapter=adapter)
-    wanted, sure = answered(TorchBackend(model, name="x"), params)
-    onnx = open_backend("onnx", tmp_path / "onnx", device="cpu", quantization="auto")
-    tokens, confidence = answered(onnx, params)
-    assert tokens == wanted
-    assert confidence == pytest.approx(sure, abs=1e-5)
-
-
-def test_adapter_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "llama", "llama")
-    adapter = write_linear_spec(tmp_path / "linear_spec_lora")
-    with pytest.raises(UnsupportedModel, match="another model than this llama: for one that draft"):
-        load_checkpoint(tmp_path / "llama", adapter=adapter)

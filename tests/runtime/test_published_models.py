@@ -1,8 +1,6 @@
 """Checkpoints in the published layouts against transformers' own classes, end to end by path."""
 
-import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import reference_loop
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.presets import PRESETS
+from published_canvases import LENGTH, PROMPT, TOLERANCE, canvas_of, until_eos, whole
 from tiny_checkpoints import (
     FAMILIES,
     Tiny,
@@ -30,11 +29,6 @@ from tiny_checkpoints import (
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
 
-# logits of about 30 in fp32, summed in another order
-TOLERANCE = 1e-4
-LENGTH = 30
-PROMPT = [40, 41, 60, 8, 120, 7, 55, 90, 33, 14, 200]
-
 
 @pytest.fixture(params=list(FAMILIES))
 def tiny(request: pytest.FixtureRequest) -> Tiny:
@@ -48,18 +42,6 @@ def stops_of(tiny: Tiny) -> list[int]:
     if isinstance(tiny.attention, int):
         return [*range(tiny.attention, LENGTH, tiny.attention), LENGTH]
     return [11, 17, 25, LENGTH]
-
-
-def canvas_of(tiny: Tiny) -> Tensor:
-    tokens = torch.randint(0, 280, (1, LENGTH), generator=torch.Generator().manual_seed(1))
-    if tiny.mask is not None:
-        tokens[0, 18:26] = added_tokens(tiny)[tiny.mask]
-    return tokens
-
-
-def whole(model: Transformer, tokens: Tensor, visible: Tensor) -> Tensor:
-    hidden, _ = model(tokens, torch.arange(LENGTH)[None], visible[None, None])
-    return model.logits(hidden)
 
 
 def in_two(model: Transformer, tokens: Tensor, visible: Tensor, edge: int) -> Tensor:
@@ -273,86 +255,6 @@ async def test_vanilla_answers_equal_the_published_loop(
     ends = [ids[text] for text in tiny.ends]
     assert list(result.token_ids) == until_eos(canvas[0, len(PROMPT) :].tolist(), ends)
     assert result.usage.steps == 24
-
-
-def bd3lm_sampler(model: Any, tiny: Tiny, size: int, num_tokens: int, per_block: int) -> list[int]:
-    """The published sampler for converted models, on the prompt padded from the left, in fp64.
-
-    Padding is invisible and has no position; nothing is cached; the schedule is the linear one.
-    """
-    ids = added_tokens(tiny)
-    assert tiny.mask is not None
-    mask, padding = ids[tiny.mask], -len(PROMPT) % size
-    canvas = [0] * padding + PROMPT
-    ends = [ids[text] for text in tiny.ends]
-    for first in range(0, num_tokens, size):
-        begin, width = len(canvas), min(size, num_tokens - first)
-        canvas += [mask] * width
-        m = width
-        for t in range(per_block, 0, -1):
-            number = min(round(m * (1 - ((t - 1) / per_block) / (t / per_block))), m)
-            m -= number
-            if not number:
-                continue
-            blocks = torch.arange(len(canvas)) // size
-            visible = blocks[None, :] <= blocks[:, None]
-            visible[:, :padding] = False
-            visible[torch.arange(padding), torch.arange(padding)] = True
-            positions = (torch.arange(len(canvas)) - padding).clamp(min=0)
-            with torch.no_grad():
-                logits = model(
-                    torch.tensor([canvas]),
-                    attention_mask=additive(visible).double(),
-                    position_ids=positions[None],
-                    use_cache=False,
-                ).logits[0]
-            logits[:, mask] = logits[:, max(ids.values()) + 1 :] = -torch.inf
-            best = logits.softmax(-1).max(-1)
-            masked = [at for at in range(begin, len(canvas)) if canvas[at] == mask]
-            masked.sort(key=lambda at: -float(best.values[at]))
-            for at in masked[:number]:
-                canvas[at] = int(best.indices[at])
-        if set(ends) & set(canvas[begin:]):
-            break
-    return until_eos(canvas[padding + len(PROMPT) :], ends)
-
-
-@pytest.mark.parametrize("model_type", ["a2d-qwen3", "a2d-qwen2"])
-@pytest.mark.parametrize(("size", "per_step"), [(8, 1), (8, 2), (4, 1), (16, 4)])
-async def test_converted_models_answer_as_the_published_sampler(
-    tmp_path: Path, model_type: str, size: int, per_step: int
-) -> None:
-    tiny = FAMILIES[model_type]
-    theirs = oracle(tiny, seed=5)
-    write_checkpoint(tmp_path, tiny, theirs, block_size=size)
-    number = 3 * size + 1 if per_step == 1 else 3 * size  # the last block may be shorter
-    if per_step == 1:
-        wanted = bd3lm_sampler(theirs.double(), tiny, size, number, size)
-    else:
-        wanted = bd3lm_sampler(theirs.double(), tiny, size, number, size // per_step)
-    async with d2f_stream.load(tmp_path, device="cpu") as engine:
-        result = await engine.generate(
-            PROMPT, max_new_tokens=number, num_per_step=per_step
-        ).result()
-    assert list(result.token_ids) == wanted
-
-
-@pytest.mark.parametrize("model_type", ["a2d-qwen3", "a2d-qwen2"])
-def test_logits_of_converted_models_equal_those_in_fp64(tmp_path: Path, model_type: str) -> None:
-    tiny = FAMILIES[model_type]
-    theirs = oracle(tiny)
-    write_checkpoint(tmp_path, tiny, theirs)
-    ours, tokens = load_checkpoint(tmp_path).eval(), canvas_of(tiny)
-    visible = block_causal(LENGTH, [3, 11, 19, 27, LENGTH])
-    with torch.no_grad():
-        mask = additive(visible).double()
-        wanted = theirs.double()(tokens, attention_mask=mask, use_cache=False).logits
-        assert (whole(ours, tokens, visible) - wanted).abs().max() <= TOLERANCE
-
-
-def until_eos(tokens: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
-    before = list(itertools.takewhile(lambda token: token not in eos_ids, tokens))
-    return [*before, *tokens[len(before) : len(before) + 1]]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,6 @@ from d2f_stream.server.limits import ServeLimits
 from openai_serving import MESSAGES, TOKEN, Serving, chat, serving
 
 CONTEXT = "context_length_exceeded"
-
-
 UNSUPPORTED_IN_BOTH = {
     "n": 17,
     "logit_bias": {"50256": -100},
