@@ -31,19 +31,20 @@ def generate(
     model: str | Path | Engine | None = None,
     params: GenerationParams | None = None,
     streamer: "Streamer | None" = None,
+    raw: bool = False,
     **overrides: Unpack[ParamOverrides],
 ) -> Session:
     """Start an answer on the running event loop; the session streams it.
 
-        question = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
-        async for block in d2f_stream.generate(question):
+        async for block in d2f_stream.generate("What is the capital of France?"):
             print(block.text, end="")
 
-    Awaited, the session gives the whole answer: `result = await d2f_stream.generate(question)`.
+    Awaited, the session gives the whole answer: `result = await d2f_stream.generate("...")`.
 
     Args:
-        prompt: a string, taken verbatim; a list of chat messages ({"role": ..., "content": ...}),
-            put through the model's template; or a list of token ids.
+        prompt: a string, which is a user's turn where the model chats, or a list of chat messages
+            ({"role": ..., "content": ...}): both are put through the model's template; or a list of
+            token ids.
         model: None is the default model; a path is a model folder or a .gguf file; "org/name" is a
             Hugging Face repository, unless there is a folder of that name; an address as of
             `connect` is a server; an open engine is used as it is. A model that is not open yet is
@@ -54,6 +55,8 @@ def generate(
             with `put` and `end`: gets the answer beside whoever reads the session, which nobody
             need do; see d2f_stream.transformers_streamer. It gets the prompt only where that is
             token ids, and drafts where it has `put_draft`, unless drafts=False.
+        raw: take a string verbatim, as a text to be continued. One for a model without a chat
+            template always is.
         overrides: single fields of GenerationParams, on top of either. Where neither says
             max_new_tokens, a prompt that leaves less room than the model's default gets an answer
             of at most that room; one that is given must fit.
@@ -83,7 +86,7 @@ def generate(
         from d2f_runtime.engine.opening import shared_engine
 
         model = shared_engine(model)
-    session = model.generate(prompt, params, **overrides)
+    session = model.generate(prompt, params, raw=raw, **overrides)
     return session if feed is None else feed.follow(session)
 
 
@@ -169,9 +172,8 @@ def connect(
 ) -> AbstractAsyncContextManager[Engine]:
     """Open an engine whose model is on a server; leaving the context ends its sessions.
 
-        question = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
         async with d2f_stream.connect("ws://127.0.0.1:8000") as engine:
-            async for block in engine.generate(question):
+            async for block in engine.generate("What is the capital of France?"):
                 print(block.text, end="")
 
     It is used like one of `load`. A connection that breaks is made again, and every answer goes on

@@ -2,7 +2,7 @@
 
     from d2f_stream import sync
 
-    for block in sync.generate("Ben has 34 books. He buys 18 more. How many has he now?"):
+    for block in sync.generate("What is the capital of France?"):
         print(block.text, end="", flush=True)
 
 Owns one event loop, in one thread of the process, which starts with the first call and ends with
@@ -137,10 +137,12 @@ class Engine:
         self,
         prompt: Prompt,
         params: GenerationParams | None = None,
+        *,
+        raw: bool = False,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer. See `d2f_stream.generate`."""
-        start = partial(self._engine.generate, prompt, params, **overrides)
+        start = partial(self._engine.generate, prompt, params, raw=raw, **overrides)
         return _session(self._background, start)
 
 
@@ -149,6 +151,7 @@ def generate(
     *,
     model: str | Path | Engine | None = None,
     params: GenerationParams | None = None,
+    raw: bool = False,
     **overrides: Unpack[ParamOverrides],
 ) -> Session:
     """Start an answer; the session streams it. The arguments are those of `d2f_stream.generate`.
@@ -158,8 +161,8 @@ def generate(
             by the first read here.
     """
     if isinstance(model, Engine):
-        return model.generate(prompt, params, **overrides)
-    start = partial(api.generate, prompt, model=model, params=params, **overrides)
+        return model.generate(prompt, params, raw=raw, **overrides)
+    start = partial(api.generate, prompt, model=model, params=params, raw=raw, **overrides)
     return _session(shared_background(), start)
 
 

@@ -1,4 +1,4 @@
-"""Streams the answer to one question from the embedded model, block by block.
+"""Streams the answer to one question from the word-problem model, block by block.
 
 Every `block` is final: its text will not change any more. Leaving the loop early frees the model.
 """
@@ -17,7 +17,7 @@ QUESTION = (
 
 async def main() -> None:
     """Print each block as it becomes final."""
-    async for block in d2f_stream.generate(QUESTION):
+    async for block in d2f_stream.generate(QUESTION, model="word-problems"):
         print(block.text, end="", flush=True)
     print()
 

@@ -25,7 +25,7 @@ async def answer(engine: d2f_stream.Engine, number: int, question: str) -> None:
 
 async def main() -> None:
     """Start all questions, then wait until each is answered."""
-    async with d2f_stream.load() as engine, asyncio.TaskGroup() as group:
+    async with d2f_stream.load("word-problems") as engine, asyncio.TaskGroup() as group:
         for number, question in enumerate(QUESTIONS, start=1):
             print(f"{number}? {question}")
             group.create_task(answer(engine, number, question))

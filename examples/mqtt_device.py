@@ -15,7 +15,7 @@ import os
 import d2f_stream
 
 BROKER = os.environ.get("BROKER", "mqtt://127.0.0.1:1883")
-QUESTION = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
+QUESTION = "What is the capital of France?"
 
 
 async def main() -> None:

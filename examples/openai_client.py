@@ -11,10 +11,7 @@ import openai
 
 URL = os.environ.get("D2F_URL", "http://127.0.0.1:8000/v1")
 TOKEN = os.environ.get("D2F_TOKEN", "none-needed")
-QUESTION = (
-    "There are 60 photos in Priya's basket. She gives away half of them. Then she finds 12 photos "
-    "in an old box. How many photos does she have in the end?"
-)
+QUESTION = "Why is the sky blue?"
 
 
 async def main() -> None:

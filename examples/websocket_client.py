@@ -10,7 +10,7 @@ import sys
 
 import d2f_stream
 
-QUESTION = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
+QUESTION = "What is the capital of France?"
 
 
 async def main(url: str) -> None:

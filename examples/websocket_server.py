@@ -1,4 +1,4 @@
-"""Serves the embedded model from a program of your own, on a free port, until Ctrl-C.
+"""Serves the default model from a program of your own, on a free port, until Ctrl-C.
 
 The page, the websocket, OpenAI's API and the metrics are on one port, as with `d2f-stream serve`;
 your program keeps the engine and can use it beside them. Needs the extras edge and serve.

@@ -146,6 +146,7 @@ def new_request(
     overrides: ParamOverrides,
     *,
     defaults: GenerationParams | None,
+    raw: bool = False,
 ) -> Generate:
     """Return a request under a new id: every field of given params, else what is overridden.
 
@@ -154,6 +155,7 @@ def new_request(
         params: instead of the model's defaults.
         overrides: single fields, on top of either.
         defaults: the model's, where they are known already: the fields are then checked here.
+        raw: take a string verbatim.
 
     Raises:
         InvalidRequest: prompt or parameters cannot be sent, or are known to be out of range.
@@ -169,6 +171,7 @@ def new_request(
         request_id=uuid.uuid4().hex,
         prompt=_sent_prompt(prompt),
         params=fields,
+        raw=raw,
     )
 
 

@@ -106,15 +106,17 @@ class RemoteEngine:
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
+        raw: bool = False,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
 
         Args:
-            prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
+            prompt: a string or chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
             names: that the events carry instead of the server's.
             committed: must be empty; a server continues its own answers.
+            raw: take a string verbatim.
             overrides: single fields, on top of either.
 
         Raises:
@@ -132,7 +134,7 @@ class RemoteEngine:
             )
         card = self._line.card
         defaults = None if card is None else card.params
-        request = new_request(prompt, params, overrides, defaults=defaults)
+        request = new_request(prompt, params, overrides, defaults=defaults, raw=raw)
         # One unread answer must not hold up the others of its connection: nothing is paused.
         buffer = EventBuffer(cancel=partial(self._line.cancel, request.request_id))
         self._line.ask(request, buffer, names)

@@ -105,11 +105,13 @@ class Engine(Protocol):
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
+        raw: bool = False,
         **overrides: Unpack[ParamOverrides],
     ) -> "Session":
         """Start a request; the session streams its answer, under the given names.
 
         With `committed`, the blocks that another engine has told of it, what follows them.
+        A string is a user's turn where the model chats, unless it is `raw`.
         """
         ...
 

@@ -13,7 +13,7 @@ from d2f_stream.terminal.config import KEYS
 
 __all__ = ["ELSEWHERE", "build_parser", "check_command", "overrides_of"]
 
-QUESTION: Final = "Ben has 34 books. He buys 18 more. How many has he now?"
+QUESTION: Final = "What is the capital of France?"
 
 ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
     "eval": "d2f_runtime.evaluation.__main__:main",

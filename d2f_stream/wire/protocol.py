@@ -110,15 +110,17 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     Attributes:
         request_id: the client's name for the request: 16 to 128 letters, digits, "_" or "-", hard
             to guess, such as a UUID.
-        prompt: a string, taken verbatim; token ids; or chat messages.
+        prompt: a string, token ids or chat messages.
         params: the fields of GenerationParams to set.
         on_disconnect: whether the stream goes on when its last connection is gone.
+        raw: whether a string is taken verbatim; else it is a user's turn, for a model that chats.
     """
 
     request_id: str
     prompt: WirePrompt
     params: Overrides = Overrides()
     on_disconnect: OnDisconnect = "continue"
+    raw: bool = True
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):

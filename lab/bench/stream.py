@@ -57,7 +57,9 @@ async def compare(
     for _ in range(repeats):
         for contender in contenders:
             async with d2f_stream.load(contender.model, backend=backend, device=device) as engine:
-                await engine.generate(prompts[0]["prompt"], **contender.overrides).result()
+                await engine.generate(
+                    prompts[0]["prompt"], raw=True, **contender.overrides
+                ).result()
                 for prompt in prompts:
                     await _answer(engine, contender, prompt, samples[contender.label])
     return {label: _summary(sample) for label, sample in samples.items()}
@@ -67,7 +69,7 @@ async def _answer(
     engine: d2f_stream.Engine, contender: Contender, prompt: dict[str, str], sample: _Samples
 ) -> None:
     started = time.perf_counter()
-    result = await engine.generate(prompt["prompt"], **contender.overrides).result()
+    result = await engine.generate(prompt["prompt"], raw=True, **contender.overrides).result()
     sample.seconds.append(time.perf_counter() - started)
     sample.tokens.append(result.usage.completion_tokens)
     sample.steps.append(result.usage.steps)

@@ -82,7 +82,7 @@ async def _turn(
 
     async def client() -> None:
         while waiting:
-            result = await engine.generate(waiting.pop(), **asked).result()
+            result = await engine.generate(waiting.pop(), raw=True, **asked).result()
             tokens.append(result.usage.completion_tokens)
             steps.append(result.usage.steps)
             first_ms.append(result.timings.first_block_ms or 0.0)

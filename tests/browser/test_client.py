@@ -135,6 +135,20 @@ def test_cancel_names_the_stream_and_again_after_a_cut(page: Page, way: str) -> 
     assert operations == [["generate", None], ["cancel", stream], ["cancel", stream]]
 
 
+def test_string_is_a_turn_unless_it_is_raw(page: Page) -> None:
+    found = run(
+        page,
+        """
+        const server = makeServer();
+        const client = connect(server);
+        await client.generate("hi").result();
+        await client.generate("hi", { raw: true }).result();
+        return server.operations.map(({ prompt, raw }) => [prompt, raw]);
+        """,
+    )
+    assert found == [["hi", False], ["hi", True]]
+
+
 def test_cancelled_before_it_was_sent_it_is_never_sent(page: Page) -> None:
     found = run(
         page,

@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them: real processes, the embedded model, no arguments."""
+"""The examples run as a reader would run them: real processes, the shipped models, no arguments."""
 
 import re
 import signal
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from installed_model import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -45,7 +47,10 @@ def test_many_questions_answers_each_of_them(tmp_path: Path) -> None:
         assert "The answer is" in " ".join(blocks)
 
 
-def test_websocket_client_gets_its_answer_from_the_websocket_server(tmp_path: Path) -> None:
+def test_websocket_client_gets_its_answer_from_the_websocket_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
     server = subprocess.Popen(
         [sys.executable, str(EXAMPLES / "websocket_server.py")],
         stdout=subprocess.PIPE,
@@ -58,8 +63,8 @@ def test_websocket_client_gets_its_answer_from_the_websocket_server(tmp_path: Pa
         assert server.stdout is not None
         address = server.stdout.readline().split()[-1]
         output = run(EXAMPLES / "websocket_client.py", tmp_path, address)
-        assert output.startswith(f"word-problems answers at {address}\n")
-        assert "The answer is 52" in output
+        assert output.startswith(f"smollm2-135m-d2f answers at {address}\n")
+        assert "Paris" in output
     finally:
         server.send_signal(signal.SIGINT)
         try:

@@ -68,9 +68,9 @@ def test_incomplete_utf8_becomes_replacement_characters(folder: Path) -> None:
 
 def test_chat_template_file_wins_and_is_rendered_as_transformers_does(folder: Path) -> None:
     messages = [{"role": "user", "content": 'hi <b> & "q"'}, {"role": "assistant", "content": "ho"}]
-    assert Tokenizer.from_folder(folder).render(messages) == (
-        '<bos>\n<user>hi <b> & "q"\n<assistant>ho\n<assistant>'
-    )
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.chats
+    assert tokenizer.render(messages) == ('<bos>\n<user>hi <b> & "q"\n<assistant>ho\n<assistant>')
 
 
 def test_template_may_stand_in_the_config(folder: Path) -> None:
@@ -94,6 +94,7 @@ def test_template_that_fails_is_an_invalid_prompt(folder: Path, template: str) -
 
 def test_model_without_a_template_says_so(folder: Path) -> None:
     tokenizer = Tokenizer(folder / "tokenizer.json")
+    assert not tokenizer.chats
     with pytest.raises(InvalidPrompt, match="no chat template; pass the prompt as one string"):
         tokenizer.render([{"role": "user", "content": "hi"}])
 

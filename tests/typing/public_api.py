@@ -37,6 +37,7 @@ async def blocks_of_an_answer() -> None:
 async def answer_is_awaited() -> None:
     assert_type(await d2f_stream.generate("How many?"), Result)
     assert_type(await d2f_stream.generate("How many?").result(), Result)
+    assert_type(await d2f_stream.generate("How many", raw=True), Result)
 
 
 def answers_without_an_event_loop() -> None:
@@ -48,7 +49,8 @@ def answers_without_an_event_loop() -> None:
     with sync.load("model", device="cpu") as engine, sync.connect("http://host") as other:
         assert_type(engine, sync.Engine)
         assert_type(other.generate([1, 2]), sync.Session)
-        assert_type(sync.generate("How many?", model=engine), sync.Session)
+        assert_type(sync.generate("How many?", model=engine, raw=True), sync.Session)
+        assert_type(other.generate("How many", raw=True), sync.Session)
     sync.generate("How many?", max_tokens=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     sync.load(quantisation="fp8")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
@@ -83,6 +85,7 @@ async def engines_are_alike_wherever_the_model_is() -> None:
     async with local as engine, remote as other:
         assert_type(engine, Engine)
         assert_type(engine.generate([1, 2, 3]), Session)
+        assert_type(engine.generate("How many", raw=True), Session)
         assert_type(d2f_stream.generate("How many?", model=other), Session)
         assert_type(engine.info.max_len, int)
         assert_type(engine.defaults, GenerationParams)

@@ -131,6 +131,7 @@ export interface ServerClosing {
   deadline_s: number;
 }
 
+/** A user's turn (with `raw` a verbatim text), token ids, or chat messages. */
 export type Prompt = string | number[] | { role: string; content: string }[];
 
 export interface GenerateOptions {
@@ -139,6 +140,8 @@ export interface GenerateOptions {
   onDisconnect?: "continue" | "cancel";
   /** Whether drafts are sent too. Default: false. */
   drafts?: boolean;
+  /** Whether a string is taken verbatim; else it is a user's turn, for a model that chats. Default: false. */
+  raw?: boolean;
   /** Cancels the stream when aborted. */
   signal?: AbortSignal;
   /** 16 to 128 letters, digits, "_" or "-", hard to guess. Default: a fresh one. */

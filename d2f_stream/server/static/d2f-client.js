@@ -293,10 +293,10 @@ export class D2FClient extends EventTarget {
     if (this.#socket === null && !this.#isShut) this.#openNow();
   }
 
-  /** Ask for an answer. `prompt` is a string, token ids or chat messages. */
+  /** Ask for an answer. `prompt` is a user's turn (with `raw` a verbatim text), chat messages or token ids. */
   generate(prompt, options = {}) {
-    const { params = {}, onDisconnect = "continue", drafts = false, signal, requestId } = options;
-    const request = { requestId: requestId ?? newRequestId(), prompt, onDisconnect, drafts };
+    const { params = {}, onDisconnect = "continue", drafts = false, raw = false, signal, requestId } = options;
+    const request = { requestId: requestId ?? newRequestId(), prompt, raw, onDisconnect, drafts };
     request.params = drafts ? { ...params, drafts: true } : params;
     return this.#add(request, signal);
   }
@@ -557,8 +557,8 @@ export class D2FClient extends EventTarget {
 }
 
 function generateOf(stream) {
-  const { requestId, prompt, params, onDisconnect } = stream._request;
-  const request = { request_id: requestId, prompt, params, on_disconnect: onDisconnect };
+  const { requestId, prompt, raw, params, onDisconnect } = stream._request;
+  const request = { request_id: requestId, prompt, raw, params, on_disconnect: onDisconnect };
   return { type: "generate", ...request };
 }
 

@@ -29,7 +29,7 @@ class PromptReader(Protocol):
         """Refuse a prompt that is too long at first sight."""
         ...
 
-    async def encode(self, prompt: Prompt) -> list[int]:
+    async def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return a prompt's ids, which generate() takes for it. Safe to cancel."""
         ...
 
@@ -40,12 +40,14 @@ class Measured:
 
     Attributes:
         prompt: what is asked.
+        raw: whether a string is taken verbatim.
         overrides: its parameters, within the server's limits.
         clamp: whether the answer is shortened, not refused, where the model has no room for it.
         charge: tokens that prompt and answer may take, about.
     """
 
     prompt: Prompt
+    raw: bool
     overrides: ParamOverrides
     clamp: bool
     charge: int
@@ -101,7 +103,8 @@ def measured(request: Generate, engine: Engine, limits: ServeLimits, *, clamp: b
     prompt = _prompt_of(request)
     if isinstance(engine, PromptReader):
         engine.check_size(prompt)
-    return Measured(prompt, overrides, clamp, charge=most + _size_of(prompt))
+    charge = most + _size_of(prompt)
+    return Measured(prompt, request.raw, overrides, clamp, charge)
 
 
 class Admission:

@@ -144,13 +144,15 @@ class Runs:
         prompt, overrides = asked.prompt, asked.overrides
         if isinstance(self._engine, PromptReader):
             async with self._reading.turn(stream.asker):
-                prompt = await self._engine.encode(prompt)
+                prompt = await self._engine.encode(prompt, raw=asked.raw)
             max_len = self._engine.info.max_len
             overrides = asked.fitted(len(prompt), limits=self._limits, max_len=max_len)
         async with self._running.turn(stream.asker):
-            await self._pump(stream, prompt, overrides)
+            await self._pump(stream, prompt, overrides, raw=asked.raw)
 
-    async def _pump(self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides) -> None:
+    async def _pump(
+        self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides, *, raw: bool
+    ) -> None:
         """Drain a session into its stream's log."""
         await self._entering.take(stream.asker)
         enters = True
@@ -159,7 +161,7 @@ class Runs:
             assert work is not None
             async with work:
                 names = StreamNames(stream.id, stream.request_id, stream.client)
-                session = self._engine.generate(prompt, names=names, **overrides)
+                session = self._engine.generate(prompt, names=names, raw=raw, **overrides)
                 work.on_cancel(session.cancel)
                 async for event in session.events():
                     if enters:

@@ -125,17 +125,19 @@ class LocalEngine:
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
+        raw: bool = False,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
 
         Args:
-            prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
+            prompt: a string or chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
             names: that the events carry; no other stream of the engine may have them.
             committed: the blocks that another engine has told of this request, from the first on.
                 The session tells what follows them: where it depends on nothing but prompt,
                 parameters and seed, that is what would have followed there.
+            raw: take a string verbatim, as one for a model without a template always is.
             overrides: single fields, on top of either. Where neither says max_new_tokens, the
                 model's default is what the answer gets at most: less where the prompt leaves less.
 
@@ -161,7 +163,7 @@ class LocalEngine:
             must_fit = params is not None or "max_new_tokens" in overrides
             check_size(prompt, parts)
             before.check(parts.info.num_tokens)
-            tokens = encode(prompt, parts)
+            tokens = encode(prompt, parts, raw=raw)
             fitted = fitted_params(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
             return Stream(
                 given,
@@ -184,7 +186,7 @@ class LocalEngine:
         """
         check_size(prompt, self._parts())
 
-    async def encode(self, prompt: Prompt) -> list[int]:
+    async def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return a prompt's ids, which generate() takes for it; long ones hold nobody up.
 
         Safe to cancel.
@@ -197,7 +199,8 @@ class LocalEngine:
         parts = self._parts()
         check_size(prompt, parts)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, encode, prompt, parts)
+        read = partial(encode, prompt, parts, raw=raw)
+        return await loop.run_in_executor(self._encoders, read)
 
     @property
     def busy_s(self) -> float:

@@ -36,8 +36,13 @@ def check_size(prompt: Prompt, parts: ModelParts) -> None:
         raise PromptTooLong(-(-size // per_token), 1, parts.info.max_len, at_least=True)
 
 
-def encode(prompt: Prompt, parts: ModelParts) -> list[int]:
+def encode(prompt: Prompt, parts: ModelParts, *, raw: bool = False) -> list[int]:
     """Return a prompt's ids.
+
+    Args:
+        prompt: a string, which is a user's turn where the model chats; chat messages; or ids.
+        parts: the model's.
+        raw: take a string verbatim.
 
     Raises:
         InvalidPrompt: it is of no kind that is known, its template refuses it, or it has no tokens
@@ -50,7 +55,9 @@ def encode(prompt: Prompt, parts: ModelParts) -> list[int]:
     if len(prompt) == 0:
         raise InvalidPrompt("the prompt is empty")
     if isinstance(prompt, str):
-        tokens = codec.encode(prompt)
+        is_turn = codec.chats and not raw
+        turn = {"role": "user", "content": prompt}
+        tokens = codec.encode(codec.render([turn]) if is_turn else prompt)
     elif isinstance(prompt[0], Mapping):
         tokens = codec.encode(_rendered(_messages(prompt), codec))
     else:

@@ -27,7 +27,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and how it is to be answered."""
+    """A prompt, a string verbatim, and how it is to be answered."""
 
     prompt: Prompt
     params: GenerationParams
@@ -164,7 +164,7 @@ async def answer_all(
 
 async def _answer(engine: Engine, question: Question, decode: Decode | None) -> Sample:
     try:
-        async with engine.generate(question.prompt, question.params) as session:
+        async with engine.generate(question.prompt, question.params, raw=True) as session:
             result = await session.result()
     except PromptTooLong as error:
         room = getattr(error, "max_len", 0) - getattr(error, "num_prompt_tokens", 0)

@@ -44,6 +44,11 @@ class TextCodec(Protocol):
         """Characters of the longest token, for a bound of a text's tokens before it is encoded."""
         ...
 
+    @property
+    def chats(self) -> bool:
+        """Whether a prompt that is a string is a user's turn, to be rendered."""
+        ...
+
     def render(self, messages: Messages) -> str:
         """Return the prompt that the model's chat template makes of the messages."""
         ...
@@ -120,6 +125,11 @@ class Tokenizer:
     def longest_token(self) -> int:
         """Characters of the longest token."""
         return max(map(len, self._tokens.get_vocab()), default=1)
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._render is not None
 
     @functools.cached_property
     def _without_mask(self) -> Any:
