@@ -113,6 +113,7 @@ class SelfWritten:
         encode: text to ids.
         decode: ids to text.
         questions: prompts of the user's, answered first.
+        starters: first words of the requests that the model goes on with, equally often.
         overlap: what must not be learnt.
         answer_limit: longest answer, tokens.
         length: of a whole conversation, tokens.
@@ -126,6 +127,7 @@ class SelfWritten:
         decode: Callable[[Sequence[int]], str],
         *,
         questions: Sequence[str],
+        starters: Sequence[str] = STARTERS,
         overlap: Overlap,
         answer_limit: int,
         length: int,
@@ -134,7 +136,7 @@ class SelfWritten:
         self._frame, self._decode, self._overlap = frame, decode, overlap
         self._limit, self._length = answer_limit, length
         self._random = np.random.default_rng(seed)
-        self._starters = [encode(text) for text in STARTERS]
+        self._starters = [encode(text) for text in starters]
         self._waiting: deque[Job] = deque()
         self._seen: set[bytes] = set()
         self.examples: list[tuple[list[int], list[int]]] = []

@@ -103,10 +103,14 @@ class WritingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     questions: Annotated[
         tuple[str, ...], Meta(description="JSONL files whose prompts are answered first")
     ] = ()
+    starters: Annotated[
+        tuple[str, ...],
+        Meta(description="JSONL files with first words of requests, in place of common ones"),
+    ] = ()
     evaluation: Annotated[
         tuple[str, ...], Meta(description="JSONL files whose texts must not be among the data")
     ] = ()
-    prompt_field: Annotated[str, Meta(description="of a line of questions")] = "prompt"
+    prompt_field: Annotated[str, Meta(description="of a line of questions or starters")] = "prompt"
     answers: Annotated[int, Meta(ge=1, description="end after so many")] = 50_000
     max_seconds: Annotated[Positive | None, Meta(description="end after so long")] = None
     slots: Annotated[int, Meta(ge=1, description="conversations at a time")] = 256

@@ -14,7 +14,7 @@ from rich.console import Console
 from d2f_export.distill.from_ar.answers import Answers
 from d2f_export.distill.from_ar.base import ArBase, open_ar_base
 from d2f_export.distill.from_ar.generation import Generation
-from d2f_export.distill.from_ar.self_written import ChatFrame, Overlap, SelfWritten
+from d2f_export.distill.from_ar.self_written import STARTERS, ChatFrame, Overlap, SelfWritten
 from d2f_export.distill.from_ar.settings import WritingSettings
 from d2f_export.distill.from_ar.streams import named_weights, streams_of
 from d2f_runtime.models.checkpoints import load_checkpoint
@@ -100,6 +100,7 @@ def _source(settings: WritingSettings, base: ArBase) -> SelfWritten:
         codec.encode,
         codec.decode,
         questions=_texts(settings.questions, settings.prompt_field),
+        starters=_texts(settings.starters, settings.prompt_field) or STARTERS,
         overlap=Overlap(_texts(settings.evaluation, None)),
         answer_limit=settings.answer_length,
         length=settings.length,

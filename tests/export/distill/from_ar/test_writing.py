@@ -168,6 +168,14 @@ def test_questions_come_first_and_too_long_ones_not_at_all() -> None:
     assert written.counts["prompt: too long"] == 1
 
 
+def test_requests_begin_with_the_starters_that_were_given() -> None:
+    written = source(starters=["ab"])
+    jobs = [written.next_job() for _ in range(40)]
+    begun = [job for job in jobs if job is not None and job.prompt[-2:] == [107, 108]]
+    assert 8 < len(begun) < 32
+    assert all(job is not None and job.prompt[-1] in (4, 108) for job in jobs)
+
+
 def test_frame_is_found_in_a_template() -> None:
     def render(messages: list[dict[str, str]]) -> str:
         turns = "".join(f"<{m['role'][0]}>{m['content']}<e>" for m in messages)
