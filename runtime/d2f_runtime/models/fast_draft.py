@@ -1,21 +1,40 @@
 """FastDraft: a draft adapter's factors as the fast step multiplies them, by merged product.
 
-Every row goes through the narrow products, and what is no draft is multiplied by zero between them:
-shapes stay static, so that CUDA graphs hold them. A clean row's outputs keep their bits.
+Steps of few rows multiply weight and factors in one launch (`kernels.drafted`). In others every row
+goes through the narrow products, and what is no draft is multiplied by zero between them: shapes
+stay static, so that CUDA graphs hold them. A clean row's outputs keep their bits.
 
 Shapes: M rows, K inputs, N outputs, R ranks of the products that are merged.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2f_runtime.kernels.activation import Activation
+from d2f_runtime.kernels.drafted import TiledFactors, cut_for, outputs_of_tile
+from d2f_runtime.kernels.language import is_hopper
 from d2f_runtime.models.draft_adapter import LayerDraft
+from d2f_runtime.quantization.linear import DenseLinear, PackedLinear
 
-__all__ = ["FastDraft", "FastLayerDraft"]
+__all__ = ["DraftRows", "FastDraft", "FastLayerDraft"]
+
+
+class DraftRows(NamedTuple):
+    """Which rows of a step are drafts.
+
+    Attributes:
+        flags: [M] int32, 1 for draft rows and 0 for others.
+        shares: [M, 1] the same in the model's dtype.
+        product: `kernels.drafted.drafted_product`, or its reference.
+    """
+
+    flags: Tensor
+    shares: Tensor
+    product: Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +44,52 @@ class FastDraft:
     Attributes:
         down: [R, K].
         up: [N, R], outputs ordered as the product's; a block for each of what is merged.
+        tiled: the same as one launch takes them; None where none can.
     """
 
     down: Tensor
     up: Tensor
+    tiled: TiledFactors | None
 
-    def add(self, x: Activation, drafts: Tensor, out: Tensor) -> None:
-        """Add the share of the draft rows to a product, in place.
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor) -> "FastDraft":
+        """Keep factors [R, K] and [N, R] as the device takes them."""
+        tiled = None
+        if down.device.type == "cpu" or (is_hopper(down.device) and down.element_size() == 2):
+            tiled = TiledFactors.of(down, up, outputs_of_tile(len(up)))
+        return cls(down, up, tiled)
 
-        Args:
-            x: what was multiplied.
-            drafts: [M, 1] in the model's dtype, 1 for draft rows and 0 for others.
-            out: [M, N].
-        """
+    def multiplied(self, linear: PackedLinear, x: Activation, drafts: DraftRows) -> Tensor:
+        """Return [M, N] a product of all rows, with their share for drafts."""
+        found = self._in_one(linear, x, drafts, may_split=False)
+        if found is not None:
+            return found[0]
+        out = linear(x)
+        self._add(x, drafts.shares, out)
+        return out
+
+    def parts(self, linear: PackedLinear, x: Activation, drafts: DraftRows) -> Tensor:
+        """Return the same as [S, M, N], to be summed over S by the reader."""
+        found = self._in_one(linear, x, drafts, may_split=True)
+        if found is not None:
+            return found
+        parts = linear.parts(x)
+        self._add(x, drafts.shares, parts[0])
+        return parts
+
+    def _in_one(
+        self, linear: PackedLinear, x: Activation, drafts: DraftRows, *, may_split: bool
+    ) -> Tensor | None:
+        """Return [S, M, N] by one launch; None where there is none, or it is not the better way."""
+        if self.tiled is None or not isinstance(linear, DenseLinear):
+            return None
+        shape = (x.values.shape[0], *linear.weight.shape)
+        cut = cut_for(*shape, self.tiled.outputs, may_split=may_split)
+        if cut is None:
+            return None
+        return drafts.product(x.values, linear.weight, self.tiled, drafts.flags, cut=cut)
+
+    def _add(self, x: Activation, drafts: Tensor, out: Tensor) -> None:
         values = x.values if x.scale is None else x.dequantised().to(self.down.dtype)
         out.addmm_((values @ self.down.T).mul_(drafts), self.up.T)
 
@@ -85,7 +137,7 @@ class FastLayerDraft:
                     up[:, first : first + factor.shape[1]] = factor
                     first += factor.shape[1]
                 ups.append(up)
-            return FastDraft(torch.cat(downs), order(ups).contiguous())
+            return FastDraft.of(torch.cat(downs), order(ups).contiguous())
 
         return cls(
             qkv=merged(("q_proj", "k_proj", "v_proj"), lambda ups: join_heads(torch.cat([*ups]))),

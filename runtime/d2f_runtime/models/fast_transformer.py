@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2f_runtime.kernels import attention, fetch, gate, head, norm, rope
+from d2f_runtime.kernels import attention, drafted, fetch, gate, head, norm, rope
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.fast_draft import FastDraft, FastLayerDraft
+from d2f_runtime.models.fast_draft import DraftRows, FastDraft, FastLayerDraft
 from d2f_runtime.models.fast_layer import FastFeedForward, FastLayer, pack_layer
 from d2f_runtime.models.fast_mixture import FastMixture
 from d2f_runtime.models.rotary import query_scale, rotary
@@ -42,6 +42,7 @@ class Ops:
     quantise: Callable[[Tensor], Activation]
     best_tokens: Callable[..., Tensor]
     fetch: Callable[[Tensor, Tensor], None]
+    drafted: Callable[..., Tensor]
 
 
 KERNELS = Ops(
@@ -52,6 +53,7 @@ KERNELS = Ops(
     quantise,
     head.best_tokens,
     fetch.fetch,
+    drafted.drafted_product,
 )
 REFERENCES = Ops(
     norm.residual_norm_reference,
@@ -61,6 +63,7 @@ REFERENCES = Ops(
     quantise_rows,
     head.best_tokens_reference,
     fetch.fetch_reference,
+    drafted.drafted_product_reference,
 )
 
 
@@ -196,8 +199,8 @@ class FastTransformer:
         _, rows = ops.residual_norm(x, parts, self._norm, eps)
         return rows.values
 
-    def _embedded(self, step: StepTensors) -> tuple[Tensor, Tensor | None]:
-        """Return [M, D] what the tokens are to the layers, and [M, 1] which rows are drafts."""
+    def _embedded(self, step: StepTensors) -> tuple[Tensor, DraftRows | None]:
+        """Return [M, D] what the tokens are to the layers, and which rows are drafts."""
         draft = self._draft
         if draft is None:
             return F.embedding(step.tokens, self._embedding), None
@@ -205,19 +208,18 @@ class FastTransformer:
         is_mask = step.tokens == draft.mask_id
         known = F.embedding(step.tokens.masked_fill(is_mask, 0), self._embedding)
         x = torch.where(is_mask[:, None], draft.mask_embedding, known)
-        return x, step.drafts[:, None].to(x.dtype)
+        return x, DraftRows(step.drafts, step.drafts[:, None].to(x.dtype), self.ops.drafted)
 
     def _rotated(
         self,
         layer: FastLayer,
         rows: Activation,
         rotation: rope.Rotation,
-        drafts: Tensor | None,
+        drafts: DraftRows | None,
     ) -> Tensor:
         """Return the queries [M, H, hd]; store keys and values."""
         if drafts is not None and layer.draft is not None and layer.draft.qkv is not None:
-            qkv = layer.qkv(rows)
-            layer.draft.qkv.add(rows, drafts, qkv)
+            qkv = layer.draft.qkv.multiplied(layer.qkv, rows, drafts)
             return self.ops.rotate_and_store(qkv, rotation)
         query = rotated(layer.qkv, rows, rotation)
         return self.ops.rotate_and_store(layer.qkv(rows), rotation) if query is None else query
@@ -227,13 +229,12 @@ class FastTransformer:
         inner: FastFeedForward,
         draft: FastLayerDraft | None,
         rows: Activation,
-        drafts: Tensor | None,
+        drafts: DraftRows | None,
     ) -> Activation:
         """Return what the down projection takes."""
         to_fp8 = inner.down.takes_fp8
         if drafts is not None and draft is not None and draft.gate_up is not None:
-            gate_up = inner.gate_up(rows)
-            draft.gate_up.add(rows, drafts, gate_up)
+            gate_up = draft.gate_up.multiplied(inner.gate_up, rows, drafts)
             return self.ops.silu_gate(gate_up, quantise=to_fp8)
         gated = inner.gate_up.gated(rows)
         if gated is None:
@@ -256,13 +257,12 @@ class FastTransformer:
 
 
 def _parts(
-    linear: PackedLinear, x: Activation, draft: FastDraft | None, drafts: Tensor | None
+    linear: PackedLinear, x: Activation, draft: FastDraft | None, drafts: DraftRows | None
 ) -> Tensor:
     """Return [S, M, N], to be summed over S; draft rows with their factors."""
-    parts = linear.parts(x)
-    if draft is not None and drafts is not None:
-        draft.add(x, drafts, parts[0])
-    return parts
+    if draft is None or drafts is None:
+        return linear.parts(x)
+    return draft.parts(linear, x, drafts)
 
 
 def _rope_table(config: TransformerConfig, max_len: int, device: torch.device) -> Tensor:
