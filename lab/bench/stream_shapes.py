@@ -5,7 +5,7 @@ Random weights, so no download; the acceptances of a trained model are emulated 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ from d2f_stream.core.errors import InvalidParams
 from lab.bench.step_engine import time_engine
 from lab.bench.step_models import SHAPES, random_model
 
-__all__ = ["ShapeSettings", "compare_shapes"]
+__all__ = ["ShapeSettings", "compare_shapes", "shape_backend"]
 
 AR_RATE: Final = 1.0
 
@@ -73,7 +73,7 @@ def _answer(
 ) -> None:
     config = SHAPES[shape]
     began = time.perf_counter()
-    backend = _backend(shape, quantization, settings.device)
+    backend = shape_backend(shape, quantization, settings.device)
     load_s = round(time.perf_counter() - began, 2)
     try:
         began = time.perf_counter()
@@ -91,10 +91,15 @@ def _answer(
             torch.cuda.empty_cache()
 
 
-def _backend(shape: str, quantization: str, device: str) -> TorchBackend:
+def shape_backend(
+    shape: str, quantization: str, device: str = "cuda", *, max_len: int | None = None
+) -> TorchBackend:
+    """Return a backend over random weights of a published shape; `max_len` instead of its own."""
+    config = SHAPES[shape]
+    config = config if max_len is None else replace(config, max_len=max_len)
     dtype = DTYPES.get(quantization, torch.bfloat16)
     return TorchBackend(
-        random_model(SHAPES[shape], device=device, dtype=dtype, quantization=quantization),
+        random_model(config, device=device, dtype=dtype, quantization=quantization),
         name=shape,
         device=device,
         dtype=dtype,

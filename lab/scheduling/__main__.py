@@ -10,7 +10,8 @@ from typing import Any
 from lab.records import command_of, write_record
 from lab.scheduling.comparison import LOADS, WORKLOADS, compare
 from lab.scheduling.curves import CURVES, StepCurve
-from lab.scheduling.engine_loads import run_engine
+from lab.scheduling.engine_loads import EngineLoads
+from lab.scheduling.long_prompts import LongPrompts
 from lab.scheduling.measuring import measure_curve
 
 
@@ -32,25 +33,36 @@ def main(argv: list[str] | None = None) -> None:
     curve.add_argument("--turns", type=int, default=20)
     curve.set_defaults(run=_curve)
 
-    engine = commands.add_parser("engine", help="the embedded model under load, here")
-    engine.add_argument("--loads", type=int, nargs="+", default=LOADS)
-    engine.add_argument("--turns", type=int, default=3)
-    engine.add_argument("--max-new-tokens", type=int, default=192)
+    engine = commands.add_parser("engine", help="a model under load, here")
     engine.add_argument("--model")
     engine.add_argument("--adapter")
+    engine.add_argument("--quantization", default="auto")
+    engine.add_argument("--loads", type=int, nargs="+", default=LOADS)
+    engine.add_argument("--settings", nargs="+", default=())
+    engine.add_argument("--turns", type=int, default=3)
+    engine.add_argument("--requests", type=int, default=8)
+    engine.add_argument("--max-new-tokens", type=int, default=192)
+    engine.add_argument("--seconds", type=float, help="after which no turn begins")
     engine.set_defaults(run=_engine)
 
-    for command in (simulated, curve, engine):
+    prompts = commands.add_parser("prompts", help="what others notice of a long prompt, here")
+    prompts.add_argument("--model")
+    prompts.add_argument("--adapter")
+    prompts.add_argument("--quantization", default="auto")
+    prompts.add_argument("--shape", help="random weights of a published shape, on a GPU")
+    prompts.add_argument("--sessions", type=int, default=8)
+    prompts.add_argument("--prompt-tokens", type=int, default=8000)
+    prompts.add_argument("--turns", type=int, default=3)
+    prompts.set_defaults(run=_prompts)
+
+    for command in (simulated, curve, engine, prompts):
         command.add_argument("--prediction", default="", help="written down before the run")
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
+    arguments.given = sys.argv[1:] if argv is None else argv
     results = arguments.run(arguments)
-    results = {"prediction": arguments.prediction, **results}
-    sys.stdout.write(json.dumps(results, indent=1) + "\n")
-    if arguments.output:
-        given = sys.argv[1:] if argv is None else argv
-        name = f"scheduling-{arguments.command}"
-        write_record(arguments.output, name, results, command=command_of("lab.scheduling", given))
+    sys.stdout.write(json.dumps({"prediction": arguments.prediction, **results}, indent=1) + "\n")
+    _record(arguments, results)
 
 
 def _simulate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,14 +88,40 @@ def _curve(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
-    return asyncio.run(
-        run_engine(
-            arguments.model,
-            adapter=arguments.adapter,
-            loads=arguments.loads,
-            turns=arguments.turns,
-            max_new_tokens=arguments.max_new_tokens,
-        )
+    loads = EngineLoads(
+        model=arguments.model,
+        adapter=arguments.adapter,
+        quantization=arguments.quantization,
+        loads=arguments.loads,
+        settings=arguments.settings,
+        turns=arguments.turns,
+        requests=arguments.requests,
+        max_new_tokens=arguments.max_new_tokens,
+        seconds=arguments.seconds,
+    )
+    return asyncio.run(loads.run(lambda found: _record(arguments, found)))
+
+
+def _prompts(arguments: argparse.Namespace) -> dict[str, Any]:
+    bench = LongPrompts(
+        model=arguments.model,
+        adapter=arguments.adapter,
+        quantization=arguments.quantization,
+        shape=arguments.shape,
+        sessions=arguments.sessions,
+        prompt_tokens=arguments.prompt_tokens,
+        turns=arguments.turns,
+    )
+    return asyncio.run(bench.run(lambda found: _record(arguments, found)))
+
+
+def _record(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    if arguments.output is None:
+        return
+    name = f"scheduling-{arguments.command}"
+    command = command_of("lab.scheduling", arguments.given)
+    write_record(
+        arguments.output, name, {"prediction": arguments.prediction, **results}, command=command
     )
 
 

@@ -34,12 +34,7 @@ __all__ = ["FastRunner"]
 logger = logging.getLogger("d2f_stream.fast_runner")
 
 MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
-WARM: Final = tuple(
-    bucket
-    for bucket in BUCKETS
-    if bucket.sessions == 1 or (bucket.sessions <= 16 and bucket.rows <= 128)
-)
-"""What is captured beforehand: any step of one session, and steps of a few or with branches."""
+BESIDE: Final = 16  # sessions that share a step
 EAGER_MULTIPLE: Final = 64  # an uncaptured step's rows are padded to this, so few shapes occur
 
 
@@ -129,11 +124,20 @@ class FastRunner:
         self.graph_bytes: dict[Bucket, int] = {}
 
     @torch.inference_mode()
-    def warm_up(self, buckets: Sequence[Bucket] = WARM) -> None:
-        """Capture shapes beforehand, and run one step that is too long to be captured."""
+    def warm_up(self, buckets: Sequence[Bucket] | None = None) -> None:
+        """Capture shapes beforehand, and run one step that is too long to be captured.
+
+        Args:
+            buckets: None are all that occur: of so many sessions as share a step, and of more runs
+                where the windows of these may have branches.
+        """
         if not self._use_graphs:
             return
         began = time.perf_counter()
+        if buckets is None:
+            buckets = [b for b in BUCKETS if b.sessions <= BESIDE or self._info.branches]
+            buckets = [b for b in buckets if b.rows > b.sessions // 4]
+            buckets.sort(key=lambda bucket: -bucket.rows)  # the others fit into their memory
         with self._current():
             for bucket in buckets:
                 self._shape(bucket)
