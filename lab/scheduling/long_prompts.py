@@ -110,12 +110,12 @@ class _Turn:
             self.stopped.set()
         undo()
         figures = {
-            "step_ms": statistics.median(self.walls_ms[False]),
-            "step_ms_beside": statistics.median(self.walls_ms[True]),
-            "slowest_step_ms": max(self.walls_ms[False]),
-            "slowest_step_ms_beside": max(self.walls_ms[True]),
-            "slowest_block_ms": max(self.gaps_ms[False]),
-            "slowest_block_ms_beside": max(self.gaps_ms[True]),
+            "step_ms": statistics.median(self.walls_ms[False] or [0.0]),
+            "step_ms_beside": statistics.median(self.walls_ms[True] or [0.0]),
+            "slowest_step_ms": max(self.walls_ms[False], default=0.0),
+            "slowest_step_ms_beside": max(self.walls_ms[True], default=0.0),
+            "slowest_block_ms": max(self.gaps_ms[False], default=0.0),
+            "slowest_block_ms_beside": max(self.gaps_ms[True], default=0.0),
             "steps_beside": len(self.walls_ms[True]),
             "first_block_ms_of_the_prompt": first_ms,
         }

@@ -1,11 +1,15 @@
 """Windows that pay, in simulations of real decoders under curves that were measured."""
 
+import asyncio
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.scheduling.comparison import WORKLOADS, compare
 from lab.scheduling.curves import CURVES, StepCurve
+from lab.scheduling.engine_loads import EngineLoads
+from lab.scheduling.long_prompts import LongPrompts
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,41 @@ def test_no_affine_device_makes_verified_windows_slower_than_single_tokens(
     (found,) = compare(WORKLOADS["drafts"], curve, loads=[load])
     assert found["pays_to_one_token"] > 0.95
     assert found["pays_to_best_fixed"] > 0.9
+
+
+def test_engine_is_measured_beside_a_long_prompt() -> None:
+    bench = LongPrompts(
+        model="word-problems",
+        adapter=None,
+        quantization="auto",
+        shape=None,
+        sessions=2,
+        prompt_tokens=60,
+        turns=1,
+    )
+    noted: list[int] = []
+    found = asyncio.run(bench.run(lambda each: noted.append(len(each["whole"]))))
+    assert noted == [0, 1]
+    assert found["in pieces"][0]["steps_beside"] > 0
+    assert found["whole"][0]["first_block_ms_of_the_prompt"] > 0.0
+
+
+def test_engine_is_measured_under_load() -> None:
+    bench = EngineLoads(
+        model=None,
+        adapter=None,
+        quantization="auto",
+        loads=[2],
+        settings=["pays", "1 block"],
+        turns=1,
+        requests=1,
+        max_new_tokens=16,
+        seconds=None,
+    )
+    found = asyncio.run(bench.run(lambda _: None))
+    assert found["captured_after_ready"] == []
+    assert found["loads"]["2"]["1 block"]["answers"] == 2
+    assert set(found["ratios"]["2"]) == {
+        "tokens_per_s, to 1 block",
+        "tokens_per_own_s, to 1 block",
+    }
