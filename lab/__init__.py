@@ -1,1 +1,4 @@
-"""Benchmarks and experiments. Not part of the wheel; nothing in the product imports it."""
+"""Benchmarks, experiments, and what makes the embedded model; not part of the wheel.
+
+Nothing in the product imports it.
+"""

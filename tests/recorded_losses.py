@@ -26,12 +26,12 @@ from d2f_export.distill.distiller import Distiller, Objective
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.run import distill
 from d2f_export.distill.settings import DistillSettings
-from d2f_export.embedded_model.evaluate import held_out
-from d2f_export.embedded_model.recipe import RECIPES, Stage
-from d2f_export.embedded_model.stages import train_stage
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from lab.ablations.settings import SETTINGS
+from lab.embedded_model.evaluate import held_out
+from lab.embedded_model.recipe import RECIPES, Stage
+from lab.embedded_model.stages import train_stage
 
 __all__ = ["EXACT", "MIXED", "RECORD"]
 

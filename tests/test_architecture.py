@@ -79,9 +79,8 @@ ROOMS: dict[str, set[str]] = {
     "d2f_runtime.cpus": set(),
     "d2f_runtime.provenance": {"d2f_stream", CORE, "d2f_runtime.cpus"},
     "d2f_export.distill": {"d2f_stream"} | RUNTIME,
-    "d2f_export.embedded_model": {"d2f_stream", "d2f_export.distill"} | RUNTIME,
-    "d2f_export.onnx": {"d2f_stream", "d2f_export.embedded_model"} | RUNTIME,
-    "d2f_export": {"d2f_stream", "d2f_export.embedded_model", "d2f_export.onnx"} | RUNTIME,
+    "d2f_export.onnx": {"d2f_stream"} | RUNTIME,
+    "d2f_export": set(),
     "lab": set(),  # anything: no other room names it
 }
 # Modules that state what happens, and import nothing that makes it happen.

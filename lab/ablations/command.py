@@ -47,10 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from d2f_export.embedded_model.recipe import RECIPES
     from lab.ablations.processes import Places
     from lab.ablations.queue import Queue, run_queue
     from lab.ablations.settings import STUDIES, Records, checked_settings, runs_of, settings_of
+    from lab.embedded_model.recipe import RECIPES
 
     every = runs_of(
         checked_settings(arguments.setting)

@@ -15,15 +15,15 @@ import torch
 from msgspec.structs import replace
 
 from d2f_export.distill.distiller import Objective
-from d2f_export.embedded_model.evaluate import evaluate, held_out
-from d2f_export.embedded_model.recipe import RECIPES, StageSettings
-from d2f_export.embedded_model.stages import train_stage
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.params import GenerationParams
 from lab.ablations.settings import SETTINGS, UNTRAINED, Run
+from lab.embedded_model.evaluate import evaluate, held_out
+from lab.embedded_model.recipe import RECIPES, StageSettings
+from lab.embedded_model.stages import train_stage
 
 __all__ = ["POINTS", "Lab"]
 

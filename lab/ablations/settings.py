@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from d2f_export.distill.corruption import BlockNoise
 from d2f_export.distill.distiller import LossWeights, Objective
-from d2f_export.embedded_model.recipe import DISTILLATION
+from lab.embedded_model.recipe import DISTILLATION
 from lab.records import whole_lines
 
 __all__ = [

@@ -19,10 +19,10 @@ from d2f_runtime.decoding.policy import AcceptancePolicy, ThresholdPolicy
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 
 if TYPE_CHECKING:
-    from d2f_export.embedded_model.problems import Problem
     from d2f_runtime.evaluation.answers import Answer
     from d2f_runtime.models.transformer import Transformer
     from d2f_runtime.text.tokenizer import TextCodec
+    from lab.embedded_model.problems import Problem
 from lab.records import whole_lines
 
 __all__ = ["FactorPolicy", "Setting", "add_arguments", "round_weights", "settings"]
@@ -124,10 +124,10 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from d2f_export.embedded_model.evaluate import held_out, report
     from d2f_runtime.evaluation.answers import decode_all
     from d2f_runtime.text.tokenizer import Tokenizer
     from lab.ablations.command import note_origin
+    from lab.embedded_model.evaluate import held_out, report
 
     end, output = time.monotonic() + arguments.max_seconds, arguments.output
     name = arguments.model.name + (", rounded" if arguments.rounded else "")
@@ -156,7 +156,7 @@ def _each(
     sample: Sequence["Problem"], answers: Sequence["Answer"], codec: "TextCodec"
 ) -> dict[str, Any]:
     """Return for each problem whether it was right, its useful tokens and its steps."""
-    from d2f_export.embedded_model.problems import is_correct
+    from lab.embedded_model.problems import is_correct
 
     right = [is_correct(p, codec.decode(a.tokens)) for p, a in zip(sample, answers, strict=True)]
     return {

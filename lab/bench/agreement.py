@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from d2f_export.embedded_model.evaluate import evaluate, held_out
 from d2f_export.onnx.verify import compare_backends
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.base import Backend
 from d2f_runtime.models.manifest import read_manifest
 from d2f_runtime.provenance import environment
 from d2f_runtime.text.tokenizer import Tokenizer
+from lab.embedded_model.evaluate import evaluate, held_out
 from lab.records import command_of
 
 __all__ = ["agreement", "main"]

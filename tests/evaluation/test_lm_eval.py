@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from d2f_export.embedded_model.evaluate import held_out
 from d2f_runtime.evaluation.__main__ import completed
 from d2f_stream.core.errors import InvalidParams
+from lab.embedded_model.evaluate import held_out
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'd2f-stream[eval]'")
 

@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 
-from d2f_export.__main__ import main
 from d2f_export.onnx.artefact import Description, write_artefact
 from d2f_export.onnx.graph_builder import GraphBuilder
 from d2f_export.onnx.quantize import Linear, pack_int4, pack_int8
@@ -22,6 +21,7 @@ from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.manifest import TrainingInfo, read_manifest, verify_files
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound
 from d2f_stream.core.params import GenerationParams
+from lab.embedded_model.__main__ import main
 from tiny_models import CONFIGS, MASK, NUM_TOKENS, Stored, tiny_folder, tiny_model
 
 pytestmark = pytest.mark.torch
@@ -188,7 +188,7 @@ def test_a_batch_of_rows_is_answered_like_each_alone() -> None:
 
 def test_the_manifest_describes_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "tiny"
-    training = TrainingInfo(command="python -m d2f_export student", figures={"accuracy": 0.5})
+    training = TrainingInfo(command="lab.embedded_model student", figures={"accuracy": 0.5})
     defaults = {"cpu": {"block_size": 8, "max_new_tokens": 32, "stop": ["\n"]}}
     write(folder, tmp_path, chat_template="{{ x }}", defaults=defaults, training=training)
     manifest = read_manifest(folder)

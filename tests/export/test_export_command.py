@@ -20,6 +20,7 @@ from d2f_runtime.quantization.stored import quantise
 from d2f_stream import cli
 from d2f_stream.core.errors import OutOfCapacity
 from d2f_stream.core.params import GenerationParams
+from lab.embedded_model.__main__ import main as make_embedded_model
 from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, write_model
 from tiny_families import Tiny
 from tiny_models import tiny_folder
@@ -229,8 +230,9 @@ def test_targets_choose_their_weights(
 
 
 def test_the_embedded_model_keeps_its_accuracy_in_int8(tmp_path: Path) -> None:
-    output = tmp_path / "report"
-    given = ["--model", str(CHECKPOINT), "--number", "12", "--compared", "3"]
+    output, problems = tmp_path / "report", tmp_path / "problems.jsonl"
+    make_embedded_model(["problems", "--number", "12", "--output", str(problems)])
+    given = ["--model", str(CHECKPOINT), "--questions", str(problems), "--compared", "3"]
     assert verify(embedded_folder(), *given, "--output", str(output)) == 0
     report = json.loads((output / "report.json").read_text())
     assert report["accuracy"]["questions"] == 12

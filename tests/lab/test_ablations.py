@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from d2f_export.distill.corruption import BlockNoise
-from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from lab.ablations.__main__ import main
 from lab.ablations.laboratory import Lab
 from lab.ablations.processes import Job, Places
@@ -30,6 +29,7 @@ from lab.ablations.settings import (
     runs_of,
     settings_of,
 )
+from lab.embedded_model.tokenizer_training import train_tokenizer
 
 pytestmark = pytest.mark.torch
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_export.embedded_model.recipe import RECIPES
-from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from d2f_export.onnx.quantize import pack_int8
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from lab.ablations.__main__ import main
 from lab.ablations.thresholds import FactorPolicy, round_weights, settings
+from lab.embedded_model.recipe import RECIPES
+from lab.embedded_model.tokenizer_training import train_tokenizer
 
 pytestmark = pytest.mark.torch
 

@@ -18,7 +18,6 @@ __all__ = [
     "BlockNoise",
     "Corrupted",
     "Corruption",
-    "NextToken",
     "Schedule",
     "block_indices",
     "block_ratios",
@@ -120,17 +119,6 @@ class BlockNoise:
         if _happens(self.stepped, generator):
             threshold = 0.5 + 0.49 * _uniform(generator)
         return Corrupted(batch.tokens, noisy, masked, ratio, blocks, threshold)
-
-
-@dataclass(frozen=True, slots=True)
-class NextToken:
-    """Masks nothing, and asks for every position of the answer: the autoregressive objective."""
-
-    def draw(self, batch: Batch, generator: torch.Generator, *, mask_id: int) -> Corrupted:
-        """Return the batch as it is."""
-        blocks = block_indices(batch.prompt_lens, batch.tokens.shape[1], 1)
-        ratio = torch.ones_like(blocks, dtype=torch.float32)
-        return Corrupted(batch.tokens, batch.tokens, blocks >= 0, ratio, blocks)
 
 
 def noise_generator(seed: int, index: int, rank: int) -> torch.Generator:

@@ -4,7 +4,6 @@ The folder appears under its name only when it is whole; see whole_folder.
 """
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from d2f_export.onnx.quantize import QUANTIZATIONS, Quantization
 from d2f_export.onnx.weights import INLINE_BYTES, Checkpoint, num_bytes, write_graphs
 from d2f_export.onnx.whole_folder import whole_or_absent
 from d2f_runtime.backends.onnx_session import GRAPH_FILE, GRAPH_INTERFACE
-from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.facts import About
 from d2f_runtime.models.manifest import (
@@ -47,7 +45,6 @@ __all__ = [
     "describe",
     "file_info",
     "write_artefact",
-    "write_checkpoint_manifest",
 ]
 
 MIN_ONNXRUNTIME: Final = "1.23.0"  # the first with opset 23; 1.23.2, 1.24.1 and 1.31.1 were run
@@ -231,26 +228,6 @@ def _check_room(graphs: dict[str, StepGraph], folder: Path) -> None:
             f"the weights take {needed / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB "
             "free; choose another folder or a smaller quantization"
         )
-
-
-def write_checkpoint_manifest(folder: Path, description: Description) -> Manifest:
-    """Write the manifest of a checkpoint folder for the torch backend, over all its other files.
-
-    Args:
-        folder: config.json, model.safetensors, tokenizer.json and what else the model has.
-        description: of it.
-
-    Raises:
-        ModelNotFound: there is no checkpoint in the folder.
-        ModelDamaged: the checkpoint cannot be read, or the defaults are no valid parameters.
-    """
-    paths = sorted(path for path in folder.iterdir() if path.name != FILE_NAME)
-    files = {path.name: file_info(path) for path in paths}
-    manifest = describe(load_checkpoint(folder).config, description, files=files, onnx=None)
-    unfinished = folder / f".{FILE_NAME}"
-    unfinished.write_bytes(_encoded(manifest))
-    os.replace(unfinished, folder / FILE_NAME)
-    return manifest
 
 
 def _encoded(manifest: Manifest) -> bytes:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_export", "run_verify"]
 
-EMBEDDED_TASK = "the embedded model's task"
 NUM_RANDOM = 8  # prompts of random tokens, where no others are given
 
 
@@ -141,20 +140,11 @@ def run_verify(argv: Sequence[str]) -> int:
 def _questions(
     arguments: argparse.Namespace, manifest: "Manifest", codec: "Tokenizer"
 ) -> "list[Question]":
-    """Return the given questions, those of the embedded task, or random ones."""
-    from d2f_export.embedded_model.evaluate import held_out
+    """Return the given questions, or random ones."""
     from d2f_export.onnx.verification import Question, read_questions
-    from d2f_runtime.engine.opening import embedded_folder
-    from d2f_runtime.models.manifest import read_manifest
 
     if arguments.questions is not None:
         return read_questions(arguments.questions, codec, arguments.number)
-    own = read_manifest(embedded_folder()).files["tokenizer.json"]
-    if manifest.files.get("tokenizer.json") == own:
-        return [
-            Question(codec.encode(problem.question), f"The answer is {problem.result}.")
-            for problem in held_out(arguments.number)
-        ]
     rng = random.Random(0)
     allowed = [i for i in range(manifest.num_tokens) if i != manifest.mask_id]
     allowed = [token for token in allowed if token not in manifest.eos_ids]

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from d2f_export.distill.corruption import (
     BlockNoise,
     Corrupted,
-    NextToken,
     block_indices,
     block_ratios,
     draw_masks,
@@ -14,6 +13,7 @@ from d2f_export.distill.corruption import (
     uniform_ratios,
 )
 from d2f_export.distill.feed import Batch
+from lab.embedded_model.next_token import NextToken
 
 pytestmark = pytest.mark.torch
 

@@ -16,7 +16,7 @@ never joined to the one before. Verbs never agree with {eq}, which may end in 1.
 from dataclasses import dataclass
 from typing import Final
 
-from d2f_export.embedded_model.cast import Kind
+from lab.embedded_model.cast import Kind
 
 
 @dataclass(frozen=True, slots=True)

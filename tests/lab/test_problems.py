@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import d2f_export
-from d2f_export.embedded_model.cast import ITEMS, PEOPLE
-from d2f_export.embedded_model.frames import CLOSINGS, DISTRACTORS, OPENINGS
-from d2f_export.embedded_model.phrasings import ADDITIONS, DIVISIONS, MULTIPLICATIONS, SUBTRACTIONS
-from d2f_export.embedded_model.plans import MAX_OPERATIONS, draw_plan
-from d2f_export.embedded_model.problems import (
+from lab.embedded_model.cast import ITEMS, PEOPLE
+from lab.embedded_model.frames import CLOSINGS, DISTRACTORS, OPENINGS
+from lab.embedded_model.phrasings import ADDITIONS, DIVISIONS, MULTIPLICATIONS, SUBTRACTIONS
+from lab.embedded_model.plans import MAX_OPERATIONS, draw_plan
+from lab.embedded_model.problems import (
     Problem,
     extract_answer,
     generate,
@@ -140,7 +140,7 @@ def test_one_in_64_problems_is_held_out(sample: list[Problem]) -> None:
 
 def test_a_seed_reproduces_its_problems_in_another_process() -> None:
     code = (
-        "from itertools import islice; from d2f_export.embedded_model.problems import problems;"
+        "from itertools import islice; from lab.embedded_model.problems import problems;"
         "print([p for p in islice(problems(6, split='train'), 20)])"
     )
     package = Path(d2f_export.__file__).parents[1]

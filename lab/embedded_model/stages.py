@@ -15,11 +15,11 @@ from d2f_export.distill.loop import train
 from d2f_export.distill.run_folder import RunFolder, RunState, write_model
 from d2f_export.distill.sequences import Counts
 from d2f_export.distill.trainer import open_accelerator
-from d2f_export.embedded_model.corpus import Corpus
-from d2f_export.embedded_model.recipe import RECIPES, STAGES, StageSettings
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import InvalidRequest
+from lab.embedded_model.corpus import Corpus
+from lab.embedded_model.recipe import RECIPES, STAGES, StageSettings
 
 __all__ = ["train_stage"]
 

@@ -17,7 +17,7 @@ import torch
 
 from d2f_export.distill.feed import Batch
 from d2f_export.distill.sequences import Counts
-from d2f_export.embedded_model.problems import problems
+from lab.embedded_model.problems import problems
 
 __all__ = ["EOS_ID", "MASK_ID", "Corpus", "Shard"]
 

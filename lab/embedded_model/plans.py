@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal
 
-from d2f_export.embedded_model import phrasings
-from d2f_export.embedded_model.cast import ITEMS, PEOPLE, RELATIONS, Item, Kind, Person
-from d2f_export.embedded_model.frames import CLOSINGS, DISTRACTORS, LEADS, OPENINGS, Distractor
-from d2f_export.embedded_model.phrasings import Phrasing
+from lab.embedded_model import phrasings
+from lab.embedded_model.cast import ITEMS, PEOPLE, RELATIONS, Item, Kind, Person
+from lab.embedded_model.frames import CLOSINGS, DISTRACTORS, LEADS, OPENINGS, Distractor
+from lab.embedded_model.phrasings import Phrasing
 
 MIN_OPERATIONS: Final = 2
 MAX_OPERATIONS: Final = 6

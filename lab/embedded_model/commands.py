@@ -1,4 +1,4 @@
-"""What the commands of python -m d2f_export do; their arguments are declared in __main__.py.
+"""What the commands of lab.embedded_model do; their arguments are declared in __main__.py.
 
 Each imports what it needs itself, so that a command starts without the others' libraries.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from d2f_stream.core.params import GenerationParams
 
 if TYPE_CHECKING:
-    from d2f_export.embedded_model.evaluate import Report
+    from lab.embedded_model.evaluate import Report
 
 __all__ = [
     "run_evaluate",
@@ -25,7 +25,7 @@ __all__ = [
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:
     """Train the tokenizer."""
-    from d2f_export.embedded_model.tokenizer_training import train_tokenizer
+    from lab.embedded_model.tokenizer_training import train_tokenizer
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     train_tokenizer(seed=arguments.seed).save(str(arguments.output))
@@ -34,7 +34,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
 
 def run_problems(arguments: argparse.Namespace) -> None:
     """Write held-out problems as JSON lines."""
-    from d2f_export.embedded_model.evaluate import held_out
+    from lab.embedded_model.evaluate import held_out
 
     with arguments.output.open("w", encoding="utf-8") as file:
         for problem in held_out(arguments.number):
@@ -52,8 +52,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     import msgspec
     from rich.console import Console
 
-    from d2f_export.embedded_model.recipe import RECIPES
-    from d2f_export.embedded_model.stages import train_stage
+    from lab.embedded_model.recipe import RECIPES
+    from lab.embedded_model.stages import train_stage
 
     names = ("steps", "lr", "max_seconds", "seed", "start", "teacher")
     given = {name: getattr(arguments, name, None) for name in names}
@@ -77,10 +77,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from d2f_export.embedded_model.evaluate import evaluate, held_out
     from d2f_runtime.backends import choose_backend, open_backend
     from d2f_runtime.models.manifest import FILE_NAME, read_manifest, verify_files
     from d2f_runtime.text.tokenizer import Tokenizer
+    from lab.embedded_model.evaluate import evaluate, held_out
 
     folder: Path = arguments.model
     name = arguments.label or folder.name
@@ -115,9 +115,10 @@ def _record(result: "Report", output: Path | None) -> None:
 
 def run_manifest(arguments: argparse.Namespace) -> None:
     """Write the manifest of a checkpoint folder."""
-    from d2f_export.onnx.artefact import Description, write_checkpoint_manifest
+    from d2f_export.onnx.artefact import Description
     from d2f_runtime.models.facts import About
     from d2f_runtime.models.manifest import TrainingInfo
+    from lab.embedded_model.checkpoint_manifest import write_checkpoint_manifest
 
     description = Description(
         name=arguments.name,

@@ -14,7 +14,7 @@ from typing import Final
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from d2f_export.embedded_model.problems import problems
+from lab.embedded_model.problems import problems
 
 END_OF_TEXT: Final = "<|endoftext|>"  # id 0
 MASK: Final = "<|mask|>"  # id 1

@@ -10,14 +10,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-import d2f_export.embedded_model.corpus as corpus_module
-from d2f_export.__main__ import main
+import lab.embedded_model.corpus as corpus_module
 from d2f_export.distill.log import TrainingLog
-from d2f_export.embedded_model.corpus import EOS_ID, Corpus
-from d2f_export.embedded_model.evaluate import evaluate, held_out, report
-from d2f_export.embedded_model.recipe import RECIPES
-from d2f_export.embedded_model.stages import train_stage
-from d2f_export.embedded_model.tokenizer_training import train_tokenizer
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.evaluation.answers import decode_all
 from d2f_runtime.models.checkpoints import load_checkpoint
@@ -26,6 +20,12 @@ from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.errors import InvalidRequest
 from d2f_stream.core.params import Attention, GenerationParams
 from d2f_stream.core.presets import PRESETS
+from lab.embedded_model.__main__ import main
+from lab.embedded_model.corpus import EOS_ID, Corpus
+from lab.embedded_model.evaluate import evaluate, held_out, report
+from lab.embedded_model.recipe import RECIPES
+from lab.embedded_model.stages import train_stage
+from lab.embedded_model.tokenizer_training import train_tokenizer
 
 pytestmark = pytest.mark.torch
 

@@ -1,7 +1,6 @@
-"""Command line of the offline work: python -m d2f_export COMMAND.
+"""The making of the embedded model: python -m lab.embedded_model COMMAND.
 
-The embedded model is made by these, in order: tokenizer, twin, teacher, student; then by d2f-stream
-export.
+It is made by these, in order: tokenizer, twin, teacher, student; then by d2f-stream export.
 """
 
 import argparse
@@ -9,15 +8,15 @@ import json
 import sys
 from pathlib import Path
 
-from d2f_export import commands
 from d2f_stream.core.errors import D2FError
+from lab.embedded_model import commands
 
 FIXED_SEED = 1
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m d2f_export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.embedded_model", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True)
 
     tokenizer = subparsers.add_parser("tokenizer", help="train the tokenizer on generated problems")

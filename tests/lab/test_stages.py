@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from d2f_export.distill.corruption import BlockNoise, Corrupted
 from d2f_export.distill.distiller import Distiller, LossWeights, Objective
 from d2f_export.distill.feed import Batch
-from d2f_export.embedded_model.recipe import RECIPES, StageSettings
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import InvalidParams
+from lab.embedded_model.recipe import RECIPES, StageSettings
 
 pytestmark = pytest.mark.torch
 

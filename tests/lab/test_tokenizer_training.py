@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from d2f_export.embedded_model.problems import Problem, problems
-from d2f_export.embedded_model.tokenizer_training import END_OF_TEXT, MASK, train_tokenizer
+from lab.embedded_model.problems import Problem, problems
+from lab.embedded_model.tokenizer_training import END_OF_TEXT, MASK, train_tokenizer
 
 NUM_PROBLEMS = 1500
 

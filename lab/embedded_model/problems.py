@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal
 
-from d2f_export.embedded_model.frames import CLOSINGS, OPENINGS
-from d2f_export.embedded_model.plans import Plan, Step, draw_plan
+from lab.embedded_model.frames import CLOSINGS, OPENINGS
+from lab.embedded_model.plans import Plan, Step, draw_plan
 
 Split = Literal["train", "held_out"]
 HELD_OUT_ONE_IN: Final = 64

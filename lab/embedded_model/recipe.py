@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from d2f_export.distill.corruption import BlockNoise, NextToken
+from d2f_export.distill.corruption import BlockNoise
 from d2f_export.distill.distiller import LossWeights, Objective
 from d2f_export.distill.settings import TrainSettings
-from d2f_export.embedded_model.corpus import EOS_ID, MASK_ID
 from d2f_runtime.models.config import TransformerConfig
+from lab.embedded_model.corpus import EOS_ID, MASK_ID
+from lab.embedded_model.next_token import NextToken
 
 __all__ = ["DISTILLATION", "RECIPES", "STAGES", "Recipe", "Stage", "StageSettings"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from d2f_export.embedded_model.problems import Problem, is_correct, problems
 from d2f_runtime.backends.base import Backend
 from d2f_runtime.evaluation.answers import Answer, decode_all
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.params import GenerationParams
+from lab.embedded_model.problems import Problem, is_correct, problems
 
 __all__ = ["Report", "evaluate", "held_out", "report"]
 
