@@ -109,6 +109,7 @@ class _Silent:
 
     special_tokens: Mapping[str, int] = MappingProxyType({})
     longest_token = 1
+    chats = False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

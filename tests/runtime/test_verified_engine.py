@@ -36,6 +36,7 @@ class Letters:
 
     special_tokens: Mapping[str, int] = MappingProxyType({})
     longest_token = 1
+    chats = False
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
