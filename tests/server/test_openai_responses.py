@@ -52,6 +52,36 @@ async def test_streamed_response_is_the_whole_one_in_order() -> None:
     assert numbers == sorted(set(numbers))
 
 
+async def test_logprobs_are_told_of_the_text_s_tokens_whole_and_streamed() -> None:
+    include: Any = ["message.output_text.logprobs"]
+    async with serving(ScriptedBackend(TEXT)) as server:
+        client = server.openai()
+        whole = await client.responses.create(model="d2f", input="How many?", include=include)
+        async with client.responses.stream(
+            model="d2f", input="How many?", include=include
+        ) as stream:
+            events = [event async for event in stream]
+            final = await stream.get_final_response()
+        plain = await client.responses.create(model="d2f", input="How many?")
+    told = [
+        token.token
+        for event in events
+        if event.type == "response.output_text.delta"
+        for token in event.logprobs
+    ]
+    assert "".join(told) == TEXT
+    for found in (whole, final):
+        tokens = logprobs_of(found)
+        assert "".join(token.token for token in tokens) == TEXT
+        assert all(token.logprob <= 0 and token.top_logprobs == [] for token in tokens)
+    assert logprobs_of(plain) == []
+
+
+def logprobs_of(response: Any) -> list[Any]:
+    [item] = response.output
+    return list(item.content[0].logprobs)
+
+
 async def test_turns_so_far_are_read() -> None:
     answers = {"user: One?\nassistant: A.\nuser: Two?\nassistant: ": "B."}
     async with serving(ScriptedBackend(answers)) as server:
@@ -81,6 +111,8 @@ async def test_turns_so_far_are_read() -> None:
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"text": {"format": {"type": "json_object"}}}, "text"),
         ({"truncation": "auto"}, "truncation"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"top_logprobs": 5}, "top_logprobs"),
         ({"input": [{"type": "function_call_output", "call_id": "1", "output": "2"}]}, "input[0]"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},

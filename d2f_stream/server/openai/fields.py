@@ -92,7 +92,7 @@ CHAT: Final[Fields] = {
     **_refused(reasoning_effort=("none",), verbosity=("medium",), web_search_options=()),
     **_refused(thinking=({"type": "disabled"},), reasoning=(), enable_thinking=()),
     **_refused(chat_template=(), chat_template_kwargs=({},), documents=([],)),
-    **_refused(continue_final_message=(False,), add_generation_prompt=(True,)),
+    **_obeyed("continue_final_message", "add_generation_prompt"),
 }
 
 COMPLETION: Final[Fields] = {

@@ -18,22 +18,15 @@ from d2f_stream.server.openai.fields import (
     UnsupportedParameter,
     check_fields,
 )
-from d2f_stream.server.openai.history import (
-    FunctionCall,
-    ToolCall,
-    joined,
-    result_text,
-    with_calls,
-)
+from d2f_stream.server.openai.history import joined
+from d2f_stream.server.openai.messages import ChatMessage
 from d2f_stream.wire.protocol import Overrides, WirePrompt
 
 __all__ = [
     "AnswerRequest",
-    "ChatMessage",
     "ChatRequest",
     "CompletionRequest",
     "StreamOptions",
-    "TextPart",
 ]
 
 MAX_CHOICES: Final = 16
@@ -43,75 +36,6 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     """`include_usage` adds a last chunk without choices that holds the usage."""
 
     include_usage: bool | None = None
-
-
-class TextPart(Struct, frozen=True, kw_only=True):
-    """A part of a message; only those of type "text" are understood."""
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(Struct, frozen=True, kw_only=True):
-    """A message of the conversation; an assistant's may be of calls, or a refusal, alone."""
-
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    function_call: FunctionCall | None = None
-
-    @property
-    def is_result(self) -> bool:
-        """Whether it says what a tool gave."""
-        return self.role in ("tool", "function")
-
-    def wire(self, place: str) -> dict[str, str]:
-        """Return the message as a template takes it.
-
-        Args:
-            place: of the message in the request, for errors.
-
-        Raises:
-            UnsupportedParameter: it is not plain text of a known role.
-        """
-        if self.is_result:
-            return {"role": "user", "content": result_text(self._text(place))}
-        roles = {"system": "system", "developer": "system", "user": "user"}
-        role = (roles | {"assistant": "assistant"}).get(self.role)
-        if role is None:
-            known = "system, developer, user, assistant or tool"
-            sentence = f"{place}.role is {self.role[:40]!r} but must be {known}"
-            raise UnsupportedParameter(f"{place}.role", sentence)
-        calls = self._calls
-        if calls and role != "assistant":
-            where = f"{place}.tool_calls" if self.tool_calls else f"{place}.function_call"
-            raise UnsupportedParameter(where, f"{where} is of an assistant's messages only")
-        more = {"name": self.name, "reasoning_content": self.reasoning_content}
-        known_to_some = {key: value for key, value in more.items() if value is not None}
-        return {"role": role, "content": with_calls(self._text(place), calls), **known_to_some}
-
-    @property
-    def _calls(self) -> list[FunctionCall]:
-        calls = [call.function for call in self.tool_calls or ()]
-        return calls if self.function_call is None else [*calls, self.function_call]
-
-    def _text(self, place: str) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        if self.content is None and (self.is_result or self.role == "assistant"):
-            return self.refusal or ""
-        if self.content is None:
-            sentence = f"{place}.content is missing but must be a string or a list of text parts"
-            raise UnsupportedParameter(f"{place}.content", sentence)
-        for number, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                where = f"{place}.content[{number}]"
-                sentence = f"{where} is of type {part.type[:40]!r} but this model reads text only"
-                raise UnsupportedParameter(where, sentence)
-        return "".join(part.text or "" for part in self.content)
 
 
 class AnswerRequest(Struct, frozen=True, kw_only=True):
@@ -234,12 +158,46 @@ class ChatRequest(AnswerRequest, frozen=True, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    def check_values(self) -> None:
+        """Refuse values of obeyed fields that are not done here; see AnswerRequest."""
+        AnswerRequest.check_values(self)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise UnsupportedParameter(
+                "add_generation_prompt",
+                "continue_final_message and add_generation_prompt are both true; send one of them",
+            )
+        if self.continue_final_message and not self._ends_with_an_answer:
+            raise UnsupportedParameter(
+                "continue_final_message",
+                "continue_final_message is true but the last message is not the assistant's; only "
+                "that can be continued",
+            )
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise UnsupportedParameter(
+                "add_generation_prompt",
+                "add_generation_prompt is false, so that nobody's turn begins; leave it out, or "
+                "continue the assistant's last message by continue_final_message",
+            )
 
     @property
     def wire_prompt(self) -> WirePrompt:
-        """The messages, for the model's template."""
+        """The messages, for the model's template.
+
+        A last one of the assistant's is continued, unless the request says that it is not: another
+        of the assistant's then begins behind it.
+        """
         turns = enumerate(self.messages)
-        return [*joined((turn.wire(f"messages[{i}]"), turn.is_result) for i, turn in turns)]
+        told = joined((turn.wire(f"messages[{i}]"), turn.is_result) for i, turn in turns)
+        if self._ends_with_an_answer and self.continue_final_message is False:
+            told.append({"role": "assistant", "content": ""})
+        return [*told]
+
+    @property
+    def _ends_with_an_answer(self) -> bool:
+        return bool(self.messages) and self.messages[-1].role == "assistant"
 
     @property
     def wants_logprobs(self) -> bool:

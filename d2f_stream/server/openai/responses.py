@@ -1,17 +1,14 @@
-"""OpenAI's Responses API: what it is asked, and how an answer is written. Pure values.
+"""OpenAI's Responses API: what it is asked. Pure values.
 
 Text only: no tools, no stored conversations. A request that names an earlier response is refused,
 since nothing is kept; its turns can be sent as `input` instead.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from collections.abc import Mapping
+from typing import ClassVar, Final
 
-import msgspec
 from msgspec import Struct
 
-from d2f_stream.core.events import Block, Event, StreamFinished, StreamStarted
 from d2f_stream.server.openai.fields import (
     BOTH,
     Field,
@@ -19,12 +16,11 @@ from d2f_stream.server.openai.fields import (
     UnsupportedParameter,
     check_known,
 )
-from d2f_stream.server.openai.reader import Answer
-from d2f_stream.server.openai.requests import AnswerRequest, ChatMessage
-from d2f_stream.server.openai.shapes import ErrorBody
+from d2f_stream.server.openai.messages import ChatMessage
+from d2f_stream.server.openai.requests import AnswerRequest
 from d2f_stream.wire.protocol import WirePrompt
 
-__all__ = ["RESPONSES", "ResponseWriter", "ResponsesRequest"]
+__all__ = ["RESPONSES", "ResponsesRequest"]
 
 RESPONSES: Final[Fields] = {
     **{name: rule for name, rule in BOTH.items() if rule.outcome != "obeyed"},
@@ -37,7 +33,7 @@ RESPONSES: Final[Fields] = {
     "prompt_cache_key": Field("no effect"),
     "prompt_cache_options": Field("no effect"),
     "stream_options": Field("no effect"),  # obfuscation of the frames' length
-    "include": Field("refused", ([],)),
+    "include": Field("obeyed"),
     "access_programs": Field("refused", ([],)),
     "background": Field("refused", (False,)),
     "background_options": Field("refused"),
@@ -67,6 +63,9 @@ PART: Final[Fields] = {
     "logprobs": Field("no effect"),
 }
 TEXTS: Final = ("input_text", "output_text", "text")
+LOGPROBS: Final = "message.output_text.logprobs"
+INCLUDED: Final = (LOGPROBS, "reasoning.encrypted_content")
+"""What may be asked for: agents' clients ask for reasoning too, of which there is none."""
 
 
 class InputPart(Struct, frozen=True, kw_only=True):
@@ -93,6 +92,20 @@ class ResponsesRequest(AnswerRequest, frozen=True, kw_only=True):
     input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: int | None = None
+    include: list[str] | None = None
+
+    def check_values(self) -> None:
+        """Refuse values of obeyed fields that are not done here; see AnswerRequest."""
+        AnswerRequest.check_values(self)
+        for name in self.include or ():
+            if name not in INCLUDED:
+                sentence = f"include names {name[:60]!r} but this server knows {LOGPROBS} only"
+                raise UnsupportedParameter("include", sentence)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probability of each token is asked for."""
+        return LOGPROBS in (self.include or ())
 
     @classmethod
     def renamed(cls, values: dict[str, object]) -> dict[str, object]:
@@ -152,133 +165,3 @@ class ResponsesRequest(AnswerRequest, frozen=True, kw_only=True):
                 raise UnsupportedParameter(where, sentence)
             texts.append(part.text)
         return ChatMessage(role=item.role, content="".join(texts)).wire(place)
-
-
-@dataclass(slots=True, kw_only=True)
-class ResponseWriter:
-    """Writes one response, whole or as server-sent events.
-
-    Attributes:
-        name: of the request; ids are made of it.
-        created: when, Unix seconds.
-        model: whose answer it is.
-        request: what was asked, which a response repeats.
-    """
-
-    name: str
-    created: int
-    model: str
-    request: ResponsesRequest
-    _text: str = ""
-    _sequence: int = field(default=0)
-
-    def frames(self, event: Event, index: int = 0) -> bytes:
-        """Return the server-sent events that an event of the stream makes."""
-        assert index == 0  # there are no choices here
-        match event:
-            case StreamStarted():
-                response = self._response("in_progress", None)
-                return (
-                    self._frame("response.created", response=response)
-                    + self._frame("response.in_progress", response=response)
-                    + self._frame(
-                        "response.output_item.added", output_index=0, item=self._item("in_progress")
-                    )
-                    + self._frame("response.content_part.added", **self._place, part=_part(""))
-                )
-            case Block() if event.text:
-                self._text += event.text
-                return self._frame(
-                    "response.output_text.delta", **self._place, delta=event.text, logprobs=[]
-                )
-            case StreamFinished():
-                return self._end(event)
-            case _:
-                return b""
-
-    def failure(self, error: ErrorBody) -> bytes:
-        """Return the server-sent event of a response that broke off."""
-        report = error.error
-        return self._frame("error", code=report.code, message=report.message, param=report.param)
-
-    def whole(self, answers: Sequence[Answer]) -> bytes:
-        """Return the response to a request that is not streamed."""
-        [(blocks, end)] = answers
-        self._text = "".join(block.text for block in blocks)
-        return msgspec.json.encode(self._response(_status(end), end))
-
-    def _end(self, end: StreamFinished) -> bytes:
-        status = _status(end)
-        part, item = _part(self._text), self._item(status)
-        return (
-            self._frame("response.output_text.done", **self._place, text=self._text, logprobs=[])
-            + self._frame("response.content_part.done", **self._place, part=part)
-            + self._frame("response.output_item.done", output_index=0, item=item)
-            + self._frame(f"response.{status}", response=self._response(status, end))
-        )
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": f"msg_{self.name}", "output_index": 0, "content_index": 0}
-
-    def _frame(self, kind: str, **values: Any) -> bytes:
-        body = {"type": kind, "sequence_number": self._sequence, **values}
-        self._sequence += 1
-        return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(body) + b"\n\n"
-
-    def _item(self, status: str) -> dict[str, Any]:
-        content = [] if status == "in_progress" else [_part(self._text)]
-        return {
-            "id": f"msg_{self.name}",
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
-
-    def _response(self, status: str, end: StreamFinished | None) -> dict[str, Any]:
-        asked = self.request
-        usage = None
-        if end is not None:
-            used = end.usage
-            usage = {
-                "input_tokens": used.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens": used.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": used.prompt_tokens + used.completion_tokens,
-            }
-        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        return {
-            "id": f"resp_{self.name}",
-            "object": "response",
-            "created_at": self.created,
-            "status": status,
-            "background": False,
-            "error": None,
-            "incomplete_details": cut,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "metadata": {},
-            "model": self.model,
-            "output": [] if end is None else [self._item(status)],
-            "parallel_tool_calls": False,
-            "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
-            "store": False,
-            "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
-            "top_p": asked.top_p,
-            "truncation": "disabled",
-            "usage": usage,
-        }
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _status(end: StreamFinished) -> str:
-    return "incomplete" if end.reason == "length" else "completed"

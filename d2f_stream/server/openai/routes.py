@@ -39,7 +39,8 @@ from d2f_stream.server.openai.errors import (
 )
 from d2f_stream.server.openai.reader import AnswersReader, start_choices
 from d2f_stream.server.openai.requests import AnswerRequest, ChatRequest, CompletionRequest
-from d2f_stream.server.openai.responses import ResponsesRequest, ResponseWriter
+from d2f_stream.server.openai.response_writer import ResponseWriter
+from d2f_stream.server.openai.responses import ResponsesRequest
 from d2f_stream.server.openai.shapes import Model, ModelList
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
