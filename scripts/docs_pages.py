@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from d2f_export.distill.command import build_parser as distill_parser
+from d2f_export.distill.from_ar.command import train_parser, write_parser
+from d2f_export.onnx.command import export_parser, verify_parser
 from d2f_stream.terminal.arguments import ELSEWHERE, build_parser
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -21,6 +24,8 @@ DOCS: Final = ROOT / "docs"
 REPOSITORY: Final = "https://github.com/d2f-stream/d2f-stream/blob/main/"
 LINK: Final = re.compile(r"\]\((\.\./[^)#\s]+)")
 COMMANDS: Final = "<!-- commands -->"
+SETTING: Final = re.compile(r"(.*?) ?\((\(.*\)|[^()]*)\)")
+"""The help of a setting that may stand in a file instead: its default ends it."""
 
 
 def main(folder: Path) -> None:
@@ -55,6 +60,11 @@ def _commands() -> Iterator[str]:
             for name, command in action.choices.items():
                 if name not in ELSEWHERE:
                     yield from _command(f"d2f-stream {name}", command)
+    for offline in (
+        *(distill_parser("d2f-stream distill"), train_parser(), write_parser()),
+        *(export_parser(), verify_parser()),
+    ):
+        yield from _command(offline.prog, offline)
 
 
 def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -77,11 +87,13 @@ def _row(action: argparse.Action) -> str:
     if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
         return ""
     told = re.sub(r" ?\((default: )?%\(default\)s\)", "", action.help or "")
+    default = "" if action.default in (None, False, [], argparse.SUPPRESS) else action.default
+    if action.default == argparse.SUPPRESS and (ending := SETTING.fullmatch(told)):
+        told, default = ending[1], ending[2]
     flags = ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.dest}`"
     if action.nargs != 0 and action.option_strings:
         value = action.metavar or (action.choices and f"{{{','.join(map(str, action.choices))}}}")
         flags += f" `{value or action.dest.upper()}`"
-    default = "" if action.default in (None, False, [], argparse.SUPPRESS) else action.default
     cells = (flags, f"`{default}`" if default != "" else "", told % {"default": action.default})
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

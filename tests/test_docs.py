@@ -41,6 +41,10 @@ def test_reference_of_commands_is_made_from_their_parsers(tmp_path: Path) -> Non
         section = text.partition(f"## d2f-stream {name}\n")[2].partition("\n## ")[0]
         options = [flag for a in commands.choices[name]._actions for flag in a.option_strings]
         assert [flag for flag in options if f"`{flag}`" not in section] in ([], ["-h", "--help"])
+    for name in ELSEWHERE.keys() - {"eval"}:  # whose options are lm-eval's
+        assert f"## d2f-stream {name}\n" in text
+    assert "| `--lora-rank` `N` | `32` |  |" in text
+    assert "| `--quantize` `NAME` |" in text
     outside = re.compile(r"\]\(\.\./\.\./")
     pages = (tmp_path / "pages").glob("*.md")
     assert [page for page in pages if outside.search(page.read_text("utf-8"))] == []

@@ -70,7 +70,8 @@ def values_of(args: argparse.Namespace) -> dict[str, Any]:
 def _add(group: "argparse._ArgumentGroup", name: str, kind: Any, default: Any) -> None:
     plain, *metas = get_args(kind) if hasattr(kind, "__metadata__") else (kind,)
     text = " ".join(meta.description for meta in metas if meta.description)
-    shown = f"{text} ({default})" if default is not msgspec.NODEFAULT and default != "" else text
+    is_told = default not in (msgspec.NODEFAULT, None, "", ())
+    shown = f"{text} ({default})" if is_told else text
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown.strip()}
     if plain is bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -53,9 +53,9 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     decay: Annotated[
         Share, Meta(description="share of the steps, the last ones, in which the rate falls to 0")
     ] = 0.0
-    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.05
+    weight_decay: Annotated[float, Meta(ge=0.0, description="of AdamW")] = 0.05
     clip: Annotated[Positive, Meta(description="largest gradient norm")] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="of data order and noise")] = 0
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], Meta(description="auto is bf16 on a GPU, else fp32")
     ] = "auto"
@@ -112,7 +112,7 @@ class DistillSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_f
     ] = "masks"
 
     full: Annotated[bool, Meta(description="train all weights instead of a LoRA")] = False
-    lora_rank: Annotated[int, Meta(ge=1)] = 32
+    lora_rank: Annotated[int, Meta(ge=1, description="of the LoRA's factors")] = 32
     lora_alpha: Positive = 32.0
     lora_dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.1
     attention: Annotated[
@@ -129,9 +129,9 @@ class DistillSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_f
         str | None, Meta(description="JSONL file of held-out examples to decode")
     ] = None
     validate_every: Annotated[int, Meta(ge=1, description="steps between validations")] = 500
-    validation_examples: Annotated[int, Meta(ge=1)] = 32
+    validation_examples: Annotated[int, Meta(ge=1, description="decoded each time")] = 32
     validation_tokens: Annotated[int, Meta(ge=1, description="longest answer")] = 256
-    validation_block_size: Annotated[int, Meta(ge=1, le=1024)] = 32
+    validation_block_size: Annotated[int, Meta(ge=1, le=1024, description="of their decoding")] = 32
     validation_rows: Annotated[int, Meta(ge=1, description="answers decoded side by side")] = 8
     score: Annotated[
         Literal["exact", "contains", "regex"],

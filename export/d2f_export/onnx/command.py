@@ -22,40 +22,14 @@ if TYPE_CHECKING:
     from d2f_runtime.models.manifest import Manifest
     from d2f_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["run_export", "run_verify"]
+__all__ = ["export_parser", "run_export", "run_verify", "verify_parser"]
 
 NUM_RANDOM = 8  # prompts of random tokens, where no others are given
 
 
 def run_export(argv: Sequence[str]) -> int:
     """Export a model as an ONNX folder; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream export", description="Write a model as a folder that onnxruntime runs."
-    )
-    parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder, a .gguf file or a hub id"
-    )
-    parser.add_argument(
-        "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
-    )
-    parser.add_argument("--target", choices=("cpu", "cuda", "device"), default="cpu")
-    parser.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
-    parser.add_argument(
-        "--quantize", metavar="NAME", help="fp32, fp16, int8, int4, int4-fp16 or int4-int8"
-    )
-    parser.add_argument("--name", help="of the model, for people; default: of its folder")
-    parser.add_argument("--window", type=int, default=64, help="positions; for --target device")
-    parser.add_argument("--capacity", type=int, default=512, help="tokens; for --target device")
-    about = parser.add_argument_group("what the manifest says (for published models: their own)")
-    about.add_argument("--tokenizer", type=Path, help="where the model's folder has none")
-    about.add_argument("--chat-template", help="jinja text")
-    about.add_argument("--defaults", type=json.loads, metavar="JSON", help="by kind of device")
-    about.add_argument("--description", default="", help="what the model can do")
-    about.add_argument("--license", default="", help="of the weights, such as Apache-2.0")
-    about.add_argument("--example", action="append", default=[], help="a prompt; may be repeated")
-    about.add_argument("--training", default="", help="what made the checkpoint")
-    about.add_argument("--figures", type=json.loads, default={}, metavar="JSON")
-    arguments = parser.parse_args(argv)
+    arguments = export_parser().parse_args(argv)
     _require("export")
     from d2f_export.onnx.artefact import Description, write_artefact
     from d2f_runtime.models.facts import About
@@ -95,21 +69,7 @@ def run_export(argv: Sequence[str]) -> int:
 
 def run_verify(argv: Sequence[str]) -> int:
     """Verify an ONNX folder; return the exit code, 1 where a bound is missed."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream verify", description="Compare an exported folder with its checkpoint."
-    )
-    parser.add_argument("artefact", type=Path, help="the exported folder")
-    parser.add_argument("--model", help="the checkpoint; without it only the files are checked")
-    parser.add_argument("--adapter", help="that was exported with it")
-    parser.add_argument(
-        "--questions", type=Path, help="JSON lines with prompt or messages, and ending to be scored"
-    )
-    parser.add_argument("--number", type=int, default=1000, help="how many questions")
-    parser.add_argument("--compared", type=int, default=80, help="so many step by step")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--output", type=Path, help="folder for report.json and report.md")
-    parser.add_argument("--record", action="store_true", help="put the figures into the manifest")
-    arguments = parser.parse_args(argv)
+    arguments = verify_parser().parse_args(argv)
     _require("verify")
     from d2f_export.onnx.verification import verify_artefact
     from d2f_runtime.backends.devices import check_device
@@ -135,6 +95,63 @@ def run_verify(argv: Sequence[str]) -> int:
     command = shlex.join(["d2f-stream", "verify", *argv])
     _report(found, manifest, arguments, command)
     return 0 if found.passed else 1
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Return the parser of `run_export`."""
+    parser = argparse.ArgumentParser(
+        prog="d2f-stream export", description="Write a model as a folder that onnxruntime runs."
+    )
+    parser.add_argument(
+        "--model", required=True, help="a checkpoint's folder, a .gguf file or a hub id"
+    )
+    parser.add_argument(
+        "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
+    )
+    parser.add_argument(
+        "--target",
+        choices=("cpu", "cuda", "device"),
+        default="cpu",
+        help="what runs it; device: with fixed shapes, for phones and NPUs",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder; replaced whole")
+    parser.add_argument(
+        "--quantize", metavar="NAME", help="fp32, fp16, int8, int4, int4-fp16 or int4-int8"
+    )
+    parser.add_argument("--name", help="of the model, for people; default: of its folder")
+    parser.add_argument("--window", type=int, default=64, help="positions; for --target device")
+    parser.add_argument("--capacity", type=int, default=512, help="tokens; for --target device")
+    about = parser.add_argument_group("what the manifest says (for published models: their own)")
+    about.add_argument("--tokenizer", type=Path, help="where the model's folder has none")
+    about.add_argument("--chat-template", help="jinja text")
+    about.add_argument("--defaults", type=json.loads, metavar="JSON", help="by kind of device")
+    about.add_argument("--description", default="", help="what the model can do")
+    about.add_argument("--license", default="", help="of the weights, such as Apache-2.0")
+    about.add_argument("--example", action="append", default=[], help="a prompt; may be repeated")
+    about.add_argument("--training", default="", help="what made the checkpoint")
+    about.add_argument(
+        "--figures", type=json.loads, default={}, metavar="JSON", help="what was measured of it"
+    )
+    return parser
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the parser of `run_verify`."""
+    parser = argparse.ArgumentParser(
+        prog="d2f-stream verify", description="Compare an exported folder with its checkpoint."
+    )
+    parser.add_argument("artefact", type=Path, help="the exported folder")
+    parser.add_argument("--model", help="the checkpoint; without it only the files are checked")
+    parser.add_argument("--adapter", help="that was exported with it")
+    parser.add_argument(
+        "--questions", type=Path, help="JSON lines with prompt or messages, and ending to be scored"
+    )
+    parser.add_argument("--number", type=int, default=1000, help="how many questions")
+    parser.add_argument("--compared", type=int, default=80, help="so many step by step")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--output", type=Path, help="folder for report.json and report.md")
+    parser.add_argument("--record", action="store_true", help="put the figures into the manifest")
+    return parser
 
 
 def _questions(

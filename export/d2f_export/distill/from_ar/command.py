@@ -4,12 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from d2f_export.distill.command import add_settings, values_of
 from d2f_export.distill.from_ar.settings import DraftSettings, WritingSettings
 from d2f_export.distill.settings import build_settings
 from d2f_stream.core.errors import MissingExtra
 
-__all__ = ["train", "write"]
+__all__ = ["train", "train_parser", "write", "write_parser"]
 
 
 def train(argv: Sequence[str], *, prog: str = "d2f-stream distill") -> None:
@@ -19,14 +21,7 @@ def train(argv: Sequence[str], *, prog: str = "d2f-stream distill") -> None:
         MissingExtra: a library of the export extra is not installed.
         D2FError: see `train_draft`.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Train a draft adapter of an autoregressive model."
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the run's folder; resumes")
-    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
-    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
-    add_settings(parser, DraftSettings)
-    args = parser.parse_args(argv)
+    args = train_parser(prog).parse_args(argv)
     settings = build_settings(DraftSettings, values_of(args))
     try:
         from rich.console import Console
@@ -44,15 +39,7 @@ def write(argv: Sequence[str]) -> None:
         MissingExtra: a library of the export extra is not installed.
         D2FError: see `write_data`.
     """
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream distill-data",
-        description="Let an autoregressive model write the text that its draft learns from.",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the file, NAME.npz")
-    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
-    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
-    add_settings(parser, WritingSettings)
-    args = parser.parse_args(argv)
+    args = write_parser().parse_args(argv)
     settings = build_settings(WritingSettings, values_of(args))
     try:
         from rich.console import Console
@@ -61,3 +48,30 @@ def write(argv: Sequence[str]) -> None:
     except ImportError as error:
         raise MissingExtra("writing data", error.name or "torch", "export") from error
     write_data(settings, args.output, cpu=args.cpu, console=Console())
+
+
+def train_parser(prog: str = "d2f-stream distill --from-ar") -> argparse.ArgumentParser:
+    """Return the parser of `train`; settings that are not given are absent."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Train a draft adapter of an autoregressive model."
+    )
+    return _with_settings(parser, DraftSettings, output="the run's folder; resumes")
+
+
+def write_parser() -> argparse.ArgumentParser:
+    """Return the parser of `write`; settings that are not given are absent."""
+    parser = argparse.ArgumentParser(
+        prog="d2f-stream distill-data",
+        description="Let an autoregressive model write the text that its draft learns from.",
+    )
+    return _with_settings(parser, WritingSettings, output="the file, NAME.npz")
+
+
+def _with_settings(
+    parser: argparse.ArgumentParser, kind: type[msgspec.Struct], *, output: str
+) -> argparse.ArgumentParser:
+    parser.add_argument("--output", type=Path, required=True, help=output)
+    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
+    add_settings(parser, kind)
+    return parser

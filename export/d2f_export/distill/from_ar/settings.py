@@ -75,7 +75,7 @@ class DraftSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Share, Meta(description="last share of this start in which the rate falls; 0 to go on")
     ] = 0.3
     clip: Annotated[Positive, Meta(description="largest gradient norm")] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="of data order and noise")] = 0
     workers: Annotated[int, Meta(ge=0, description="processes that prepare batches")] = 0
     save_every: Annotated[int, Meta(ge=1, description="steps that a kill loses at most")] = 1000
     log_every: Annotated[int, Meta(ge=1, description="steps between rows of log.jsonl")] = 10
@@ -116,7 +116,7 @@ class WritingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     slots: Annotated[int, Meta(ge=1, description="conversations at a time")] = 256
     length: Annotated[int, Meta(ge=64, description="longest conversation, tokens")] = 576
     answer_length: Annotated[int, Meta(ge=16, description="longest answer, tokens")] = 448
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="of what is sampled")] = 0
 
     def __post_init__(self) -> None:
         check_values(self)
