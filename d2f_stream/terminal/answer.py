@@ -62,7 +62,8 @@ class Answer:
 
     def _figures(self, event: StreamFinished) -> str:
         usage, seconds = event.usage, max(event.timings.total_ms / 1000, 1e-3)
-        told = f"{usage.completion_tokens} tokens, {usage.tokens_per_step:.1f} a step"
+        tokens = "1 token" if usage.completion_tokens == 1 else f"{usage.completion_tokens} tokens"
+        told = f"{tokens}, {usage.tokens_per_step:.1f} a step"
         told += f", {usage.completion_tokens / seconds:,.0f} a second"
         if event.reason == "length":
             told += "; cut off at max_new_tokens"

@@ -6,18 +6,20 @@ needs both, so that the command line imports this module on demand.
 
 import asyncio
 import contextlib
+import difflib
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from d2f_stream.core.errors import D2FError, InvalidRequest, PromptTooLong
-from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Engine, Session
 from d2f_stream.terminal.answer import Answer
 from d2f_stream.terminal.line_reader import ReadLine
@@ -117,25 +119,31 @@ class Chat:
             case "/save":
                 self._save(rest)
             case "/help":
-                width = max(map(len, COMMANDS))
-                self._say("\n".join(f"{n:{width}}  {text}" for n, text in COMMANDS.items()))
+                self._console.print(_table(COMMANDS))
             case _:
-                raise InvalidRequest(f"there is no command {name}; /help lists what there is")
+                known = [command.partition(" ")[0] for command in COMMANDS]
+                near = _near(name, known) or "/help lists what there is"
+                raise InvalidRequest(f"there is no command {name}; {near}")
 
     def _set_system(self, text: str) -> None:
         if text:
             self._transcript.system = text
             self._transcript.clear()
-        self._say(self._transcript.system or "no system prompt is set")
+        told = self._transcript.system
+        self._say(f"system prompt: {told}" if told else "no system prompt is set")
 
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")
+        current = msgspec.structs.asdict(self._current.defaults.with_overrides(self._overrides))
         if not name:
-            self._say(_listed(self._current.defaults.with_overrides(self._overrides)))
+            self._console.print(_table(current))
             return
-        if name not in ParamOverrides.__annotations__:
-            known = ", ".join(ParamOverrides.__annotations__)
-            raise InvalidRequest(f"there is no parameter {name!r}; there are {known}")
+        if name not in current:
+            near = _near(name, current) or f"there are {', '.join(current)}"
+            raise InvalidRequest(f"there is no parameter {name!r}; {near}")
+        if not value:
+            self._say(f"{name} = {current[name]}")
+            return
         given: ParamOverrides = {**self._overrides, name: _value(value)}  # type: ignore[misc]
         self._current.defaults.with_overrides(given)  # refuses what does not fit
         self._overrides = given
@@ -245,7 +253,16 @@ def _value(text: str) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _listed(params: GenerationParams) -> str:
-    values = msgspec.structs.asdict(params)
-    width = max(map(len, values))
-    return "\n".join(f"{name:{width}}  {value}" for name, value in values.items())
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def _table(rows: Mapping[str, object]) -> Table:
+    """Return names and what is said of them in columns, each wrapped in its own."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(style="dim")
+    for name, told in rows.items():
+        table.add_row(Text(name), Text(str(told)))
+    return table

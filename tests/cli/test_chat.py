@@ -88,7 +88,10 @@ async def test_new_forgets_and_retry_asks_again() -> None:
     [
         ("/retry", "nothing was asked yet"),
         ("/noise", "there is no command /noise"),
+        ("/sistem", "did you mean /system?"),
         ("/set heat 3", "there is no parameter 'heat'"),
+        ("/set temprature 1", "did you mean temperature?"),
+        ("/set temperature", "temperature = 0.0"),
         ("/set temperature hot", "temperature"),
         ("/model missing", "there is no model named missing"),
         ("/save", "/save needs a file name"),
