@@ -43,7 +43,7 @@ def test_reference_of_commands_is_made_from_their_parsers(tmp_path: Path) -> Non
         assert [flag for flag in options if f"`{flag}`" not in section] in ([], ["-h", "--help"])
     for name in ELSEWHERE.keys() - {"eval"}:  # whose options are lm-eval's
         assert f"## d2f-stream {name}\n" in text
-    assert "| `--lora-rank` `N` | `32` |  |" in text
+    assert "| `--lora-rank` `N` | `32` | of the LoRA's factors |" in text
     assert "| `--quantize` `NAME` |" in text
     outside = re.compile(r"\]\(\.\./\.\./")
     pages = (tmp_path / "pages").glob("*.md")
