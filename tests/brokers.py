@@ -96,10 +96,10 @@ class Mosquitto:
 
 
 class Proxy:
-    """A port that leads to the broker, until it is cut."""
+    """A port that leads to another one, the target, until it is cut."""
 
     def __init__(self, target: int) -> None:
-        self._target = target
+        self.target = target
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -141,7 +141,7 @@ class Proxy:
         self._tasks.add(task)
         try:
             if not self.blocked:
-                far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+                far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
                 self._writers |= {writer, far_writer}
                 pumps = [
                     asyncio.create_task(self._pump(reader, far_writer)),

@@ -1,5 +1,6 @@
 """What a test needs from the machine: found, or a reason why the test is skipped."""
 
+import importlib.util
 import os
 import shutil
 
@@ -24,3 +25,9 @@ def missing(reason: str) -> None:
     if os.environ.get("D2F_FORBID_SKIPS") == "1":
         pytest.fail(f"{reason}, and D2F_FORBID_SKIPS=1 forbids to skip")
     pytest.skip(reason)
+
+
+def require_module(name: str) -> None:
+    """Skip the test where a module is not installed; fail it where skips are forbidden."""
+    if importlib.util.find_spec(name) is None:
+        missing(f"{name} is not installed")

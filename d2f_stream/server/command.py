@@ -25,7 +25,8 @@ BROKER: Final = re.compile(r"mqtts?://.+")
 EPILOG: Final = """\
 Clients need a token where one is given, by --token, --token-file or the environment variable
 D2F_TOKEN. A token on the command line is visible to everybody on this machine in the list of
-processes; the other two are not, nor is a broker's password in D2F_MQTT instead of --mqtt.
+processes; the other two are not, nor is a password in D2F_MQTT or D2F_LOG instead of --mqtt and
+--log.
 NAME tells clients apart: streams belong to their client, and one client can neither read nor
 cancel another's.
 """
@@ -89,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--insecure", action="store_true", help="listen beyond this machine without a token"
     )
     reach.add_argument("--mqtt", metavar="URL", help="serve a broker too, mqtt[s]://host[:port]")
+    reach.add_argument(
+        "--log",
+        metavar="URL",
+        help="keep answers in a Valkey or Redis server, valkey://host:6379, so that other servers "
+        "that name it can read them on",
+    )
     reach.add_argument(
         "--mqtt-group", default="d2f", metavar="NAME", help="of workers that share requests (d2f)"
     )
@@ -164,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> ServeSettings:
-    """Return the settings that the arguments, and D2F_TOKEN and D2F_MQTT ask for.
+    """Return the settings that the arguments, and D2F_TOKEN, D2F_MQTT and D2F_LOG ask for.
 
     Raises:
         InvalidRequest: they do not fit together.
@@ -185,6 +192,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
         timeouts=timeouts,
         ui=args.ui,
         mqtt=mqtt,
+        log=args.log or environment.get("D2F_LOG") or None,
         mqtt_group=args.mqtt_group,
         allowed_hosts=tuple(_host(name) for name in args.allowed_host),
         insecure=args.insecure,

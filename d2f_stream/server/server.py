@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 from d2f_stream.core.errors import EngineFailed
 from d2f_stream.core.session import Engine
 from d2f_stream.server.app import create_app
+from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.listening.listener import listen
 from d2f_stream.server.listening.sockets import Sockets, max_sockets
 from d2f_stream.server.listening.uvicorn_guard import uvicorn_config
@@ -26,6 +27,7 @@ from d2f_stream.server.streams.registry import StreamRegistry
 
 if TYPE_CHECKING:
     from d2f_stream.server.mqtt.gateway import MqttGateway
+    from d2f_stream.server.streams.valkey.log import ValkeyLog
 
 __all__ = ["Server"]
 
@@ -61,8 +63,8 @@ class Server:
         metrics: observes the server; None makes them.
 
     Raises:
-        InvalidRequest: the broker's URL cannot be used.
-        MissingExtra: a broker is named, and aiomqtt is not installed.
+        InvalidRequest: the broker's URL cannot be used, or the log's.
+        MissingExtra: a broker or a log is named whose library is not installed.
 
     Attributes:
         registry: the streams.
@@ -80,7 +82,8 @@ class Server:
             settings.limits,
             max_connections=min(settings.limits.max_connections, max(1, most * 3 // 4)),
         )
-        self.registry = StreamRegistry(engine, limits=limits, observer=self.metrics)
+        self._log = _open_log(settings.log, limits)
+        self.registry = StreamRegistry(engine, limits=limits, observer=self.metrics, log=self._log)
         self.gateway = Gateway(self.registry, settings.auth)
         self.metrics.watch(engine, self.gateway)
         # With a token, a page that reached the server under a false name still has none.
@@ -130,8 +133,15 @@ class Server:
 
         Raises:
             AddressUnavailable: the address is in use, or is not this machine's.
+            LogUnavailable: the log cannot be reached or used.
         """
-        listener = listen(self.settings.host, self.settings.port)
+        if self._log is not None:
+            await self._log.__aenter__()
+        try:
+            listener = listen(self.settings.host, self.settings.port)
+        except BaseException:
+            await self._close_log()
+            raise
         self._port = listener.getsockname()[1]
         self._tasks.append(asyncio.create_task(self._serve(listener), name="d2f-http-server"))
         if isinstance(self.registry.engine, MendableEngine):
@@ -161,6 +171,7 @@ class Server:
         for task in self._tasks[1:]:  # uvicorn's ends by itself, once its connections have
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._close_log()
 
     async def wait_failed(self) -> None:
         """Wait until it stops serving by itself, which it should not. Safe to cancel."""
@@ -204,6 +215,10 @@ class Server:
             await engine.wait_failed()
         raise EngineFailed("the engine failed; the log has more. Start the server again")
 
+    async def _close_log(self) -> None:
+        if self._log is not None:
+            await self._log.__aexit__(None, None, None)
+
     def _open_mqtt(self, url: str | None) -> "MqttGateway | None":
         if url is None:
             return None
@@ -217,3 +232,17 @@ class Server:
             await self._uvicorn.serve(sockets=[listener])
         finally:
             self._uvicorn.ready.set()
+
+
+def _open_log(url: str | None, limits: ServeLimits) -> "ValkeyLog | None":
+    """Return the log of a URL, to be entered; None where none is named.
+
+    Raises:
+        InvalidRequest: the URL cannot be used.
+        MissingExtra: its library is not installed.
+    """
+    if url is None:
+        return None
+    from d2f_stream.server.streams.valkey.log import ValkeyLog
+
+    return ValkeyLog(url, limits)

@@ -47,6 +47,8 @@ class ServeSettings:
         timeouts: of connections.
         ui: whether to serve the chat page.
         mqtt: URL of a broker to serve too.
+        log: URL of a Valkey or Redis server that keeps the streams, for all servers that name it;
+            None keeps them in this process.
         mqtt_group: name under which workers share the broker's requests; hard to guess where the
             broker's users are not trusted.
         open_metrics: whether /metrics needs no token where clients need one.
@@ -69,6 +71,7 @@ class ServeSettings:
     timeouts: Timeouts = field(default_factory=Timeouts)
     ui: bool = True
     mqtt: str | None = None
+    log: str | None = None
     mqtt_group: str = "d2f"
     open_metrics: bool = False
     access_log: bool = False

@@ -162,6 +162,10 @@ class Admission:
         self._rate.take(client, now_s)
         self._taken.setdefault(client, []).append(charge)
 
+    def take_over(self, client: str, charge: int) -> None:
+        """Take a stream on that was admitted elsewhere: nothing is refused any more."""
+        self._taken.setdefault(client, []).append(charge)
+
     def release(self, client: str, charge: int) -> None:
         """Count a stream no more: it has ended."""
         own = self._taken[client]

@@ -70,6 +70,11 @@ class Work(Protocol):
 class StreamLog(Protocol):
     """Keeps streams. Belongs to one event loop."""
 
+    @property
+    def outlives(self) -> bool:
+        """Whether streams go on elsewhere when this process ends."""
+        ...
+
     def __len__(self) -> int:
         """Streams that this process has a copy of."""
         ...
@@ -110,6 +115,16 @@ class StreamLog(Protocol):
 
         Raises:
             StreamLost: there is no such stream.
+            LogUnavailable: the log cannot be reached.
+        """
+        ...
+
+    async def follow(self, stream: ServedStream) -> None:
+        """Have this process's copy grow by what others append, until its end. Idempotent.
+
+        `of_request` and `find` have done so. Safe to cancel.
+
+        Raises:
             LogUnavailable: the log cannot be reached.
         """
         ...

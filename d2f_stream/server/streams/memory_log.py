@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+from d2f_stream.core.errors import StreamLost
 from d2f_stream.core.events import Event
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.served_stream import ServedStream
@@ -23,6 +24,8 @@ class MemoryLog:
     def __init__(self, limits: ServeLimits) -> None:
         self._shelf = Shelf(limits)
         self._works: dict[str, _Work] = {}  # by stream id
+
+    outlives = False
 
     def __len__(self) -> int:
         return len(self._shelf)
@@ -56,11 +59,16 @@ class MemoryLog:
         Raises:
             StreamLost: there is no such stream.
         """
-        stream = self._shelf.get(stream_id)
+        stream = self._shelf.peek(stream_id)
+        if stream is None:
+            raise StreamLost(f"there is no stream {stream_id[:64]!r}")
         if stream.has_terminal or stream_id in self._works:
             return None
         self._works[stream_id] = work = _Work(stream, self._works)
         return work
+
+    async def follow(self, stream: ServedStream) -> None:
+        """Nothing to do: there is one copy."""
 
     async def wait_free(self, stream: ServedStream) -> None:
         """Wait until the stream has ended. Safe to cancel."""
@@ -91,7 +99,10 @@ class _Work:
         return self._stream.log
 
     async def append(self, event: Event) -> bool:
-        return self._works.get(self._stream.id) is self and self._stream.append(event)
+        stream = self._stream
+        if self._works.get(stream.id) is not self:
+            return False
+        return stream.append(event) or stream.has(event)
 
     def on_cancel(self, cancel: Callable[[], None]) -> None:
         self._stream.begin(cancel)

@@ -20,6 +20,7 @@ from d2f_stream.server.streams.memory_log import MemoryLog
 from d2f_stream.server.streams.observer import StreamObserver
 from d2f_stream.server.streams.runs import Runs
 from d2f_stream.server.streams.served_stream import ServedStream, digest_of
+from d2f_stream.server.streams.standby import StandBy
 from d2f_stream.wire.protocol import Generate, ModelCard, ModelDefaults, check_request_id
 
 __all__ = ["StreamRegistry"]
@@ -53,9 +54,10 @@ class StreamRegistry:
         self.engine = engine
         self.limits = limits or ServeLimits()
         self._observer = observer
-        self._log = log or MemoryLog(self.limits)
+        self._log: StreamLog = MemoryLog(self.limits) if log is None else log
         self._admission = Admission(self.limits)
         self._runs = Runs(engine, self._log, self._admission, self.limits, observer)
+        self._stand_by = StandBy(engine, self._log, self.limits, take_over=self._runs.take_over)
         self._admits = True
 
     @property
@@ -127,6 +129,7 @@ class StreamRegistry:
                     f"request_id {request.request_id!r} stands for another request of yours; "
                     "take a new one for each request"
                 )
+            self._stand_by.watch(stream)
             if self._observer is not None:
                 self._observer.on_resume(stream)
             return stream
@@ -142,6 +145,7 @@ class StreamRegistry:
             StreamLost: there is none of that id.
         """
         stream = await self._log.find(stream_id, client=client)
+        self._stand_by.watch(stream)
         if self._observer is not None:
             self._observer.on_resume(stream)
         return stream
@@ -174,6 +178,7 @@ class StreamRegistry:
                 step hangs, are let go.
         """
         self._admits = False
+        await self._stand_by.close()
         await self._runs.end(deadline_s, grace_s=grace_s)
 
     async def _start(

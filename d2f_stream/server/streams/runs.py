@@ -9,20 +9,14 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from d2f_stream.core.errors import D2FError, ServerShuttingDown
-from d2f_stream.core.events import (
-    Event,
-    StreamFinished,
-    StreamNames,
-    StreamStarted,
-    Timings,
-    Usage,
-)
+from d2f_stream.core.errors import D2FError, LogUnavailable, ServerShuttingDown
+from d2f_stream.core.events import Block, Event, StreamFinished, StreamNames
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Engine, Prompt
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.admission import Admission, Measured, PromptReader
-from d2f_stream.server.streams.log import StreamLog
+from d2f_stream.server.streams.endings import cancelled, failed
+from d2f_stream.server.streams.log import LoggingEngine, StreamLog
 from d2f_stream.server.streams.observer import StreamObserver
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.turns import FairTurns
@@ -66,6 +60,7 @@ class Runs:
         self._limits = limits
         self._observer = observer
         self._pumps: dict[asyncio.Task[D2FError | None], ServedStream] = {}
+        self._handed_over: set[ServedStream] = set()
         self._reading = FairTurns(most=MAX_READING, most_per_client=1)
         self._running = FairTurns(most=limits.max_running, most_per_client=limits.running_share)
         self._entering = FairTurns(most=MAX_ENTERING, most_per_client=MAX_ENTERING)
@@ -82,6 +77,7 @@ class Runs:
 
     def begin(self, stream: ServedStream, asked: Measured) -> None:
         """Have an admitted stream worked on."""
+        stream.is_attended = True
         stream.charge = asked.charge
         if self._observer is not None:
             self._observer.on_start(stream)
@@ -90,6 +86,11 @@ class Runs:
         pump = asyncio.create_task(self._run(stream, asked), name=f"d2f-pump-{stream.id}")
         self._pumps[pump] = stream
         pump.add_done_callback(self._note_end)
+
+    def take_over(self, stream: ServedStream, asked: Measured) -> None:
+        """Have a stream worked on that was admitted elsewhere."""
+        self._admission.take_over(stream.client, asked.charge)
+        self.begin(stream, asked)
 
     def pause(self) -> None:
         """Let requests wait, those that come and those that wait already. Idempotent."""
@@ -104,7 +105,10 @@ class Runs:
         self._running.go_on()
 
     async def end(self, deadline_s: float, *, grace_s: float) -> None:
-        """Let the streams end, and cancel what is left at the deadline. Safe to cancel.
+        """Let the streams end, and give up what is left at the deadline. Safe to cancel.
+
+        That is cancelled or, where the log outlives this process and a reader may come back, left
+        to others from the last block on.
 
         Args:
             deadline_s: how long streams may run on, seconds.
@@ -112,8 +116,14 @@ class Runs:
         """
         if self._pumps:
             await asyncio.wait(self._pumps, timeout=deadline_s)
-        for stream in list(self._pumps.values()):
-            stream.cancel()
+        for pump, stream in list(self._pumps.items()):
+            if not self._log.outlives or stream.cancels_on_disconnect:
+                stream.cancel()
+            elif stream.works_here:
+                self._handed_over.add(stream)
+                stream.cancel()
+            else:
+                pump.cancel()
         if self._pumps:
             await asyncio.wait(self._pumps, timeout=grace_s)
         self.num_abandoned += len(self._pumps)
@@ -127,17 +137,24 @@ class Runs:
         pump = asyncio.current_task()
         assert pump is not None
         try:
-            if not stream.withdrawn:  # by its client, before this began
-                stream.wait(pump.cancel)
-                await self._answer(stream, asked)
-        except asyncio.CancelledError:
-            if not stream.withdrawn:
+            try:
+                if not stream.withdrawn:  # by its client, before this began
+                    stream.wait(pump.cancel)
+                    await self._answer(stream, asked)
+            except asyncio.CancelledError:
+                if not stream.withdrawn:
+                    raise
+                pump.uncancel()
+            except LogUnavailable:
                 raise
-            pump.uncancel()
+            except D2FError as error:
+                if not stream.started or stream.has_terminal:
+                    raise
+                await self._append(stream, (failed(stream, error),))
+            if stream.withdrawn:
+                await self._append(stream, cancelled(stream, self._engine))
         except D2FError as error:
             return error
-        if stream.withdrawn:
-            await self._append(stream, self._unrun(stream))
         return None
 
     async def _answer(self, stream: ServedStream, asked: Measured) -> None:
@@ -148,41 +165,75 @@ class Runs:
             max_len = self._engine.info.max_len
             overrides = asked.fitted(len(prompt), limits=self._limits, max_len=max_len)
         async with self._running.turn(stream.asker):
-            await self._pump(stream, prompt, overrides, raw=asked.raw)
+            while not await self._work(stream, prompt, overrides, raw=asked.raw):
+                await self._log.wait_free(stream)  # another has it
 
-    async def _pump(
+    async def _work(
         self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides, *, raw: bool
-    ) -> None:
-        """Drain a session into its stream's log."""
+    ) -> bool:
+        """Bring a stream to its end; False where another worker has it."""
+        if isinstance(self._engine, LoggingEngine):
+            return await self._work_elsewhere(self._engine, stream, prompt, overrides)
         await self._entering.take(stream.asker)
         enters = True
         try:
             work = await self._log.work(stream.id)
-            assert work is not None
+            if work is None:
+                return stream.has_terminal
             async with work:
+                blocks = [event for event in work.events if isinstance(event, Block)]
                 names = StreamNames(stream.id, stream.request_id, stream.client)
-                session = self._engine.generate(prompt, names=names, raw=raw, **overrides)
+                session = self._engine.generate(
+                    prompt, names=names, committed=blocks, raw=raw, **overrides
+                )
                 work.on_cancel(session.cancel)
                 async for event in session.events():
                     if enters:
                         enters = False
                         self._entering.give_back(stream.asker)
-                    await work.append(event)
+                    if stream in self._handed_over and isinstance(event, StreamFinished):
+                        return True
+                    if not await work.append(event):
+                        return False
         finally:
             if enters:
                 self._entering.give_back(stream.asker)
+        return True
+
+    async def _work_elsewhere(
+        self,
+        engine: LoggingEngine,
+        stream: ServedStream,
+        prompt: Prompt,
+        overrides: ParamOverrides,
+    ) -> bool:
+        pump = asyncio.current_task()
+        assert pump is not None
+        stream.leave(pump.cancel)
+        await self._log.follow(stream)
+        await engine.work(stream.id, prompt, overrides)
+        return stream.has_terminal
 
     async def _append(self, stream: ServedStream, events: Iterable[Event]) -> None:
         """Append what no engine says, where the stream has no worker."""
         work = await self._log.work(stream.id)
-        if work is not None:
-            async with work:
-                for event in events:
-                    await work.append(event)
+        if work is None:  # it has one, who ends it
+            while not stream.has_terminal:
+                await self._log.wait_free(stream)
+            return
+        async with work:
+            for event in events:
+                await work.append(event)
 
     def _note_end(self, pump: "asyncio.Task[D2FError | None]") -> None:
         stream = self._pumps.pop(pump)
         self._admission.release(stream.client, stream.charge)
+        is_left = stream in self._handed_over and not stream.has_terminal
+        self._handed_over.discard(stream)
+        if self._log.outlives and (is_left or pump.cancelled()):
+            if self._observer is not None:
+                self._observer.on_end(stream)
+            return  # its readers go on elsewhere
         if pump.cancelled():
             stream.end(ServerShuttingDown("the server was shut down"))
         elif (broken := pump.exception()) is not None:
@@ -196,29 +247,6 @@ class Runs:
             self._log.retain(stream)
         else:
             self._log.forget(stream)  # it was turned away: the same request may come again
-
-    def _unrun(self, stream: ServedStream) -> tuple[StreamStarted, StreamFinished]:
-        """Return the events of a stream that was cancelled while it waited.
-
-        It begins like any other: only that tells its client which request it is of.
-        """
-        started = StreamStarted(
-            stream=stream.id,
-            seq=0,
-            request_id=stream.request_id,
-            model=self._engine.info.name,
-            block_size=self._engine.defaults.block_size,
-            prompt_tokens=0,
-        )
-        finished = StreamFinished(
-            stream=stream.id,
-            seq=1,
-            reason="cancelled",
-            text_length=0,
-            usage=Usage(prompt_tokens=0, completion_tokens=0, steps=0),
-            timings=Timings(first_block_ms=None, total_ms=0.0),
-        )
-        return started, finished
 
 
 def _begin_nothing() -> None:

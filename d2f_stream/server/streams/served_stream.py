@@ -8,18 +8,13 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable
-from typing import Final
 
 from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.server.streams.sizes import STREAM_BYTES, bytes_of
 from d2f_stream.wire.protocol import Generate
 
 __all__ = ["Cursor", "ServedStream", "digest_of"]
-
-STREAM_BYTES: Final = 1800
-EVENT_BYTES: Final = 280
-TOKEN_BYTES: Final = 36
-"""Measured of CPython 3.11: the objects of a stream, of an event, and of a token's id."""
 
 
 class ServedStream:
@@ -33,6 +28,7 @@ class ServedStream:
         request: what it answers, until it has ended.
         clamp: whether the answer is shortened where the model has no room for its length.
         digest: of the request that it answers.
+        is_attended: whether this process sees to its end.
         charge: tokens that prompt and answer may take, about, where it is worked on from here.
         log: durable events so far; an event's index is its `seq`.
         drafts: the latest draft of each block that is not final.
@@ -51,6 +47,7 @@ class ServedStream:
         self.request_id = request.request_id
         self.request: Generate | None = request
         self.clamp = clamp
+        self.is_attended = False
         self.digest = digest_of(request)
         self.charge = 0
         self.log: list[Event] = []
@@ -63,6 +60,8 @@ class ServedStream:
         self.observe: Callable[[ServedStream, Event], None] | None = None
         self._cancel: Callable[[], object] | None = None
         self._cancel_elsewhere: Callable[[], object] | None = None
+        self._withdraw_here: Callable[[], object] | None = None
+        self.on_readers: Callable[[ServedStream], None] | None = None
         self._waits = False
         self._terminal: asyncio.Future[None] | None = None
 
@@ -84,7 +83,7 @@ class ServedStream:
     @property
     def num_bytes(self) -> int:
         """What keeping it takes, about."""
-        return STREAM_BYTES + sum(map(_bytes_of, self.log))
+        return STREAM_BYTES + sum(map(bytes_of, self.log))
 
     def cancel(self) -> None:
         """End the stream within a step. Idempotent."""
@@ -95,6 +94,13 @@ class ServedStream:
             cancel()
         elif self._cancel_elsewhere is not None and not self.has_terminal:
             self._cancel_elsewhere()
+
+    def cancel_here(self) -> None:
+        """End the stream, where it has no worker elsewhere. Idempotent."""
+        if self._cancel is None and self._withdraw_here is not None:
+            self.wait(self._withdraw_here)
+        if self._cancel is not None:
+            self.cancel()
 
     def read(
         self, *, after_seq: int = -1, drafts: bool = False, wake: Callable[[], None]
@@ -115,6 +121,8 @@ class ServedStream:
             )
         cursor = Cursor(self, after_seq + 1, drafts, wake)
         self._cursors.add(cursor)
+        if self.on_readers is not None and len(self._cursors) == 1:
+            self.on_readers(self)
         wake()
         return cursor
 
@@ -145,6 +153,11 @@ class ServedStream:
         self._cancel, self._waits = withdraw, True
 
     @property
+    def works_here(self) -> bool:
+        """Whether it has a session of this process."""
+        return self._cancel is not None and not self._waits
+
+    @property
     def withdrawn(self) -> bool:
         """Whether it was cancelled while it waited."""
         return self._waits and self._cancel is None
@@ -153,9 +166,13 @@ class ServedStream:
         """Note what `cancel` calls from now on: the stream has its worker."""
         self._cancel, self._waits = cancel, False
 
-    def leave(self) -> None:
-        """Note that its worker, if it has one, is not in this process."""
-        self._cancel, self._waits = None, False
+    def leave(self, withdraw: Callable[[], object] | None = None) -> None:
+        """Note that its worker is elsewhere; `withdraw` is called while it has none yet."""
+        self._cancel, self._waits, self._withdraw_here = None, False, withdraw
+
+    def cancels_elsewhere(self, cancel: Callable[[], object]) -> None:
+        """Note what `cancel` calls where the stream's worker is not in this process."""
+        self._cancel_elsewhere = cancel
 
     async def wait_terminal(self) -> None:
         """Wait until its last event is out, or it was turned away. Safe to cancel."""
@@ -163,6 +180,12 @@ class ServedStream:
             if self._terminal is None:
                 self._terminal = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._terminal)
+
+    def has(self, event: Event) -> bool:
+        """Whether it is one of the events so far."""
+        if isinstance(event, Draft) or not 0 <= event.seq < len(self.log):
+            return False
+        return self.log[event.seq] == event
 
     def append(self, event: Event) -> bool:
         """Append the next durable event, or keep a draft until a later state overtakes it.
@@ -196,7 +219,7 @@ class ServedStream:
         """Put nothing more; `error` says why, where the last event does not."""
         self.error = error
         self.ended = True
-        self.request = self.observe = self._cancel = None
+        self.request = self.observe = self._cancel = self._withdraw_here = None
         self._note_terminal()
         self._wake_all()
 
@@ -209,8 +232,14 @@ class ServedStream:
             cursor._wake()
 
     def _detach(self, cursor: "Cursor") -> None:
+        if cursor not in self._cursors:
+            return
         self._cursors.discard(cursor)
-        if self.cancels_on_disconnect and not self._cursors and not self.ended:
+        if self._cursors or self.ended:
+            return
+        if self.on_readers is not None:
+            self.on_readers(self)  # others may read it elsewhere
+        elif self.cancels_on_disconnect:
             self.cancel()
 
 
@@ -264,9 +293,3 @@ def digest_of(request: Generate) -> bytes:
     """Return what tells a request from another one with the same id."""
     # Not msgpack, which has no integers beyond 64 bits: a request may be wrong, but not break this.
     return hashlib.sha256(repr(request).encode(errors="surrogatepass")).digest()
-
-
-def _bytes_of(event: Event) -> int:
-    if isinstance(event, Block):
-        return EVENT_BYTES + 2 * len(event.text) + TOKEN_BYTES * len(event.token_ids)
-    return EVENT_BYTES

@@ -39,22 +39,18 @@ class Shelf:
         """Return the stream that the client's request started; None where there is none."""
         return self._requests.get((client, request_id))
 
+    def peek(self, stream_id: str) -> ServedStream | None:
+        """Return the stream of that id, whosoever it is; None where there is none."""
+        return self._streams.get(stream_id)
+
     def find(self, stream_id: str, *, client: str) -> ServedStream:
         """Return the client's stream of that id.
 
         Raises:
             StreamLost: there is none.
         """
-        return self.get(stream_id, client=client)
-
-    def get(self, stream_id: str, *, client: str | None = None) -> ServedStream:
-        """Return the stream of that id; of the client's, where one is named.
-
-        Raises:
-            StreamLost: there is none.
-        """
         stream = self._streams.get(stream_id)
-        if stream is None or client not in (None, stream.client):
+        if stream is None or stream.client != client:
             kept = f"streams are kept for {self._limits.resume_ttl_s:g} s after their end"
             raise StreamLost(f"there is no stream {stream_id[:64]!r}; {kept}")
         return stream

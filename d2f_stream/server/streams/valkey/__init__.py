@@ -1,0 +1,1 @@
+"""A stream log that servers share, in Valkey or Redis. Imported only where one is named."""

@@ -1,0 +1,181 @@
+"""Copies: what this process knows of streams that others work for, and keeps up with.
+
+A copy grows by what the store publishes. Publishing may lose something where a connection breaks,
+so each event is taken only if it is the next one; what is missing is read from the store.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from d2f_stream.core.errors import LogUnavailable, StreamLost, error_from
+from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.server.streams.valkey.keys import Keys, decoded, events_of
+from d2f_stream.server.streams.valkey.news import News
+from d2f_stream.server.streams.valkey.store import Reply, Store
+from d2f_stream.wire.protocol import RequestRejected
+
+__all__ = ["Copies"]
+
+FREE_LOOKS: Final = 2
+"""In a row that find no worker, before one is looked for: it may just have ended its lease."""
+LOST_LOOKS: Final = 6
+"""In a row that do not find the stream: whoever works for it puts it back where it got lost."""
+PATIENCE_S: Final = 5.0
+
+
+class Copies:
+    """The streams that are followed. Belongs to one event loop.
+
+    Args:
+        store: what holds them.
+        keys: their names there.
+        news: what is published of them.
+    """
+
+    def __init__(self, store: Store, keys: Keys, news: News) -> None:
+        self._store = store
+        self._keys = keys
+        self._news = news
+        self._copies: dict[str, _Copy] = {}  # by stream id
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the streams that are followed."""
+        return list(self._copies)
+
+    async def follow(self, stream: ServedStream) -> None:
+        """Keep up with a stream from now on, until its end. Idempotent; safe to cancel.
+
+        Raises:
+            LogUnavailable: what it has so far cannot be read.
+        """
+        if stream.has_terminal or stream.ended:
+            return
+        copy = self._copies.setdefault(stream.id, _Copy(stream))
+        if not copy.is_read:
+            await self._news.subscribe(self._keys.news(stream.id))
+            await self._read(copy)
+            copy.is_read = True
+
+    def leave(self, stream_id: str) -> None:
+        """Keep up with a stream no more. Idempotent."""
+        if self._copies.pop(stream_id, None) is not None:
+            self._news.unsubscribe(self._keys.news(stream_id))
+
+    async def wait_free(self, stream: ServedStream) -> None:
+        """Wait until the stream has ended, or nobody works for it. Safe to cancel.
+
+        Raises:
+            StreamLost: the log does not know it any more.
+        """
+        await self.follow(stream)
+        while (copy := self._copies.get(stream.id)) is not None:
+            await copy.changed.wait()
+            copy.changed.clear()
+            if copy.num_lost >= LOST_LOOKS:
+                self.leave(stream.id)
+                raise StreamLost(f"the log at {self._store.address} has lost the stream; ask again")
+            if copy.num_free >= FREE_LOOKS:
+                copy.num_free = 0
+                return
+
+    def note_message(self, stream_id: str, data: bytes) -> None:
+        """Take what was published of a stream."""
+        copy = self._copies.get(stream_id)
+        if copy is None:
+            return
+        match decoded(data):
+            case Draft() as draft:
+                copy.stream.append(draft)
+            case StreamStarted() | Block() | StreamFinished() | StreamFailed() as event:
+                if not copy.stream.append(event) and event.seq > len(copy.stream.log):
+                    self._catch_up(copy)
+                self._note_end(copy)
+            case RequestRejected() as refusal:
+                self._end(copy, lambda: copy.stream.end(error_from(refusal.code, refusal.message)))
+            case _:
+                pass
+
+    def note_look(self, stream_id: str, answer: Reply, *, is_settled: bool) -> None:
+        """Take what the store says of a stream: its events, and whether somebody works for it.
+
+        Args:
+            stream_id: which.
+            answer: of the script BEAT.
+            is_settled: whether the store has been there for longer than a lease.
+        """
+        copy = self._copies.get(stream_id)
+        if copy is None:
+            return
+        is_lost = not isinstance(answer, int)
+        copy.num_lost = copy.num_lost + 1 if is_lost and is_settled else 0
+        number = answer if isinstance(answer, int) else 0
+        copy.num_free = copy.num_free + 1 if number < 0 and is_settled else 0
+        if (number if number >= 0 else -1 - number) > len(copy.stream.log):
+            self._catch_up(copy)
+        if copy.num_free >= FREE_LOOKS or copy.num_lost >= LOST_LOOKS:
+            copy.changed.set()
+
+    def note_back(self) -> None:
+        """Read anew what may have been missed."""
+        for copy in self._copies.values():
+            self._catch_up(copy)
+
+    async def close(self) -> None:
+        """End what runs."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _catch_up(self, copy: "_Copy") -> None:
+        copy.has_missed = True
+        if not copy.is_reading:
+            copy.is_reading = True
+            task = asyncio.create_task(self._catch_up_with(copy), name="d2f-log-catch-up")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _catch_up_with(self, copy: "_Copy") -> None:
+        try:
+            while copy.has_missed:
+                copy.has_missed = False
+                with contextlib.suppress(LogUnavailable):  # the next look finds it again
+                    await self._read(copy)
+        finally:
+            copy.is_reading = False
+
+    async def _read(self, copy: "_Copy") -> None:
+        stream = copy.stream
+        answer = await self._store.run(
+            "XRANGE",
+            self._keys.events(stream.id),
+            f"{len(stream.log) + 1}-0",
+            "+",
+            patience_s=PATIENCE_S,
+        )
+        for event in events_of(answer):
+            stream.append(event)
+        self._note_end(copy)
+
+    def _note_end(self, copy: "_Copy") -> None:
+        if copy.stream.has_terminal:
+            self._end(copy, None)
+
+    def _end(self, copy: "_Copy", last: Callable[[], None] | None) -> None:
+        if last is not None:
+            last()
+        self.leave(copy.stream.id)
+        copy.changed.set()
+
+
+class _Copy:
+    def __init__(self, stream: ServedStream) -> None:
+        self.stream = stream
+        self.changed = asyncio.Event()
+        self.num_free = self.num_lost = 0
+        self.is_read = self.is_reading = self.has_missed = False

@@ -1,0 +1,134 @@
+"""News: what a store publishes, on one connection for all that a process wants to hear.
+
+Publishing is not kept: what came while the connection was broken is gone, and has to be read from
+the store. So `on_back` is called whenever the connection stands again.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from d2f_stream.server.streams.valkey.connecting import (
+    BACKOFF_S,
+    LOST,
+    AbstractConnection,
+    ConnectionPool,
+    exceptions,
+    open_connection,
+)
+
+__all__ = ["News"]
+
+logger = logging.getLogger("d2f_stream.server")
+
+PING_S: Final = 5.0
+"""Where nothing comes for so long the store is asked whether it is there; twice, it is not."""
+
+
+class News:
+    """Channels of a store. Belongs to one event loop; `run` connects.
+
+    Args:
+        pool: makes the connection.
+        on_message: is told of each message, with its channel; must not wait and must not raise.
+        on_back: is told that messages may have been missed.
+    """
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        *,
+        on_message: Callable[[str, bytes], None],
+        on_back: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._on_message = on_message
+        self._on_back = on_back
+        self._connection: AbstractConnection | None = None
+        self._channels: dict[str, asyncio.Event] = {}  # set once the store has confirmed it
+        self._unsent: list[tuple[str, str]] = []
+        self._sending = asyncio.Event()
+
+    async def subscribe(self, channel: str) -> None:
+        """Hear a channel: what is published after this returns comes. Safe to cancel."""
+        confirmed = self._channels.get(channel)
+        if confirmed is None:
+            confirmed = self._channels[channel] = asyncio.Event()
+            self._send("SUBSCRIBE", channel)
+        await confirmed.wait()
+
+    def unsubscribe(self, channel: str) -> None:
+        """Hear a channel no more. Idempotent."""
+        if self._channels.pop(channel, None) is not None:
+            self._send("UNSUBSCRIBE", channel)
+
+    async def run(self) -> None:
+        """Hear, through every loss of the connection, until cancelled."""
+        number = 0
+        while True:
+            try:
+                connection = await open_connection(self._pool)
+            except (*LOST, exceptions.ValkeyError):
+                await asyncio.sleep(BACKOFF_S[min(number, len(BACKOFF_S) - 1)])
+                number += 1
+                continue
+            number = 0
+            self._connection = connection
+            self._unsent = [("SUBSCRIBE", channel) for channel in self._channels]
+            self._sending.set()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    sending = group.create_task(self._keep_sending(connection))
+                    await self._read_until_lost(connection)
+                    sending.cancel()
+            finally:
+                with contextlib.suppress(*LOST):
+                    await connection.disconnect(nowait=True)
+
+    def _send(self, command: str, channel: str) -> None:
+        if self._connection is not None:
+            self._unsent.append((command, channel))
+            self._sending.set()
+
+    async def _keep_sending(self, connection: AbstractConnection) -> None:
+        with contextlib.suppress(*LOST):  # the reader hears of it too
+            while True:
+                await self._sending.wait()
+                self._sending.clear()
+                commands, self._unsent = self._unsent, []
+                if commands:
+                    packed = connection.pack_commands(commands)
+                    await connection.send_packed_command(packed, check_health=False)
+
+    async def _read_until_lost(self, connection: AbstractConnection) -> None:
+        try:
+            self._on_back()
+            await self._read(connection)
+        except (*LOST, exceptions.ValkeyError) as error:
+            logger.debug("the log's news are lost: %s", error)
+        finally:
+            self._connection = None
+            for confirmed in self._channels.values():
+                confirmed.clear()
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        is_asked = False
+        while True:
+            answer = await connection.read_response(timeout=PING_S)
+            if answer is None:
+                if is_asked:
+                    raise exceptions.TimeoutError("the store does not answer")
+                is_asked = True
+                await connection.send_command("PING", check_health=False)
+                continue
+            is_asked = False
+            match answer:
+                case [b"message", bytes(channel), bytes(data)]:
+                    self._on_message(channel.decode(), data)
+                case [b"subscribe", bytes(channel), _]:
+                    if (confirmed := self._channels.get(channel.decode())) is not None:
+                        confirmed.set()
+                case _:
+                    pass

@@ -1,0 +1,186 @@
+"""Servers that are killed: their answers go on at others, and nobody misses or repeats a block."""
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import d2f_stream
+from brokers import Proxy
+from d2f_stream.core.events import Block, Event, StreamFinished, StreamStarted
+from serving import Address, Peer, request
+from stores import ValkeyServer
+
+SCRIPT = Path(__file__).parent / "paced_server.py"
+NUM_TOKENS = 400
+ANSWER = ("on and " * NUM_TOKENS)[:NUM_TOKENS]
+_databases = itertools.cycle(range(16))
+
+
+class Servers:
+    """Processes that serve over one log, and a port that leads to one of them."""
+
+    def __init__(self, log: str, proxy: Proxy) -> None:
+        self._log = log
+        self._processes: list[Process] = []
+        self.proxy = proxy
+        self.url = f"ws://127.0.0.1:{proxy.port}"
+
+    async def start(self) -> "Server":
+        """Start one more, and lead the port to it."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, SCRIPT, "--port", "0", "--log", self._log),
+            stdout=PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        self._processes.append(process)
+        assert process.stdout is not None
+        async with asyncio.timeout(60.0):
+            line = (await process.stdout.readline()).decode()
+        server = Server(process, int(line.split("127.0.0.1:")[1].split()[0]))
+        self.proxy.target = server.port
+        return server
+
+    async def close(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+class Server(Address):
+    """One of the processes."""
+
+    def __init__(self, process: Process, port: int) -> None:
+        super().__init__(port)
+        object.__setattr__(self, "process", process)
+
+    process: Process
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+
+
+@pytest.fixture
+async def servers(store: ValkeyServer) -> AsyncIterator[Servers]:
+    async with Proxy(0) as proxy:
+        chosen = Servers(f"{store.url}/{next(_databases)}", proxy)
+        try:
+            yield chosen
+        finally:
+            await chosen.close()
+
+
+@asynccontextmanager
+async def answering(servers: Servers) -> AsyncIterator["Answers"]:
+    """Sessions of the SDK behind the port, which read while the test goes on."""
+    async with d2f_stream.connect(servers.url) as engine:
+        answers = Answers(engine)
+        yield answers
+        await answers.check()
+
+
+class Answers:
+    def __init__(self, engine: d2f_stream.Engine, *, number: int = 8) -> None:
+        self.events: list[list[Event]] = [[] for _ in range(number)]
+        self.longest_pause_s = 0.0
+        self._tasks = [asyncio.create_task(self._read(engine, events)) for events in self.events]
+
+    async def wait_blocks(self, number: int) -> None:
+        """Wait until every answer has so many more blocks, or has ended."""
+        wanted = [len(events) + number for events in self.events]
+        while any(  # noqa: ASYNC110 - the events of many streams, none of which is waited for
+            len(events) < number and not task.done()
+            for events, number, task in zip(self.events, wanted, self._tasks, strict=True)
+        ):
+            await asyncio.sleep(0.005)
+
+    async def check(self) -> None:
+        """Wait for the ends; nothing is lost, doubled, reordered, or other than it would be."""
+        async with asyncio.timeout(60.0):
+            await asyncio.gather(*self._tasks)
+        for events in self.events:
+            assert [event.seq for event in events if hasattr(event, "seq")] == list(
+                range(len(events))
+            )
+            assert isinstance(events[0], StreamStarted)
+            assert isinstance(events[-1], StreamFinished)
+            assert events[-1].text_length == NUM_TOKENS
+            assert "".join(e.text for e in events if isinstance(e, Block)) == ANSWER
+
+    async def _read(self, engine: d2f_stream.Engine, events: list[Event]) -> None:
+        clock = asyncio.get_running_loop().time
+        session = engine.generate("hi", max_new_tokens=NUM_TOKENS)
+        then_s = clock()
+        async for event in session.events():
+            events.append(event)
+            self.longest_pause_s = max(self.longest_pause_s, clock() - then_s)
+            then_s = clock()
+
+
+async def test_answers_outlive_every_server_that_worked_for_them(servers: Servers) -> None:
+    one = await servers.start()
+    async with answering(servers) as answers:
+        await answers.wait_blocks(3)
+        two = await servers.start()
+        servers.proxy.cut()  # the readers go to the other server, the first works on
+        await answers.wait_blocks(3)
+        await one.kill()  # the readers' server takes over
+        await answers.wait_blocks(3)
+        await servers.start()
+        await two.kill()  # readers and work are lost at once
+    assert answers.longest_pause_s < 10.0
+
+
+async def test_server_that_is_told_to_end_leaves_its_answers_to_others(servers: Servers) -> None:
+    one = await servers.start()
+    async with answering(servers) as answers:
+        await answers.wait_blocks(3)
+        await servers.start()
+        for _ in range(2):  # the second ends at once what the first lets end
+            one.process.send_signal(signal.SIGTERM)
+        await one.process.wait()
+
+
+async def test_request_sent_again_elsewhere_goes_on_where_it_was(servers: Servers) -> None:
+    asked = request(params={"max_new_tokens": NUM_TOKENS})
+    one = await servers.start()
+    async with Peer.to(one) as peer:
+        await peer.hello()
+        await peer.send(asked)
+        first = await peer.started()
+        for _ in range(3):
+            assert isinstance(await peer.receive(), Block)
+        await one.kill()
+    two = await servers.start()
+    async with Peer.to(two) as peer, asyncio.timeout(20.0):
+        await peer.hello()
+        await peer.send(asked)
+        events = await peer.answer()
+        assert events[0] == first
+        assert "".join(e.text for e in events if isinstance(e, Block)) == ANSWER
+
+
+async def test_cancelled_stream_whose_worker_is_gone_ends_as_cancelled(servers: Servers) -> None:
+    one = await servers.start()
+    async with Peer.to(one) as peer:
+        await peer.hello()
+        stream = (await peer.generate(params={"max_new_tokens": 100_000})).stream
+        assert isinstance(await peer.receive(), Block)
+        await one.kill()
+    two = await servers.start()
+    async with Peer.to(two) as peer, asyncio.timeout(20.0):
+        await peer.hello()
+        await peer.cancel(stream)
+        await peer.resume(stream)
+        *_, last = await peer.answer()
+        assert isinstance(last, StreamFinished)
+        assert last.reason == "cancelled"
