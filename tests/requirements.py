@@ -31,3 +31,9 @@ def require_module(name: str) -> None:
     """Skip the test where a module is not installed; fail it where skips are forbidden."""
     if importlib.util.find_spec(name) is None:
         missing(f"{name} is not installed")
+
+
+def optional_module(name: str) -> None:
+    """Skip the test where a module is not installed that no environment of ours must have."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")

@@ -48,7 +48,13 @@ ROOMS: dict[str, set[str]] = {
     }
     | STREAMS,
     "d2f_stream.server.mqtt": STREAMS,
-    "d2f_stream.server": {"d2f_stream", "d2f_stream.api", "d2f_runtime.engine"}
+    "d2f_stream.cluster": {"d2f_stream", "d2f_stream.client", "d2f_runtime.engine"} | STREAMS,
+    "d2f_stream.server": {
+        "d2f_stream",
+        "d2f_stream.api",
+        "d2f_stream.cluster",
+        "d2f_runtime.engine",
+    }
     | STREAMS
     | {"d2f_stream.server." + n for n in ("openai", "ollama", "mqtt", "listening", "settings")},
     "d2f_stream.transformers_streamer": {CORE},

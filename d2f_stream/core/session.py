@@ -158,6 +158,11 @@ class Session:
         """The text committed so far, read or not."""
         return self._buffer.text
 
+    @property
+    def num_waiting(self) -> int:
+        """Events that can be read without waiting, drafts left out."""
+        return self._buffer.num_waiting
+
     def cancel(self) -> None:
         """Give the answer up; its slot is free within one step. Idempotent; from any thread.
 

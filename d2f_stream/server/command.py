@@ -14,6 +14,7 @@ from typing import Final
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest, MissingExtra
 from d2f_stream.core.limits import Limits
+from d2f_stream.core.session import Engine
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.options import add_options, limits_of, timeouts_of
 from d2f_stream.server.settings import ServeSettings
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         help="a folder, a .gguf file or a hub id (default: smollm2-135m-d2f, or word-problems)",
+    )
+    parser.add_argument(
+        "--engines",
+        metavar="URL",
+        help="serve the engines of a Ray cluster instead: ray:// is the one that this machine "
+        "belongs to, ray://HOST:PORT another",
     )
     parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
     parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
@@ -134,8 +141,6 @@ def run(args: argparse.Namespace) -> int:
         MissingExtra: a library is not installed.
         D2FError: the model cannot be loaded, or the address cannot be listened on.
     """
-    from d2f_runtime.engine.opening import open_engine
-
     try:
         from d2f_stream.server.listening.listener import check_address
         from d2f_stream.server.serve import configure_logging, serve
@@ -151,23 +156,40 @@ def run(args: argparse.Namespace) -> int:
     configure_logging(args.log_level)
 
     async def run_engine() -> int:
-        engine = open_engine(
-            args.model,
-            adapter=args.adapter,
-            backend=args.backend,
-            device=args.device,
-            quantization=args.quantization,
-            kv_tokens=args.kv_tokens,
-            family=args.family,
-            warm_up=args.warm_up,
-            limits=Limits(
-                max_prompt_tokens=settings.limits.max_prompt_tokens, may_narrow=args.may_narrow
-            ),
-        )
-        async with engine:
+        async with await _engine_of(args, settings) as engine:
             return await serve(engine, settings)
 
     return asyncio.run(run_engine())
+
+
+async def _engine_of(args: argparse.Namespace, settings: ServeSettings) -> Engine:
+    """Return the engine to serve: one of this process, or the engines of a cluster."""
+    if args.engines is not None:
+        if args.model is not None:
+            raise InvalidRequest(
+                "--engines and --model do not go together: the engines have a model already"
+            )
+        from d2f_stream.cluster.engines_url import EnginesUrl
+
+        url = EnginesUrl.parse(args.engines)
+        from d2f_stream.cluster.ray_calls import connect_engines
+
+        return await connect_engines(url, logs=settings.log is not None)
+    from d2f_runtime.engine.opening import open_engine
+
+    return open_engine(
+        args.model,
+        adapter=args.adapter,
+        backend=args.backend,
+        device=args.device,
+        quantization=args.quantization,
+        kv_tokens=args.kv_tokens,
+        family=args.family,
+        warm_up=args.warm_up,
+        limits=Limits(
+            max_prompt_tokens=settings.limits.max_prompt_tokens, may_narrow=args.may_narrow
+        ),
+    )
 
 
 def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> ServeSettings:

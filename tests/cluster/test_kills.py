@@ -7,20 +7,17 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-import d2f_stream
 from brokers import Proxy
-from d2f_stream.core.events import Block, Event, StreamFinished, StreamStarted
+from d2f_stream.core.events import Block, StreamFinished
+from outliving import ANSWER, NUM_TOKENS, answering
 from serving import Address, Peer, request
 from stores import ValkeyServer
 
 SCRIPT = Path(__file__).parent / "paced_server.py"
-NUM_TOKENS = 400
-ANSWER = ("on and " * NUM_TOKENS)[:NUM_TOKENS]
 _databases = itertools.cycle(range(16))
 
 
@@ -79,56 +76,9 @@ async def servers(store: ValkeyServer) -> AsyncIterator[Servers]:
             await chosen.close()
 
 
-@asynccontextmanager
-async def answering(servers: Servers) -> AsyncIterator["Answers"]:
-    """Sessions of the SDK behind the port, which read while the test goes on."""
-    async with d2f_stream.connect(servers.url) as engine:
-        answers = Answers(engine)
-        yield answers
-        await answers.check()
-
-
-class Answers:
-    def __init__(self, engine: d2f_stream.Engine, *, number: int = 8) -> None:
-        self.events: list[list[Event]] = [[] for _ in range(number)]
-        self.longest_pause_s = 0.0
-        self._tasks = [asyncio.create_task(self._read(engine, events)) for events in self.events]
-
-    async def wait_blocks(self, number: int) -> None:
-        """Wait until every answer has so many more blocks, or has ended."""
-        wanted = [len(events) + number for events in self.events]
-        while any(  # noqa: ASYNC110 - the events of many streams, none of which is waited for
-            len(events) < number and not task.done()
-            for events, number, task in zip(self.events, wanted, self._tasks, strict=True)
-        ):
-            await asyncio.sleep(0.005)
-
-    async def check(self) -> None:
-        """Wait for the ends; nothing is lost, doubled, reordered, or other than it would be."""
-        async with asyncio.timeout(60.0):
-            await asyncio.gather(*self._tasks)
-        for events in self.events:
-            assert [event.seq for event in events if hasattr(event, "seq")] == list(
-                range(len(events))
-            )
-            assert isinstance(events[0], StreamStarted)
-            assert isinstance(events[-1], StreamFinished)
-            assert events[-1].text_length == NUM_TOKENS
-            assert "".join(e.text for e in events if isinstance(e, Block)) == ANSWER
-
-    async def _read(self, engine: d2f_stream.Engine, events: list[Event]) -> None:
-        clock = asyncio.get_running_loop().time
-        session = engine.generate("hi", max_new_tokens=NUM_TOKENS)
-        then_s = clock()
-        async for event in session.events():
-            events.append(event)
-            self.longest_pause_s = max(self.longest_pause_s, clock() - then_s)
-            then_s = clock()
-
-
 async def test_answers_outlive_every_server_that_worked_for_them(servers: Servers) -> None:
     one = await servers.start()
-    async with answering(servers) as answers:
+    async with answering(servers.url) as answers:
         await answers.wait_blocks(3)
         two = await servers.start()
         servers.proxy.cut()  # the readers go to the other server, the first works on
@@ -142,7 +92,7 @@ async def test_answers_outlive_every_server_that_worked_for_them(servers: Server
 
 async def test_server_that_is_told_to_end_leaves_its_answers_to_others(servers: Servers) -> None:
     one = await servers.start()
-    async with answering(servers) as answers:
+    async with answering(servers.url) as answers:
         await answers.wait_blocks(3)
         await servers.start()
         for _ in range(2):  # the second ends at once what the first lets end

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from d2f_stream.core.events import Event
+from d2f_stream.core.events import Event, StreamNames
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Prompt
 from d2f_stream.server.streams.served_stream import ServedStream
@@ -33,6 +33,11 @@ class Work(Protocol):
     @property
     def stream_id(self) -> str:
         """The stream."""
+        ...
+
+    @property
+    def names(self) -> StreamNames:
+        """What the stream's events call it and its request, and whose it is."""
         ...
 
     @property
@@ -110,8 +115,11 @@ class StreamLog(Protocol):
         """
         ...
 
-    async def work(self, stream_id: str) -> Work | None:
+    async def work(self, stream_id: str, *, by_force: bool = False) -> Work | None:
         """Take the stream's lease; None where another worker has it, or the stream has ended.
+
+        By force, it is taken from a worker that is known to be dead. Were it alive, it could append
+        nothing more.
 
         Raises:
             StreamLost: there is no such stream.

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from d2f_stream.core.errors import StreamLost
-from d2f_stream.core.events import Event
+from d2f_stream.core.events import Event, StreamNames
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.shelf import Shelf
@@ -53,7 +53,7 @@ class MemoryLog:
         """
         return self._shelf.find(stream_id, client=client)
 
-    async def work(self, stream_id: str) -> "_Work | None":
+    async def work(self, stream_id: str, *, by_force: bool = False) -> "_Work | None":
         """Take the stream's lease; None where another worker has it, or the stream has ended.
 
         Raises:
@@ -62,7 +62,7 @@ class MemoryLog:
         stream = self._shelf.peek(stream_id)
         if stream is None:
             raise StreamLost(f"there is no stream {stream_id[:64]!r}")
-        if stream.has_terminal or stream_id in self._works:
+        if stream.has_terminal or (stream_id in self._works and not by_force):
             return None
         self._works[stream_id] = work = _Work(stream, self._works)
         return work
@@ -93,6 +93,11 @@ class _Work:
     @property
     def stream_id(self) -> str:
         return self._stream.id
+
+    @property
+    def names(self) -> StreamNames:
+        stream = self._stream
+        return StreamNames(stream.id, stream.request_id, stream.client)
 
     @property
     def events(self) -> Sequence[Event]:

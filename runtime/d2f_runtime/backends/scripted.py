@@ -5,6 +5,7 @@ token is one byte (`ByteCodec`), so texts with multi-byte characters meet partia
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,6 +132,7 @@ class ScriptedBackend:
         confidence: (answer position, step of the session) -> confidence; overrides tokens_per_step.
         capacity: tokens that all open slots hold together; None is unlimited.
         gate: holds each step until it is let through.
+        step_ms: how long each step takes at least.
         errors: raised instead of running the step of that number, from 0.
         open_slots: those not closed yet: empty after a test that leaks nothing.
         num_opened, num_closed, num_steps, num_warm_ups: counters since the beginning.
@@ -144,6 +146,7 @@ class ScriptedBackend:
     confidence: Confidence | None = None
     capacity: int | None = None
     gate: StepGate | None = None
+    step_ms: float = 0.0
     errors: Mapping[int, BaseException] = field(default_factory=dict)
     open_slots: dict[Slot, _SlotState] = field(default_factory=dict, init=False)
     num_opened: int = field(default=0, init=False)
@@ -160,6 +163,8 @@ class ScriptedBackend:
     def load(cls, path: Path) -> Self:
         """Read a folder's script.json: {"answers": text or {prompt: text}, "tokens_per_step": n}.
 
+        "step_ms" may stand there too.
+
         Raises:
             ModelNotFound: the folder has no script.json.
             ModelDamaged: it cannot be read.
@@ -168,10 +173,12 @@ class ScriptedBackend:
         if script is None:
             raise ModelNotFound(f"no script.json in {path}; a scripted model needs one")
         answers, tokens_per_step = script.get("answers"), script.get("tokens_per_step", 4)
-        if not isinstance(answers, str | dict) or not isinstance(tokens_per_step, int):
+        step_ms = script.get("step_ms", 0)
+        numbers = isinstance(tokens_per_step, int) and isinstance(step_ms, int | float)
+        if not isinstance(answers, str | dict) or not numbers:
             raise ModelDamaged(f"{path / 'script.json'} lacks answers, or has some of no use")
         info = replace(SCRIPTED_INFO, name=path.name)
-        return cls(answers, info=info, tokens_per_step=tokens_per_step)
+        return cls(answers, info=info, tokens_per_step=tokens_per_step, step_ms=step_ms)
 
     def check(self, params: GenerationParams) -> None:
         """Accept all settings: the script does not depend on them."""
@@ -207,6 +214,8 @@ class ScriptedBackend:
         self.batches.append(tuple(rows))
         if self.gate is not None:
             self.gate.pass_through()
+        if self.step_ms:
+            time.sleep(self.step_ms / 1000)
         if number in self.errors:
             raise self.errors[number]
         if len({row.slot for row in rows}) < len(rows):

@@ -167,11 +167,13 @@ class ValkeyLog:
             return self._shelf.find(stream_id, client=client)  # says that there is none
         return stream
 
-    async def work(self, stream_id: str) -> ValkeyWork | None:
+    async def work(self, stream_id: str, *, by_force: bool = False) -> ValkeyWork | None:
         """Take the stream's lease; None where another worker has it, or the stream has ended."""
         if stream_id in self.works:
             return None
-        taken = await self._script(scripts.TAKE, stream_id, self.holder, self.times.lease_ms)
+        taken = await self._script(
+            scripts.TAKE, stream_id, self.holder, self.times.lease_ms, int(by_force)
+        )
         if taken == -1:
             raise StreamLost(f"the log at {self.store.address} has no stream {stream_id[:64]!r}")
         if taken == 0:

@@ -64,12 +64,12 @@ return id
 """)
 
 TAKE: Final = Script("""
--- P, id, holder, lease ms. Returns 1 with the lease, 2 where the stream is cancelled, else 0; -1
--- where there is no such stream.
-local P, id, holder, lease_ms = unpack(ARGV)
+-- P, id, holder, lease ms, 1 to take it from another. Returns 1 with the lease, 2 where the stream
+-- is cancelled, else 0; -1 where there is no such stream.
+local P, id, holder, lease_ms, by_force = unpack(ARGV)
 if redis.call('EXISTS', P .. ':s:' .. id) == 0 then return -1 end
 local now = redis.call('GET', P .. ':l:' .. id)
-if now and now ~= holder and string.sub(now, 1, 1) ~= '?' then return 0 end
+if by_force == '0' and now and now ~= holder and string.sub(now, 1, 1) ~= '?' then return 0 end
 redis.call('SET', P .. ':l:' .. id, holder, 'PX', lease_ms)
 return 1 + redis.call('HEXISTS', P .. ':s:' .. id, 'cancelled')
 """)

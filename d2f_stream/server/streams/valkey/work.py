@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from d2f_stream.core.errors import LogUnavailable
-from d2f_stream.core.events import Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.core.events import Draft, Event, StreamFailed, StreamFinished, StreamNames
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey import scripts
 from d2f_stream.server.streams.valkey.keys import Fields, encoded
@@ -64,6 +64,11 @@ class ValkeyWork:
         self._num_bytes = sum(len(part) for part in fields if isinstance(part, bytes))
         self._cancel: Callable[[], None] | None = None
         self._cancelled = False
+
+    @property
+    def names(self) -> StreamNames:
+        """What the stream's events call it and its request, and whose it is."""
+        return StreamNames(self.stream_id, self._request_key.rpartition(":")[2], self._client)
 
     @property
     def events(self) -> Sequence[Event]:

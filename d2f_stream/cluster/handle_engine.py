@@ -1,0 +1,292 @@
+"""HandleEngine: an engine whose replicas are elsewhere, reached by calls. Knows nothing of Ray.
+
+A replica that is lost is replaced by another one, which goes on behind the blocks that were told:
+nothing is asked twice. Where servers share a log, a call carries no events: the replica appends
+them to the log, and whoever reads does so from there (`LoggingHandleEngine`).
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Final, Protocol, Self, Unpack, cast
+
+import msgspec
+
+from d2f_stream.client.remote import RemoteStream, new_request
+from d2f_stream.cluster.orders import (
+    AnswerOrder,
+    PromptOrder,
+    WorkOrder,
+    encode,
+    ids_of,
+    raise_refusal,
+    read_events,
+    read_facts,
+)
+from d2f_stream.core.buffer import EventBuffer
+from d2f_stream.core.errors import D2FError, EngineClosed, EngineFailed, PromptTooLong
+from d2f_stream.core.events import Block, StreamNames
+from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.session import Prompt, Session
+from d2f_stream.wire.protocol import ModelCard, Overrides, wire_prompt
+
+__all__ = ["Calls", "HandleEngine", "LoggingHandleEngine", "ReplicaLost"]
+
+logger = logging.getLogger("d2f_stream.cluster")
+
+BACKOFF_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
+"""Between attempts to have a lost replica's work gone on with; the last is for all later ones."""
+MAX_FAILURES: Final = 5
+"""Engines that may fail with one request, until it is held to be its own fault."""
+
+
+class ReplicaLost(Exception):
+    """The replica that a call went to is gone, or could not be reached."""
+
+
+class Calls(Protocol):
+    """Calls replicas: each call goes to whichever has most room, and waits where none has."""
+
+    async def call(self, method: str, data: bytes) -> bytes:
+        """Call a method of a `ReplicaWorker`. Safe to cancel.
+
+        Raises:
+            ReplicaLost: the replica died meanwhile.
+            D2FError: there are none, or the call failed.
+        """
+        ...
+
+    def stream(self, method: str, data: bytes) -> AsyncIterator[bytes]:
+        """Call one that yields. Closing it early ends it there too; raises as `call`."""
+        ...
+
+    async def close(self) -> None:
+        """Call nobody any more."""
+        ...
+
+
+class HandleEngine:
+    """An engine over replicas; an async context manager. Belongs to one event loop.
+
+    Args:
+        calls: how replicas are reached; closed with the engine.
+    """
+
+    logs = False
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._card: ModelCard | None = None
+        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def info(self) -> ModelCard:
+        """Facts about the model, once the engine was entered."""
+        if self._card is None:
+            raise RuntimeError("no replica has been asked yet; enter the engine with `async with`")
+        return self._card
+
+    @property
+    def defaults(self) -> GenerationParams:
+        """The parameters of a request that gives none."""
+        return self.info.params
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests are accepted."""
+        return not self._closing
+
+    def check_size(self, prompt: Prompt) -> None:
+        """Refuse token ids that are too many; only a replica can tell how many a text has."""
+        is_ids = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
+        if is_ids and len(prompt) > self.info.max_len:
+            raise PromptTooLong(len(prompt), 1, self.info.max_len)
+
+    async def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Return a prompt's ids, which generate() takes for it. Safe to cancel.
+
+        Raises:
+            InvalidPrompt: it is of no kind that is known, or its template refuses it.
+            PromptTooLong: the model cannot hold it.
+        """
+        self._check_open()
+        data = encode(PromptOrder(prompt=wire_prompt(prompt), raw=raw))
+        for attempt in _attempts():
+            try:
+                return ids_of(await self._calls.call("encode", data))
+            except ReplicaLost as lost:
+                await _back_off(attempt, "a prompt", lost)
+        raise AssertionError("there is always another attempt")
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: GenerationParams | None = None,
+        *,
+        names: StreamNames | None = None,
+        committed: Sequence[Block] = (),
+        raw: bool = False,
+        **overrides: Unpack[ParamOverrides],
+    ) -> Session:
+        """Start a request; the session streams its answer.
+
+        Args:
+            prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
+            params: instead of the model's defaults.
+            names: that the events carry.
+            committed: the blocks that another engine has told of this request, from the first on.
+            raw: take a string verbatim.
+            overrides: single fields, on top of either.
+
+        Raises:
+            InvalidRequest: parameters do not fit the model. What only a replica can tell, the
+                session's first await raises.
+            EngineClosed: the engine was closed.
+        """
+        self._check_open()
+        given = names or StreamNames.fresh()
+        request = new_request(prompt, params, overrides, defaults=self.defaults, raw=raw)
+        fields = _seeded(request.params, self.defaults)
+        request = msgspec.structs.replace(request, request_id=given.request, params=fields)
+        cancelled = asyncio.Event()
+        buffer = EventBuffer(cancel=cancelled.set, committed=committed)
+        stream = RemoteStream(request, buffer)
+        if committed:
+            stream.stream_id, stream.last_seq = given.stream, len(committed)
+        order = AnswerOrder(request=request, names=given, committed=tuple(committed))
+        task = asyncio.create_task(
+            self._run(order, stream, cancelled), name=f"d2f-handle-{given.stream}"
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return Session(buffer)
+
+    async def __aenter__(self) -> Self:
+        """Ask a replica what it serves. Safe to cancel.
+
+        Raises:
+            D2FError: no replica is there, or it cannot be worked with.
+        """
+        for attempt in _attempts():
+            try:
+                facts = read_facts(await self._calls.call("facts", b""), logs=self.logs)
+            except ReplicaLost as lost:
+                await _back_off(attempt, "the engine's facts", lost)
+                continue
+            self._card = facts.card
+            return self
+        raise AssertionError("there is always another attempt")
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End all sessions. Streams of a log go on without this process."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks))
+        await self._calls.close()
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise EngineClosed("the engine was closed; connect again")
+
+    async def _run(
+        self, order: AnswerOrder, stream: RemoteStream, cancelled: asyncio.Event
+    ) -> None:
+        """Bring an answer to its end, and a cancelled one to the end that readers wait for."""
+        answer = asyncio.create_task(self._answer(order, stream))
+        gone = asyncio.create_task(cancelled.wait())
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (answer, gone):
+                task.cancel()
+            await asyncio.wait((answer, gone))
+            if cancelled.is_set():
+                stream.end_cancelled()
+            elif answer.cancelled():
+                stream.fail(EngineClosed("the engine was closed"))
+            elif (error := answer.exception()) is not None:
+                stream.fail(error if isinstance(error, D2FError) else EngineFailed(repr(error)))
+
+    async def _answer(self, order: AnswerOrder, stream: RemoteStream) -> None:
+        blocks, num_failures = list(order.committed), 0
+        for attempt in _attempts():
+            told = msgspec.structs.replace(order, committed=tuple(blocks))
+            try:
+                async for data in self._calls.stream("answer", encode(told)):
+                    for event in read_events(data):
+                        if isinstance(event, Block) and event.index == len(blocks):
+                            blocks.append(event)
+                        stream.receive(event)
+                return
+            except ReplicaLost as lost:
+                await _back_off(attempt, f"stream {order.names.stream}", lost)
+            except (EngineFailed, EngineClosed) as error:
+                num_failures += 1
+                if num_failures == MAX_FAILURES:
+                    raise
+                await _back_off(attempt, f"stream {order.names.stream}", error)
+
+
+class LoggingHandleEngine(HandleEngine):
+    """A `HandleEngine` whose replicas append to the log that this server reads.
+
+    A `LoggingEngine`, as servers know it.
+    """
+
+    logs = True
+
+    async def work(self, stream_id: str, prompt: Prompt, overrides: ParamOverrides) -> None:
+        """Have a replica bring the stream to its end, from where the log has it. Safe to cancel.
+
+        Returns once the stream has ended or another worker has it; the work of a replica that is
+        lost is given to another one.
+
+        Raises:
+            D2FError: the request is refused, or one engine after the other has failed with it.
+        """
+        self._check_open()
+        assert not isinstance(prompt, str)  # encode() has read it
+        params = _seeded(msgspec.convert(overrides, Overrides), self.defaults)
+        order = WorkOrder(stream=stream_id, prompt=cast("Sequence[int]", prompt), params=params)
+        num_failures = 0
+        for attempt in _attempts():
+            try:
+                raise_refusal(await self._calls.call("work", encode(order)))
+            except ReplicaLost as lost:
+                order = msgspec.structs.replace(order, by_force=True)
+                await _back_off(attempt, f"stream {stream_id}", lost)
+            except (EngineFailed, EngineClosed) as error:
+                num_failures += 1
+                if num_failures == MAX_FAILURES:
+                    raise
+                await _back_off(attempt, f"stream {stream_id}", error)
+            else:
+                return
+
+
+def _attempts() -> Sequence[int]:
+    """Return the numbers of attempts: a replica that died is replaced sooner or later."""
+    return range(2**31)
+
+
+async def _back_off(attempt: int, what: str, why: Exception) -> None:
+    logger.warning("%s goes to another replica: %s", what, str(why).partition("\n")[0])
+    await asyncio.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+
+
+def _seeded(params: Overrides, defaults: GenerationParams) -> Overrides:
+    """Return parameters with a seed where something is drawn, for a second replica to go on."""
+    chosen = defaults.with_overrides(params.to_dict())
+    if chosen.temperature == 0 or chosen.seed is not None:
+        return params
+    return msgspec.structs.replace(params, seed=random.getrandbits(63))

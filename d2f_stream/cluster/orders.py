@@ -1,0 +1,173 @@
+"""What an ingress and a replica say to each other: bytes, so that Ray pickles nothing of ours."""
+
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+import d2f_stream
+from d2f_stream.core.errors import D2FError, ProtocolError, UnsupportedModel
+from d2f_stream.core.events import Block, Event, StreamNames
+from d2f_stream.wire.protocol import Generate, ModelCard, Overrides, RequestRejected, WirePrompt
+
+__all__ = [
+    "AnswerOrder",
+    "PromptOrder",
+    "ReplicaFacts",
+    "WorkOrder",
+    "decode",
+    "encode",
+    "ids_of",
+    "raise_refusal",
+    "read_events",
+    "read_facts",
+    "refusal",
+]
+
+T = TypeVar("T")
+
+MAP: Final = 0b1000
+"""What the first byte of a struct begins with in msgpack, and that of a list does not."""
+
+
+class WorkOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Bring a stream of the shared log to its end.
+
+    Attributes:
+        stream: its id.
+        prompt: token ids.
+        params: of the request.
+        by_force: whether its last worker is known to be dead, so that its lease need not run out.
+    """
+
+    stream: str
+    prompt: Sequence[int]
+    params: Overrides
+    by_force: bool = False
+
+
+class PromptOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Read a prompt.
+
+    Attributes:
+        prompt: as it was sent.
+        raw: whether a string is taken verbatim.
+    """
+
+    prompt: WirePrompt
+    raw: bool = False
+
+
+class AnswerOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer a request, behind the blocks that another replica has told.
+
+    Attributes:
+        request: what is asked.
+        names: that the events carry: stream, request, scope.
+        committed: the answer so far.
+    """
+
+    request: Generate
+    names: StreamNames
+    committed: tuple[Block, ...] = ()
+
+
+class ReplicaFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica tells of itself.
+
+    Attributes:
+        version: of d2f_stream; an ingress has the same.
+        card: of its model.
+        has_log: whether it appends to a log that servers share.
+    """
+
+    version: str
+    card: ModelCard
+    has_log: bool
+
+
+class _Version(msgspec.Struct):
+    version: str = "unknown"
+
+
+def encode(
+    order: PromptOrder | WorkOrder | AnswerOrder | ReplicaFacts | Sequence[Event | int],
+) -> bytes:
+    """Return what crosses."""
+    return msgspec.msgpack.encode(order)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Read an order.
+
+    Raises:
+        ProtocolError: it is none of this version.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ProtocolError(f"an order of another version of d2f_stream came: {error}") from error
+
+
+def read_events(data: bytes) -> list[Event]:
+    """Read events that a replica told.
+
+    Raises:
+        D2FError: it refused the request.
+    """
+    _check_refusal(data)
+    return decode(data, list[Event])
+
+
+def ids_of(data: bytes) -> list[int]:
+    """Read a prompt's ids.
+
+    Raises:
+        D2FError: it was refused.
+    """
+    _check_refusal(data)
+    return decode(data, list[int])
+
+
+def refusal(error: D2FError) -> bytes:
+    """Return what crosses of an error: exceptions made of values cannot be pickled."""
+    return msgspec.msgpack.encode(RequestRejected.of(error))
+
+
+def raise_refusal(data: bytes) -> None:
+    """Raise the error that a replica answered with, if it did.
+
+    Raises:
+        D2FError: it did.
+    """
+    _check_refusal(data)
+
+
+def read_facts(data: bytes, *, logs: bool) -> ReplicaFacts:
+    """Read what a replica tells of itself, and check that this process can work with it.
+
+    Args:
+        data: of the replica.
+        logs: whether this process reads its streams from a log.
+
+    Raises:
+        UnsupportedModel: the replica runs another version, or has no log where this process has.
+    """
+    theirs, ours = decode(data, _Version).version, d2f_stream.__version__
+    if theirs != ours:
+        raise UnsupportedModel(
+            f"the engines run d2f_stream {theirs} but this server is {ours}; install one version "
+            "on all machines, and deploy the engines again"
+        )
+    facts = decode(data, ReplicaFacts)
+    if logs and not facts.has_log:
+        raise UnsupportedModel(
+            "this server keeps its streams in a log, but the engines were deployed without one; "
+            "give both the same: log=URL to the engines, --log URL to the server"
+        )
+    return facts
+
+
+def _check_refusal(data: bytes) -> None:
+    if data and data[0] >> 4 == MAP:
+        raise decode(data, RequestRejected).error()
