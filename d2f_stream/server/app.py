@@ -51,6 +51,7 @@ CONTENT_TYPES: Final = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
     ".ts": "text/plain; charset=utf-8",  # types for editors; the system may call it video/mp2t
+    ".txt": "text/plain; charset=utf-8",
     ".webmanifest": "application/manifest+json",
 }
 """Ours, since a system's own table differs from machine to machine; others are not served."""

@@ -194,7 +194,12 @@ def test_axe_finds_no_fault_in_any_state(open_page: OpenPage, look: str) -> None
             expect(page.locator(".left-out")).to_be_visible()
             expect_idle(page)
 
+        def attached() -> None:
+            page.get_by_label("Text files for the question").set_input_files(__file__)
+            expect(page.locator(".attachment")).to_be_visible()
+
         def failed() -> None:
+            page.get_by_role("button", name="Remove ").click()
             ask(page, "why " * 1200)
             expect(page.get_by_role("alert")).to_be_visible()
 
@@ -217,8 +222,8 @@ def test_axe_finds_no_fault_in_any_state(open_page: OpenPage, look: str) -> None
             page.get_by_label("Block size").fill("900")
 
         states: list[Callable[[], None]] = [
-            *(lambda: expect_idle(page), in_progress, finished, edited, full, failed),
-            *(listed, renamed, told, configured),
+            *(lambda: expect_idle(page), in_progress, finished, edited, full, attached),
+            *(failed, listed, renamed, told, configured),
         ]
         for enter in states:
             enter()

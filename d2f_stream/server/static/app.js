@@ -1,15 +1,17 @@
 /** The chat page: joins the chats, the answers that are on their way and the connection. */
 
 import { RunningAnswer } from "./answer/running.js";
+import { Attachments } from "./ask/attachments.js";
 import { Composer } from "./ask/composer.js";
 import { use } from "./ask/context.js";
 import { showUse } from "./ask/meter.js";
+import { newChat, titleOf } from "./chats/chat.js";
 import { Conversation } from "./chats/conversation.js";
 import { Drawer } from "./chats/drawer.js";
 import { ChatList } from "./chats/list.js";
 import { ChatStore } from "./chats/store.js";
 import { askAgain, newTurn, reopen, startOver } from "./chats/turn.js";
-import { D2FClient, newRequestId } from "./d2f-client.js";
+import { D2FClient } from "./d2f-client.js";
 import { $ } from "./dom.js";
 import { showConnection, storedToken } from "./link.js";
 import { showModel } from "./model.js";
@@ -20,7 +22,6 @@ import { tell } from "./toast.js";
 import { ViewChoice } from "./view-choice.js";
 
 const ADDRESS = "#chat-"; // and the id of the chat that is open
-const LONGEST_TITLE = 60;
 
 const client = new D2FClient({
   url: Object.assign(new URL("v1/stream", location.href), {
@@ -49,7 +50,8 @@ const conversation = new Conversation($("conversation"), {
   attach,
   choose,
 });
-const composer = new Composer($("composer"), {
+const attachments = new Attachments($("attachments"), { changed: showContext, tell });
+const composer = new Composer($("composer"), attachments, {
   mode: () => (current() === undefined ? "send" : current().hasCome ? "skip" : "stop"),
   ask: (question) => ask(question),
   stop: () => current()?.stop(),
@@ -170,12 +172,6 @@ function choose(leaf) {
 
 // Chats.
 
-function newChat() {
-  const now = Date.now();
-  const empty = { title: "", system: "", params: {}, leaf: null };
-  return { id: newRequestId(), createdAt: now, updatedAt: now, ...empty };
-}
-
 /**
  * Open a chat; one that is not there, or null, is a new one.
  * @param {string | null} id
@@ -232,11 +228,6 @@ function forget(id) {
   }
 }
 
-function titleOf(question) {
-  const line = question.trim().split("\n")[0];
-  return line.length <= LONGEST_TITLE ? line : `${line.slice(0, LONGEST_TITLE - 1).trimEnd()}…`;
-}
-
 function showAddress(id) {
   const address = id === null ? location.pathname + location.search : ADDRESS + id;
   if (id === null ? location.hash.startsWith(ADDRESS) : location.hash !== address) {
@@ -285,6 +276,7 @@ $("reset").addEventListener("click", () => settings.reset());
 $("settings").addEventListener("click", (event) => {
   if (event.target === $("settings")) $("settings").close(); // the backdrop
 });
+attachments.watch($("attach"), $("attach-files"), $("prompt"));
 watchTheme($);
 watchDock($("dock"), $("to-end"));
 

@@ -7,6 +7,7 @@
 
 import { Announcer } from "./announcer.js";
 import { Player } from "./player.js";
+import { ThoughtSplit } from "./thought.js";
 import { charsOf, messagesFor, numToLeaveOut } from "../ask/context.js";
 import { apply, fail } from "../chats/turn.js";
 import { newRequestId } from "../d2f-client.js";
@@ -25,6 +26,7 @@ export class RunningAnswer {
   #view = null;
   /** @type {Announcer | null} */
   #announcer = null;
+  #split = new ThoughtSplit();
 
   /**
    * @param {object} options
@@ -45,6 +47,7 @@ export class RunningAnswer {
     this.#choice = choice;
     this.#on = on;
     this.#player = new Player((event) => this.#show(event), choice.pace);
+    this.#split.push(turn.text);
   }
 
   /** Whether all has come, and only the picture is behind. */
@@ -102,6 +105,7 @@ export class RunningAnswer {
       }
     }
     this.#on.save();
+    this.#announcer?.push(this.#split.end().answer);
     this.#announcer?.end();
     this.#player.push({ type: "end" }); // behind what is still to be shown
     this.#on.changed();
@@ -160,7 +164,7 @@ export class RunningAnswer {
       apply(turn, event);
       this.#on.save();
     }
-    if (event.type === "block.committed") this.#announcer?.push(event.text);
+    if (event.type === "block.committed") this.#announcer?.push(this.#split.push(event.text).answer);
     this.#player.push({ ...event, progress: turn.progress });
   }
 

@@ -12,6 +12,7 @@ import { MarkdownFeed } from "./feed.js";
 import { showFigures } from "./figures.js";
 import { Document } from "./markdown.js";
 import { patch } from "./patch.js";
+import { ThoughtSplit, ThoughtView } from "./thought.js";
 
 const REASONS = {
   length: "Cut off here: the answer reached its token limit.",
@@ -27,6 +28,9 @@ export class AnswerView {
   #feed = new MarkdownFeed();
   #document = new Document();
   #canvas = new Canvas();
+  #split = new ThoughtSplit();
+  /** @type {ThoughtView | null} */
+  #thought = null;
   /** @type {HTMLElement | null} */
   #open = null; // the element of the Markdown block that still grows
   #description; // what the model is for
@@ -72,6 +76,8 @@ export class AnswerView {
     this.root.removeAttribute("aria-busy");
     this.#canvas.erase();
     this.#canvas.root.remove();
+    this.#take(this.#split.end());
+    this.#thought?.end();
     for (const source of this.#feed.end()) this.#finish(source);
     showFigures(this.#figures, turn.progress);
     const silence = isSilent(turn) ? aboutSilence(turn.reason, this.#description) : "";
@@ -94,6 +100,23 @@ export class AnswerView {
   }
 
   #add(text) {
+    this.#take(this.#split.push(text));
+    if (!this.#canvas.isEmpty) this.#placeCanvas();
+  }
+
+  #take({ thought, answer }) {
+    if (thought || this.#split.isThinking) {
+      if (this.#thought === null) {
+        this.#thought = new ThoughtView();
+        this.#text.before(this.#thought.root);
+      }
+      this.#thought.push(thought);
+    }
+    if (!this.#split.isThinking) this.#thought?.end();
+    if (answer) this.#write(answer);
+  }
+
+  #write(text) {
     for (const source of this.#feed.push(text)) this.#finish(source);
     const { shown, isCode } = this.#feed;
     if (shown.trim()) {
@@ -103,7 +126,6 @@ export class AnswerView {
       this.#open.remove();
       this.#open = null;
     }
-    if (!this.#canvas.isEmpty) this.#placeCanvas();
   }
 
   #finish(source) {
@@ -121,6 +143,10 @@ export class AnswerView {
   }
 
   #placeCanvas() {
+    if (this.#split.isThinking && this.#thought !== null) {
+      this.#canvas.place(this.#thought.body, this.#thought.body, true);
+      return;
+    }
     this.#canvas.place(this.#text, this.#open, this.#feed.isInLine);
   }
 }

@@ -9,11 +9,13 @@ const ACTS = {
 export class Composer {
   #form;
   #field;
+  #attachments;
   #act;
 
-  /** `act` has mode() of ACTS, ask(question), stop() and typed(text). */
-  constructor(form, act) {
+  /** `attachments` go with the question; `act` has mode() of ACTS, ask(question), stop() and typed(). */
+  constructor(form, attachments, act) {
     this.#form = form;
+    this.#attachments = attachments;
     this.#field = form.querySelector("textarea");
     this.#act = act;
     form.addEventListener("submit", (event) => {
@@ -28,8 +30,9 @@ export class Composer {
     });
   }
 
+  /** The question as it would be asked. */
   get text() {
-    return this.#field.value;
+    return this.#attachments.into(this.#field.value.trim());
   }
 
   /** Put a text there, to be changed. */
@@ -56,10 +59,11 @@ export class Composer {
   }
 
   #submit() {
-    const question = this.#field.value.trim();
+    const question = this.text;
     if (this.#act.mode() !== "send") this.#act.stop();
     else if (question) {
       this.#field.value = "";
+      this.#attachments.clear();
       this.#changed();
       this.#act.ask(question);
     } else this.#field.focus();
@@ -68,6 +72,6 @@ export class Composer {
   #changed() {
     this.#field.style.height = "auto";
     this.#field.style.height = `${this.#field.scrollHeight}px`;
-    this.#act.typed(this.#field.value);
+    this.#act.typed();
   }
 }

@@ -5,6 +5,8 @@
  * this chat, and estimates what comes; the server has the last word.
  */
 
+import { answerOf } from "../answer/thought.js";
+
 const USUAL_RATE = 0.3; // tokens per character of English
 const ENOUGH = 100; // characters to learn from
 const PER_MESSAGE = 5; // tokens that a chat template puts around one
@@ -15,8 +17,8 @@ export function messagesFor(path, turn, system) {
   const messages = system.trim() ? [message("system", system)] : [];
   for (const past of path.slice(turn.numLeftOut)) {
     if (past === turn) break;
-    if (past.status !== "finished" || !past.text) continue;
-    messages.push(message("user", past.question), message("assistant", past.text));
+    const answer = past.status === "finished" ? answerOf(past.text) : "";
+    if (answer) messages.push(message("user", past.question), message("assistant", answer));
   }
   messages.push(message("user", turn.question));
   if (turn.text) messages.push(message("assistant", turn.text));

@@ -3,6 +3,7 @@
  * each. Holds the chat's records and asks the page (`act`) for all that needs more.
  */
 
+import { answerOf } from "../answer/thought.js";
 import { AnswerView } from "../answer/view.js";
 import { questionView } from "../ask/question.js";
 import { copyFor } from "../copy.js";
@@ -118,8 +119,9 @@ export class Conversation {
   #addActions(turn, view) {
     const actions = element("div", "actions");
     const whenIdle = (label, act) => button(label, () => !this.#act.isBusy() && act());
-    if (turn.text.trim()) {
-      const copy = button("Copy", () => copyFor(copy, turn.text.trim()));
+    const text = answerOf(turn.text).trim();
+    if (text) {
+      const copy = button("Copy", () => copyFor(copy, text));
       actions.append(copy);
     }
     if (turn.error) actions.append(whenIdle(...this.#remedy(turn)));
