@@ -1,8 +1,9 @@
 # Virtual environments of the scripts beside this file; sourced, not run.
 #
-# make_venv FOLDER PIP_ARGUMENTS... makes FOLDER with the newest Python >= 3.11 found and installs
-# into it, unless a stamp says that pyproject.toml, the place and the arguments are those of the
-# last time. It says what it does on stderr, and shows pip's output only where pip fails.
+# make_venv FOLDER PIP_ARGUMENTS... makes FOLDER with $PYTHON, otherwise with the newest Python found
+# that is at least 3.11, and installs into it, unless a stamp says that pyproject.toml, the place and
+# the arguments are those of the last time. It says what it does on stderr, and shows pip's output
+# only where pip fails.
 #
 # The calling script sets root, the folder of the checkout.
 # shellcheck shell=bash
@@ -15,7 +16,7 @@ say() {
 
 find_python() {
   local name
-  for name in python3.14 python3.13 python3.12 python3.11 python3 python; do
+  for name in ${PYTHON:+"$PYTHON"} python3.14 python3.13 python3.12 python3.11 python3 python; do
     if command -v "$name" >/dev/null &&
       "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$name"
