@@ -118,9 +118,7 @@ def test_experts_are_loaded_one_by_one(tmp_path: Path, stacked: bool) -> None:
     )  # fmt: skip
     assert largest > 30e6
     tiny, big = (f"{tmp_path / name}:{tmp_path / 'adapter' / name}" for name in ("tiny", "big"))
-    # Beside other busy processes it was up to twice as much in one run of five, and less again in
-    # the next. The loader does the same each time, so the least of three is what it needs.
-    assert min(beside(tiny, big) for _ in range(3)) < 1.2 * largest
+    assert beside(tiny, big) < 1.2 * largest  # no copy of the experts that are stored together
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")

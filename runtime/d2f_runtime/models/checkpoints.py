@@ -7,7 +7,7 @@ families, config.json has a model_type; see `families`. What is written is the f
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -173,10 +173,13 @@ def _read(
     for name, held in stored.tensors():
         parameter = stored.parameters[name]
         wanted = quantization if name.endswith(PROJECTION) else None
+        beside = shards.quantized.get(parameter.stored)
+        if beside is None and not _is_adapted(parameter, stored.adapter):
+            # cut out first: of a layer's experts in one tensor, no more than one is copied at once
+            held, parameter = parameter.part(held), replace(parameter, cut=None)
         tensor = held.to(device)  # converted there
         weight: StoredWeight = tensor
         kept = torch.float32 if ROUTER in name else dtype or held.dtype
-        beside = shards.quantized.get(parameter.stored)
         if beside is not None:
             if wanted not in (None, beside.kind):
                 raise UnsupportedModel(
@@ -191,6 +194,10 @@ def _read(
     return weights
 
 
+def _is_adapted(parameter: Parameter, adapter: Adapter | None) -> bool:
+    return adapter is not None and parameter.adapted in adapter.names
+
+
 def _converted(
     weight: StoredWeight,
     parameter: Parameter,
@@ -199,7 +206,7 @@ def _converted(
     quantization: str | None,
 ) -> StoredWeight:
     """Merge the adapter, cut the parameter out, return it dense in `dtype` or quantised."""
-    if adapter is not None and parameter.adapted in adapter.names:
+    if adapter is not None and _is_adapted(parameter, adapter):
         weight = adapter.merged(parameter.adapted, dense(weight, torch.float32))
     if parameter.cut is not None:
         weight = parameter.part(dense(weight, torch.float32))
