@@ -21,6 +21,7 @@ from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_runtime.models.fast_mixture import FastMixture
+from d2f_runtime.models.fast_transformer import REFERENCES
 from d2f_runtime.models.mixture import Mixture
 from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.published import read_published
@@ -264,7 +265,13 @@ def test_one_product_over_all_experts_is_the_same(name: str) -> None:
     assert isinstance(mixture, Mixture)
     for num_rows in (1, 2, 33, 256):
         rows = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(num_rows))
-        assert torch.allclose(FastMixture(mixture)(rows), mixture(rows), atol=1e-5)
+        parts = FastMixture(mixture, "none", torch.float32).parts(
+            rows,
+            torch.ones(num_rows, dtype=torch.int32),
+            route=REFERENCES.route,
+            through_experts=REFERENCES.through_experts,
+        )
+        assert torch.allclose(parts.sum(dim=0), mixture(rows), atol=1e-5)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -316,8 +323,8 @@ def test_mini_fits_16_gb_in_nf4(tmp_path: Path) -> None:
     choice = choose_runner(gpu, quantization="nf4", has_experts=True)
     assert choice.name == "plain"
     assert "nf4 experts as they are chosen" in choice.reason
-    with pytest.raises(UnsupportedModel, match="holds no experts in fp8"):
-        choose_runner(gpu, quantization="fp8", has_experts=True, wanted="fast")
+    with pytest.raises(UnsupportedModel, match="holds no experts in int8"):
+        choose_runner(gpu, quantization="int8", has_experts=True, wanted="fast")
     with pytest.raises(UnsupportedModel, match="fp8 needs the fast step"):
         choose_runner(gpu, quantization="fp8", has_experts=True)
 

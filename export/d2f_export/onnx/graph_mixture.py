@@ -15,8 +15,8 @@ from torch import Tensor
 
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.quantize import Linear
+from d2f_runtime.kernels.routing import SMALLEST
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.mixture import SMALLEST
 from d2f_runtime.models.mixture_config import MixtureConfig
 
 __all__ = ["add_mixture"]

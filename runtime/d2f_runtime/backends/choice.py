@@ -104,10 +104,8 @@ def choose_runner(
     Raises:
         UnsupportedModel: what is wanted, or the step that the quantization needs, cannot be had.
     """
-    if wanted == "fast" and has_experts and quantization in ("fp8", *LOW_BIT):
-        raise UnsupportedModel(
-            f"the fast step holds no experts in {quantization}; use bf16 or fp32"
-        )
+    if wanted == "fast" and has_experts and quantization == "int8":
+        raise UnsupportedModel("the fast step holds no experts in int8; use nf4, fp8 or bf16")
     if wanted == "fast" and device.capability is None:
         return Choice("fast", "asked for")  # for tests: the same code over the kernels' references
     obstacle = _obstacle(device, quantization, head_dim)

@@ -88,7 +88,7 @@ def pack_layer(
         head_norms=norms,
         out=packed_of(stored_weight(attention.o_proj)),
         ffn_norm=layer.post_attention_layernorm.weight.detach(),
-        feed_forward=_packed_feed_forward(layer.mlp, packed_of, dtype),
+        feed_forward=_packed_feed_forward(layer.mlp, packed_of, quantization, dtype),
         draft=None if draft is None else _merged_draft(draft, config, index),
     )
     if consume:
@@ -99,10 +99,11 @@ def pack_layer(
 def _packed_feed_forward(
     mlp: FeedForward | Mixture,
     packed_of: Callable[[StoredWeight], PackedLinear],
+    quantization: str,
     dtype: torch.dtype,
 ) -> FastFeedForward | FastMixture:
     if isinstance(mlp, Mixture):
-        return FastMixture(mlp)
+        return FastMixture(mlp, quantization, dtype)
     gate_and_up = [stored_weight(projection) for projection in (mlp.gate_proj, mlp.up_proj)]
     return FastFeedForward(
         packed_of(join_outputs(gate_and_up, gate.interleave, dtype)),

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2f_runtime.kernels import attention, drafted, fetch, gate, head, norm, rope
+from d2f_runtime.kernels import (
+    attention,
+    drafted,
+    experts,
+    fetch,
+    gate,
+    head,
+    norm,
+    rope,
+    routing,
+)
 from d2f_runtime.kernels.activation import Activation, quantise, quantise_rows
 from d2f_runtime.kernels.sampling import FORBIDDEN, ids_on
 from d2f_runtime.models.config import TransformerConfig
@@ -43,6 +53,8 @@ class Ops:
     best_tokens: Callable[..., Tensor]
     fetch: Callable[[Tensor, Tensor], None]
     drafted: Callable[..., Tensor]
+    route: Callable[..., routing.Routes]
+    through_experts: Callable[..., Tensor]
 
 
 KERNELS = Ops(
@@ -54,6 +66,8 @@ KERNELS = Ops(
     head.best_tokens,
     fetch.fetch,
     drafted.drafted_product,
+    routing.route,
+    experts.through_experts,
 )
 REFERENCES = Ops(
     norm.residual_norm_reference,
@@ -64,6 +78,8 @@ REFERENCES = Ops(
     head.best_tokens_reference,
     fetch.fetch_reference,
     drafted.drafted_product_reference,
+    routing.route_reference,
+    experts.through_experts_reference,
 )
 
 
@@ -189,7 +205,12 @@ class FastTransformer:
             inner = layer.feed_forward
             if isinstance(inner, FastMixture):
                 x, rows = ops.residual_norm(x, parts, layer.ffn_norm, eps)
-                parts = inner(rows.values)[None]
+                parts = inner.parts(
+                    rows.values,
+                    step.visible,
+                    route=ops.route,
+                    through_experts=ops.through_experts,
+                )
                 continue
             x, rows = ops.residual_norm(
                 x, parts, layer.ffn_norm, eps, quantise=inner.gate_up.takes_fp8

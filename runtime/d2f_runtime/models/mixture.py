@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2f_runtime.kernels.routing import choose_reference
 from d2f_runtime.models.draft_adapter import LayerDraft
 from d2f_runtime.models.feed_forward import FeedForward
 from d2f_runtime.models.mixture_config import MixtureConfig
 
 __all__ = ["Mixture", "Router", "sort_by_expert"]
-
-SMALLEST = 1e-20  # of the sum that sigmoids' weights are divided by
 
 
 class Router(nn.Module):
@@ -34,26 +33,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return which experts the rows [M, D] go to, [M, C] int64, and their weights, fp32."""
-        config = self.config
         logits = F.linear(x.float(), self.weight.float())
-        scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(dim=-1)
-        ranking = scores if self.bias is None else scores + self.bias.float()
-        if config.num_groups > 1:
-            ranking = self._of_kept_groups(ranking)
-        chosen = ranking.topk(config.num_chosen, dim=-1).indices
-        weights = scores.gather(-1, chosen)
-        if config.normalised:
-            smallest = SMALLEST if config.scoring == "sigmoid" else 0.0
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + smallest)
-        return chosen, weights * config.scale
-
-    def _of_kept_groups(self, ranking: Tensor) -> Tensor:
-        config = self.config
-        groups = ranking.view(len(ranking), config.num_groups, -1)  # [M, groups, E / groups]
-        best = groups.topk(2, dim=-1).values.sum(dim=-1)
-        kept = torch.zeros_like(best, dtype=torch.bool)
-        kept.scatter_(-1, best.topk(config.num_kept_groups, dim=-1).indices, True)
-        return groups.masked_fill(~kept[..., None], -torch.inf).view_as(ranking)
+        return choose_reference(logits, self.bias, self.config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = {name: parameter.data for name, parameter in self.named_parameters()}
