@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab.bench import mixture_command
 from lab.records import command_of, write_record
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     _add_steps(steps)
     step = commands.add_parser("step", help="time of a step of large models, random weights")
     _add_step(step)
+    mixture = commands.add_parser("mixture", help="time of a step with experts, random weights")
+    mixture_command.add_arguments(mixture)
+    mixture.set_defaults(run=lambda given: mixture_command.run(given, partial(_note, given)))
     _add_sweep(commands.add_parser("sweep", help="score against tokens per step over settings"))
 
     footprint = commands.add_parser("footprint", help="sizes, memory and start of the edge extra")
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     attacks.add_argument("--part", action="append", help="only this part; repeat")
     attacks.set_defaults(run=_attacks)
 
-    for command in (stream, overhead, steps, step, footprint, serving, attacks):
+    for command in (stream, overhead, steps, step, mixture, footprint, serving, attacks):
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
     if arguments.run is _sweep:

@@ -21,7 +21,7 @@ from lab.bench.step_engine import time_engine
 from lab.bench.step_models import SHAPES, floor_bytes, random_model
 from lab.records import spread
 
-__all__ = ["StepSettings", "time_steps"]
+__all__ = ["StepSettings", "device_times", "fill_cache", "slot_of", "time_steps"]
 
 WIDTHS = (1, 16, 32, 64, 128, 160, 256)
 BLOCK = 32
@@ -171,7 +171,8 @@ def _row(backend: TorchBackend, slot: Slot, width: int, cached: int) -> StepRow:
 
 
 @contextmanager
-def _slot(backend: TorchBackend, capacity: int) -> Iterator[Slot]:
+def slot_of(backend: TorchBackend, capacity: int) -> Iterator[Slot]:
+    """Open a slot for a while."""
     slot = backend.open_slot(capacity)
     try:
         yield slot
@@ -179,7 +180,8 @@ def _slot(backend: TorchBackend, capacity: int) -> Iterator[Slot]:
         backend.close_slot(slot)
 
 
-def _cache(backend: TorchBackend, slot: Slot, number: int) -> None:
+def fill_cache(backend: TorchBackend, slot: Slot, number: int) -> None:
+    """Cache so many tokens as a prompt."""
     tokens = tuple(10 + i % 100 for i in range(number))
     stops: tuple[int, ...] = (number,)
     if backend.info.prompt_attention == "causal":
@@ -193,8 +195,8 @@ def _window(backend: TorchBackend, width: int, settings: StepSettings) -> dict[s
     found: dict[str, Any] = {}
     runner = backend._runner
     bucket = bucket_for(width, 1)
-    with _slot(backend, cached + width + 1) as slot:
-        _cache(backend, slot, cached)
+    with slot_of(backend, cached + width + 1) as slot:
+        fill_cache(backend, slot, cached)
         row = _row(backend, slot, width, cached)
         for _ in range(5):
             backend.step([row])
@@ -206,11 +208,11 @@ def _window(backend: TorchBackend, width: int, settings: StepSettings) -> dict[s
         found["backend_ms"] = spread(walls)
         if isinstance(runner, FastRunner) and bucket is not None and settings.device != "cpu":
             found["bucket"] = bucket.rows
-            found["device_ms"] = spread(_device_times(lambda: runner.replay(bucket)))
+            found["device_ms"] = spread(device_times(lambda: runner.replay(bucket)))
     return found
 
 
-def _device_times(launch: Callable[[], object], number: int = 50) -> list[float]:
+def device_times(launch: Callable[[], object], number: int = 50) -> list[float]:
     """Return milliseconds on the device between events, launches queued behind one another."""
     events: list[torch.cuda.Event] = [
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -233,8 +235,8 @@ def _breakdown(backend: TorchBackend, width: int, cached: int) -> dict[str, Any]
     if not isinstance(runner, FastRunner) or bucket is None:
         return {}
     number = 5
-    with _slot(backend, cached + width + 1) as slot:
-        _cache(backend, slot, cached)
+    with slot_of(backend, cached + width + 1) as slot:
+        fill_cache(backend, slot, cached)
         backend.step([_row(backend, slot, width, cached)])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(number):
@@ -258,10 +260,10 @@ def _prefill(backend: TorchBackend, number: int) -> dict[str, Any]:
     """Time a prompt and compare with the matrix rate."""
     number = min(number, backend.info.max_len)
     walls = []
-    with _slot(backend, number) as slot:
+    with slot_of(backend, number) as slot:
         for _ in range(6):
             began = time.perf_counter()
-            _cache(backend, slot, number)
+            fill_cache(backend, slot, number)
             walls.append((time.perf_counter() - began) * 1e3)
     config = SHAPES[backend.info.name]
     size, heads = config.hidden_size, config.num_heads + config.num_kv_heads
@@ -276,5 +278,5 @@ def _prefill(backend: TorchBackend, number: int) -> dict[str, Any]:
 def _matrix_rate() -> float:
     """Return Tflop/s of a large bf16 product."""
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    times = _device_times(lambda: torch.mm(a, b), 20)
+    times = device_times(lambda: torch.mm(a, b), 20)
     return 2 * 8192**3 / spread(times)["median"] / 1e9

@@ -13,6 +13,7 @@ from torch import nn
 
 from d2f_runtime.backends.choice import weight_bytes
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.int8 import Int8Weight
 from d2f_runtime.quantization.nf4 import BLOCK, Nf4Weight
@@ -105,6 +106,37 @@ _LLAMA_70B: Final = replace(
     mask_id=128254,
     eos_ids=(128255,),
 )
+_LLADA2_MINI: Final = replace(
+    _LLADA,
+    family="llada2",
+    vocab_size=157184,
+    num_tokens=156892,
+    hidden_size=2048,
+    num_layers=20,
+    num_heads=16,
+    num_kv_heads=4,
+    ffn_size=5120,
+    mask_id=156895,
+    eos_ids=(156892,),
+    rope_theta=600_000.0,
+    norm_eps=1e-6,
+    qk_norm=True,
+    rotary_dim=64,
+    prompt_attention="grid",
+    native_block_size=32,
+    mixture=MixtureConfig(
+        num_experts=256,
+        num_chosen=8,
+        ffn_size=512,
+        scoring="sigmoid",
+        has_bias=True,
+        num_groups=8,
+        num_kept_groups=4,
+        scale=2.5,
+        shared_size=512,
+        dense_layers=(0,),
+    ),
+)
 _TINY: Final = replace(
     _LLADA,
     vocab_size=512,
@@ -119,6 +151,33 @@ _TINY: Final = replace(
     eos_ids=(500,),
     max_len=512,
 )
+_TINY_MIXTURE: Final = replace(
+    _LLADA2_MINI,
+    vocab_size=512,
+    num_tokens=500,
+    hidden_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_size=128,
+    mask_id=3,
+    eos_ids=(500,),
+    rotary_dim=8,
+    max_len=512,
+    mixture=MixtureConfig(
+        num_experts=8,
+        num_chosen=2,
+        ffn_size=64,
+        scoring="sigmoid",
+        has_bias=True,
+        num_groups=4,
+        num_kept_groups=2,
+        scale=2.5,
+        shared_size=64,
+        dense_layers=(0,),
+    ),
+)
 SHAPES: Final[Mapping[str, TransformerConfig]] = {
     "llada-8b": _LLADA,
     "dream-7b": _DREAM,
@@ -126,7 +185,9 @@ SHAPES: Final[Mapping[str, TransformerConfig]] = {
     "qwen-1.5b": _QWEN_1_5B,
     "32b": _QWEN_32B,
     "70b": _LLAMA_70B,
+    "llada2-mini": _LLADA2_MINI,
     "tiny": _TINY,
+    "tiny-mixture": _TINY_MIXTURE,
 }
 
 
