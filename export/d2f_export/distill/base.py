@@ -28,6 +28,7 @@ class Base:
     Attributes:
         name: for people, and what an adapter names as its base.
         folder: of the checkpoint.
+        family: that was said, where its files do not tell.
         config: of the model.
         layout: of the checkpoint's names; None is this project's own.
         codec: its tokenizer.
@@ -37,6 +38,7 @@ class Base:
 
     name: str
     folder: Path
+    family: str | None
     config: TransformerConfig
     layout: Layout | None
     codec: Tokenizer
@@ -49,7 +51,7 @@ class Base:
         return "drop" if self.config.family == "llada" else "cut"
 
 
-def open_base(model: str) -> Base:
+def open_base(model: str, *, family: str | None = None) -> Base:
     """Find a model, fetching it where it is on the hub; weights are not read yet.
 
     Raises:
@@ -59,8 +61,8 @@ def open_base(model: str) -> Base:
     """
     source = locate(model)
     folder = fetch_description(source) if isinstance(source, HubModel) else source
-    config = read_config(folder)
-    published = find_published(folder)
+    config = read_config(folder, family=family)
+    published = find_published(folder, family=family)
     if config.family not in TEACHERS or config.prompt_attention != "full":
         raise UnsupportedModel(
             f"{model} is a {config.family} model, but a teacher must see the whole canvas: "
@@ -73,6 +75,7 @@ def open_base(model: str) -> Base:
     return Base(
         name=str(source) if isinstance(source, HubModel) else model,
         folder=folder,
+        family=family,
         config=config,
         layout=None if published is None else published.family.layout,
         codec=codec,

@@ -73,7 +73,7 @@ def distill(
     folder = RunFolder(output)
     if is_finished(folder, settings, patience=settings.patience, console=show):
         return output
-    base = open_base(settings.model)
+    base = open_base(settings.model, family=settings.family)
     if settings.length > base.config.max_len:
         raise InvalidRequest(
             f"length is {settings.length} but {base.name} holds {base.config.max_len} tokens; "
@@ -184,7 +184,9 @@ def _loaded(settings: DistillSettings, base: Base, accelerator: Any, compute: Co
     """Load the weights onto the device."""
 
     def load(dtype: torch.dtype) -> Transformer:
-        return load_checkpoint(base.folder, device=accelerator.device, dtype=dtype)
+        return load_checkpoint(
+            base.folder, family=base.family, device=accelerator.device, dtype=dtype
+        )
 
     student = load(torch.float32 if settings.full else compute.dtype)
     teacher = None

@@ -93,6 +93,7 @@ def write_artefact(
     target: Target = "cpu",
     quantization: Quantization | None = None,
     adapter: Path | None = None,
+    family: str | None = None,
     window: int = 64,
     capacity: int = 512,
 ) -> Manifest:
@@ -110,6 +111,7 @@ def write_artefact(
         quantization: of the weights; None is the target's.
         adapter: folder of a LoRA adapter to merge, or of a draft adapter, which the graph keeps
             beside the base.
+        family: which the model is of, where its files do not tell; see `family_of`.
         window: positions of the narrower graph for "device"; the other one holds `capacity`.
         capacity: prompt and answer for "device", tokens.
 
@@ -124,7 +126,7 @@ def write_artefact(
     quantization = quantization or QUANTIZATION_OF[target]
     if quantization not in QUANTIZATIONS:
         raise InvalidParams("quantize", quantization, f"one of {', '.join(QUANTIZATIONS)}")
-    checkpoint = Checkpoint(checkpoint_folder, adapter=adapter)
+    checkpoint = Checkpoint(checkpoint_folder, adapter=adapter, family=family)
     config = checkpoint.config
     capacity = min(capacity, config.max_len)
     if not 1 <= window <= capacity:

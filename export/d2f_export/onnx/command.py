@@ -40,7 +40,7 @@ def run_export(argv: Sequence[str]) -> int:
     training = TrainingInfo(command=arguments.training, figures=arguments.figures)
     description = Description(
         name=arguments.name or name,
-        defaults=arguments.defaults or _defaults(checkpoint, adapter),
+        defaults=arguments.defaults or _defaults(checkpoint, adapter, arguments.family),
         training=training if arguments.training or arguments.figures else None,
         about=About(
             description=arguments.description,
@@ -57,6 +57,7 @@ def run_export(argv: Sequence[str]) -> int:
         target=arguments.target,
         quantization=arguments.quantize,
         adapter=adapter,
+        family=arguments.family,
         window=arguments.window,
         capacity=arguments.capacity,
     )
@@ -89,6 +90,7 @@ def run_verify(argv: Sequence[str]) -> int:
         codec,
         checkpoint=None if arguments.model is None else _fetched(arguments.model)[0],
         adapter=None if arguments.adapter is None else _fetched(arguments.adapter)[0],
+        family=arguments.family,
         device=arguments.device,
         num_compared=arguments.compared,
     )
@@ -108,6 +110,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
     )
+    parser.add_argument("--family", metavar="NAME", help="where the model's files do not tell it")
     parser.add_argument(
         "--target",
         choices=("cpu", "cuda", "device"),
@@ -143,6 +146,7 @@ def verify_parser() -> argparse.ArgumentParser:
     parser.add_argument("artefact", type=Path, help="the exported folder")
     parser.add_argument("--model", help="the checkpoint; without it only the files are checked")
     parser.add_argument("--adapter", help="that was exported with it")
+    parser.add_argument("--family", metavar="NAME", help="that it was exported with")
     parser.add_argument(
         "--questions", type=Path, help="JSON lines with prompt or messages, and ending to be scored"
     )
@@ -216,7 +220,7 @@ def _fetched(model: str) -> tuple[Path, str]:
     return source, source.name
 
 
-def _defaults(checkpoint: Path, adapter: Path | None) -> "Defaults":
+def _defaults(checkpoint: Path, adapter: Path | None, family: str | None) -> "Defaults":
     """Return a published model's own request defaults, or those of its folder's manifest."""
     from d2f_runtime.models.draft_facts import DraftFacts
     from d2f_runtime.models.manifest import FILE_NAME, read_manifest
@@ -225,7 +229,7 @@ def _defaults(checkpoint: Path, adapter: Path | None) -> "Defaults":
     draft = None if adapter is None else DraftFacts.read(adapter)
     if (checkpoint / FILE_NAME).is_file() and draft is None:
         return read_manifest(checkpoint).defaults
-    published = find_published(checkpoint)
+    published = find_published(checkpoint, family=family)
     params = GenerationParams()
     if published is not None:
         params = published.defaults(adapted=adapter is not None)

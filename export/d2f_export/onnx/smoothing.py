@@ -28,15 +28,16 @@ SMALLEST: Final = 1e-5
 
 
 @torch.no_grad()
-def smoothing_of(folder: Path) -> dict[str, Tensor]:
+def smoothing_of(folder: Path, *, family: str | None = None) -> dict[str, Tensor]:
     """Return the factors [D] behind the norms, by names such as "layers.0.input_layernorm".
 
     Loads the model in fp32.
 
     Args:
         folder: of the checkpoint, or a GGUF file.
+        family: which it is, where its files do not tell.
     """
-    model = load_checkpoint(folder, dtype=torch.float32)
+    model = load_checkpoint(folder, family=family, dtype=torch.float32)
     largest: dict[str, Tensor] = {}
 
     def note(name: str, rows: Tensor) -> None:

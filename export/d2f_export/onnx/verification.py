@@ -17,6 +17,7 @@ from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.evaluation.answers import decode_all
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.manifest import Manifest, read_manifest, verify_files
+from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.errors import EngineFailed, InvalidRequest, PromptTooLong
 from d2f_stream.core.params import GenerationParams
@@ -102,6 +103,7 @@ def verify_artefact(
     *,
     checkpoint: Path | None,
     adapter: Path | None = None,
+    family: str | None = None,
     device: str = "cpu",
     num_compared: int = 80,
 ) -> Verification:
@@ -113,6 +115,7 @@ def verify_artefact(
         codec: of the artefact.
         checkpoint: that the artefact was made of; None compares nothing.
         adapter: that was merged in.
+        family: of the checkpoint, where its files do not tell.
         device: of the artefact; the checkpoint runs on the CPU in fp32.
         num_compared: so many questions are decoded step by step with both.
 
@@ -132,9 +135,10 @@ def verify_artefact(
         startup = first_block(folder, device, questions[0].prompt)
         found = Verification(_artefact(manifest), startup)
         if checkpoint is not None:
-            _compare(
-                found, candidate, manifest, questions, codec, checkpoint, adapter, num_compared
-            )
+            import torch
+
+            model = load_checkpoint(checkpoint, adapter=adapter, family=family, dtype=torch.float32)
+            _compare(found, candidate, manifest, questions, codec, model, num_compared)
     finally:
         candidate.close()
     return found
@@ -215,13 +219,9 @@ def _compare(
     manifest: Manifest,
     questions: Sequence[Question],
     codec: TextCodec,
-    checkpoint: Path,
-    adapter: Path | None,
+    model: Transformer,
     num_compared: int,
 ) -> None:
-    import torch
-
-    model = load_checkpoint(checkpoint, adapter=adapter, dtype=torch.float32)
     params = manifest.params_for(candidate.info.device)
     params = params.with_overrides({"temperature": 0.0})
     prompts = [question.prompt for question in questions]

@@ -41,6 +41,7 @@ class Checkpoint:
     Args:
         folder: in this project's layout or a published one.
         adapter: folder of a LoRA adapter to merge, or of a draft adapter.
+        family: which it is, where its files do not tell; see `family_of`.
 
     Raises:
         ModelNotFound: a folder or one of its files is missing.
@@ -48,13 +49,17 @@ class Checkpoint:
         UnsupportedModel: config, weights or adapter are not for this build or for each other.
     """
 
-    def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, adapter: Path | None = None, family: str | None = None
+    ) -> None:
         facts = None if adapter is None else DraftFacts.read(adapter)
-        self._stored = StoredWeights.open(folder, adapter=adapter if facts is None else None)
+        self._stored = StoredWeights.open(
+            folder, adapter=adapter if facts is None else None, family=family
+        )
         self.config: TransformerConfig = self._stored.config
         self._draft: DraftAdapter | None = None
         self._has_mask = facts is None or facts.mask_id is not None
-        self._folder = folder
+        self._folder, self._family = folder, family
         self._smoothing: dict[str, Tensor] | None = None
         if facts is not None and adapter is not None:
             self.config = facts.adapted(self.config)
@@ -107,7 +112,7 @@ class Checkpoint:
     def _factors(self, norm: str) -> Tensor:
         """Return the factors behind a norm; the first call runs the model."""
         if self._smoothing is None:
-            self._smoothing = smoothing_of(self._folder)
+            self._smoothing = smoothing_of(self._folder, family=self._family)
         return self._smoothing[norm]
 
 

@@ -167,11 +167,12 @@ def open_shards(
     return published.config, published, weights
 
 
-def read_config(path: Path) -> TransformerConfig:
+def read_config(path: Path, *, family: str | None = None) -> TransformerConfig:
     """Read a model's config; of a published one, also what names its mask and EOS.
 
     Args:
         path: of a folder or a GGUF file.
+        family: which it is, where its files do not tell; see `family_of`.
 
     Raises:
         ModelNotFound: no such folder or file.
@@ -179,7 +180,7 @@ def read_config(path: Path) -> TransformerConfig:
         UnsupportedModel: it is of a family or holds a key that this build does not know, or lacks
             one.
     """
-    published = find_published(path)
+    published = find_published(path, family=family)
     return _own_config(path) if published is None else published.config
 
 

@@ -26,12 +26,14 @@ class ArBase:
     Attributes:
         name: for people, and what an adapter names as its base.
         path: of the folder or the GGUF file.
+        family: that was said, where its files do not tell.
         config: of the model.
         codec: its tokenizer.
     """
 
     name: str
     path: Path
+    family: str | None
     config: TransformerConfig
     codec: Tokenizer
 
@@ -58,7 +60,7 @@ class ArBase:
         return digest.hexdigest()
 
 
-def open_ar_base(model: str) -> ArBase:
+def open_ar_base(model: str, *, family: str | None = None) -> ArBase:
     """Find an autoregressive model, fetching it where it is on the hub; no weights are read yet.
 
     Raises:
@@ -68,7 +70,7 @@ def open_ar_base(model: str) -> ArBase:
     """
     source = locate(model)
     path = fetch_description(source) if isinstance(source, HubModel) else source
-    config = read_config(path)
+    config = read_config(path, family=family)
     if config.drafts_in_place:
         raise UnsupportedModel(
             f"{model} is a {config.family} model, which denoises blocks already; --from-ar takes "
@@ -85,7 +87,7 @@ def open_ar_base(model: str) -> ArBase:
     name = (
         str(source) if isinstance(source, HubModel) else path.stem if is_gguf(path) else path.name
     )
-    return ArBase(name, path, config, codec)
+    return ArBase(name, path, family, config, codec)
 
 
 def free_mask_id(base: ArBase) -> int:

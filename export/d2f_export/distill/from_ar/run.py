@@ -61,7 +61,7 @@ def train_draft(
         ModelError: the base cannot be used.
         D2FError: a checkpoint cannot be written.
     """
-    base = open_ar_base(settings.from_ar)
+    base = open_ar_base(settings.from_ar, family=settings.family)
     first = None
     if settings.from_adapter is not None:
         first = read_adapter(Path(settings.from_adapter), base.config)
@@ -80,7 +80,7 @@ def train_draft(
         check_draft_fits(plan, available_bytes(device), settings)
         if rank == 0:
             _claim(output, settings)
-        model = load_checkpoint(base.path, device="cpu", dtype=torch.float32)
+        model = load_checkpoint(base.path, family=base.family, device="cpu", dtype=torch.float32)
         training = Training(
             settings, model, mask_id=mask_id, device=device, rank=rank, num_ranks=num_ranks
         )

@@ -49,7 +49,7 @@ def write_data(
         raise InvalidRequest(f"the output is {output}, but its name must end with {SUFFIX}")
     if output.exists():
         raise InvalidRequest(f"{output} exists; choose another name, or remove it")
-    base = open_ar_base(settings.model)
+    base = open_ar_base(settings.model, family=settings.family)
     if settings.length > base.config.max_len:
         raise InvalidRequest(
             f"length is {settings.length} but {base.name} holds {base.config.max_len} tokens; "
@@ -58,7 +58,9 @@ def write_data(
     written = _source(settings, base)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weights = named_weights(load_checkpoint(base.path, device="cpu", dtype=torch.float32))
+    weights = named_weights(
+        load_checkpoint(base.path, family=base.family, device="cpu", dtype=torch.float32)
+    )
     weights = {name: value.to(device, dtype) for name, value in weights.items()}
     generation = Generation(
         streams_of(base.config, weights, compiled=False),
