@@ -26,6 +26,7 @@ from d2f_runtime.backends.kv_pool import KVPool, Span
 from d2f_runtime.backends.rows import MAX_BRANCH_MASKS, Floats, Masks
 from d2f_runtime.backends.step_plan import Layout, StepPlan, plan_step
 from d2f_runtime.kernels.attention import TILE_FIELDS, rows_per_tile
+from d2f_runtime.kernels.compilation import CompilationLog
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.models.fast_transformer import FastTransformer, StepTensors
 
@@ -120,6 +121,7 @@ class FastRunner:
         self._use_graphs = use_graphs and self._device.type == "cuda"
         self._shapes: dict[Bucket, _Shape] = {}
         self._is_warm = False
+        self._compilations = CompilationLog()
         self._graph_pool: Any = None  # torch gives the handle no public type
         self.graph_bytes: dict[Bucket, int] = {}
 
@@ -146,9 +148,10 @@ class FastRunner:
             torch.cuda.synchronize(self._device)
         self._is_warm = True
         logger.info(
-            "captured %s shapes in %.1f s; graphs take %.0f MB of the device",
+            "captured %s shapes in %.1f s (%s); graphs take %.0f MB of the device",
             len(buckets),
             time.perf_counter() - began,
+            self._compilations.news() or "all kernels were there",
             sum(self.graph_bytes.values()) / 1e6,
         )
 
@@ -164,11 +167,12 @@ class FastRunner:
         """Run the rows and write their K/V; see Runner."""
         with self._current():
             pieces = self._pieces(rows, spans)
-            if len(pieces) == 1:
-                return pieces[0].plan.masks, self._run(pieces[0])
-            answers = [self._run(piece).copy() for piece in pieces]
+            alone = len(pieces) == 1
+            answers = [self._run(p) if alone else self._run(p).copy() for p in pieces]
+        if news := self._compilations.news():
+            logger.info("a step had to wait: %s", news)
         masks = [positions for piece in pieces for positions in piece.plan.masks]
-        return masks, np.concatenate(answers, axis=1)
+        return masks, answers[0] if alone else np.concatenate(answers, axis=1)
 
     def _current(self) -> AbstractContextManager[object]:
         """Make the device the one that kernels are launched on."""
