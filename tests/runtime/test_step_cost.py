@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2f_runtime.engine.allotment import Part, allot
 from d2f_runtime.engine.step_cost import StepCost, TimedStep
+from d2f_runtime.engine.width_gains import Gain
 
 SHAPES = st.tuples(st.integers(1, 6000), st.integers(1, 64))
 STEPS = st.lists(
@@ -72,3 +74,23 @@ def test_a_long_step_s_noise_does_not_make_sessions_dear() -> None:
     noisy = TimedStep(1024, 8, 1.1 * affine(1024, 8))
     cost = StepCost([*timed, TimedStep(16, 16, affine(16, 16)), noisy])
     assert cost.ms(16, 16) == pytest.approx(affine(16, 16), rel=0.01)
+
+
+def test_sessions_that_were_thought_dear_run_together_again() -> None:
+    """Alone, steps are dearer than thought: that must not make the others dearer still."""
+    cost = StepCost([TimedStep(8, 1, 0.01), TimedStep(256, 1, 0.02), TimedStep(256, 16, 20.0)])
+    parts = [Part([Gain(4.0, 16.0)])] * 16
+    number = 0
+    for _ in range(300):  # the device takes 2 ms whatever it is given
+        number = len(allot(parts, cost, max_rows=1024))
+        cost.learn(TimedStep(rows=16 * number, sessions=number, ms=2.0))
+    assert number == 16
+
+
+def test_step_alone_says_nothing_of_what_others_cost() -> None:
+    cost = StepCost([TimedStep(8, 1, 1.0), TimedStep(256, 1, 1.5), TimedStep(64, 8, 2.0)])
+    others_ms = cost.ms(8, 16) - cost.ms(8, 1)
+    for _ in range(300):
+        cost.learn(TimedStep(rows=8, sessions=1, ms=3.0))
+    assert cost.ms(8, 1) > 2.0
+    assert cost.ms(8, 16) - cost.ms(8, 1) == pytest.approx(others_ms)

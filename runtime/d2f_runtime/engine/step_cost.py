@@ -105,7 +105,8 @@ class StepCost:
         if is_known:  # it is the device that has changed
             factor = ratio**SCALE
             self._knots_ms = [ms * factor for ms in self._knots_ms]
-            self._session_ms *= factor
+            if step.sessions > 1:  # one alone says nothing of what others cost
+                self._session_ms *= factor
             expected *= factor
         error_ms = (LOCAL if is_known else FRESH) * (ratio - 1.0) * expected
         self._correct(step, error_ms, others=(step.sessions - 1) / SESSIONS if is_known else 0.0)
@@ -121,6 +122,8 @@ class StepCost:
             knots[knot] = max(0.0, knots[knot] + error_ms * share / norm)
             self._seen[knot] += share > 0.0
         self._session_ms = max(0.0, self._session_ms + error_ms * others / norm / SESSIONS)
+        if step.sessions > 1:
+            self._keep_known(index, step.sessions)
         if knots[index] > knots[index + 1]:
             knots[index] = knots[index + 1] = (knots[index] + knots[index + 1]) / 2
         self._guess_unseen()
@@ -128,6 +131,19 @@ class StepCost:
             knots[below] = min(knots[below], knots[index])
         for above in range(index + 2, len(knots)):
             knots[above] = max(knots[above], knots[index + 1])
+
+    def _keep_known(self, index: int, sessions: int) -> None:
+        """Let a step of many sessions make none of fewer rows cheaper than it is known to be.
+
+        It cannot tell rows from sessions, so what it was too dear by was the sessions.
+        """
+        knots = self._knots_ms
+        known = (knots[knot] for knot in range(index) if self._seen[knot] >= ENOUGH)
+        lacks_ms = max(known, default=0.0) - knots[index]
+        if lacks_ms > 0.0:
+            knots[index] += lacks_ms
+            knots[index + 1] = max(knots[index + 1], knots[index])
+            self._session_ms = max(0.0, self._session_ms - lacks_ms / (sessions - 1))
 
     def _guess_unseen(self) -> None:
         """Let knots beyond those that were seen follow from the nearest one.
