@@ -1,6 +1,6 @@
 """A Ray cluster of this machine with engines of a scripted model, in a process of its own.
 
-python tests/ray_engines.py APP FOLDER LOG REPLICAS: says where it is, and ends with its input.
+python -m lab.cluster.ray_engines APP MODEL LOG REPLICAS: says where it is, ends with its input.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from scripted_folder import write_model
-
-START_S = 90.0
+MODULE: Final = "lab.cluster.ray_engines"
+START_S: Final = 90.0
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,32 @@ class RayEngines:
         lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
         return [int(pid) for pid, args in lines if f"ServeReplica:{self.app}:" in args]
 
-    def kill_one(self) -> None:
-        os.kill(self.pids()[0], signal.SIGKILL)
+    def kill_one(self, *, number: int = 0) -> None:
+        """Kill one of them; which is a number, taken in turn."""
+        pids = self.pids()
+        os.kill(pids[number % len(pids)], signal.SIGKILL)
 
     async def wait_alive(self, number: int) -> None:
+        """Wait until there are so many."""
         async with asyncio.timeout(START_S):
             while len(self.pids()) < number:  # noqa: ASYNC110 - processes tell nobody
                 await asyncio.sleep(0.1)
 
 
 @asynccontextmanager
-async def ray_engines(folder: Path, log: str, *, replicas: int = 2) -> AsyncIterator[RayEngines]:
-    """Start a cluster with engines, which end with the context."""
+async def ray_engines(
+    model: Path | None, log: str = "", *, replicas: int = 2
+) -> AsyncIterator[RayEngines]:
+    """Start a cluster with engines, which end with the context.
+
+    Args:
+        model: a folder; None is the embedded model.
+        log: URL of the log; without one, answers come back over the handle.
+        replicas: how many engines.
+
+    Raises:
+        RuntimeError: the cluster did not start.
+    """
     app = f"d2f-{os.getpid()}"
     environment = {
         **os.environ,
@@ -63,7 +77,7 @@ async def ray_engines(folder: Path, log: str, *, replicas: int = 2) -> AsyncIter
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, __file__, app, str(folder), log, str(replicas)),
+        *(sys.executable, "-m", MODULE, app, str(model or ""), log, str(replicas)),
         stdin=PIPE,
         stdout=PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -76,7 +90,8 @@ async def ray_engines(folder: Path, log: str, *, replicas: int = 2) -> AsyncIter
             address = ""
             while not address.startswith("engines at "):
                 address = (await process.stdout.readline()).decode()
-                assert address, "the cluster did not start"
+                if not address:
+                    raise RuntimeError("the cluster did not start")
         yield RayEngines(f"ray://{address.split()[-1]}/{app}", app, environment)
     finally:
         process.stdin.close()
@@ -88,13 +103,31 @@ def write_paced_model(folder: Path, answer: str, *, step_ms: float) -> Path:
     """Write a scripted model whose steps take their time."""
     script = json.dumps({"answers": answer, "step_ms": step_ms}).encode()
     digest = {"sha256": hashlib.sha256(script).hexdigest(), "bytes": len(script)}
+    sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    manifest = {
+        "format_version": 1,
+        "name": "paced",
+        "family": "scripted",
+        "mask_id": 257,
+        "eos_ids": [256],
+        "shift_logits": False,
+        "prompt_attention": "full",
+        "native_block_size": 8,
+        "max_block_size": 64,
+        "max_len": 4096,
+        "vocab_size": 257,
+        "transformer": dict.fromkeys(sizes, 1),
+        "defaults": {"cpu": {"max_new_tokens": 256, "block_size": 8}},
+        "files": {"script.json": digest},
+    }
     folder.mkdir()
-    write_model(folder, files={"script.json": digest}, defaults={"cpu": {"max_new_tokens": 256}})
     (folder / "script.json").write_bytes(script)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
-def main(app_name: str, folder: str, log: str, replicas: str) -> None:
+def main(app_name: str, model: str, log: str, replicas: str) -> None:
+    """Run the cluster until the input ends."""
     import ray
     from ray import serve
 
@@ -111,7 +144,8 @@ def main(app_name: str, folder: str, log: str, replicas: str) -> None:
     )
     serve.start(proxy_location="Disabled")
     options = {"num_replicas": int(replicas), "ray_actor_options": {"num_cpus": 0.1}}
-    settings = {"model": folder, "backend": "scripted"} | ({"log": log} if log else {})
+    options |= {"max_ongoing_requests": 200}
+    settings = {name: value for name, value in (("model", model), ("log", log)) if value}
     bound = Engine.options(**options).bind(checked(settings))  # type: ignore[attr-defined]
     serve.run(bound, name=app_name, route_prefix=None)
     sys.stdout.write(f"engines at {ray.get_runtime_context().gcs_address}\n")

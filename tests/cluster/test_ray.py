@@ -13,8 +13,8 @@ import pytest_asyncio
 
 from brokers import Proxy
 from d2f_stream.core.events import StreamFinished
+from lab.cluster.ray_engines import RayEngines, ray_engines, write_paced_model
 from outliving import ANSWER, answering
-from ray_engines import RayEngines, ray_engines, write_paced_model
 from requirements import optional_module
 from serving import Address, Peer
 from stores import ValkeyServer

@@ -1,0 +1,1 @@
+"""What serving over a cluster costs and survives: a Ray cluster and servers of this machine."""
