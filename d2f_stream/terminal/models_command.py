@@ -4,15 +4,18 @@ Owns arguments and tables; names and sizes are the catalogue's, files the shelf'
 """
 
 import argparse
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from d2f_runtime.models.catalogue import CATALOGUE, Entry, find, suggest
+from d2f_runtime.models.installed import find_installed, installed_names
+from d2f_runtime.models.manifest import Manifest, read_manifest
 from d2f_runtime.models.shelf import Kept, kept, pull, remove
-from d2f_stream.core.errors import ModelNotFound
+from d2f_stream.core.errors import ModelError, ModelNotFound
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "installed", "run"]
 
 GIB: Final = 2**30
 
@@ -39,8 +42,11 @@ def run(arguments: argparse.Namespace) -> str:
     """
     match arguments.action:
         case "list":
-            return listed(CATALOGUE, kept())
+            return listed(CATALOGUE, kept(), installed())
         case "show":
+            manifest = installed().get(arguments.name)
+            if manifest is not None:
+                return described(arguments.name, manifest)
             return shown(_entry(arguments.name), {item.repo for item in kept()})
         case "pull":
             return _pull(arguments.name)
@@ -50,10 +56,14 @@ def run(arguments: argparse.Namespace) -> str:
             return recommended(CATALOGUE, gpu=_gpu_memory(), host=_host_memory())
 
 
-def listed(entries: Iterable[Entry], here: Sequence[Kept]) -> str:
-    """Return the table of known models and of others in the cache."""
+def listed(entries: Iterable[Entry], here: Sequence[Kept], local: Mapping[str, Manifest]) -> str:
+    """Return the table of installed models, of known ones and of others in the cache."""
     sizes = {item.repo: item.size for item in here}
     rows = [("name", "parameters", "on disk", "licence", "repository")]
+    rows += [
+        (name, "-", _size(manifest), manifest.license or "-", "installed")
+        for name, manifest in local.items()
+    ]
     known: set[str] = set()
     for entry in entries:
         known |= {entry.repo, entry.adapter or entry.repo}
@@ -66,6 +76,34 @@ def listed(entries: Iterable[Entry], here: Sequence[Kept]) -> str:
         if item.repo not in known
     ]
     return _table(rows)
+
+
+def installed() -> dict[str, Manifest]:
+    """Return the models that run without being fetched, by name; broken ones are left out."""
+    from d2f_runtime.engine.opening import EMBEDDED, embedded_folder  # not at each start
+
+    found: dict[str, Manifest] = {}
+    for name in installed_names():
+        with contextlib.suppress(ModelError):
+            if (folder := find_installed(name)) is not None:
+                found[name] = read_manifest(folder)
+    with contextlib.suppress(ModelError):
+        found[EMBEDDED] = read_manifest(embedded_folder())
+    return found
+
+
+def described(name: str, manifest: Manifest) -> str:
+    """Return what an installed model tells of itself, a line each."""
+    return _table(
+        [
+            ("name", f"{name} (installed)"),
+            ("family", manifest.family),
+            ("licence", manifest.license or "-"),
+            ("on disk", _size(manifest)),
+            ("context", f"{manifest.max_len:,} tokens"),
+            ("what for", manifest.description or "-"),
+        ]
+    )
 
 
 def shown(entry: Entry, here: set[str]) -> str:
@@ -121,6 +159,10 @@ def _remove(name: str) -> str:
     others = [e.name for e in CATALOGUE if e.repo == repo and e.name != (entry and entry.name)]
     told = f"; {', '.join(others)} used the same files" if others else ""
     return f"removed {repo}: {remove(repo) / 1e9:.1f} GB are free again{told}"
+
+
+def _size(manifest: Manifest) -> str:
+    return f"{sum(file.bytes for file in manifest.files.values()) / 1e9:.2f} GB"
 
 
 def _entry(name: str) -> Entry:

@@ -1,5 +1,8 @@
 """`d2f-stream models`: names, what fits, and the hub's cache on this machine."""
 
+import argparse
+import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,7 +11,8 @@ import pytest
 from d2f_runtime.models.catalogue import BITS, CATALOGUE, find
 from d2f_runtime.models.shelf import Kept
 from d2f_stream import PRESETS, ModelNotFound
-from d2f_stream.terminal.models_command import listed, recommended, shown
+from d2f_stream.terminal.models_command import installed, listed, recommended, run, shown
+from installed_model import python_path
 
 GIB = 2**30
 
@@ -52,9 +56,22 @@ def test_misspelt_name_is_answered_with_those_like_it() -> None:
 def test_list_tells_what_is_on_disk_known_or_not() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     here = [Kept("JetLM/SDAR-4B-Chat", 8_800_000_000, now), Kept("my/own", 1_000_000_000, now)]
-    lines = listed(CATALOGUE, here).splitlines()
+    lines = listed(CATALOGUE, here, {}).splitlines()
     assert any(line.startswith("sdar:4b") and "8.8 GB" in line for line in lines)
     assert any(line.startswith("-") and line.endswith("my/own") for line in lines)
+
+
+def test_installed_models_are_listed_first_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = python_path(tmp_path).split(os.pathsep)
+    monkeypatch.setattr(sys, "path", [*paths, *sys.path])
+    table = listed((), [], installed()).splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["smollm2-135m-d2f", "word-problems"]
+    assert table[1].endswith("installed")
+    told = run(argparse.Namespace(action="show", name="smollm2-135m-d2f"))
+    assert "0.09 GB" in told
+    assert "It chats in English" in told
 
 
 def test_show_names_the_adapter_and_the_memory() -> None:
