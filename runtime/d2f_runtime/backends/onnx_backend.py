@@ -78,9 +78,9 @@ class OnnxBackend:
         """Refuse nucleus sampling, which the graph does not hold.
 
         Raises:
-            InvalidParams: top_p is below 1.
+            InvalidParams: top_p is below 1, and the answer is sampled.
         """
-        if params.top_p < 1.0:
+        if params.top_p < 1.0 and params.temperature > 0:
             raise InvalidParams("top_p", params.top_p, "1 with the onnx backend; torch has top_p")
 
     def warm_up(self) -> None:
