@@ -21,7 +21,7 @@ from d2f_runtime.kernels.language import (
     power_of_2,
     tl,
 )
-from d2f_runtime.kernels.streamed_attention import can_stream, streamed_attention
+from d2f_runtime.kernels.streamed_attention import can_stream, part_dtype, streamed_attention
 
 __all__ = ["TILE_FIELDS", "attend", "attend_reference", "rows_per_tile", "tile_size"]
 
@@ -144,7 +144,7 @@ def _parts(
     num_kv = keys.shape[1]
     group = num_heads // num_kv
     shape = (num_splits, num_rows, num_heads)
-    parts = torch.empty((*shape, size), device=query.device, dtype=query.dtype)
+    parts = torch.empty((*shape, size), device=query.device, dtype=part_dtype(query, num_splits))
     weights = torch.empty(shape, device=query.device, dtype=torch.float32)
     pdl = overlaps(query.device)
     _attend[(tiles.shape[0], num_kv, num_splits)](

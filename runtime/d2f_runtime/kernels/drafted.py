@@ -38,6 +38,7 @@ FEATURES = 64  # of a tile: a line of shared memory
 MAX_WIDTH = 128  # ranks of a tile, whose sums a program holds beside its outputs'
 MAX_ROWS = 256  # beyond, the ranks that every program computes anew cost more than launches
 MAX_SPLITS = 8
+WIDE = 128  # outputs of a tile, where there are many
 ROWS = 128  # of a tile, at most
 
 
@@ -102,34 +103,37 @@ class TiledFactors:
 
 def outputs_of_tile(num_outputs: int) -> int:
     """Return how many outputs a tile has: few where there would be too few programs otherwise."""
-    return 64 if num_outputs // 64 >= MULTIPROCESSORS // 2 else 32
+    return WIDE if num_outputs // WIDE >= MULTIPROCESSORS // 2 else 64
 
 
-def cut_for(
-    num_rows: int, num_outputs: int, num_features: int, outputs: int, *, may_split: bool
-) -> Cut | None:
+def cut_for(num_rows: int, num_features: int, outputs: int, *, may_split: bool) -> Cut | None:
     """Return how a product is cut; None where three launches more are the better choice.
+
+    The choices are measured ones (bench/drafted-products-*.json), for an H200.
 
     Args:
         num_rows: M.
-        num_outputs: N.
         num_features: K.
         outputs: of a tile.
         may_split: whether the reader adds parts.
     """
-    if num_rows > MAX_ROWS:
+    is_wide = outputs == WIDE
+    if num_rows > (ROWS if is_wide else MAX_ROWS):
         return None
-    if not may_split:
-        return Cut()
-    programs = num_outputs // outputs * -(-num_rows // ROWS)
-    wanted = MULTIPROCESSORS // programs
-    return Cut(max(1, min(MAX_SPLITS, wanted, num_features // (4 * FEATURES))))
+    splits = 1
+    if may_split:
+        splits = min(MAX_SPLITS // -(-num_rows // ROWS), num_features // (2 * FEATURES))
+        splits = 1 << max(1, splits).bit_length() - 1
+    return Cut(splits, warps=8 if is_wide and num_rows > 32 else 4)
 
 
 def drafted_product_reference(
     x: Tensor, weight: Tensor, factors: TiledFactors, drafts: Tensor, *, cut: Cut
 ) -> Tensor:
     """Return [S, M, N] parts whose sum over S is the product, with their share for draft rows.
+
+    One part is rounded to the rows' dtype; several are fp32, so that a row's sum hardly depends on
+    how many rows stand beside it.
 
     Args:
         x: [M, K].
@@ -154,7 +158,7 @@ def drafted_product_reference(
             columns = slice(tile * factors.outputs, (tile + 1) * factors.outputs)
             part[:, columns] += low[:, start : start + up.shape[2]] @ up[tile].T
         parts.append(part)
-    return torch.stack(parts).to(x.dtype)
+    return torch.stack(parts).to(x.dtype if cut.splits == 1 else torch.float32)
 
 
 def drafted_product(
@@ -166,7 +170,8 @@ def drafted_product(
     tile = min(cut.rows, max(16, power_of_2(num_rows)))
     steps = num_features // FEATURES
     shape = (cut.splits, num_rows, num_outputs)
-    parts = torch.empty(shape, device=weight.device, dtype=weight.dtype)
+    dtype = weight.dtype if cut.splits == 1 else torch.float32
+    parts = torch.empty(shape, device=weight.device, dtype=dtype)
     pdl = overlaps(weight.device)
     _product[(num_outputs // factors.outputs, cut.splits, -(-num_rows // tile))](
         TensorDescriptor.from_tensor(x, [tile, FEATURES]),

@@ -29,7 +29,7 @@ from d2f_runtime.kernels.language import (
     power_of_2,
 )
 
-__all__ = ["can_stream", "streamed_attention"]
+__all__ = ["can_stream", "part_dtype", "streamed_attention"]
 
 KEYS = 64  # of a block
 QUERIES = 64  # of a program: the rows of a matrix instruction
@@ -48,6 +48,15 @@ def can_stream(query: Tensor) -> bool:
         and query.shape[2] in HEAD_SIZES
         and is_hopper(query.device)
     )
+
+
+def part_dtype(query: Tensor, num_splits: int) -> torch.dtype:
+    """Return what parts are stored in.
+
+    Several are fp32: rounded each, they would make a row's result depend on how many programs its
+    keys are shared by, and so on what else is in the step.
+    """
+    return query.dtype if num_splits == 1 else torch.float32
 
 
 def streamed_attention(
@@ -75,7 +84,7 @@ def streamed_attention(
     num_rows, num_heads, size = query.shape
     num_kv = keys.shape[1]
     shape = (num_splits, num_rows, num_heads)
-    parts = torch.empty((*shape, size), device=query.device, dtype=query.dtype)
+    parts = torch.empty((*shape, size), device=query.device, dtype=part_dtype(query, num_splits))
     weights = torch.empty(shape, device=query.device, dtype=torch.float32)
     num_programs = tiles.shape[0] * num_kv * num_splits
     _attend[(tiles.shape[0], num_kv, num_splits)](
@@ -230,7 +239,7 @@ if HAS_GLUON:
         gl.store(weights + (split * num_rows + row).to(gl.int64) * H + head, log, mask=real)
         share_of = gl.where(total > 0, 1.0 / gl.maximum(total, 1e-30), 1.0)
         out = out * gl.convert_layout(share_of, gl.SliceLayout(1, by_out))[:, None]
-        value = gl.convert_layout(out.to(kind), by_row)
+        value = gl.convert_layout(out.to(parts.dtype.element_ty), by_row)
         at += split.to(gl.int64) * num_rows * H * HD
         gl.store(parts + at + dim[None, :], value, mask=(item_of < count * G)[:, None])
 

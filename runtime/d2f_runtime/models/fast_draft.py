@@ -83,8 +83,8 @@ class FastDraft:
         """Return [S, M, N] by one launch; None where there is none, or it is not the better way."""
         if self.tiled is None or not isinstance(linear, DenseLinear):
             return None
-        rows, (outputs, features) = len(x.values), linear.weight.shape
-        cut = cut_for(rows, outputs, features, self.tiled.outputs, may_split=may_split)
+        rows, features = x.values.shape
+        cut = cut_for(rows, features, self.tiled.outputs, may_split=may_split)
         if cut is None:
             return None
         return drafts.product(x.values, linear.weight, self.tiled, drafts.flags, cut=cut)
