@@ -7,7 +7,7 @@ with one `Proposals` per row. No mask tensor crosses: who sees whom follows from
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from d2f_stream.core.errors import ModelDamaged
 
@@ -51,6 +51,7 @@ class Window:
         num_to_edit: how many of all positions, the last of them, are predicted, filled or not.
         branches: more masks; only models with shifted logits get them. Their proposals follow those
             of the window's positions.
+        num_branch_masks: masks of all branches; from these.
     """
 
     start: int
@@ -60,6 +61,11 @@ class Window:
     num_to_verify: int = 0
     num_to_edit: int = 0
     branches: tuple[Branch, ...] = ()
+    num_branch_masks: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        number = sum([branch.num_masks for branch in self.branches]) if self.branches else 0
+        object.__setattr__(self, "num_branch_masks", number)  # asked for many times a step
 
     @property
     def stop(self) -> int:
@@ -81,11 +87,6 @@ class Window:
         if drafts_in_place and last_start != self.start + self.num_to_cache:
             is_placeholder = False  # its own row predicts it
         return len(self.tokens) - int(is_placeholder)
-
-    @property
-    def num_branch_masks(self) -> int:
-        """Masks of all branches."""
-        return sum(branch.num_masks for branch in self.branches)
 
     @property
     def num_entries(self) -> int:
