@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from d2f_runtime.backends.devices import check_device
+from d2f_runtime.backends.settled_memory import settled_memory
 from d2f_runtime.cpus import num_cpus
 from d2f_runtime.models.manifest import FixedWindow, Manifest, OnnxInfo
 from d2f_runtime.text.files import holds_file
@@ -114,7 +115,8 @@ def _open(
         options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     # NOTE: spinning stays on; stopping it after each run costs 1 ms to wake the threads.
     try:
-        session = ort.InferenceSession(str(graph), options, providers=providers)
+        with settled_memory():
+            session = ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as exc:  # onnxruntime's errors have no common base but this
         raise ModelDamaged(f"{graph} cannot be loaded: {exc}") from exc
     if providers != [CPU] and CUDA not in session.get_providers():  # it falls back silently
