@@ -189,7 +189,7 @@ def round_weights(model: "Transformer") -> None:
     """Give every matrix the weights that it has in an int8 artefact; products stay in fp32."""
     import torch
 
-    from d2f_export.onnx.quantize import pack_int8
+    from d2f_export.onnx.whole_matrices import pack_int8
 
     with torch.no_grad():
         for weight in model.parameters():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_export.onnx.quantize import pack_int8
+from d2f_export.onnx.whole_matrices import pack_int8
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.transformer import Transformer
 from lab.ablations.__main__ import main

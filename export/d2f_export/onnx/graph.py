@@ -132,16 +132,20 @@ class _Step:
             before = graph.op("Sub", head_rows, graph.constant(1))
             head_rows = graph.op("Max", before, graph.constant(0))
         new: list[tuple[Value, Value]] = []
+        added: Value | None = None
         for index in range(config.num_layers):
-            if index == config.num_layers - 1:  # integer products and a maximum pass over NaN
-                doubt = self._doubt(x, [1, 2])
+            rows = None
+            if index == config.num_layers - 1:
+                rows = head_rows
+                x, added = x if added is None else graph.op("Add", x, added), None
+                doubt = self._doubt(x, [1, 2])  # integer products and a maximum pass over NaN
             past = f"past.{index}.k", f"past.{index}.v"
-            rows = head_rows if index == config.num_layers - 1 else None
-            x, key, value = add_layer(
-                self.linear, config, index, x, sight, past, rows=rows, draft=draft
+            x, added, key, value = add_layer(
+                self.linear, config, index, x, sight, past, added=added, rows=rows, draft=draft
             )
             new.append((key, value))
-        self._predict(x, doubt)
+        assert added is not None
+        self._predict(graph.op("Add", x, added), doubt)
         self._name_new(new)
 
     def _declared_inputs(self) -> list[tuple[str, str, list[object]]]:
@@ -257,6 +261,7 @@ class _Step:
             graph,
             "logits",
             doubt,
+            are_finite=self.linear.in_bytes,
             temperature="temperature",
             uniforms="uniforms",
             in_full="in_full",

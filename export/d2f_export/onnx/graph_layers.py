@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.graph_builder import (
+    MICROSOFT,
+    Array,
+    GraphBuilder,
+    Stored,
+    Value,
+    Weights,
+)
 from d2f_export.onnx.graph_mixture import add_mixture
 from d2f_export.onnx.quantize import Linear
 from d2f_export.onnx.smoothing import NORMS
@@ -68,6 +75,19 @@ class _Layer:
         smooth = self.smooth(name)
         return norm(self.graph, x, self.path(name), self.config, self.linear.dtype, smooth=smooth)
 
+    def norm_of_sum(self, x: Value, added: Value, name: str) -> tuple[Value, Value]:
+        """Return the normalised sum, and the sum."""
+        if not self.linear.in_bytes:
+            x = self.graph.op("Add", x, added)
+            return self.norm(x, name), x
+        scale = norm_scale(
+            self.graph, self.path(name), self.config, self.linear.dtype, self.smooth(name)
+        )
+        kind, epsilon = "SkipSimplifiedLayerNormalization", self.config.norm_eps
+        inputs = x, added, scale
+        normed, _, _, total = self.graph.ops(kind, 4, *inputs, domain=MICROSOFT, epsilon=epsilon)
+        return normed, total
+
     def smooth(self, name: str) -> str | None:
         """Return the name of the factors that a norm's channels are divided by."""
         smooths = self.linear.smooths and name in NORMS and self.config.mixture is None
@@ -98,37 +118,9 @@ class _Layer:
         both = self.linear(x, self.path(joined), [*weights, *downs], shape, smooth=smooth)
         parts_of = self.graph.constant([sum(sizes), sum(ranks)])
         out, narrow = self.graph.ops("Split", 2, both, parts_of, axis=2)
-        return self.graph.op("Add", out, self.share(narrow, draft, names, sizes, ranks))
-
-    def share(
-        self,
-        narrow: Value,
-        draft: Draft,
-        names: Sequence[str],
-        sizes: Sequence[int],
-        ranks: Sequence[int],
-    ) -> Value:
-        """Return the factors' share of a product: zeros in the rows that are no drafts.
-
-        Args:
-            narrow: [B, W, ranks], what the inner factors make of the rows.
-            draft: the adapter.
-            names: of the products.
-            sizes: of what they return.
-            ranks: of their factors, 0 without.
-        """
-        graph = self.graph
-        narrow = graph.op("Mul", narrow, draft.rows)
-        parts = self.linear.split(narrow, [rank for rank in ranks if rank])
-        shares: list[Value] = []
-        for name, size, rank in zip(names, sizes, ranks, strict=True):
-            if rank:
-                up = f"draft.{name}.up"
-                shares.append(self.linear(parts.pop(0), up, [up], (size, rank)))
-            else:
-                nothing = graph.constant(np.zeros((1, 1, size)), self.linear.dtype)
-                shares.append(graph.op("Mul", nothing, draft.rows))
-        return shares[0] if len(shares) == 1 else graph.op("Concat", *shares, axis=2)
+        ups = [f"draft.{name}.up" for name in names]
+        factors = list(zip(sizes, ranks, strict=True))
+        return self.graph.op("Add", out, self.linear.by_parts(narrow, ups, factors, draft.rows))
 
     def project(self, x: Value, joined: str, parts: str, num_out: int) -> Value:
         """Multiply with the joined matrices of q, k and v, or some of them; add their biases."""
@@ -151,19 +143,18 @@ class _Layer:
             x = graph.op("Reshape", x, graph.constant([0, 0, num_heads * size]))
         return graph.op("RotaryEmbedding", x, sight.cos, sight.sin, num_heads=num_heads)
 
-    def feed_forward(self, x: Value) -> Value:
+    def feed_forward(self, x: Value, added: Value) -> tuple[Value, Value]:
+        """Return the sum [B, W, D] of the two, and what the feed-forward adds to it."""
         graph = self.graph
-        normed = self.norm(x, "post_attention_layernorm")
+        normed, x = self.norm_of_sum(x, added, "post_attention_layernorm")
         mixture = self.config.mixture
         if mixture is not None and not mixture.is_dense(self.index):
-            mixed = add_mixture(self.linear, self.config, self.path("mlp"), normed)
-            return graph.op("Add", x, mixed)
+            return x, add_mixture(self.linear, self.config, self.path("mlp"), normed)
         after = "post_attention_layernorm"
         both = self.product(normed, "mlp.gate_up_proj", ["gate", "up"], after=after)
         gate, up = graph.ops("Split", 2, both, axis=2, num_outputs=2)
         gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
-        down = self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])
-        return graph.op("Add", x, down)
+        return x, self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])
 
 
 def add_layer(
@@ -174,10 +165,11 @@ def add_layer(
     sight: Sight,
     past: tuple[Value, Value],
     *,
+    added: Value | None = None,
     rows: Value | None = None,
     draft: Draft | None = None,
-) -> tuple[Value, Value, Value]:
-    """Return the residual stream and the window's keys and values.
+) -> tuple[Value, Value, Value, Value]:
+    """Return the residual stream in two addends, and the window's keys and values.
 
     Args:
         linear: of the graph.
@@ -186,16 +178,21 @@ def add_layer(
         x: [B, W, D].
         sight: of the rows.
         past: keys and values, [B, P, KV hd] each.
+        added: [B, W, D], what the layer before adds to `x`.
         rows: [B, S] window positions to go on with; None is all.
         draft: the adapter for draft rows.
 
     Returns:
-        [B, W or S, D], and keys and values [B, W, KV hd] each.
+        [B, W or S, D] twice, and keys and values [B, W, KV hd] each.
     """
     graph, layer = linear.graph, _Layer(linear.graph, linear, config, index, draft)
     query_size = config.num_heads * config.head_dim
     key_size = config.num_kv_heads * config.head_dim
-    normed = layer.norm(x, "input_layernorm")
+    name = "input_layernorm"
+    if added is None:
+        normed = layer.norm(x, name)
+    else:
+        normed, x = layer.norm_of_sum(x, added, name)
     if rows is None:
         size = query_size + 2 * key_size
         joined = layer.project(normed, "self_attn.qkv_proj", "qkv", size)
@@ -210,6 +207,7 @@ def add_layer(
     if rows is not None:
         x, normed = (select_rows(graph, states, rows) for states in (x, normed))
         seen = _selected(graph, sight, rows)
+        linear.rows = rows
         if draft is not None:
             layer = replace(layer, draft=Draft(select_rows(graph, draft.rows, rows), draft.ranks))
         query = layer.project(normed, "self_attn.q_proj", "q", query_size)
@@ -222,7 +220,7 @@ def add_layer(
     inputs = query, keys, values, seen.mask
     out = graph.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=key_heads)
     out = layer.product(out, "self_attn.o_proj", ["o"])
-    return layer.feed_forward(graph.op("Add", x, out)), key, value
+    return *layer.feed_forward(x, out), key, value
 
 
 def _selected(graph: GraphBuilder, sight: Sight, rows: Value) -> Sight:
@@ -246,6 +244,14 @@ def norm(
 
     `smooth` names factors that the channels are divided by.
     """
+    scale = norm_scale(graph, name, config, dtype, smooth)
+    return graph.op("RMSNormalization", x, scale, axis=-1, epsilon=config.norm_eps, stash_type=1)
+
+
+def norm_scale(
+    graph: GraphBuilder, name: str, config: TransformerConfig, dtype: str, smooth: str | None
+) -> Value:
+    """Return the weights of a norm, divided by the factors that `smooth` names."""
     size = config.head_dim if name.endswith(("q_norm", "k_norm")) else config.hidden_size
     stored = Stored(f"{name}.weight", dtype, (size,))
     weights = Weights((stored.name,), (stored,), lambda *w: [_joined(w, dtype)])
@@ -253,8 +259,8 @@ def norm(
         weights = Weights(
             (stored.name, smooth), (stored,), lambda w, by: [_joined([w.float() / by], dtype)]
         )
-    scale = graph.store(weights)
-    return graph.op("RMSNormalization", x, *scale, axis=-1, epsilon=config.norm_eps, stash_type=1)
+    (scale,) = graph.store(weights)
+    return scale
 
 
 def select_rows(graph: GraphBuilder, states: Value, rows: Value) -> Value:

@@ -15,6 +15,7 @@ def add_sampler(
     logits: Value,
     doubt: Value,
     *,
+    are_finite: bool,
     temperature: Value,
     uniforms: Value,
     in_full: Value,
@@ -27,11 +28,14 @@ def add_sampler(
         graph: that grows.
         logits: [B, R, V] fp32, forbidden ids at FORBIDDEN.
         doubt: [B, R, 1] fp32, added to the confidence: 0 or NaN.
+        are_finite: whether logits are finite numbers wherever `doubt` is 0.
         temperature: [B] fp32.
         uniforms: [B, R] fp32.
         in_full: [] bool.
     """
     branches: dict[str, Any] = {}
+    if not are_finite:
+        doubt = _doubt(graph, logits, doubt)
     with graph.branch("then_branch", branches):
         _propose(graph, logits, doubt, temperature, uniforms)
     with graph.branch("else_branch", branches):
@@ -40,12 +44,11 @@ def add_sampler(
 
 
 def _best(graph: GraphBuilder, logits: Value, doubt: Value) -> Value:
-    highest, token = graph.ops("TopK", 2, logits, graph.constant([1]), axis=-1)
-    weights = graph.op("Exp", graph.op("Sub", logits, highest))
-    confidence = _inverse(graph, _sum(graph, weights))
-    confidence = graph.op("Add", confidence, _doubt(graph, logits, doubt))
-    confidence = _squeezed(graph, confidence)
-    return _stacked(graph, _squeezed(graph, token), confidence, confidence, confidence)
+    token = graph.op("ArgMax", logits, axis=-1, keepdims=0)
+    probabilities = graph.op("Softmax", logits, axis=-1)
+    confidence = graph.op("ReduceMax", probabilities, graph.constant([-1]), keepdims=1)
+    confidence = _squeezed(graph, graph.op("Add", confidence, doubt))
+    return _stacked(graph, token, confidence, confidence, confidence)
 
 
 def _propose(
@@ -61,7 +64,7 @@ def _propose(
     below = graph.op("Sub", logits, best)
     weights = graph.op("Exp", below)
     total = _sum(graph, weights)  # [B, R, 1]
-    confidence = graph.op("Add", _inverse(graph, total), _doubt(graph, logits, doubt))
+    confidence = graph.op("Add", _inverse(graph, total), doubt)
     margin = graph.op("Exp", graph.op("Sub", second, best))
     margin = graph.op("Mul", graph.op("Sub", _one(graph), margin), confidence)
     entropy = graph.op("Mul", _sum(graph, graph.op("Mul", weights, below)), confidence)

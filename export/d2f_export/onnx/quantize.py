@@ -11,9 +11,9 @@ whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would tak
 `int4-int8`: 4 bits in the file and 8 in memory, see `packed`; activations as with `int8`. Its table
 of embeddings, which may be the head too, has 6 bits.
 
-`int8` weights keep to 7 bits. Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which
-8-bit weights overflow silently; 7 bits cannot, and cost no time where both were run. Those of
-`int4-int8` are unsigned, which kernels add up in 32 bits.
+Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which weights of 8 bits overflow
+silently. So two neighbouring weights of an output are 128 levels together at most, which leaves the
+largest some 100 levels. Unsigned weights, which kernels add up in 32 bits, were slower.
 
 Shapes: N outputs, K inputs.
 """
@@ -23,24 +23,19 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from d2f_export.onnx.graph_builder import MICROSOFT, Array, GraphBuilder, Stored, Value, Weights
-from d2f_export.onnx.matrix_rows import by_rows
-from d2f_export.onnx.packed import BYTE_ZERO, Packing
+from d2f_export.onnx.graph_builder import MICROSOFT, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.packed import Packing
+from d2f_export.onnx.whole_matrices import INT4_BLOCK, joined, pack_int4, pack_int8, transposed
 
-__all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization", "pack_int4", "pack_int8"]
+__all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization"]
 
 Quantization = Literal["fp32", "fp16", "int8", "int4", "int4-fp16", "int4-int8"]
 QUANTIZATIONS: Final[tuple[Quantization, ...]] = get_args(Quantization)
 FLOATS: Final = {"fp16": "float16", "int4-fp16": "float16"}  # of activations; else float32
 
-INT8_MAX: Final = 64  # of weights
-TORCH: Final = {"float32": torch.float32, "float16": torch.float16}
-ROW_MAX: Final = 127.0  # of activations, around 128
-SMALLEST: Final = 1e-9  # of a row's largest magnitude; a row of zeros has a scale all the same
-INT4_BLOCK: Final = 32
+ROW_MAX: Final = 127.0  # of activations
+ROW_ZERO: Final = 128
 FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
 LAYERS: Final = Packing(4)  # of int4-int8
 TABLE: Final = Packing(6)
@@ -53,17 +48,27 @@ class Linear:
     Args:
         graph: that grows.
         quantization: of the matrices.
+        rows: what names the rows [B, W, K] that products come of, where they are as many; empty
+            where they are [M, K].
     """
 
     graph: GraphBuilder
     quantization: Quantization
-    _quantized: dict[Value, list[Value]] = field(default_factory=dict)
+    rows: Value = "tokens"
+    _quantized: dict[tuple[Value, Value], tuple[Value, Value]] = field(default_factory=dict)
     _tables: dict[str, tuple[Value, Value]] = field(default_factory=dict)
+    _zeros: dict[Value, Value] = field(default_factory=dict)
+    _shares: dict[Value, Value] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
         """Of activations."""
         return FLOATS.get(self.quantization, "float32")
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether products are of integers, which onnxruntime's CPU kernels alone run."""
+        return self.quantization.endswith("int8")
 
     @property
     def smooths(self) -> bool:
@@ -90,18 +95,15 @@ class Linear:
             exact: leave out 4 bits, which are too coarse for some matrices.
             smooth: name of the factors that `x` was divided by; see `smoothing`.
         """
-        if self.quantization == "int4-int8":
-            stored8 = self._table(parameters[0], shape) if exact else None
-            stored8 = stored8 or LAYERS.store(self.graph, name, parameters, shape, smooth=smooth)
-            return self._bytes(x, *stored8)
-        if self.quantization == "int8":
-            return self._int8(x, name, parameters, shape)
+        if self.in_bytes:
+            matrix = self._matrix(name, parameters, shape, exact=exact, smooth=smooth)
+            return self._product(x, matrix, shape[1])
         fits = self.dtype == "float32" or shape[1] % FUSED_INPUTS == 0
         if self.quantization.startswith("int4") and fits and not exact:
             return self._int4(x, name, parameters, shape)
         num_out, num_in = shape
         stored = Stored(name, self.dtype, (num_in, num_out))
-        weights = Weights(tuple(parameters), (stored,), lambda *w: [_transposed(w, self.dtype)])
+        weights = Weights(tuple(parameters), (stored,), lambda *w: [transposed(w, self.dtype)])
         return self.graph.op("MatMul", x, *self.graph.store(weights))
 
     def look_up(self, tokens: Value, name: str, shape: tuple[int, int]) -> Value:
@@ -112,68 +114,135 @@ class Linear:
         graph = self.graph
         if self.quantization != "int4-int8":
             stored = Stored(name, self.dtype, shape)
-            weights = Weights((name,), (stored,), lambda w: [_joined([w], self.dtype)])
+            weights = Weights((name,), (stored,), lambda w: [joined([w], self.dtype)])
             return graph.op("Gather", *graph.store(weights), tokens, axis=0)
         levels, scale = self._table(name, shape)
         found = graph.op("Transpose", graph.op("Gather", levels, tokens, axis=1), perm=[1, 2, 0])
-        found = graph.op("Sub", graph.op("Cast", found, to=1), graph.constant(128.0, "float32"))
+        found = graph.op("Cast", found, to=1)
         scale = graph.op("Gather", scale, tokens, axis=0)
         return graph.op("Mul", found, graph.op("Unsqueeze", scale, graph.constant([2])))
 
-    def split(self, x: Value, sizes: Sequence[int]) -> list[Value]:
-        """Cut [B, W, K] into parts to be multiplied, which are rounded by one scale for a row."""
-        graph, number = self.graph, len(sizes)
-        if number == 1:
-            return [x]
-        lengths = graph.constant(list(sizes))
-        if not self.quantization.endswith("int8"):
-            return graph.ops("Split", number, x, lengths, axis=2)
-        levels, step = self._rows(x)
-        parts = graph.ops("Split", number, levels, lengths, axis=2)
-        self._quantized |= {part: [part, step] for part in parts}
-        return parts
+    def by_parts(
+        self, x: Value, names: Sequence[str], shapes: Sequence[tuple[int, int]], only: Value
+    ) -> Value:
+        """Multiply consecutive parts of [B, W, K] with a matrix each: [B, W, sum N_i].
+
+        Args:
+            x: the activations.
+            names: of the matrices, as stored and in the model.
+            shapes: N_i and K_i of each; one whose K_i is 0 is not stored and gives zeros.
+            only: [B, W, 1], 1 in the rows that are wanted and 0 in the others, which get zeros.
+        """
+        graph = self.graph
+        parts = list(zip(names, shapes, strict=True))
+        if self.in_bytes:
+            num_in = sum(num_in for _, (_, num_in) in parts)
+            return self._product(x, self._diagonal(parts), num_in, only=only)
+        x = graph.op("Mul", x, only)
+        sizes = [num_in for _, (_, num_in) in parts if num_in]
+        pieces = graph.ops("Split", len(sizes), x, graph.constant(sizes), axis=2)
+        products: list[Value] = []
+        for name, (num_out, num_in) in parts:
+            if num_in:
+                products.append(self(pieces.pop(0), name, [name], (num_out, num_in)))
+            else:
+                nothing = graph.constant(np.zeros((1, 1, num_out)), self.dtype)
+                products.append(graph.op("Mul", nothing, only))
+        return products[0] if len(products) == 1 else graph.op("Concat", *products, axis=2)
+
+    def _diagonal(self, parts: Sequence[tuple[str, tuple[int, int]]]) -> tuple[Value, Value]:
+        """Return the matrix, [sum K_i, sum N_i], and scales that `by_parts` multiplies with."""
+        graph = self.graph
+        total = sum(num_out for _, (num_out, _) in parts)
+        levels: list[Value] = []
+        scales: list[Value] = []
+        first = 0
+        for name, (num_out, num_in) in parts:
+            after = total - first - num_out
+            if num_in:
+                part, scale = self._matrix(name, [name], (num_out, num_in))
+                if total > num_out:  # a session pads it once, when it opens
+                    part = graph.op("Pad", part, graph.constant([0, first, 0, after]))
+                levels.append(part)
+                scales.append(scale)
+            else:
+                scales.append(graph.constant(np.ones(num_out), "float32"))
+            first += num_out
+        if len(levels) > 1:
+            levels = [graph.op("Concat", *levels, axis=0)]
+        if len(scales) > 1:
+            scales = [graph.op("Concat", *scales, axis=0)]
+        return levels[0], scales[0]
 
     def _table(self, name: str, shape: tuple[int, int]) -> tuple[Value, Value]:
         if name not in self._tables:
             self._tables[name] = TABLE.store(self.graph, name, [name], shape)
         return self._tables[name]
 
-    def _bytes(self, x: Value, matrix: Value, scale: Value) -> Value:
-        """Multiply with levels around 128, [K, N]; sums are integers, whatever rows there are."""
-        graph = self.graph
-        levels, step = self._rows(x)
-        one, zero = graph.constant(1.0, "float32"), graph.constant(BYTE_ZERO, "uint8")
-        inputs = levels, matrix, one, scale, zero, zero
-        return graph.op("Mul", graph.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT), step)
-
-    def _int8(
-        self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]
-    ) -> Value:
-        num_out, num_in = shape
+    def _matrix(
+        self,
+        name: str,
+        parameters: Sequence[str],
+        shape: tuple[int, int],
+        *,
+        exact: bool = False,
+        smooth: str | None = None,
+    ) -> tuple[Value, Value]:
+        """Return int8 levels [K, N], and their scales [N]."""
+        graph, (num_out, num_in) = self.graph, shape
+        if self.quantization == "int4-int8":
+            if exact:
+                return self._table(parameters[0], shape)
+            return LAYERS.store(graph, name, parameters, shape, smooth=smooth)
         stored = (
             Stored(f"{name}.int8", "int8", (num_in, num_out)),
             Stored(f"{name}.scale", "float32", (num_out,)),
         )
-        weights = Weights(tuple(parameters), stored, lambda *w: pack_int8(w))
-        matrix, scale = self.graph.store(weights)
-        levels, step = self._rows(x)
-        zero = self.graph.constant(128, "uint8")
-        product = self.graph.op("MatMulInteger", levels, matrix, zero)
-        product = self.graph.op("Mul", self.graph.op("Cast", product, to=1), step)
-        return self.graph.op("Mul", product, scale)
+        matrix, scale = graph.store(Weights(tuple(parameters), stored, lambda *w: pack_int8(w)))
+        return matrix, scale
 
-    def _rows(self, x: Value) -> list[Value]:
-        """Return uint8 levels of [..., K] around 128, and what a level is in each row, [..., 1]."""
-        if x not in self._quantized:
+    def _product(
+        self, x: Value, matrix: tuple[Value, Value], num_in: int, *, only: Value = ""
+    ) -> Value:
+        """Multiply with int8 levels [K, N]; sums are integers, whatever rows there are."""
+        graph = self.graph
+        levels, step = self._rows(x, num_in, only)
+        one, zero = graph.constant(1.0, "float32"), graph.constant(ROW_ZERO, "uint8")
+        inputs = levels, matrix[0], one, matrix[1], zero
+        return graph.op("Mul", graph.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT), step)
+
+    def _rows(self, x: Value, num_in: int, only: Value) -> tuple[Value, Value]:
+        """Return uint8 levels of [..., K] around 128, and what a level is in each row, [..., 1].
+
+        A row of zeros, or one that is not wanted, has levels that mean nothing, of 0 each.
+        """
+        if (x, only) not in self._quantized:
             graph = self.graph
             largest = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
-            largest = graph.op("Max", largest, graph.constant(SMALLEST, "float32"))
-            factor = graph.op("Div", graph.constant(ROW_MAX, "float32"), largest)
-            levels = graph.op("Mul", x, factor)
-            levels = graph.op("Add", levels, graph.constant(128.5, "float32"))  # the cast cuts off
-            step = graph.op("Mul", largest, graph.constant(1 / ROW_MAX, "float32"))
-            self._quantized[x] = [graph.op("Cast", levels, to=2), step]
-        return self._quantized[x]
+            step = graph.op("Mul", largest, self._share(only))
+            zeros = self._zeros_like(step)
+            levels = graph.op("QuantizeLinear", x, step, zeros, axis=-1, block_size=num_in)
+            self._quantized[x, only] = levels, step
+        return self._quantized[x, only]
+
+    def _share(self, only: Value) -> Value:
+        """Return what part of a row's largest value a level is; 0 in rows that are not wanted."""
+        share = self.graph.constant(1 / ROW_MAX, "float32")
+        if not only:
+            return share
+        if only not in self._shares:
+            self._shares[only] = self.graph.op("Mul", only, share)
+        return self._shares[only]
+
+    def _zeros_like(self, step: Value) -> Value:
+        """Return the uint8 zero points [..., 1] of rows."""
+        found = self._zeros.get(self.rows)
+        if found is None:
+            zero = self.graph.constant(ROW_ZERO, "uint8")
+            found = self.graph.op("Expand", zero, self.graph.op("Shape", step))
+            if self.rows:
+                self._zeros[self.rows] = found
+        return found
 
     def _int4(
         self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]
@@ -196,62 +265,3 @@ class Linear:
             block_size=INT4_BLOCK,
             **({"accuracy_level": 4} if self.dtype == "float32" else {}),
         )
-
-
-def pack_int8(matrices: Sequence[Tensor]) -> list[Array]:
-    """Return int8 [K, N] and fp32 scales [N] of matrices [N_i, K]."""
-    num_out, num_in = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
-    levels = np.empty((num_in, num_out), np.int8)
-    scales = np.empty(num_out, np.float32)
-
-    def convert(first: int, rows: Array) -> None:
-        largest = np.abs(rows).max(axis=1)
-        scale = np.where(largest > 0, largest / INT8_MAX, 1.0).astype(np.float32)
-        columns = slice(first, first + len(rows))
-        scales[columns] = scale
-        levels[:, columns] = np.rint(rows / scale[:, None]).astype(np.int8).T
-
-    by_rows(matrices, convert)
-    return [levels, scales]
-
-
-def pack_int4(matrices: Sequence[Tensor], dtype: str) -> list[Array]:
-    """Return [N, blocks, 16] bytes, the lower half first, and scales [N blocks].
-
-    A weight is (level - 8) * scale, levels 0 to 15; the largest of a block, whatever its sign, is
-    level 0, so that all sixteen are of use.
-    """
-    num_out, num_in = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
-    num_blocks = -(-num_in // INT4_BLOCK)
-    packed = np.empty((num_out, num_blocks, INT4_BLOCK // 2), np.uint8)
-    scales = np.empty((num_out, num_blocks), dtype)
-
-    def convert(first: int, rows: Array) -> None:
-        padding = num_blocks * INT4_BLOCK - num_in
-        blocks = np.pad(rows, ((0, 0), (0, padding))).reshape(len(rows), num_blocks, INT4_BLOCK)
-        at = np.abs(blocks).argmax(axis=2)[:, :, None]
-        scale = (np.take_along_axis(blocks, at, axis=2)[:, :, 0] / -8).astype(dtype)
-        divisor = np.where(scale == 0, 1, scale).astype(np.float32)
-        levels = np.rint(blocks / divisor[:, :, None] + 8).clip(0, 15).astype(np.uint8)
-        packed[first : first + len(rows)] = levels[:, :, ::2] | levels[:, :, 1::2] << 4
-        scales[first : first + len(rows)] = scale
-
-    by_rows(matrices, convert)
-    return [packed, scales.reshape(-1)]
-
-
-def _joined(matrices: Sequence[Tensor], dtype: str) -> Array:
-    """Return [N, K] of matrices [N_i, K]."""
-    return np.concatenate([matrix.to(TORCH[dtype]).numpy() for matrix in matrices])
-
-
-def _transposed(matrices: Sequence[Tensor], dtype: str) -> Array:
-    """Return [K, N] of matrices [N_i, K]."""
-    num_out, num_in = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
-    out = np.empty((num_in, num_out), dtype)
-
-    def convert(first: int, rows: Array) -> None:
-        out[:, first : first + len(rows)] = rows.T
-
-    by_rows(matrices, convert)
-    return out
