@@ -134,7 +134,7 @@ class HandleEngine:
         """Start a request; the session streams its answer.
 
         Args:
-            prompt: a string, taken verbatim; chat messages, for the model's template; or token ids.
+            prompt: a string or chat messages, for the model's template; or token ids.
             params: instead of the model's defaults.
             names: that the events carry.
             committed: the blocks that another engine has told of this request, from the first on.
