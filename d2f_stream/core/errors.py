@@ -119,11 +119,12 @@ class PromptTooLong(InvalidRequest):
         self.max_len = max_len
         self.at_least = at_least
         number = f"at least {num_prompt_tokens}" if at_least else f"{num_prompt_tokens}"
-        sentence = f"prompt has {number} tokens and max_new_tokens is {max_new_tokens}, "
+        sentence = f"prompt has {number} tokens"
         way_out = "shorten the prompt"
         if num_prompt_tokens < max_len:
+            sentence += f" and max_new_tokens is {max_new_tokens}"
             way_out += f" or lower max_new_tokens to {max_len - num_prompt_tokens}"
-        super().__init__(f"{sentence}but the model holds {max_len} in all; {way_out}")
+        super().__init__(f"{sentence}, but the model holds {max_len} in all; {way_out}")
 
 
 class RequestConflict(InvalidRequest):

@@ -60,8 +60,7 @@ def test_invalid_params_names_field_value_and_range() -> None:
 
 def test_prompt_too_long_says_what_to_do() -> None:
     assert str(PromptTooLong(5000, 256, 4096)) == (
-        "prompt has 5000 tokens and max_new_tokens is 256, but the model holds 4096 in all; "
-        "shorten the prompt"
+        "prompt has 5000 tokens, but the model holds 4096 in all; shorten the prompt"
     )
     assert str(PromptTooLong(4000, 256, 4096)) == (
         "prompt has 4000 tokens and max_new_tokens is 256, but the model holds 4096 in all; "
