@@ -115,7 +115,11 @@ class Chat:
             case "/set":
                 self._set(rest)
             case "/retry":
-                await self._ask(self._transcript.retry())
+                question = self._transcript.retry()
+                chosen = self._current.defaults.with_overrides(self._overrides)
+                if chosen.temperature == 0:
+                    self._say("at temperature 0 the same answer comes again; /set temperature 0.7")
+                await self._ask(question)
             case "/save":
                 self._save(rest)
             case "/help":

@@ -83,6 +83,13 @@ async def test_new_forgets_and_retry_asks_again() -> None:
     ]
 
 
+async def test_retry_says_that_a_greedy_answer_comes_again() -> None:
+    greedy, _ = await talk("One?", "/retry")
+    sampled, _ = await talk("One?", "/set temperature 1", "/retry")
+    assert "the same answer comes again" in greedy
+    assert "the same answer comes again" not in sampled
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
