@@ -46,7 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     attacks.add_argument("--part", action="append", help="only this part; repeat")
     attacks.set_defaults(run=_attacks)
 
-    for command in (stream, overhead, steps, step, mixture, footprint, serving, attacks):
+    shared = commands.add_parser("shared-log", help="what a log costs that servers share")
+    shared.add_argument("--log", required=True, metavar="URL", help="of a store that is there")
+    shared.set_defaults(run=_shared_log)
+
+    timed = (stream, overhead, steps, step, mixture, footprint, serving, attacks, shared)
+    for command in timed:
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
     if arguments.run is _sweep:
@@ -283,6 +288,12 @@ def _serving(arguments: argparse.Namespace) -> dict[str, Any]:
     from lab.bench.serving import PARTS, serving
 
     return asyncio.run(serving(arguments.part or list(PARTS)))
+
+
+def _shared_log(arguments: argparse.Namespace) -> dict[str, Any]:
+    from lab.bench.shared_log import shared_log
+
+    return asyncio.run(shared_log(arguments.log))
 
 
 def _attacks(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -90,6 +90,22 @@ async def test_answers_outlive_every_server_that_worked_for_them(servers: Server
     assert answers.longest_pause_s < 10.0
 
 
+async def test_server_that_freezes_is_replaced_and_changes_nothing_when_it_wakes(
+    servers: Servers,
+) -> None:
+    one = await servers.start()
+    async with answering(servers.url) as answers:
+        await answers.wait_blocks(3)
+        await servers.start()
+        servers.proxy.cut()
+        await answers.wait_blocks(3)
+        one.process.send_signal(signal.SIGSTOP)  # its sockets stay open, as a lost machine's do
+        began_s = asyncio.get_running_loop().time()
+        await answers.wait_blocks(1)
+        assert asyncio.get_running_loop().time() - began_s < 10.0
+        one.process.send_signal(signal.SIGCONT)
+
+
 async def test_server_that_is_told_to_end_leaves_its_answers_to_others(servers: Servers) -> None:
     one = await servers.start()
     async with answering(servers.url) as answers:
