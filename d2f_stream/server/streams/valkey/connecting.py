@@ -17,6 +17,7 @@ except ImportError as error:
     raise MissingExtra("a log that servers share", "valkey", "cluster") from error
 
 __all__ = [
+    "ANSWER_S",
     "BACKOFF_S",
     "LOST",
     "AbstractConnection",
@@ -45,6 +46,7 @@ async def open_connection(pool: ConnectionPool) -> AbstractConnection:
     """Return a new connection, logged in."""
     connection: AbstractConnection = pool.make_connection()
     await connection.connect()
+    connection.socket_timeout = None  # whoever uses it limits many answers at once
     return connection
 
 
