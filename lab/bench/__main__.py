@@ -39,12 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     footprint.set_defaults(run=_footprint)
 
     serving = commands.add_parser("serving", help="many streams, latency, disconnects, memory")
-    serving.add_argument("--part", action="append", help="only this part; repeat")
-    serving.set_defaults(run=_serving)
-
     attacks = commands.add_parser("attacks", help="what others notice of a client that asks much")
-    attacks.add_argument("--part", action="append", help="only this part; repeat")
-    attacks.set_defaults(run=_attacks)
+    for command in (serving, attacks):
+        command.add_argument("--part", action="append", help="only this part; repeat")
+        command.set_defaults(run=_parts)
 
     shared = commands.add_parser("shared-log", help="what a log costs that servers share")
     shared.add_argument("--log", required=True, metavar="URL", help="of a store that is there")
@@ -284,22 +282,18 @@ def _footprint(arguments: argparse.Namespace) -> dict[str, Any]:
     return footprint(arguments.prompt)
 
 
-def _serving(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lab.bench.serving import PARTS, serving
+def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
+    from lab.bench import serving, serving_attacks
 
-    return asyncio.run(serving(arguments.part or list(PARTS)))
+    if arguments.command == "attacks":
+        return asyncio.run(serving_attacks.attacks(arguments.part or list(serving_attacks.PARTS)))
+    return asyncio.run(serving.serving(arguments.part or list(serving.PARTS)))
 
 
 def _shared_log(arguments: argparse.Namespace) -> dict[str, Any]:
     from lab.bench.shared_log import shared_log
 
     return asyncio.run(shared_log(arguments.log))
-
-
-def _attacks(arguments: argparse.Namespace) -> dict[str, Any]:
-    from lab.bench.serving_attacks import PARTS, attacks
-
-    return asyncio.run(attacks(arguments.part or list(PARTS)))
 
 
 if __name__ == "__main__":
