@@ -26,6 +26,11 @@ class Answers:
         self.longest_pause_s = 0.0
         self._tasks = [asyncio.create_task(self._read(engine, events)) for events in self.events]
 
+    @property
+    def num_running(self) -> int:
+        """Answers that have not ended yet."""
+        return sum(not task.done() for task in self._tasks)
+
     async def wait_blocks(self, number: int) -> None:
         """Wait until every answer has so many more blocks, or has ended."""
         wanted = [len(events) + number for events in self.events]
