@@ -87,20 +87,21 @@ def oracle(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeight
     return out.transpose(0, 1)
 
 
-ROUTERS = [
-    (1, 256, 8, 8, 4, 1),
-    (2, 64, 8, 8, 4, 1),
-    (17, 128, 4, 1, 1, 0),
-    (33, 64, 1, 1, 1, 0),
-    (20, 6, 3, 3, 2, 2),  # sizes that no power of two is
-    (256, 8, 4, 4, 2, 1),
-    (300, 4, 2, 1, 1, 1),
+ROUTERS = [  # rows, experts, chosen, groups, kept, always, with a bias and rows that go nowhere
+    (1, 256, 8, 8, 4, 1, False),
+    (2, 64, 8, 8, 4, 1, True),
+    (17, 128, 4, 1, 1, 0, False),
+    (33, 64, 1, 1, 1, 0, True),
+    (20, 6, 3, 3, 2, 2, True),  # sizes that no power of two is
+    (256, 8, 4, 4, 2, 1, True),
+    (300, 4, 2, 1, 1, 1, False),
 ]
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize(("rows", "number", "chosen", "groups", "kept", "always"), ROUTERS)
-@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "number", "chosen", "groups", "kept", "always", "extras"), ROUTERS
+)
 @pytest.mark.usefixtures("poisoned")
 def test_rows_find_their_experts(
     rows: int, number: int, chosen: int, groups: int, kept: int, always: int, extras: bool
