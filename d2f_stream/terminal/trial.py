@@ -5,6 +5,7 @@ process is this module, run as `python -m d2f_stream.terminal.trial BACKEND`.
 """
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import time
@@ -104,7 +105,13 @@ def _step(device: str) -> str:
     from d2f_runtime.backends.choice import DeviceFacts, choose_runner
 
     choice = choose_runner(DeviceFacts.of(torch.device(device)), quantization="bf16")
-    return f"{choice.name} step: {choice.reason}"
+    kept = ""
+    if choice.name == "fast":
+        from d2f_runtime.kernels.compilation import kept_in
+
+        with contextlib.suppress(ImportError):  # no Triton that tells
+            kept = f"; compiled kernels are kept in {kept_in()}"
+    return f"{choice.name} step: {choice.reason}{kept}"
 
 
 def _one_line(error: Exception) -> str:

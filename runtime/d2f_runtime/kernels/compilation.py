@@ -6,9 +6,11 @@ kernel; whoever listened before is told as before.
 """
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
-__all__ = ["CompilationLog"]
+__all__ = ["CompilationLog", "kept_in"]
 
 
 class CompilationLog:
@@ -25,7 +27,7 @@ class CompilationLog:
         self._told = now
         compiled, read, seconds = (b - a for a, b in zip(before, now, strict=True))
         made = f"{compiled:.0f} kernels were compiled in {seconds:.1f} s" if compiled else ""
-        kept = f"{read:.0f} were read from {_folder()}" if read else ""
+        kept = f"{read:.0f} were read from {kept_in()}" if read else ""
         return ", ".join(filter(None, (made, kept)))
 
 
@@ -63,7 +65,16 @@ def _listener() -> _Listener | None:
     return listener
 
 
-def _folder() -> str:
+def kept_in() -> str:
+    """Return where compiled kernels are kept, for people; that they are not, if it is so.
+
+    Raises:
+        ImportError: there is no Triton, or one older than 3.4.
+    """
     from triton import knobs
 
-    return str(knobs.cache.dir)
+    folder = Path(knobs.cache.dir)
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"nowhere, as {there} is read-only (TRITON_CACHE_DIR names another place)"
+    return str(folder)

@@ -1,5 +1,7 @@
 """What had to be compiled is told once, and to those who listened before as well."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ pytest.importorskip("triton")
 from triton import knobs
 
 from d2f_runtime.kernels import compilation
-from d2f_runtime.kernels.compilation import CompilationLog
+from d2f_runtime.kernels.compilation import CompilationLog, kept_in
 
 pytestmark = pytest.mark.torch
 
@@ -51,3 +53,13 @@ def test_others_are_told_as_before(heard: list[bool]) -> None:
     compile_one()
     compile_one(cached=True)
     assert heard == [False, True]
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels" / "here"))
+    assert kept_in() == str(tmp_path / "kernels" / "here")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    assert kept_in().startswith(f"nowhere, as {tmp_path} is read-only (TRITON_CACHE_DIR")
