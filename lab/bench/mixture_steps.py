@@ -1,7 +1,8 @@
 """Whole steps of a mixture of experts with random weights, in the fast step.
 
-Windows hold tokens, all different, and one mask: rows that are all masks would choose the same few
-experts, which those of a trained model do not. The head runs over all rows of the shape anyhow.
+Windows hold tokens, all different, and one mask, and tokens are embedded far apart: rows that are
+alike would choose the same few experts, which those of a trained model do not. The head runs over
+all rows of the shape anyhow.
 """
 
 import time
@@ -28,6 +29,7 @@ __all__ = ["floors", "time_mixture"]
 
 BYTES: Final = {"bf16": 2.0, "fp8": 1.0, "nf4": 4.25 / 8}
 POOL: Final = 4096  # tokens of K/V
+APART: Final = 200.0  # by which embeddings are larger than what layers add to them
 
 
 def floors(settings: "MixtureSettings") -> dict[str, Any]:
@@ -82,6 +84,8 @@ def time_mixture(
     model = random_model(
         SHAPES[settings.shape], device=settings.device, dtype=dtype, quantization=quantization
     )
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(APART)
     found["drawn_s"] = round(time.perf_counter() - began, 1)
     backend = TorchBackend(
         model,

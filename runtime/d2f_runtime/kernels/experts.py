@@ -1,7 +1,8 @@
 """The products of a mixture of experts, which read only the experts that rows chose.
 
 One program takes a tile of outputs of one expert and all its rows, a tile of rows after the other,
-so that a weight is read from memory once, and of an expert without rows nothing is read. The first
+so that a weight is read from memory once, and of an expert without rows nothing is read; where
+there are many rows, several programs share them, and find the weight in the cache. The first
 product gates at once; the second leaves one part for each choice of a row, already weighted, for
 the norm that follows to add. Weights of 4 and 8 bits become 16 bits in registers alone.
 
@@ -32,6 +33,9 @@ from d2f_runtime.kernels.routing import Routes
 __all__ = ["ExpertTiling", "expert_tiling", "through_experts", "through_experts_reference"]
 
 
+MANY_ROWS = 256  # beyond, experts have more of them than a tile, by and by
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertTiling:
     """How a product is cut: rows, outputs and features of a tile, tiles under way, warps."""
@@ -47,14 +51,16 @@ def expert_tiling(num_rows: int, *, bits: int, gated: bool) -> ExpertTiling:
     """Return the tiling to use for so many rows of all experts; a gated tile has twice the outputs.
 
     An expert has few of the rows: those of 32 rows that each choose 8 experts of 256 go to some 160
-    of them. Not measured yet.
+    of them. The choices are measured ones (bench/mixture-h200.json), for 32 rows on an H200.
     """
     rows = 16 if num_rows <= 128 else 32 if num_rows <= 512 else 64
     if bits == 4:
-        return ExpertTiling(rows, 64, 128, 4)
+        return ExpertTiling(rows, 64, 128, 4 if gated else 3)
     if bits == 8:
         return ExpertTiling(rows, 64, 64, 5)
-    return ExpertTiling(rows, 64, 64 if gated else 128, 4)
+    if bits == 32:  # for tests
+        return ExpertTiling(rows, 64, 32, 3)
+    return ExpertTiling(rows, 64, 128, 3) if gated else ExpertTiling(rows, 128, 128, 3, 8)
 
 
 def through_experts_reference(
@@ -116,10 +122,15 @@ def _launch(
         scales = scales.view(torch.int32)
     even = size % tiling.features == 0 and num_outputs % tiling.outputs == 0
     pdl = overlaps(x.device)
-    grid = (-(-num_outputs // tiling.outputs), num_experts)
+    # of the rows: those that all go to one expert, and those of the others
+    wide = -(-num_rows // tiling.rows)  # programs that share them
+    rest = -(-2 * num_rows * width // (num_experts * tiling.rows)) if num_rows > MANY_ROWS else 1
+    shares = routes.num_always * wide + (num_experts - routes.num_always) * rest
+    grid = (-(-num_outputs // tiling.outputs), shares)
     _experts[grid](
         x, weights.values, scales, table, out, routes.places, routes.counts, routes.weights,
-        num_rows, num_experts, width, size, stored_size, num_outputs, stored_outputs,
+        num_rows, num_experts, routes.num_always, wide, rest, width, size, stored_size, num_outputs,
+        stored_outputs,
         ROWS=tiling.rows, OUTPUTS=tiling.outputs, FEATURES=tiling.features, BITS=bits,
         BY_WORDS=by_words, GATED=gated, EVEN=even, PDL=pdl,
         num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=pdl,
@@ -136,15 +147,19 @@ def _values(bits: int, device: torch.device) -> Tensor:
 
 @jit
 def _experts(
-    x, values, scales, table, out, lists, counts, shares, num_rows, num_experts, width, size,
-    stored_size, num_outputs, stored_outputs,
+    x, values, scales, table, out, lists, counts, shares, num_rows, num_experts, num_always, wide,
+    rest, width, size, stored_size, num_outputs, stored_outputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, FEATURES: tl.constexpr, BITS: tl.constexpr,
     BY_WORDS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    expert = num_experts - 1 - tl.program_id(1)  # those that all rows go through begin
+    share = tl.program_id(1)
+    is_always = share < num_always * wide  # those begin
+    sharers = tl.where(is_always, wide, rest)
+    share = tl.where(is_always, share, share - num_always * wide)
+    expert = share // sharers + tl.where(is_always, num_experts - num_always, 0)
     first_output = tl.program_id(0) * OUTPUTS
     count = tl.load(counts + expert)
     # in words of 32 bits where there are fewer than 16 of a weight
@@ -156,7 +171,7 @@ def _experts(
         factors = scales + expert.to(tl.int64) * (stored_outputs * stored_size // 128)
     elif BITS == 8:
         factors = scales + expert * stored_outputs
-    for first in range(0, count, ROWS):
+    for first in range(share % sharers * ROWS, count, sharers * ROWS):
         number = first + tl.arange(0, ROWS)
         inside = number < count
         place = tl.load(lists + expert * num_rows + number, mask=inside, other=0)

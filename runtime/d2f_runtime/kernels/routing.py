@@ -3,7 +3,6 @@
 Three kernels and no host: logits of the router in fp32, the choice of each row by itself, and for
 each expert the list of its rows, which its own program gathers. So a step with experts is captured
 like any other. An expert that all rows go through is one more, chosen by every row with weight 1.
-
 Ties fall to the expert of the lowest number.
 
 Shapes: M rows, D hidden size, E experts to choose from, C chosen of them, A experts that every row
@@ -28,8 +27,7 @@ from d2f_runtime.kernels.language import (
 __all__ = ["SMALLEST", "Routes", "RoutingRule", "choose_reference", "route", "route_reference"]
 
 SMALLEST = 1e-20  # of the sum that sigmoids' weights are divided by
-SPLITS = 8  # of the features, so that the logits of few rows occupy the device
-FEW_ROWS = 256
+FEW_ROWS, SPLITS = 256, 8  # up to so many, features are split, or logits would not fill the device
 ROWS = 16  # of a tile of logits
 EXPERTS = 32
 FEATURES = 64
@@ -61,7 +59,7 @@ class RoutingRule(Protocol):
 
     @property
     def normalised(self) -> bool:
-        """Whether the weights of the chosen are divided by their sum."""
+        """Whether weights are divided by their sum."""
         ...
 
     @property
@@ -79,12 +77,14 @@ class Routes(NamedTuple):
         weights: [M, C + A] fp32 of each choice.
         places: [E + A, M] int32, the places of each expert in ascending order.
         counts: [E + A] int32, how many of them there are.
+        num_always: A.
     """
 
     chosen: Tensor
     weights: Tensor
     places: Tensor
     counts: Tensor
+    num_always: int
 
 
 def choose_reference(
@@ -140,7 +140,7 @@ def route_reference(
         (mine,) = torch.where(flat == expert)
         counts[expert] = len(mine)
         places[expert, : len(mine)] = mine.int()
-    return Routes(chosen, weights, places, counts)
+    return Routes(chosen, weights, places, counts, num_always)
 
 
 def route(
@@ -182,7 +182,7 @@ def route(
         chosen, lists, counts, num_rows, num_rows * width,
         BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
-    return Routes(chosen, weights, lists, counts)
+    return Routes(chosen, weights, lists, counts, num_always)
 
 
 def _first_best(values: Tensor, number: int) -> Tensor:
