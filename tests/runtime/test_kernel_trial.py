@@ -7,7 +7,7 @@ import torch
 
 from triton_mode import DEVICE  # isort: skip  # before the kernels
 
-from d2f_runtime.backends.kernel_trial import BOUND, BOUND_FP8, trial
+from d2f_runtime.backends.kernel_trial import BOUND, BOUND_FP8, TINY, TINY_MIXTURE, trial
 from d2f_runtime.kernels.activation import Activation
 from d2f_runtime.models.fast_transformer import KERNELS, REFERENCES
 
@@ -29,9 +29,19 @@ def off(stage: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_MIXTURE])
 @pytest.mark.parametrize("quantization", list(BOUNDS))
-def test_what_is_right_passes(quantization: str) -> None:
-    assert trial(CPU, quantization, REFERENCES) < BOUNDS[quantization] / 2
+def test_what_is_right_passes(quantization: str, config: Any) -> None:
+    assert trial(CPU, quantization, REFERENCES, config) < BOUNDS[quantization] / 2
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "nf4"])
+def test_wrong_experts_are_found(quantization: str) -> None:
+    def wrong(*given: Any) -> Any:
+        return REFERENCES.through_experts(*given).roll(1, dims=1)
+
+    broken = replace(REFERENCES, through_experts=wrong)
+    assert not trial(CPU, quantization, broken, TINY_MIXTURE) < BOUND
 
 
 @pytest.mark.parametrize("quantization", list(BOUNDS))
@@ -43,6 +53,8 @@ def test_a_wrong_stage_is_found(quantization: str, stage: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("quantization", list(BOUNDS))
-def test_this_gpu_passes(quantization: str) -> None:
-    assert trial(torch.device("cuda:0"), quantization, KERNELS) < BOUNDS[quantization] / 2
+@pytest.mark.parametrize("config", [TINY, TINY_MIXTURE])
+@pytest.mark.parametrize("quantization", [*BOUNDS, "nf4"])
+def test_this_gpu_passes(quantization: str, config: Any) -> None:
+    bound = BOUNDS.get(quantization, BOUND)
+    assert trial(torch.device("cuda:0"), quantization, KERNELS, config) < bound / 2

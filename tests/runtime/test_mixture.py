@@ -320,13 +320,17 @@ def test_mini_fits_16_gb_in_nf4(tmp_path: Path) -> None:
     assert choose_quantization(config, gpu, stored="bf16").name == "nf4"
     large = DeviceFacts((9, 0), has_triton=True, free=80 * 2**30)
     assert choose_quantization(config, large, stored="bf16").name == "bf16"
-    choice = choose_runner(gpu, quantization="nf4", has_experts=True)
+    for quantization in ("bf16", "fp8", "nf4"):
+        assert choose_runner(gpu, quantization=quantization, has_experts=True).name == "fast"
+    without = replace(gpu, has_triton=False)
+    choice = choose_runner(without, quantization="nf4", has_experts=True)
     assert choice.name == "plain"
     assert "nf4 experts as they are chosen" in choice.reason
+    assert choose_runner(gpu, quantization="int8", has_experts=True).name == "plain"
     with pytest.raises(UnsupportedModel, match="holds no experts in int8"):
         choose_runner(gpu, quantization="int8", has_experts=True, wanted="fast")
     with pytest.raises(UnsupportedModel, match="fp8 needs the fast step"):
-        choose_runner(gpu, quantization="fp8", has_experts=True)
+        choose_runner(without, quantization="fp8", has_experts=True)
 
 
 def test_configs_keep_their_experts() -> None:

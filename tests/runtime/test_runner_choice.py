@@ -16,7 +16,7 @@ def choose(
     wanted: str = "auto",
 ) -> Choice:
     return choose_runner(
-        DeviceFacts(capability, triton, fault_of=lambda _: fault),
+        DeviceFacts(capability, triton, fault_of=lambda *_: fault),
         quantization=quantization,
         head_dim=head_dim,
         wanted=wanted,

@@ -54,14 +54,14 @@ class DeviceFacts:
         capability: compute capability of a CUDA device; None is a CPU.
         has_triton: whether Triton can be imported.
         free: bytes of the device's memory; None is unknown and bounds nothing.
-        fault_of: what is wrong with the kernels for a quantization, as a clause; empty where
-            nothing is. May take seconds.
+        fault_of: what is wrong with the kernels for a quantization, with experts or without, as a
+            clause; empty where nothing is. May take seconds.
     """
 
     capability: tuple[int, int] | None = None
     has_triton: bool = False
     free: int | None = None
-    fault_of: Callable[[str], str] = lambda _: ""
+    fault_of: Callable[[str, bool], str] = lambda *_: ""
 
     @classmethod
     def of(cls, device: "torch.device") -> Self:
@@ -74,12 +74,14 @@ class DeviceFacts:
 
         capability = torch.cuda.get_device_capability(device)
 
-        def fault_of(quantization: str) -> str:
+        def fault_of(quantization: str, has_experts: bool) -> str:
             if is_proven(TRITON_VERSION, capability):
                 return ""
             from d2f_runtime.backends.kernel_trial import fault_of_trial  # with all kernels
 
-            return fault_of_trial(device, "fp8" if quantization == "fp8" else "bf16")
+            if quantization != "fp8" and not (has_experts and quantization == "nf4"):
+                quantization = "bf16"
+            return fault_of_trial(device, quantization, has_experts)
 
         return cls(capability, HAS_TRITON, torch.cuda.mem_get_info(device)[0], fault_of)
 
@@ -104,11 +106,9 @@ def choose_runner(
     Raises:
         UnsupportedModel: what is wanted, or the step that the quantization needs, cannot be had.
     """
-    if wanted == "fast" and has_experts and quantization == "int8":
-        raise UnsupportedModel("the fast step holds no experts in int8; use nf4, fp8 or bf16")
     if wanted == "fast" and device.capability is None:
         return Choice("fast", "asked for")  # for tests: the same code over the kernels' references
-    obstacle = _obstacle(device, quantization, head_dim)
+    obstacle = _obstacle(device, quantization, head_dim, has_experts)
     if wanted == "fast":
         if obstacle:
             raise UnsupportedModel(f"the fast step was asked for, but {obstacle}")
@@ -117,8 +117,6 @@ def choose_runner(
         obstacle = "the plain step was asked for"
     elif not obstacle and quantization == "fp32":
         obstacle = "the weights are fp32"
-    elif not obstacle and has_experts:
-        obstacle = "experts were not measured in the fast step"
     if not obstacle:
         return Choice("fast", "a CUDA device with Triton")
     if quantization == "fp8":
@@ -150,11 +148,12 @@ def choose_quantization(config: TransformerConfig, device: DeviceFacts, *, store
         return Choice(stored, "the checkpoint's own")
 
     def runs(quantization: str) -> bool:
-        """Whether it is of use: on the plain step, fp8 and nf4 are none."""
-        if config.mixture is not None:
-            return quantization != "fp8"
-        needs_kernels = quantization in ("fp8", "nf4")
-        return not (needs_kernels and _obstacle(device, quantization, config.head_dim))
+        """Whether it is of use: on the plain step, fp8 is none, and nf4 of experts alone."""
+        has_experts = config.mixture is not None
+        needs_kernels = quantization == "fp8" or (quantization == "nf4" and not has_experts)
+        if not needs_kernels:
+            return True
+        return not _obstacle(device, quantization, config.head_dim, has_experts)
 
     too_large = ""
     kept = "bf16" if lost else stored
@@ -201,7 +200,7 @@ def _feed_forward(config: TransformerConfig) -> int:
     return num_dense * 3 * size * config.ffn_size + experts
 
 
-def _obstacle(device: DeviceFacts, quantization: str, head_dim: int) -> str:
+def _obstacle(device: DeviceFacts, quantization: str, head_dim: int, has_experts: bool) -> str:
     """Return what stands in the way of the kernels; empty where nothing does."""
     oldest = OLDEST_FP8 if quantization == "fp8" else OLDEST
     if device.capability is None:
@@ -213,7 +212,9 @@ def _obstacle(device: DeviceFacts, quantization: str, head_dim: int) -> str:
         return f"the GPU is of compute capability {found}, not {least}"
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 128:
         return f"the model's head size {head_dim} is no power of two from 16 to 128"
-    return device.fault_of(quantization)
+    if has_experts and quantization == "int8":
+        return "it holds no experts in int8"
+    return device.fault_of(quantization, has_experts)
 
 
 def _beside(config: TransformerConfig, quantization: str) -> int:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -18,6 +19,7 @@ from d2f_runtime.models.fast_transformer import (
     Ops,
     StepTensors,
 )
+from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.transformer import Transformer
 
 __all__ = ["fault_of_trial", "trial"]
@@ -47,8 +49,22 @@ TINY: Final = TransformerConfig(
 )
 
 
+TINY_MIXTURE: Final = replace(
+    TINY,
+    family="llada2",
+    mixture=MixtureConfig(
+        num_experts=4,
+        num_chosen=4,  # all: a rounding that changes a choice is no fault
+        ffn_size=128,
+        scoring="sigmoid",
+        shared_size=128,
+        dense_layers=(0,),
+    ),
+)
+
+
 @functools.cache
-def fault_of_trial(device: torch.device, quantization: str) -> str:
+def fault_of_trial(device: torch.device, quantization: str, has_experts: bool) -> str:
     """Return what a trial finds wrong with the kernels, as a clause; empty where nothing is.
 
     Triton must compile its kernels once: seconds, and later some tenths of one. Held once in a
@@ -56,11 +72,12 @@ def fault_of_trial(device: torch.device, quantization: str) -> str:
 
     Args:
         device: a CUDA device.
-        quantization: "fp8", or anything else for bf16.
+        quantization: "fp8", "nf4", or anything else for bf16.
+        has_experts: whether a layer of the model is a mixture of experts.
     """
     try:
         with torch.cuda.device(device):
-            error = trial(device, quantization, KERNELS)
+            error = trial(device, quantization, KERNELS, TINY_MIXTURE if has_experts else TINY)
         bound = BOUND_FP8 if quantization == "fp8" else BOUND
         fault = "" if error < bound else f"errs by {error:.2g}"  # NaN is no less
     except Exception as failure:  # whatever it is, the plain step does without
@@ -72,15 +89,18 @@ def fault_of_trial(device: torch.device, quantization: str) -> str:
 
 
 @torch.inference_mode()
-def trial(device: torch.device, quantization: str, ops: Ops) -> float:
+def trial(
+    device: torch.device, quantization: str, ops: Ops, config: TransformerConfig = TINY
+) -> float:
     """Return the largest relative error of a step's states, K/V and confidences, on fresh inputs.
 
     Args:
         device: that runs `ops`.
-        quantization: "fp8", or anything else for bf16.
+        quantization: "fp8", "nf4", or anything else for bf16.
         ops: under trial.
+        config: of the model.
     """
-    model = Transformer(TINY).to(torch.bfloat16).requires_grad_(False)
+    model = Transformer(config).to(torch.bfloat16).requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)
