@@ -20,13 +20,14 @@ def main(argv: list[str] | None = None) -> None:
     late.add_argument("--setup", action="append", choices=SETUPS, help="repeat; default all")
     late.add_argument("--loads", type=int, nargs="+", default=(1, 16, 64))
     killing = commands.add_parser("kills", help="engines and servers killed at random")
+    killing.add_argument("--wait", action="store_true", help="for both engines, between two")
     for command in (late, killing):
         command.add_argument("--seconds", type=float, default=5.0, help="a load, or all kills")
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.command == "kills":
-            work = kills(Path(folder), seconds=arguments.seconds)
+            work = kills(Path(folder), seconds=arguments.seconds, waits=arguments.wait)
         else:
             work = latency(
                 Path(folder),

@@ -18,8 +18,14 @@ STREAMS: Final = 16
 SEED: Final = 1
 
 
-async def kills(folder: Path, *, seconds: float) -> dict[str, Any]:
+async def kills(folder: Path, *, seconds: float, waits: bool) -> dict[str, Any]:
     """Kill engines and servers, now one and now both, for so long.
+
+    Args:
+        folder: for the model.
+        seconds: how long.
+        waits: until both engines are back, before the next kill; else there may be none for a
+            while, until Ray has started one.
 
     Raises:
         RuntimeError: a reader lost, or saw twice, or in another order, or saw something else.
@@ -39,7 +45,7 @@ async def kills(folder: Path, *, seconds: float) -> dict[str, Any]:
                 reading = asyncio.create_task(
                     keep_reading(clients, ANSWER, streams=STREAMS, until=until)
                 )
-                counts = await _kill(engines, servers, reading, seconds)
+                counts = await _kill(engines, servers, reading, seconds, waits=waits)
                 until.set()
                 readings = await reading
         finally:
@@ -59,13 +65,20 @@ async def kills(folder: Path, *, seconds: float) -> dict[str, Any]:
 
 
 async def _kill(
-    engines: RayEngines, servers: "Servers", reading: "asyncio.Task[Any]", seconds: float
+    engines: RayEngines,
+    servers: "Servers",
+    reading: "asyncio.Task[Any]",
+    seconds: float,
+    *,
+    waits: bool,
 ) -> dict[str, int]:
     chosen, counts = random.Random(SEED), {"engine": 0, "server": 0, "both": 0}
     began = time.perf_counter()
     while time.perf_counter() - began < seconds and not reading.done():
         await asyncio.sleep(chosen.uniform(0.3, 1.5))
         what = chosen.choice(sorted(counts))
+        if waits:
+            await engines.wait_alive(2)
         if what != "server":
             if not engines.pids():  # Serve has yet to start another one
                 continue

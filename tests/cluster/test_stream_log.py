@@ -171,6 +171,31 @@ async def test_stream_has_one_worker_at_a_time(kind: Kind) -> None:
             assert [await anext(seen) for _ in range(3)] == events[:3]
 
 
+async def test_stream_of_a_dead_worker_is_taken_at_once(kind: Kind) -> None:
+    async with kind.open() as (one, other):
+        stream = await created(one)
+        events = events_of(stream.id)
+        async with await working(one, stream) as dead:
+            assert await dead.append(events[0])
+            assert await other.work(stream.id) is None
+            async with await _taken(other, stream) as work:
+                assert work.names == (stream.id, stream.request_id, "ann")
+                assert list(work.events) == events[:1]
+                assert not await dead.append(events[1])  # it was not dead, but says nothing more
+                for event in events[1:]:
+                    assert await work.append(event)
+        copy = await one.find(stream.id, client="ann")
+        seen = aiter(copy.follow())
+        async with asyncio.timeout(5.0):
+            assert [await anext(seen) for _ in events] == events
+
+
+async def _taken(log: StreamLog, stream: ServedStream) -> Work:
+    work = await log.work(stream.id, by_force=True)
+    assert work is not None
+    return work
+
+
 async def test_stream_that_has_ended_has_no_worker_any_more(kind: Kind) -> None:
     async with kind.open() as (one, other):
         stream = await created(one)
