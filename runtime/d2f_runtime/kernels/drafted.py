@@ -122,7 +122,8 @@ def cut_for(num_rows: int, num_features: int, outputs: int, *, may_split: bool) 
         return None
     splits = 1
     if may_split:
-        splits = min(MAX_SPLITS // -(-num_rows // ROWS), num_features // (2 * FEATURES))
+        # whatever the number of rows, so that it does not decide how a row is rounded
+        splits = min(MAX_SPLITS, num_features // (2 * FEATURES))
         splits = 1 << max(1, splits).bit_length() - 1
     return Cut(splits, warps=8 if is_wide and num_rows > 32 else 4)
 

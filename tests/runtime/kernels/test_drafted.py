@@ -9,6 +9,7 @@ from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 from d2f_runtime.kernels.drafted import (
     Cut,
     TiledFactors,
+    cut_for,
     drafted_product,
     drafted_product_reference,
 )
@@ -85,3 +86,12 @@ def test_drafted_product(case: str, num_rows: int, splits: int) -> None:
     assert error(found, wanted) < 1e-5
     alone = drafted_product(x, weight, factors, torch.zeros_like(drafts), cut=cut)
     assert torch.equal(found[:, drafts == 0], alone[:, drafts == 0])
+
+
+@pytest.mark.parametrize("num_features", [64, 576, 896, 1536, 4864])
+def test_rows_do_not_decide_how_a_sum_is_cut(num_features: int) -> None:
+    cuts = [cut_for(rows, num_features, 64, may_split=True) for rows in (1, 16, 100, 129, 256)]
+    splits = {cut.splits for cut in cuts if cut is not None}
+    assert len(splits) == 1
+    assert max(splits) <= max(1, num_features // 128)
+    assert cut_for(257, num_features, 64, may_split=True) is None
