@@ -56,7 +56,7 @@ class ServedStream:
         self.error: D2FError | None = None
         self.ended = False
         self.cancels_on_disconnect = request.on_disconnect == "cancel"
-        self._cursors: set[Cursor] = set()
+        self._cursors: dict[Cursor, None] = {}
         self.observe: Callable[[ServedStream, Event], None] | None = None
         self._cancel: Callable[[], object] | None = None
         self._cancel_elsewhere: Callable[[], object] | None = None
@@ -120,7 +120,7 @@ class ServedStream:
                 f"after_seq is {after_seq} but the last event of the stream is {len(self.log) - 1}"
             )
         cursor = Cursor(self, after_seq + 1, drafts, wake)
-        self._cursors.add(cursor)
+        self._cursors[cursor] = None
         if self.on_readers is not None and len(self._cursors) == 1:
             self.on_readers(self)
         wake()
@@ -234,7 +234,7 @@ class ServedStream:
     def _detach(self, cursor: "Cursor") -> None:
         if cursor not in self._cursors:
             return
-        self._cursors.discard(cursor)
+        del self._cursors[cursor]
         if self._cursors or self.ended:
             return
         if self.on_readers is not None:

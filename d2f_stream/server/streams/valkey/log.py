@@ -170,7 +170,9 @@ class ValkeyLog:
     async def work(self, stream_id: str, *, by_force: bool = False) -> ValkeyWork | None:
         """Take the stream's lease; None where another worker has it, or the stream has ended."""
         if stream_id in self.works:
-            return None
+            if not by_force:
+                return None
+            self.works.pop(stream_id).note_lost()
         taken = await self._script(
             scripts.TAKE, stream_id, self.holder, self.times.lease_ms, int(by_force)
         )
@@ -204,7 +206,11 @@ class ValkeyLog:
 
     def release(self, work: ValkeyWork) -> None:
         """Give the lease of a stream back; called by its holder."""
-        if self.works.pop(work.stream_id, None) is not None and not work.has_ended:
+        work.is_lost = True
+        if self.works.get(work.stream_id) is not work:
+            return
+        del self.works[work.stream_id]
+        if not work.has_ended:
             self.store.post_script(scripts.RELEASE, self.keys.prefix, work.stream_id, self.holder)
 
     async def follow(self, stream: ServedStream) -> None:
