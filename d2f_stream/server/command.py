@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")
     parser.add_argument(
-        "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
+        "--kv-tokens", type=int, metavar="N", help="how many tokens of K/V to make room for (torch)"
     )
-    parser.add_argument("--family", metavar="NAME", help="where the model's files do not tell it")
+    parser.add_argument("--family", metavar="NAME", help="the model's, if its files tell none")
     parser.add_argument(
         "--warm-up",
         action=argparse.BooleanOptionalAction,
@@ -104,7 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that name it can read them on",
     )
     reach.add_argument(
-        "--mqtt-group", default="d2f", metavar="NAME", help="of workers that share requests (d2f)"
+        "--mqtt-group",
+        default="d2f",
+        metavar="NAME",
+        help="workers of one group share the requests (d2f)",
     )
     reach.add_argument(
         "--ui", action=argparse.BooleanOptionalAction, default=True, help="the chat page at /"

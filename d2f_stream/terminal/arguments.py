@@ -121,9 +121,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quantization", default="auto", metavar="NAME")
     parser.add_argument(
-        "--kv-tokens", type=int, metavar="N", help="tokens to have room for (torch)"
+        "--kv-tokens", type=int, metavar="N", help="how many tokens of K/V to make room for (torch)"
     )
-    parser.add_argument("--family", metavar="NAME", help="where the model's files do not tell it")
+    parser.add_argument("--family", metavar="NAME", help="the model's, if its files tell none")
     parser.add_argument(
         "--token",
         metavar="TOKEN",

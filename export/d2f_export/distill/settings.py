@@ -74,7 +74,7 @@ class DistillSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     model: Annotated[str, Meta(min_length=1, description="the teacher: a folder or a hub id")]
-    family: Annotated[str | None, Meta(description="where the model's files do not tell it")] = None
+    family: Annotated[str | None, Meta(description="the model's, if its files tell none")] = None
     data: Annotated[
         tuple[str, ...], Meta(min_length=1, description="JSONL files of prompts and answers")
     ]

@@ -110,7 +110,7 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
     )
-    parser.add_argument("--family", metavar="NAME", help="where the model's files do not tell it")
+    parser.add_argument("--family", metavar="NAME", help="the model's, if its files tell none")
     parser.add_argument(
         "--target",
         choices=("cpu", "cuda", "device"),
@@ -151,7 +151,9 @@ def verify_parser() -> argparse.ArgumentParser:
         "--questions", type=Path, help="JSON lines with prompt or messages, and ending to be scored"
     )
     parser.add_argument("--number", type=int, default=1000, help="how many questions")
-    parser.add_argument("--compared", type=int, default=80, help="so many step by step")
+    parser.add_argument(
+        "--compared", type=int, default=80, help="how many of them are compared step by step"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, help="folder for report.json and report.md")
     parser.add_argument("--record", action="store_true", help="put the figures into the manifest")

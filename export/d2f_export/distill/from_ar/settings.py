@@ -26,7 +26,7 @@ class DraftSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     from_ar: Annotated[
         str, Meta(min_length=1, description="the autoregressive base: a folder, .gguf or hub id")
     ]
-    family: Annotated[str | None, Meta(description="where the model's files do not tell it")] = None
+    family: Annotated[str | None, Meta(description="the model's, if its files tell none")] = None
     data: Annotated[
         tuple[str, ...],
         Meta(min_length=1, description="JSONL files, or what distill-data wrote (.npz)"),
@@ -101,7 +101,7 @@ class WritingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     model: Annotated[str, Meta(min_length=1, description="a folder, .gguf or hub id")]
-    family: Annotated[str | None, Meta(description="where the model's files do not tell it")] = None
+    family: Annotated[str | None, Meta(description="the model's, if its files tell none")] = None
     questions: Annotated[
         tuple[str, ...], Meta(description="JSONL files whose prompts are answered first")
     ] = ()
