@@ -71,8 +71,11 @@ def _rows(
         load = _Load(num_clients, seed)
         timed = curve.warm(random.Random(seed))
         pays = load.run(Paying(workload, timed, num_clients), workload, curve)
-        fixed = {_name(width): load.run(Fixed(width), workload, curve) for width in widths}
-        single = load.run(Fixed(SINGLE), DRAFTED, curve)
+        fixed = {
+            _name(width): load.run(Fixed(workload, timed, num_clients, width), workload, curve)
+            for width in widths
+        }
+        single = load.run(Fixed(DRAFTED, timed, num_clients, SINGLE), DRAFTED, curve)
         best = max(fixed.values(), key=lambda outcome: outcome.tokens_per_s)
         yield {
             "clients": num_clients,

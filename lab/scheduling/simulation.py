@@ -49,34 +49,6 @@ class Planner(Protocol):
         ...
 
 
-class Fixed:
-    """Gives everybody the same width, in turn."""
-
-    def __init__(self, width: Width) -> None:
-        self._width = width
-        self._line: list[int] = []
-
-    def add(self, session_id: int) -> None:
-        """Take a session on."""
-        self._line.append(session_id)
-
-    def plan(self) -> Sequence[tuple[int, Width, Piece | None]]:
-        """Return those that waited longest."""
-        run, self._line = self._line[:MAX_ROWS], self._line[MAX_ROWS:]
-        self._line += run
-        return [(session_id, self._width, None) for session_id in run]
-
-    def learn(self, session_id: int, width: Width, *, rows: int, tokens: int) -> None:
-        """Learn nothing."""
-
-    def learn_step(self, step: TimedStep) -> None:
-        """Learn nothing."""
-
-    def remove(self, session_id: int) -> None:
-        """Forget a session."""
-        self._line.remove(session_id)
-
-
 class Paying:
     """The engine's own scheduler."""
 
@@ -116,6 +88,20 @@ class Paying:
     def remove(self, session_id: int) -> None:
         """Forget a session."""
         self._scheduler.remove(session_id)
+
+
+class Fixed(Paying):
+    """The same scheduler, but all windows are of one width."""
+
+    def __init__(
+        self, workload: Workload, timed: Sequence[TimedStep], max_sessions: int, width: Width
+    ) -> None:
+        super().__init__(workload, timed, max_sessions)
+        self._width = width
+
+    def plan(self) -> Sequence[tuple[int, Width, Piece | None]]:
+        """Return the next batch, of windows of that width."""
+        return [(name, self._width, piece) for name, _, piece in super().plan()]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Pure arithmetic on what windows bring and what steps take. Every session of the step gets its
 narrowest window first, in order, as long as rows become no dearer by it; then the widenings that
 bring most tokens for their rows, as long as they raise what the whole step brings per millisecond.
-A prompt's rows are owed whatever width is chosen, and weigh in the budget alone.
+A prompt's rows are owed whatever width is chosen; they weigh in the budget, and in what further
+rows cost.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,10 @@ def allot(parts: Sequence[Part], cost: StepCost, *, max_rows: int) -> list[int]:
     widenings.sort(key=itemgetter(0), reverse=True)  # stable: those in front first
     rows = sum(part.choices[0].rows for part in parts[:num_sessions])
     tokens = sum(part.choices[0].tokens for part in parts[:num_sessions])
-    room = max_rows - sum(part.prompt_rows for part in parts[:num_sessions])
+    prompt_rows = sum(part.prompt_rows for part in parts[:num_sessions])
+    room = max_rows - prompt_rows
+    # What the prompts' rows take is owed; how dear others are beside them is not.
+    owed_ms = cost.ms(prompt_rows + rows, num_sessions) - cost.ms(rows, num_sessions)
     best, best_rate = 0, tokens / cost.ms(rows, num_sessions)
     taken: list[tuple[int, int]] = []
     full: set[int] = set()
@@ -63,7 +67,7 @@ def allot(parts: Sequence[Part], cost: StepCost, *, max_rows: int) -> list[int]:
         rows += more.rows
         tokens += more.tokens
         taken.append((number, choice))
-        rate = tokens / cost.ms(rows, num_sessions)
+        rate = tokens / (cost.ms(prompt_rows + rows, num_sessions) - owed_ms)
         if rate >= best_rate:
             best, best_rate = len(taken), rate
     for number, choice in taken[:best]:

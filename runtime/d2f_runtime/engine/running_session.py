@@ -48,9 +48,8 @@ class RunningSession:
         self.prompt_rows = prompt.num_tokens
         self.narrows = may_narrow or kind.verifies
         self._last_rows = 0
-        self._span_width: Width | None = None
-        self._before: Width | None = None  # the last width of the span before
-        self._is_mixed = False
+        self._last_width: Width | None = None  # of its last step
+        self._begun_tokens = 0  # that may be in work since windows had another width
         self._span = Span(0, 0, 0)
         self._tokens = self._expected = OTHERS
 
@@ -100,22 +99,29 @@ class RunningSession:
         """
         rows = max(1, rows)  # one token's row is a prompt's last
         self._last_rows = rows
-        if self._span_width not in (None, width):
-            self._is_mixed = True
-        self._span_width = width
+        if self._last_width is not None and self._last_width != width:
+            self._begun_tokens = self._in_work(self._last_width)
+        self._last_width = width
         steps, so_far, ran = self._span
         self._span = Span(steps + 1, so_far + tokens, ran + rows)
         if not tokens:
             return False
-        # What a pipeline of another width had begun is no merit, or fault, of this one.
-        span, is_pure = self._span, not self._is_mixed and self._before in (None, width)
-        self._before = width
-        self._span, self._span_width, self._is_mixed = Span(0, 0, 0), None, False
+        # What windows of another width had begun is no merit, or fault, of this one.
+        span, is_pure = self._span, self._begun_tokens == 0
+        self._begun_tokens = max(0, self._begun_tokens - tokens)
+        self._span = Span(0, 0, 0)
         if is_pure:
             choice = self.kind.widths.index(width)
             self._note_speed(choice, span)
             self.gains.note(choice, span)
         return is_pure
+
+    def _in_work(self, width: Width) -> int:
+        """Return how many tokens may be begun at once in windows of a width."""
+        if self.kind.verifies:
+            return 1
+        blocks = width.max_active_blocks or self.kind.params.max_active_blocks or 1
+        return blocks * self.kind.block_size
 
     def _note_speed(self, choice: int, span: Span) -> None:
         if not (self.narrows and self.gains.known(choice)):

@@ -26,7 +26,7 @@ __all__ = ["DELAY_MS", "DELAY_SHARE", "LEAST_PIECE", "Place", "StepBounds", "lin
 Id = TypeVar("Id", bound=Hashable)
 
 DELAY_MS: Final = 10.0
-DELAY_SHARE: Final = 0.5
+DELAY_SHARE: Final = 1.0
 LEAST_PIECE: Final = 16
 """Tokens of a prompt that a step runs in any case, so that every prompt comes to its end."""
 

@@ -25,6 +25,11 @@ FORGET: Final = 1 / 512
 """Share of all spans' weight that each further one takes away."""
 HOPE: Final = 1.25
 """How much better than it was a width may have become that is unknown again."""
+ERROR: Final = 0.35
+"""How far a span is thought to be off the mean, before that is seen; so many spans' mean is nearer
+by their root."""
+ERROR_SPANS: Final = 32
+"""Spans that tell how far they are off."""
 DOUBT: Final = 0.97
 """What of a hope counts, so that nothing is tried for next to nothing."""
 TOO_LARGE: Final = 1e9
@@ -90,6 +95,7 @@ class WidthGains:
         self._rows = [0.0] * len(widths)
         self._expected = self._hoped = tuple(self._guesses)
         self._is_stale = False
+        self._square_error = ERROR**2  # of one span, relative
 
     @property
     def expected(self) -> Sequence[Gain]:
@@ -115,6 +121,9 @@ class WidthGains:
 
     def note(self, index: int, span: Span) -> None:
         """Take a span of a width into account."""
+        if self.known(index):
+            error = span.tokens / (span.steps * self.expected[index].tokens) - 1.0
+            self._square_error += (min(1.0, error**2) - self._square_error) / ERROR_SPANS
         self._unit *= 1.0 + FORGET
         self._weights[index] += self._unit
         self._steps[index] += self._unit * span.steps
@@ -162,10 +171,17 @@ class WidthGains:
         return Gain(tokens, guess.rows * self._rows[best] / (steps * base.rows))
 
     def _hope(self, index: int) -> Gain:
-        """Return what is expected where it is known, else the most that others let hope for."""
+        """Return what a width may well bring: where it is unknown, the most that others allow.
+
+        One that had bad luck when it was tried is thus tried again, and left the sooner the worse
+        it is.
+        """
         gain = self._expected[index]
-        if self.known(index):
+        if self._is_single(index):
             return gain
+        if self.known(index):
+            spans = self._weights[index] / self._unit
+            return Gain(gain.tokens * (1.0 + (self._square_error / spans) ** 0.5), gain.rows)
         wider = [other for other in range(index + 1, len(self._guesses)) if self.known(other)]
         tokens = gain.tokens * HOPE
         if wider:  # which brings no less
