@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from d2f_runtime.decoding.width import Width, widths_of
+from d2f_runtime.decoding.width import Width
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.core.presets import PRESETS
 from lab.scheduling.curves import StepCurve
-from lab.scheduling.simulation import Fixed, Outcome, Paying, simulate
+from lab.scheduling.simulation import Fixed, Outcome, Paying, kind_of, simulate
 from lab.scheduling.workloads import Drafted, Filled, Workload
 
 __all__ = ["LOADS", "WORKLOADS", "compare"]
@@ -66,7 +66,7 @@ def compare(
 def _rows(
     workload: Workload, curve: StepCurve, loads: Sequence[int], seed: int
 ) -> Iterator[dict[str, Any]]:
-    widths = widths_of(workload.params, workload.params.block_size)
+    widths = kind_of(workload).widths
     for num_clients in loads:
         load = _Load(num_clients, seed)
         timed = curve.warm(random.Random(seed))
@@ -91,4 +91,6 @@ def _rows(
 def _name(width: Width) -> str:
     if width.max_drafts is not None:
         return f"{width.max_drafts} drafts"
+    if width.part_size is not None:
+        return f"{width.part_size} tokens"
     return "own" if width.max_active_blocks is None else f"{width.max_active_blocks} blocks"

@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from d2f_runtime.backends.scripted import SCRIPTED_INFO
 from d2f_runtime.decoding.decoder import Committed
 from d2f_runtime.decoding.width import Width
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.engine.prompt_cuts import Piece, PromptCuts
-from d2f_runtime.engine.request_kind import RequestKind
+from d2f_runtime.engine.request_kind import RequestKind, least_part
 from d2f_runtime.engine.scheduler import Scheduler
 from d2f_runtime.engine.step_cost import TimedStep
 from lab.scheduling.curves import StepCurve
 from lab.scheduling.workloads import MASK, PLAIN, PROMPT_TOKENS, Request, Workload
 
-__all__ = ["Fixed", "Outcome", "Paying", "Planner", "simulate"]
+__all__ = ["Fixed", "Outcome", "Paying", "Planner", "kind_of", "simulate"]
 
 MAX_ROWS = 16
 MAX_STEP_TOKENS = 1024
@@ -49,6 +50,12 @@ class Planner(Protocol):
         ...
 
 
+def kind_of(workload: Workload) -> RequestKind:
+    """Return the kind of a workload's requests, whose blocks may join in parts, as LLaDA's may."""
+    size = workload.params.block_size
+    return RequestKind.of(workload.params, size, least_part=least_part(SCRIPTED_INFO, size))
+
+
 class Paying:
     """The engine's own scheduler."""
 
@@ -60,7 +67,7 @@ class Paying:
             max_step_tokens=MAX_STEP_TOKENS,
         )
         self._scheduler.begin_with(timed)
-        self._kind = RequestKind.of(workload.params, workload.params.block_size)
+        self._kind = kind_of(workload)
 
     def add(self, session_id: int) -> None:
         """Take a session on."""

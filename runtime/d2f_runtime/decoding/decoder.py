@@ -95,6 +95,7 @@ class BlockDecoder(AnswerDecoder):
         self._given: deque[tuple[int, ...]] = deque()  # blocks that are final and not on the canvas
         self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
         self._eos: int | None = None  # canvas position of the first EOS so far
+        self._part_stops: list[int] = []  # of parts of blocks that joined by themselves, uncached
 
     def go_on(
         self, committed: Sequence[Committed], *, num_steps: int, at_once: bool = True
@@ -145,7 +146,7 @@ class BlockDecoder(AnswerDecoder):
         """
         if self._pending is None and not self.finished:
             if self._may_append(width.max_active_blocks):
-                self._append_block()
+                self._append_block(width.part_size)
             self._pending = self._window()
         return self._pending
 
@@ -162,6 +163,7 @@ class BlockDecoder(AnswerDecoder):
         accepted: list[Accepted] = []
         window = self._end_step(proposals)
         self._num_cached += window.num_to_cache
+        self._part_stops = [stop for stop in self._part_stops if stop > self._num_cached]
         if self._given:
             given, block = self._given.popleft(), self._blocks.pop()
             self._canvas[block.stop - len(given) : block.stop] = given
@@ -204,10 +206,14 @@ class BlockDecoder(AnswerDecoder):
         if self._has_ended:
             return ()
         views: list[BlockView] = []
-        for block in self._blocks:
-            start = max(block.start, self._num_prompt)
-            tokens = self._canvas[start : min(block.stop, self._partition.limit)]
-            views.append(self._view(block.index, start, tokens))
+        start, limit = self._committed, self._partition.limit
+        while start < min(len(self._canvas), limit):
+            index, _, stop = self._partition.block_at(start)
+            stop = min(stop, limit)
+            tokens = self._canvas[start:stop]
+            tokens += [self._mask_id] * (stop - start - len(tokens))
+            views.append(self._view(index, start, tokens))
+            start = stop
         return tuple(views)
 
     @property
@@ -234,9 +240,14 @@ class BlockDecoder(AnswerDecoder):
         bounds = (self._params.max_active_blocks, max_active_blocks)
         return all(bound is None or num_unfilled < bound for bound in bounds)
 
-    def _append_block(self) -> None:
+    def _append_block(self, part_size: int | None) -> None:
         length = len(self._canvas)
         index, start, stop = self._partition.block_at(length)  # on a grid it may hold prompt too
+        if length > self._num_prompt:
+            start = length  # amid a block where a part of it has joined
+        if part_size is not None and stop > length + part_size and not self._given:
+            stop = length + part_size
+            self._part_stops.append(stop)
         masked = list(range(length - start, stop - start))
         due = self._acceptance.shares_of(self._partition.block_size, len(masked))
         self._blocks.append(Block(index, start, stop, masked, due))
@@ -253,6 +264,9 @@ class BlockDecoder(AnswerDecoder):
         block_stops = self._partition.stops(
             start, stop, causal_until=clean if self._commits_causally else 0
         )
+        if self._part_stops:
+            parts = (part for part in self._part_stops if part < stop)
+            block_stops = tuple(sorted({*block_stops, *parts}))
         tokens = tuple(self._canvas[start:stop])
         num_to_edit = stop - max(last.start, self._num_prompt) if self._editing is not None else 0
         return Window(start, tokens, clean - start, block_stops, num_to_edit=num_to_edit)
@@ -318,7 +332,10 @@ class BlockDecoder(AnswerDecoder):
         if self._editing is not None and self._blocks and not self._blocks[0].is_left:
             return committed
         while self._blocks and self._blocks[0].stop <= final:
-            self._announce(self._blocks.pop(0), committed)
+            block = self._blocks.pop(0)
+            is_whole = block.stop == self._partition.block_at(block.stop - 1)[2]
+            if is_whole or (self._eos is not None and self._eos < block.stop):
+                self._announce(block, committed)
         if self._blocks and self._eos is not None and self._eos < final:
             self._announce(self._blocks[0], committed)
         return committed

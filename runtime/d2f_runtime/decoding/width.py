@@ -2,7 +2,7 @@
 
 Pure arithmetic on parameters. The widest of them is the request's own. A narrower window of a
 verified answer drafts fewer tokens, down to one, which is an autoregressive step; of another answer
-it has fewer active blocks, so that its text may be another one.
+it has fewer active blocks, or only a part of one, so that its text may be another one.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,14 @@ class Width:
 
     Attributes:
         max_active_blocks: unfilled blocks before no other one joins.
+        part_size: tokens of a block that joins, an attention block by themselves; the rest of it
+            joins later. Blocks stay what they are for who reads the answer.
         max_drafts: tokens that a verified answer's step drafts, the one that the model says next
             included; at least 1.
     """
 
     max_active_blocks: int | None = None
+    part_size: int | None = None
     max_drafts: int | None = None
 
 
@@ -35,12 +38,15 @@ OWN = Width()
 """The width of the request's own windows."""
 
 
-def widths_of(params: GenerationParams, block_size: int) -> tuple[Width, ...]:
+def widths_of(
+    params: GenerationParams, block_size: int, *, least_part: int | None = None
+) -> tuple[Width, ...]:
     """Return the widths that the windows of a request may have, narrowest first; the last is OWN.
 
     Args:
         params: of the request; whether it allows narrower ones is not asked.
         block_size: of its answer, tokens.
+        least_part: tokens of a block that may join by themselves; None leaves blocks whole.
     """
     blocks = params.max_active_blocks
     if params.add_threshold == 1.0 and params.commit != "verify":
@@ -52,4 +58,20 @@ def widths_of(params: GenerationParams, block_size: int) -> tuple[Width, ...]:
         counts = [1 << power for power in range(most.bit_length()) if 1 << power < most]
         return (*(Width(max_drafts=count) for count in counts), OWN)
     narrower = UNBOUNDED_BLOCKS if blocks is None else range(1, blocks)
-    return (*(Width(max_active_blocks=count) for count in narrower), OWN)
+    whole = [Width(max_active_blocks=count) for count in narrower]
+    if least_part is None or least_part >= block_size or not _may_part(params):
+        return (*whole, OWN)
+    sizes = [block_size >> power for power in range(1, block_size.bit_length())]
+    parts = [
+        Width(max_active_blocks=1, part_size=size)
+        for size in reversed(sizes)
+        if size >= least_part and block_size % size == 0
+    ]
+    return (*parts, *whole, OWN)
+
+
+def _may_part(params: GenerationParams) -> bool:
+    """Whether what a request asks of blocks can be had of parts of them."""
+    return (
+        params.sub_block_size == 0 and not params.steps_per_block and params.edit_threshold is None
+    )

@@ -121,7 +121,7 @@ class RunningSession:
         if self.kind.verifies:
             return 1
         blocks = width.max_active_blocks or self.kind.params.max_active_blocks or 1
-        return blocks * self.kind.block_size
+        return blocks * (width.part_size or self.kind.block_size)
 
     def _note_speed(self, choice: int, span: Span) -> None:
         if not (self.narrows and self.gains.known(choice)):

@@ -15,7 +15,7 @@ from d2f_runtime.decoding.decoder import BlockView, Committed
 from d2f_runtime.engine.continuation import NEW, Continuation
 from d2f_runtime.engine.denoiser import Denoiser, Progress
 from d2f_runtime.engine.prompt_cuts import PromptCuts
-from d2f_runtime.engine.request_kind import RequestKind
+from d2f_runtime.engine.request_kind import RequestKind, least_part
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.detokenizer import Detokenizer
 from d2f_runtime.text.tokenizer import TextCodec
@@ -129,7 +129,8 @@ class Stream:
     def kind(self) -> RequestKind:
         """What its answer fills like; with full attention every window is the whole canvas."""
         is_whole = self.params.attention == "full"
-        return RequestKind.of(self.params, self.capacity if is_whole else self.block_size)
+        size = self.capacity if is_whole else self.block_size
+        return RequestKind.of(self.params, size, least_part=least_part(self._info, size))
 
     def start(self) -> None:
         """Announce the stream; the clock of its timings starts. Idempotent."""

@@ -12,7 +12,7 @@ from typing import Final
 from d2f_runtime.backends.base import Slot
 from d2f_runtime.decoding.width import Width
 from d2f_runtime.engine.denoiser import Denoiser
-from d2f_runtime.engine.request_kind import RequestKind
+from d2f_runtime.engine.request_kind import RequestKind, least_part
 from d2f_runtime.engine.step_cost import TimedStep
 from d2f_runtime.loaded_model import LoadedModel, SlotOwner
 from d2f_runtime.models.facts import ModelInfo
@@ -47,7 +47,8 @@ def do_time_steps(
         Exception: whatever the backend raises; the model is unusable then, as after any step.
     """
     info = model.do_load().info
-    kind = RequestKind.of(params, params.block_size)
+    least = least_part(info, params.block_size)
+    kind = RequestKind.of(params, params.block_size, least_part=least)
     if len(kind.widths) == 1:
         return []  # there is nothing to choose
     compiles = info.device != "cpu"  # in the first step of each shape

@@ -86,8 +86,10 @@ class WidthGains:
             masks = [width.max_drafts or own for width in widths]
             self._guesses = [_guess_verified(count) for count in masks]
         else:
-            counts = [width.max_active_blocks or blocks for width in widths]
-            self._guesses = [_guess_filled(count, block_size) for count in counts]
+            self._guesses = [
+                _guess_filled(width.max_active_blocks or blocks, width.part_size, block_size)
+                for width in widths
+            ]
         self._unit = 1.0  # what the next span weighs: all before it weigh less in turn
         self._weights = [0.0] * len(widths)
         self._steps = [0.0] * len(widths)
@@ -198,7 +200,9 @@ def _guess_verified(num_drafts: int) -> Gain:
     return Gain(1.0 + 0.4 * (num_drafts.bit_length() - 1), 1.5 * num_drafts)
 
 
-def _guess_filled(num_blocks: int, block_size: int) -> Gain:
-    if block_size == 1:
+def _guess_filled(num_blocks: int, part_size: int | None, block_size: int) -> Gain:
+    if part_size == 1 or block_size == 1:
         return Gain(1.0, 1.0)
+    if part_size is not None:
+        return Gain(2.0 * (part_size / block_size) ** 0.2, 1.5 * part_size)
     return Gain(min(block_size, 2.0 * num_blocks**0.5), block_size * (num_blocks + 0.5))
