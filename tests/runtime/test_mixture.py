@@ -318,6 +318,9 @@ def test_mini_fits_16_gb_in_nf4(tmp_path: Path) -> None:
     assert weight_bytes(config, "nf4") < 9.7e9
     gpu = DeviceFacts((9, 0), has_triton=True, free=15 * 2**30)
     assert choose_quantization(config, gpu, stored="bf16").name == "nf4"
+    for free, name in ((24, "nf4"), (31, "nf4"), (31.5, "fp8")):  # fp8 comes in 16 bits
+        facts = replace(gpu, free=int(free * 2**30))
+        assert choose_quantization(config, facts, stored="bf16").name == name
     large = DeviceFacts((9, 0), has_triton=True, free=80 * 2**30)
     assert choose_quantization(config, large, stored="bf16").name == "bf16"
     for quantization in ("bf16", "fp8", "nf4"):

@@ -31,6 +31,7 @@ def choose(
         (80, HOPPER, "bf16"),
         (20, HOPPER, "bf16"),
         (16, HOPPER, "fp8"),
+        (14, HOPPER, "nf4"),  # fp8 comes in 16 bits, which do not fit
         (10, HOPPER, "nf4"),
         (16, AMPERE, "nf4"),  # no fp8 there
         (None, HOPPER, "bf16"),
@@ -46,7 +47,7 @@ def test_the_reason_says_what_would_not_fit() -> None:
     reason = choose(10).reason
     assert "of 10.0 GiB free" in reason
     assert "bf16 would need 18.4 GiB" in reason
-    assert "fp8 would need 11.4 GiB" in reason
+    assert "fp8 would need 15.2 GiB" in reason
 
 
 def test_the_checkpoints_own_comes_first() -> None:

@@ -158,7 +158,7 @@ def choose_quantization(config: TransformerConfig, device: DeviceFacts, *, store
     too_large = ""
     kept = "bf16" if lost else stored
     for name in dict.fromkeys((kept, "bf16", "fp8", "nf4")):
-        needed = weight_bytes(config, name) + _beside(config, name)
+        needed = _needed(config, name)
         if not runs(name):
             continue
         if device.free is None or needed <= device.free:
@@ -215,6 +215,19 @@ def _obstacle(device: DeviceFacts, quantization: str, head_dim: int, has_experts
     if has_experts and quantization == "int8":
         return "it holds no experts in int8"
     return device.fault_of(quantization, has_experts)
+
+
+def _needed(config: TransformerConfig, quantization: str) -> int:
+    """Return the bytes that a model needs: loaded, or while it is, which may be more.
+
+    Weights of 4 bits are quantised as they come; those of fp8 are all there in 16 bits, and are
+    packed layer by layer.
+    """
+    loaded = weight_bytes(config, quantization) + _beside(config, quantization)
+    if quantization != "fp8":
+        return loaded
+    layer = weight_bytes(config, "fp8") // config.num_layers
+    return max(loaded, weight_bytes(config, "bf16") + layer)
 
 
 def _beside(config: TransformerConfig, quantization: str) -> int:
