@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
 from d2f_runtime.engine.local import LocalEngine
-from d2f_stream.cluster.handle_engine import ReplicaLost
+from d2f_stream.cluster.calls import ReplicaLost
 from d2f_stream.cluster.replica_worker import ReplicaWorker, SharedLog
 from fakes import params
 

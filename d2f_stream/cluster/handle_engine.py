@@ -8,13 +8,14 @@ them to the log, and whoever reads does so from there (`LoggingHandleEngine`).
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Protocol, Self, Unpack, cast
+from typing import Final, Self, Unpack, cast
 
 import msgspec
 
 from d2f_stream.client.remote import RemoteStream, new_request
+from d2f_stream.cluster.calls import Calls, ReplicaLost
 from d2f_stream.cluster.orders import (
     AnswerOrder,
     PromptOrder,
@@ -26,45 +27,28 @@ from d2f_stream.cluster.orders import (
     read_facts,
 )
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError, EngineClosed, EngineFailed, PromptTooLong
+from d2f_stream.core.errors import (
+    ConnectionLost,
+    D2FError,
+    EngineClosed,
+    EngineFailed,
+    PromptTooLong,
+)
 from d2f_stream.core.events import Block, StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
 from d2f_stream.wire.protocol import ModelCard, Overrides, wire_prompt
 
-__all__ = ["Calls", "HandleEngine", "LoggingHandleEngine", "ReplicaLost"]
+__all__ = ["HandleEngine", "LoggingHandleEngine"]
 
 logger = logging.getLogger("d2f_stream.cluster")
 
 BACKOFF_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Between attempts to have a lost replica's work gone on with; the last is for all later ones."""
+CONNECT_S: Final = 60.0
+"""For a replica to tell what it serves; one that loads its model is not asked before."""
 MAX_FAILURES: Final = 5
 """Engines that may fail with one request, until it is held to be its own fault."""
-
-
-class ReplicaLost(Exception):
-    """The replica that a call went to is gone, or could not be reached."""
-
-
-class Calls(Protocol):
-    """Calls replicas: each call goes to whichever has most room, and waits where none has."""
-
-    async def call(self, method: str, data: bytes) -> bytes:
-        """Call a method of a `ReplicaWorker`. Safe to cancel.
-
-        Raises:
-            ReplicaLost: the replica died meanwhile.
-            D2FError: there are none, or the call failed.
-        """
-        ...
-
-    def stream(self, method: str, data: bytes) -> AsyncIterator[bytes]:
-        """Call one that yields. Closing it early ends it there too; raises as `call`."""
-        ...
-
-    async def close(self) -> None:
-        """Call nobody any more."""
-        ...
 
 
 class HandleEngine:
@@ -168,17 +152,32 @@ class HandleEngine:
         """Ask a replica what it serves. Safe to cancel.
 
         Raises:
-            D2FError: no replica is there, or it cannot be worked with.
+            ConnectionLost: no replica answered in time.
+            D2FError: it cannot be worked with.
         """
-        for attempt in _attempts():
-            try:
-                facts = read_facts(await self._calls.call("facts", b""), logs=self.logs)
-            except ReplicaLost as lost:
-                await _back_off(attempt, "the engine's facts", lost)
-                continue
-            self._card = facts.card
-            return self
-        raise AssertionError("there is always another attempt")
+        why: Exception | None = None
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                for attempt in _attempts():
+                    try:
+                        facts = await self._calls.call("facts", b"")
+                        break
+                    except ReplicaLost as lost:
+                        why = lost
+                        await _back_off(attempt, "the question what is served", lost)
+        except TimeoutError:
+            await self._calls.close()
+            raise ConnectionLost(
+                f"no engine answered within {CONNECT_S:g} s"
+                f"{f': {why}' if why else ', they may be loading or busy'}; "
+                "look at `serve status`"
+            ) from why
+        try:
+            self._card = read_facts(facts, logs=self.logs).card
+        except D2FError:
+            await self._calls.close()
+            raise
+        return self
 
     async def __aexit__(
         self,

@@ -11,11 +11,13 @@ import pytest
 
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
+from d2f_stream.cluster.calls import ReplicaLost
 from d2f_stream.cluster.engines_url import EnginesUrl
 from d2f_stream.cluster.handle_engine import HandleEngine, LoggingHandleEngine
 from d2f_stream.cluster.opening import checked
 from d2f_stream.cluster.orders import read_facts
 from d2f_stream.core.errors import (
+    ConnectionLost,
     D2FError,
     EngineClosed,
     EngineFailed,
@@ -28,7 +30,7 @@ from d2f_stream.core.errors import (
 from d2f_stream.core.events import Block, Event, StreamFinished, StreamNames, StreamStarted
 from fakes import ANSWER
 from memory_network import until
-from replicas import replicas_over
+from replicas import Replicas, replicas_over
 from requirements import optional_module
 from scripted_folder import write_model
 from serving import check_whole
@@ -147,6 +149,19 @@ async def test_versions_that_differ_and_logs_that_lack_are_told_at_once() -> Non
         assert facts["version"] == d2f_stream.__version__
         with pytest.raises(UnsupportedModel, match="deployed without one"):
             await LoggingHandleEngine(calls).__aenter__()
+
+
+async def test_cluster_without_a_working_engine_is_told_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("d2f_stream.cluster.handle_engine.CONNECT_S", 0.3)
+
+    class NoReplicas(Replicas):
+        async def call(self, method: str, data: bytes) -> bytes:
+            raise ReplicaLost("the deployment is unavailable")
+
+    with pytest.raises(ConnectionLost, match=r"within 0\.3 s: the deployment is unavailable; look"):
+        await HandleEngine(NoReplicas([])).__aenter__()
 
 
 def test_arguments_of_the_application_are_checked() -> None:
