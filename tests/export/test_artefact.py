@@ -113,6 +113,14 @@ def test_int8_quantizes_every_matrix_whose_products_fit_16_bits() -> None:
     assert not any(node.op_type == "MatMul" for node in graph.node)
 
 
+@pytest.mark.parametrize("outlier", [0.0, 30.0])
+def test_no_two_products_of_int8_overflow_16_bits(outlier: float) -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    weight[:, 10:12] += outlier
+    sizes = np.abs(pack_int8([weight])[0].astype(int))
+    assert 255 * (sizes[1:] + sizes[:-1]).max() <= 32767
+
+
 def test_int8_columns_are_right_to_half_a_level() -> None:
     weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
     weight[3] = 0

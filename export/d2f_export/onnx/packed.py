@@ -7,10 +7,8 @@ each matrix by a few nodes over constants, which onnxruntime runs once, when it 
 A matrix [N, K] is stored by blocks of 32 inputs. Each output has a scale, each block a base and a
 span in levels of that scale, and each weight a code between them:
 
-    level = base + code * span / (2**bits - 1)        rounded
+    level = base + code * span / (2**bits - 1)        rounded, -127 to 127
     weight = level * scale
-
-The magnitudes of two neighbouring inputs' levels are 128 together at most, see `PAIR_MAX`.
 
 Four bits of a code lie two to a byte, those beyond (`high`) by themselves. What was stored in 4
 bits with a scale and a minimum for each block, as GGUF's Q4_1, keeps its codes; bases and spans are
@@ -29,19 +27,13 @@ from torch import Tensor
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.matrix_rows import by_rows
 
-__all__ = ["PAIR_MAX", "Packing", "largest_pairs"]
+__all__ = ["BYTE_ZERO", "Packing"]
 
 BLOCK: Final = 32
 HALF: Final = BLOCK // 2
+LEVEL_MAX: Final = 126.0  # bases and spans are rounded, and their sum is to stay below 128
+BYTE_ZERO: Final = 128
 LOW_BITS: Final = 4
-ZERO: Final = 128  # of stored bases
-
-PAIR_MAX: Final = 128.0
-"""Of the levels of two neighbouring inputs together: without VNNI, x86 kernels add their products
-with rows' levels, of 255 at most, in 16 bits, which would overflow silently."""
-
-ROUNDED_PAIR: Final = PAIR_MAX - 3.0  # where bases, spans and levels are rounded yet
-LEVEL_PAIR: Final = PAIR_MAX - 1.0  # where levels are
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +72,7 @@ class Packing:
                 bits.
 
         Returns:
-            Levels, [K, N] int8, and the scales, [N] fp32.
+            Levels around 128, [K, N] uint8, and the scales, [N] fp32.
         """
         num_out, num_in = shape
         num_blocks = -(-num_in // BLOCK)
@@ -122,19 +114,18 @@ class Packing:
 
         def convert(first: int, rows: Array) -> None:
             outputs = slice(first, first + len(rows))
+            largest = np.abs(rows).max(axis=1)
+            scale[outputs] = np.where(largest > 0, largest / LEVEL_MAX, 1.0)
             padding = num_blocks * BLOCK - num_in
-            blocks = np.pad(rows, ((0, 0), (0, padding)), mode="edge")
-            blocks = blocks.reshape(len(rows), num_blocks, BLOCK)
-            lowest = blocks.min(axis=2, keepdims=True)
-            width = blocks.max(axis=2, keepdims=True) - lowest
-            found = np.rint((blocks - lowest) * self.codes / np.where(width > 0, width, 1))
-            pairs = largest_pairs((lowest + found * (width / self.codes)).reshape(len(rows), -1))
-            step = np.where(pairs > 0, pairs / ROUNDED_PAIR, 1.0).astype(np.float32)
-            scale[outputs] = step
-            codes[:, :, outputs] = found.transpose(1, 2, 0)
-            step = step[:, None, None]
-            base[:, :, outputs] = (np.rint(lowest / step) + ZERO).transpose(1, 2, 0)
-            span[:, :, outputs] = np.rint(width / step).transpose(1, 2, 0)
+            levels = np.pad(rows / scale[outputs, None], ((0, 0), (0, padding)), mode="edge")
+            levels = levels.reshape(len(rows), num_blocks, BLOCK)
+            lowest = levels.min(axis=2, keepdims=True)
+            width = levels.max(axis=2, keepdims=True) - lowest
+            rounded = np.rint(width)
+            found = (levels - lowest) * self.codes / np.where(width > 0, width, 1)
+            codes[:, :, outputs] = np.rint(found).transpose(1, 2, 0)
+            base[:, :, outputs] = (np.rint(lowest) + BYTE_ZERO).transpose(1, 2, 0)
+            span[:, :, outputs] = rounded.transpose(1, 2, 0)
 
         by_rows(matrices, convert)
         low = codes & 15
@@ -144,7 +135,7 @@ class Packing:
         return arrays
 
     def smoothed(self, *tensors: Tensor) -> list[Array]:
-        """Return the arrays, the factors, and what makes an output's levels as large again.
+        """Return the arrays, the factors, and what makes an output's largest level 126 again.
 
         Args:
             tensors: matrices [N_i, K], and the factors [K].
@@ -155,9 +146,9 @@ class Packing:
         codes = np.concatenate([low & 15, low >> 4], axis=1).astype(np.float32)
         factors = np.ones((len(low), BLOCK, 1), np.float32)
         factors.reshape(-1)[: len(factor)] = factor.float().numpy()
-        levels = codes * (span.astype(np.float32) / self.codes) + (base.astype(np.float32) - ZERO)
-        pairs = largest_pairs((levels * factors).reshape(-1, levels.shape[2]).T)
-        ratio = (LEVEL_PAIR / np.where(pairs > 0, pairs, LEVEL_PAIR)).astype(np.float32)
+        levels = codes * (span.astype(np.float32) / self.codes) + (base.astype(np.float32) - 128)
+        largest = np.abs(levels * factors).max(axis=(0, 1))
+        ratio = LEVEL_MAX / np.where(largest > 0, largest, LEVEL_MAX).astype(np.float32)
         arrays[3] = scale / ratio
         return [*arrays, factors, ratio]
 
@@ -190,22 +181,20 @@ class Packing:
     def _levels(
         self, graph: GraphBuilder, codes: Value, base: Value, span: Value, smooth: Sequence[Value]
     ) -> Value:
-        """Return [G, 32, N] int8 levels; `smooth` is nothing, or factor and ratio."""
+        """Return [G, 32, N] uint8 levels around 128; `smooth` is nothing, or factor and ratio."""
         step = graph.op("Cast", span, to=1)
         step = graph.op("Mul", step, graph.constant(1 / self.codes, "float32"))
         start = graph.op("Cast", base, to=1)
-        start = graph.op("Sub", start, graph.constant(float(ZERO), "float32"))
+        above = 0.5  # the cast cuts off
+        if smooth:
+            start = graph.op("Sub", start, graph.constant(float(BYTE_ZERO), "float32"))
+            above += BYTE_ZERO
+        else:
+            start = graph.op("Add", start, graph.constant(above, "float32"))
         levels = graph.op("Mul", graph.op("Cast", codes, to=1), step)
         levels = graph.op("Add", levels, start)
-        for factor in smooth:
-            levels = graph.op("Mul", levels, factor)
-        return graph.op("Cast", graph.op("Round", levels), to=3)
-
-
-def largest_pairs(rows: Array) -> Array:
-    """Return the largest sum of two neighbours' magnitudes in each row of [n, K]."""
-    sizes = np.abs(rows)
-    if sizes.shape[1] == 1:
-        return sizes[:, 0]
-    pairs: Array = (sizes[:, 1:] + sizes[:, :-1]).max(axis=1)
-    return pairs
+        if smooth:
+            for factor in smooth:
+                levels = graph.op("Mul", levels, factor)
+            levels = graph.op("Add", levels, graph.constant(above, "float32"))
+        return graph.op("Cast", levels, to=2)

@@ -11,9 +11,10 @@ whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would tak
 `int4-int8`: 4 bits in the file and 8 in memory, see `packed`; activations as with `int8`. Its table
 of embeddings, which may be the head too, has 6 bits.
 
-Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which weights of 8 bits overflow
-silently. So two neighbouring weights of an output are 128 levels together at most, which leaves the
-largest some 100 levels. Unsigned weights, which kernels add up in 32 bits, were slower.
+Without VNNI, x86 kernels add two u8 x s8 products in 16 bits, which `int8` weights of 8 bits
+overflow silently. So two neighbouring ones of an output are 128 levels together at most, which
+leaves the largest some 100. Those of `int4-int8` are unsigned, which kernels add up in 32 bits:
+signed ones saved 3 to 8 % of a step, and cost SmolLM2-135M 0.6 % of perplexity.
 
 Shapes: N outputs, K inputs.
 """
@@ -25,7 +26,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 
 from d2f_export.onnx.graph_builder import MICROSOFT, GraphBuilder, Stored, Value, Weights
-from d2f_export.onnx.packed import Packing
+from d2f_export.onnx.packed import BYTE_ZERO, Packing
 from d2f_export.onnx.whole_matrices import INT4_BLOCK, joined, pack_int4, pack_int8, transposed
 
 __all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization"]
@@ -118,7 +119,8 @@ class Linear:
             return graph.op("Gather", *graph.store(weights), tokens, axis=0)
         levels, scale = self._table(name, shape)
         found = graph.op("Transpose", graph.op("Gather", levels, tokens, axis=1), perm=[1, 2, 0])
-        found = graph.op("Cast", found, to=1)
+        zero = graph.constant(float(BYTE_ZERO), "float32")
+        found = graph.op("Sub", graph.op("Cast", found, to=1), zero)
         scale = graph.op("Gather", scale, tokens, axis=0)
         return graph.op("Mul", found, graph.op("Unsqueeze", scale, graph.constant([2])))
 
@@ -162,7 +164,8 @@ class Linear:
             if num_in:
                 part, scale = self._matrix(name, [name], (num_out, num_in))
                 if total > num_out:  # a session pads it once, when it opens
-                    part = graph.op("Pad", part, graph.constant([0, first, 0, after]))
+                    pads = graph.constant([0, first, 0, after])
+                    part = graph.op("Pad", part, pads, *self._matrix_zero())
                 levels.append(part)
                 scales.append(scale)
             else:
@@ -188,7 +191,7 @@ class Linear:
         exact: bool = False,
         smooth: str | None = None,
     ) -> tuple[Value, Value]:
-        """Return int8 levels [K, N], and their scales [N]."""
+        """Return levels [K, N] around `_matrix_zero`, and their scales [N]."""
         graph, (num_out, num_in) = self.graph, shape
         if self.quantization == "int4-int8":
             if exact:
@@ -204,12 +207,17 @@ class Linear:
     def _product(
         self, x: Value, matrix: tuple[Value, Value], num_in: int, *, only: Value = ""
     ) -> Value:
-        """Multiply with int8 levels [K, N]; sums are integers, whatever rows there are."""
+        """Multiply with levels [K, N]; sums are integers, whatever rows there are."""
         graph = self.graph
         levels, step = self._rows(x, num_in, only)
         one, zero = graph.constant(1.0, "float32"), graph.constant(ROW_ZERO, "uint8")
-        inputs = levels, matrix[0], one, matrix[1], zero
+        inputs = levels, matrix[0], one, matrix[1], zero, *self._matrix_zero()
         return graph.op("Mul", graph.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT), step)
+
+    def _matrix_zero(self) -> list[Value]:
+        """Return the zero point of matrices' levels, where it is not 0."""
+        is_packed = self.quantization == "int4-int8"
+        return [self.graph.constant(BYTE_ZERO, "uint8")] if is_packed else []
 
     def _rows(self, x: Value, num_in: int, only: Value) -> tuple[Value, Value]:
         """Return uint8 levels of [..., K] around 128, and what a level is in each row, [..., 1].
