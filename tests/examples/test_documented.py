@@ -113,7 +113,7 @@ def asking_embedded(code: str) -> str:
 
 def run(command: list[str], folder: Path, **options: str) -> str:
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, encoding="utf-8", timeout=100, check=False,
+        command, cwd=folder, capture_output=True, encoding="utf-8", timeout=300, check=False,
         env={**os.environ, **options}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
