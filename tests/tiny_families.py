@@ -4,53 +4,11 @@ The keys are those of the published config.json files.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+
+from tiny_family import LLADA_TEMPLATE, QWEN_TEMPLATE, Tiny
+from tiny_llada2 import LLADA2
 
 __all__ = ["FAMILIES", "LLADA_TEMPLATE", "QWEN_TEMPLATE", "Tiny"]
-
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-LLADA_TEMPLATE = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A family's published files, with tiny sizes.
-
-    Attributes:
-        model_type: of config.json.
-        classes: prefix of transformers' classes that compute the same.
-        config: config.json; token ids are added when it is written.
-        mask: text of the mask token.
-        ends: texts that must end an answer; the first is the config's eos_token_id.
-        tokens: further added tokens.
-        template: chat template.
-        attention: "full", "causal", "prompt_grid" or the size of the grid.
-        parts: vocab.json and merges.txt instead of tokenizer.json.
-    """
-
-    model_type: str
-    classes: str
-    config: Mapping[str, Any]
-    mask: str | None
-    ends: tuple[str, ...]
-    attention: str | int
-    tokens: tuple[str, ...] = ("<|im_start|>",)
-    template: str = QWEN_TEMPLATE
-    parts: bool = False
-    shifted: bool = True
-    generation: Mapping[str, Any] = field(default_factory=dict)
-
 
 _QWEN = {
     "hidden_act": "silu",
@@ -73,59 +31,6 @@ _QWEN = {
     "vocab_size": 320,
 }
 _ENDS = ("<|endoftext|>", "<|im_end|>")
-
-_LLADA2 = Tiny(
-    model_type="llada2_moe",
-    classes="LLaDA2",
-    config={
-        "architectures": ["LLaDA2MoeModelLM"],
-        "attention_dropout": 0.0,
-        "block_size": 8,  # the published ones have 32 and do not say so
-        "embedding_dropout": 0.0,
-        "first_k_dense_replace": 1,
-        "head_dim": 32,
-        "hidden_act": "silu",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "max_position_embeddings": 512,
-        "max_window_layers": 28,
-        "model_type": "llada2_moe",
-        "moe_intermediate_size": 24,
-        "moe_router_enable_expert_bias": True,
-        "n_group": 4,
-        "norm_head": False,
-        "norm_topk_prob": True,
-        "num_attention_heads": 4,
-        "num_experts": 16,
-        "num_experts_per_tok": 3,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 2,
-        "num_shared_experts": 1,
-        "output_dropout": 0.0,
-        "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 600000,
-        "rotary_dim": 16,
-        "routed_scaling_factor": 2.5,
-        "router_dtype": "fp32",
-        "score_function": "sigmoid",
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "topk_group": 2,
-        "use_bias": False,
-        "use_cache": False,
-        "use_qk_norm": True,
-        "use_qkv_bias": False,
-        "use_sliding_window": False,
-        "vocab_size": 320,
-    },
-    mask="<|mask|>",
-    ends=("<|endoftext|>", "<|role_end|>"),
-    attention=8,
-    tokens=("<|startoftext|>",),
-    shifted=False,
-)
 
 FAMILIES: Mapping[str, Tiny] = {
     "llada": Tiny(
@@ -233,7 +138,7 @@ FAMILIES: Mapping[str, Tiny] = {
         attention=4,
         shifted=False,
     ),
-    "llada2_moe": _LLADA2,
+    "llada2_moe": LLADA2,
     "nemotron_labs_diffusion": Tiny(
         model_type="nemotron_labs_diffusion",
         classes="Ministral3",

@@ -275,6 +275,8 @@ async def test_chat_messages_go_through_the_models_template(
     async with d2f_stream.load(tmp_path, device="cpu") as engine:
         chat = [{"role": "user", "content": "How many?"}]
         first = await engine.generate(chat, max_new_tokens=8, temperature=0.0).result()
-        second = await engine.generate(rendered, max_new_tokens=8, temperature=0.0).result()
+        second = await engine.generate(
+            rendered, raw=True, max_new_tokens=8, temperature=0.0
+        ).result()
     assert first.usage.prompt_tokens == second.usage.prompt_tokens > 10
     assert first.token_ids == second.token_ids

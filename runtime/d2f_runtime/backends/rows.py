@@ -18,7 +18,6 @@ from d2f_stream.core.params import Rank
 
 __all__ = [
     "MAX_BRANCH_MASKS",
-    "Bools",
     "Floats",
     "Ints",
     "Masks",
@@ -37,7 +36,6 @@ _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order 
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
 
 Masks = Sequence[Sequence[int]]
 """For each row of a step the entries of its window to predict; see `Window.asked`."""

@@ -1,0 +1,58 @@
+"""LLaDA2 with tiny sizes: a mixture of experts."""
+
+from tiny_family import Tiny
+
+__all__ = ["LLADA2"]
+
+LLADA2 = Tiny(
+    model_type="llada2_moe",
+    classes="LLaDA2",
+    config={
+        "architectures": ["LLaDA2MoeModelLM"],
+        "attention_dropout": 0.0,
+        "block_size": 8,  # the published ones have 32 and do not say so
+        "embedding_dropout": 0.0,
+        "first_k_dense_replace": 1,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "max_window_layers": 28,
+        "model_type": "llada2_moe",
+        "moe_intermediate_size": 24,
+        "moe_router_enable_expert_bias": True,
+        "n_group": 4,
+        "norm_head": False,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_shared_experts": 1,
+        "output_dropout": 0.0,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 600000,
+        "rotary_dim": 16,
+        "routed_scaling_factor": 2.5,
+        "router_dtype": "fp32",
+        "score_function": "sigmoid",
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "topk_group": 2,
+        "use_bias": False,
+        "use_cache": False,
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+        "use_sliding_window": False,
+        "vocab_size": 320,
+    },
+    mask="<|mask|>",
+    ends=("<|endoftext|>", "<|role_end|>"),
+    attention=8,
+    tokens=("<|startoftext|>",),
+    shifted=False,
+)
