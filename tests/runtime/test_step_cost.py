@@ -94,3 +94,29 @@ def test_step_alone_says_nothing_of_what_others_cost() -> None:
         cost.learn(TimedStep(rows=8, sessions=1, ms=3.0))
     assert cost.ms(8, 1) > 2.0
     assert cost.ms(8, 16) - cost.ms(8, 1) == pytest.approx(others_ms)
+
+
+@settings(max_examples=100, deadline=None)
+@given(learned=STEPS, shape=SHAPES, times=st.floats(3.0, 1000.0))
+def test_one_step_that_takes_far_too_long_changes_nothing(
+    learned: list[TimedStep], shape: tuple[int, int], times: float
+) -> None:
+    cost = StepCost(TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512, 2048))
+    for step in learned:
+        cost.learn(TimedStep(step.rows, step.sessions, affine(step.rows, step.sessions)))
+    before = [cost.ms(rows, sessions) for rows in (1, 16, 200, 3000) for sessions in (1, 16)]
+    cost.learn(TimedStep(*shape, times * cost.ms(*shape)))
+    after = [cost.ms(rows, sessions) for rows in (1, 16, 200, 3000) for sessions in (1, 16)]
+    assert after == before
+
+
+@settings(max_examples=100, deadline=None)
+@given(timed=STEPS, learned=STEPS, num_sessions=st.integers(2, 64))
+def test_a_further_session_costs_no_more_than_a_step_of_its_own(
+    timed: list[TimedStep], learned: list[TimedStep], num_sessions: int
+) -> None:
+    cost = StepCost(timed)
+    for step in learned:
+        cost.learn(step)
+    more_ms = cost.ms(1, num_sessions) - cost.ms(1, num_sessions - 1)
+    assert more_ms <= cost.ms(1, 1) + 1e-9

@@ -21,8 +21,12 @@ FRESH: Final = 0.5
 """Share of an error that goes into the curve where it was made, and where little is known."""
 SCALE: Final = 0.05
 """Share of an error that moves everything."""
+RETURN: Final = 0.02
+"""Share of the way back to what was timed beforehand that a step takes others."""
 ENOUGH: Final = 8
 """Steps after which a knot is known."""
+ODD: Final = 2.0
+"""Times what was expected, beyond which a step tells nothing unless the next one there does too."""
 LEAST_MS: Final = 1e-4
 SESSIONS: Final = 16
 """Sessions that weigh in an error as a whole knot does."""
@@ -53,7 +57,9 @@ class StepCost:
         self._session_ms = 0.0
         self._knots_ms = [math.sqrt(rows) for rows in KNOTS]
         self._seen = [0] * len(KNOTS)  # steps that told something of a knot
+        self._was_odd = [False] * len(KNOTS)  # whether the last step there took too long by far
         self._fit(list(timed))
+        self._warm_ms = list(self._knots_ms) if any(self._seen) else []
 
     def ms(self, rows: float, sessions: int) -> float:
         """Return the milliseconds that a step should take; beyond the last knot, by its slope."""
@@ -99,8 +105,11 @@ class StepCost:
         if not any(self._seen):
             self._knots_ms = [ms * step.ms / expected for ms in self._knots_ms]
             expected = step.ms
-        ratio = min(2.0, max(0.5, step.ms / expected))  # a compiler, or a pause, says little
         index = self._segment(step.rows)
+        was_odd, self._was_odd[index] = self._was_odd[index], step.ms > ODD * expected
+        if self._was_odd[index] and not was_odd:
+            return  # a compiler, or a pause; what is so slow again is slow
+        ratio = min(2.0, max(0.5, step.ms / expected))
         is_known = min(self._seen[index : index + 2]) >= ENOUGH
         if is_known:  # it is the device that has changed
             factor = ratio**SCALE
@@ -124,13 +133,30 @@ class StepCost:
         self._session_ms = max(0.0, self._session_ms + error_ms * others / norm / SESSIONS)
         if step.sessions > 1:
             self._keep_known(index, step.sessions)
+        # A step of its own is the most that a session can cost. Thought dearer, sessions would run
+        # one by one, and nobody found out.
+        self._session_ms = min(self._session_ms, knots[0])
         if knots[index] > knots[index + 1]:
             knots[index] = knots[index + 1] = (knots[index] + knots[index + 1]) / 2
         self._guess_unseen()
+        self._remember(index)
         for below in range(index):
             knots[below] = min(knots[below], knots[index])
         for above in range(index + 2, len(knots)):
             knots[above] = max(knots[above], knots[index + 1])
+
+    def _remember(self, index: int) -> None:
+        """Let all but one segment return to the shape that was timed, at the speed of that one.
+
+        What was found dear for a while would else never be tried again.
+        """
+        if not self._warm_ms:
+            return
+        knots, warm = self._knots_ms, self._warm_ms
+        speed = (knots[index] + knots[index + 1]) / (warm[index] + warm[index + 1])
+        for knot in range(len(knots)):
+            if knot not in (index, index + 1):
+                knots[knot] += RETURN * (warm[knot] * speed - knots[knot])
 
     def _keep_known(self, index: int, sessions: int) -> None:
         """Let a step of many sessions make none of fewer rows cheaper than it is known to be.
@@ -178,7 +204,8 @@ class StepCost:
         ]
         # The least: a long step's noise is more than its sessions, and sessions that are thought
         # dear would run one by one, so that nobody found out.
-        self._session_ms = max(0.0, min(extra, default=0.0))
+        least_ms = min(extra, default=0.0)
+        self._session_ms = min(max(0.0, least_ms), self._knots_ms[0])
 
 
 def _rising(points: dict[int, float]) -> list[tuple[int, float]]:
