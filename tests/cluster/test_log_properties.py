@@ -45,7 +45,7 @@ class LogMachine(RuleBasedStateMachine):
         self.ids: dict[str, str] = {}  # of streams, by request
         self.written: dict[str, list[Event]] = {}  # by stream id
         self.holders: dict[str, Work] = {}
-        self.cancels: dict[str, int] = {}  # how often a stream's holder was told
+        self.believed: dict[tuple[int, str], Work] = {}  # works that a server has not let go of
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self.runner.run(work)
@@ -72,12 +72,14 @@ class LogMachine(RuleBasedStateMachine):
     def take(self, stream: str, side: int, by_force: bool) -> Any:
         """One at a time works for a stream, and none for one that has ended."""
         work = self.run(self.logs[side].work(stream, by_force=by_force))
-        may = not self._ended(stream) and (stream not in self.holders or by_force)
-        assert (work is not None) == may
+        is_busy = stream in self.holders or (
+            self.url is not None and (side, stream) in self.believed  # it cannot know yet
+        )
+        assert (work is not None) == (not self._ended(stream) and (by_force or not is_busy))
         if work is None:
             return multiple()
         assert list(work.events) == self.written[stream]
-        self.holders[stream] = work
+        self.holders[stream] = self.believed[side, stream] = work
         return work
 
     @rule(work=works)
@@ -88,6 +90,8 @@ class LogMachine(RuleBasedStateMachine):
         if self._ended(stream):
             return
         event = events_of(stream, num_blocks=NUM_BLOCKS)[len(written)]
+        if stream not in self.holders and work in self.believed.values():
+            self._go_on(work)
         taken = self.run(work.append(event))
         assert taken == (self.holders.get(stream) is work)
         if taken:
@@ -108,10 +112,15 @@ class LogMachine(RuleBasedStateMachine):
         self.run(work.__aexit__(None, None, None))
         if self.holders.get(work.stream_id) is work:
             del self.holders[work.stream_id]
+        self.believed = {key: held for key, held in self.believed.items() if held is not work}
 
     @rule(stream=streams, side=sides)
     def read_whole(self, stream: str, side: int) -> None:
         """Whoever reads has every event, once and in order."""
+        believed = self.believed.get((side, stream))
+        is_deposed = believed is not None and self.holders.get(stream) is not believed
+        if is_deposed and self.url is not None and not self._ended(stream):
+            return  # it learns by its next beat that another works, and none comes here
         assert self.run(self._read(stream, side)) == self.written[stream]
 
     @rule(stream=streams, side=sides)
@@ -125,6 +134,12 @@ class LogMachine(RuleBasedStateMachine):
             assert [event.seq for event in events if hasattr(event, "seq")] == list(
                 range(len(events))
             )
+
+    def _go_on(self, work: Work) -> None:
+        """Have a worker hold a stream that was taken from it, and given back before it knew."""
+        is_lost = getattr(work, "is_lost", True)  # one in memory knows at once
+        if not is_lost and list(work.events) == self.written[work.stream_id]:
+            self.holders[work.stream_id] = work
 
     def _ended(self, stream: str) -> bool:
         events = self.written[stream]

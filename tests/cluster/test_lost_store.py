@@ -87,6 +87,31 @@ async def test_wrong_password_is_told_and_the_right_one_is_taken(make_store: Mak
         check_whole([await peer.generate(), *await peer.answer()])
 
 
+async def test_user_who_may_not_hear_is_told(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from d2f_stream.server.streams.valkey import news
+
+    monkeypatch.setattr(news, "PATIENCE_S", 0.3)
+    store = make_store(lines=[f"user d2f on >{PASSWORD} ~d2f:* resetchannels +@all"])
+    store.start()
+    told = await refusal(f"valkey://d2f:{PASSWORD}@127.0.0.1:{store.port}")
+    assert "has not let us hear d2f:0:h:" in told
+
+
+async def test_user_for_this_alone_is_enough(make_store: MakeStore) -> None:
+    rights = "~d2f:* &d2f:* -@all +info +evalsha +script|load +publish +subscribe +unsubscribe"
+    more = "+set +get +time +hgetall +xrange +ping +select +@write +@read"
+    store = make_store(lines=[f"user d2f on >{PASSWORD} {rights} {more}"])
+    store.start()
+    async with (
+        serving(log=f"valkey://d2f:{PASSWORD}@127.0.0.1:{store.port}") as server,
+        Peer.to(server) as peer,
+    ):
+        await peer.hello()
+        check_whole([await peer.generate(), *await peer.answer()])
+
+
 async def test_log_travels_over_tls(make_store: MakeStore, tmp_path: Path) -> None:
     certificate, key = await asyncio.to_thread(make_certificate, tmp_path)
     store = make_store()

@@ -12,6 +12,7 @@ import pytest
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.core.events import Block, StreamFinished
+from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server
 from d2f_stream.wire.protocol import Cancel, Resume
 from fakes import ANSWER, held
@@ -133,8 +134,6 @@ async def test_cancel_at_another_server_frees_the_slot(store: ValkeyServer, by: 
 
 
 async def test_request_that_waits_is_cancelled_from_elsewhere(store: ValkeyServer) -> None:
-    from d2f_stream.server.limits import ServeLimits
-
     backend, gate = held()
     limits = ServeLimits(max_running=1)
     async with (
@@ -171,6 +170,24 @@ async def test_stream_ends_with_its_last_reader_wherever_that_is(store: ValkeySe
             assert one.registry.num_active == 1
         await until(lambda: one.registry.num_active == 0)
         assert not backend.open_slots
+
+
+async def test_server_asked_only_to_cancel_keeps_nothing_of_the_stream(
+    store: ValkeyServer,
+) -> None:
+    backend = ScriptedBackend(ENDLESS, tokens_per_step=1)
+    limits = ServeLimits(resume_ttl_s=0.2)
+    async with (
+        two_servers(store, backend, limits=limits) as (one, two),
+        Peer.to(one) as peer,
+        Peer.to(two) as elsewhere,
+    ):
+        await peer.hello()
+        await elsewhere.hello()
+        started = await peer.generate(params=LONG)
+        await elsewhere.cancel(started.stream)
+        await peer.answer()
+        await until(lambda: two.registry.num_retained == 0)
 
 
 async def test_resume_beyond_the_log_is_refused_and_the_reading_goes_on(

@@ -124,12 +124,12 @@ class StreamRegistry:
                 stream, is_new = await self._start(request, client, asker or client, clamp)
                 if is_new:
                     return stream
+            self._stand_by.watch(stream)
             if stream.digest != digest_of(request):
                 raise RequestConflict(
                     f"request_id {request.request_id!r} stands for another request of yours; "
                     "take a new one for each request"
                 )
-            self._stand_by.watch(stream)
             if self._observer is not None:
                 self._observer.on_resume(stream)
             return stream
@@ -157,7 +157,10 @@ class StreamRegistry:
             StreamLost: there is none.
         """
         stream = await self._log.of_request(name, client=client)
-        (stream or await self._log.find(name, client=client)).cancel()
+        if stream is None:
+            stream = await self._log.find(name, client=client)
+        self._stand_by.watch(stream)
+        stream.cancel()
 
     def pause(self) -> None:
         """Let requests wait, those that come and those that wait already. Idempotent."""

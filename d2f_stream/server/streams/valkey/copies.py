@@ -57,8 +57,12 @@ class Copies:
             return
         copy = self._copies.setdefault(stream.id, _Copy(stream))
         if not copy.is_read:
-            await self._news.subscribe(self._keys.news(stream.id))
-            await self._read(copy)
+            try:
+                await self._news.subscribe(self._keys.news(stream.id))
+                await self._read(copy)
+            except LogUnavailable:
+                self.leave(stream.id)
+                raise
             copy.is_read = True
 
     def leave(self, stream_id: str) -> None:

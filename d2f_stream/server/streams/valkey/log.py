@@ -5,6 +5,7 @@ store's clock, so the clocks of the machines do not matter.
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
@@ -41,6 +42,7 @@ LAYOUT: Final = b"1"
 """Of keys and scripts: processes with another one keep away from the database."""
 STREAM_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LEASE_S: Final = 2.0
+RELEASE_S: Final = 1.0
 PATIENCE_S: Final = 5.0
 """For a store that does not answer a request; streams that run are more patient."""
 
@@ -204,18 +206,20 @@ class ValkeyLog:
             work.note_cancel()
         return work
 
-    def release(self, work: ValkeyWork) -> None:
-        """Give the lease of a stream back; called by its holder."""
+    async def release(self, work: ValkeyWork) -> None:
+        """Give the lease of a stream back; called by its holder. Without the store it runs out."""
         work.is_lost = True
-        if self.works.get(work.stream_id) is not work:
-            return
-        del self.works[work.stream_id]
-        if not work.has_ended:
-            self.store.post_script(scripts.RELEASE, self.keys.prefix, work.stream_id, self.holder)
+        is_held = self.works.get(work.stream_id) is work
+        if is_held:
+            del self.works[work.stream_id]
+        if is_held and not work.has_ended:
+            arguments = self._of(work.stream_id, self.holder)
+            with contextlib.suppress(LogUnavailable):
+                await self.store.script(scripts.RELEASE, *arguments, patience_s=RELEASE_S)
 
     async def follow(self, stream: ServedStream) -> None:
         """Have this process's copy grow by what others append, until its end. Idempotent."""
-        if stream.id not in self.works:
+        if stream.id not in self.works or self.works[stream.id].copy is not stream:
             await self.copies.follow(stream)
 
     async def wait_free(self, stream: ServedStream) -> None:
@@ -238,8 +242,6 @@ class ValkeyLog:
         message = encoded(RequestRejected.of(why, request_id=stream.request_id))
         key = self.keys.request(stream.request_id, stream.client)
         self.store.post_script(scripts.FORGET, *self._of(stream.id, self.holder, key, message))
-
-    # What this process does beside what it is asked.
 
     def _add(self, stream: ServedStream) -> None:
         """Let a copy be found, and have what is done to it here reach the others."""

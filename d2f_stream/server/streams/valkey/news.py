@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.server.streams.valkey.connecting import (
     BACKOFF_S,
     LOST,
@@ -23,6 +24,7 @@ __all__ = ["News"]
 
 logger = logging.getLogger("d2f_stream.server")
 
+PATIENCE_S: Final = 5.0
 PING_S: Final = 5.0
 """Where nothing comes for so long the store is asked whether it is there; twice, it is not."""
 
@@ -52,12 +54,22 @@ class News:
         self._sending = asyncio.Event()
 
     async def subscribe(self, channel: str) -> None:
-        """Hear a channel: what is published after this returns comes. Safe to cancel."""
+        """Hear a channel: what is published after this returns comes. Safe to cancel.
+
+        Raises:
+            LogUnavailable: the store does not confirm it.
+        """
         confirmed = self._channels.get(channel)
         if confirmed is None:
             confirmed = self._channels[channel] = asyncio.Event()
             self._send("SUBSCRIBE", channel)
-        await confirmed.wait()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await confirmed.wait()
+        except TimeoutError:
+            raise LogUnavailable(
+                f"the log tells no news: it has not let us hear {channel} for {PATIENCE_S:g} s"
+            ) from None
 
     def unsubscribe(self, channel: str) -> None:
         """Hear a channel no more. Idempotent."""

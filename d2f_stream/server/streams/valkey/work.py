@@ -41,6 +41,9 @@ class ValkeyWork:
         copy: this process's copy of the stream, where it has one.
         request_key: of its request.
         client: whose it is.
+
+    Attributes:
+        is_lost: whether the lease is another's, or was given back.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class ValkeyWork:
         self.is_lost = False
         self._log = log
         self._fields = fields
-        self._copy = copy
+        self.copy = copy
         self._events = events
         self._request_key, self._client = request_key, client
         self._num_bytes = sum(len(part) for part in fields if isinstance(part, bytes))
@@ -73,7 +76,7 @@ class ValkeyWork:
     @property
     def events(self) -> Sequence[Event]:
         """The stream's durable events."""
-        return self._events if self._copy is None else self._copy.log
+        return self._events if self.copy is None else self.copy.log
 
     @property
     def has_ended(self) -> bool:
@@ -93,23 +96,23 @@ class ValkeyWork:
             self._log.store.post(
                 "PUBLISH", self._log.keys.news(self.stream_id), encoded(event), is_lossy=True
             )
-            return self._copy is None or self._copy.append(event)
+            return self.copy is None or self.copy.append(event)
         if event.seq < len(self.events):
             return self.events[event.seq] == event
         if not await self._put(event):
             self.note_lost()
             return False
-        if self._copy is None:
+        if self.copy is None:
             self._events.append(event)
         else:
-            self._copy.append(event)
+            self.copy.append(event)
         return True
 
     def on_cancel(self, cancel: Callable[[], None]) -> None:
         """Have `cancel` called when the stream is cancelled, at once where it was before."""
         self._cancel = cancel
-        if self._copy is not None:
-            self._copy.begin(cancel)
+        if self.copy is not None:
+            self.copy.begin(cancel)
         if self._cancelled:
             cancel()
 
@@ -125,8 +128,8 @@ class ValkeyWork:
         if not self.is_lost:
             self.is_lost = True
             logger.warning("stream %s was taken over by another worker", self.stream_id)
-            if self._copy is not None:
-                self._copy.leave(lambda: None)
+            if self.copy is not None:
+                self.copy.leave(lambda: None)
             if self._cancel is not None:
                 self._cancel()
 
@@ -155,7 +158,7 @@ class ValkeyWork:
         trace: TracebackType | None,
     ) -> None:
         """Give the lease back."""
-        self._log.release(self)
+        await self._log.release(self)
 
     async def _put(self, event: Event) -> bool:
         """Bring an event to the store; False where the stream is another's."""
