@@ -189,25 +189,3 @@ def test_nobody_starves_and_limits_hold(seed: int) -> None:
         for name in admitted:
             unserved[name] = 0 if name in served or name in paused else unserved[name] + 1
             assert unserved[name] <= max_sessions, "everybody's turn comes"
-
-
-@pytest.mark.parametrize("times", [3.0, 100.0])
-@pytest.mark.parametrize("num_slow", [1, 2, 20])
-def test_slow_steps_are_forgotten_when_the_device_is_fast_again(
-    times: float, num_slow: int
-) -> None:
-    def ms(rows: int, sessions: int) -> float:
-        return 1.0 + rows / 500 + 0.03 * sessions
-
-    warm = [TimedStep(rows, 1, ms(rows, 1)) for rows in (1, 32, 128, 512)]
-    plan = scheduler(max_sessions=16, max_rows=16, max_step_tokens=1024, timed=warm)
-    add(plan, *"abcdefghijklmnop", commit="verify")
-    before = run_steps(plan, 100, ms=ms, brings=drafts)[-20:]
-    run_steps(plan, num_slow, ms=lambda r, s: times * ms(r, s), brings=drafts)
-    after = run_steps(plan, 150, ms=ms, brings=drafts)[-20:]
-    assert {len(step) for step in before} == {len(step) for step in after} == {16}
-    tokens = [
-        sum(drafts(width)[0] for step in steps for width in step.values())
-        for steps in (before, after)
-    ]
-    assert tokens[1] >= 0.9 * tokens[0]
