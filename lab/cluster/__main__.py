@@ -6,9 +6,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from lab.cluster.costs import costs
 from lab.cluster.kills import kills
 from lab.cluster.latency import SETUPS, latency
+from lab.cluster.scenarios import scenarios
 from lab.records import command_of, write_record
 
 
@@ -21,21 +24,18 @@ def main(argv: list[str] | None = None) -> None:
     late.add_argument("--loads", type=int, nargs="+", default=(1, 16, 64))
     killing = commands.add_parser("kills", help="engines and servers killed at random")
     killing.add_argument("--wait", action="store_true", help="for both engines, between two")
-    for command in (late, killing):
+    costing = commands.add_parser("costs", help="what each part spends of its processor")
+    for command in (late, killing, costing):
         command.add_argument("--seconds", type=float, default=5.0, help="a load, or all kills")
+    simulating = commands.add_parser("simulate", help="clusters larger than this machine")
+    simulating.add_argument("--engines", type=int, nargs="+", default=(1, 10, 100))
+    for command in (late, killing, costing, simulating):
         command.add_argument("--output", type=Path, help="record the result here")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.command == "kills":
-            work = kills(Path(folder), seconds=arguments.seconds, waits=arguments.wait)
-        else:
-            work = latency(
-                Path(folder),
-                setups=arguments.setup or SETUPS,
-                loads=arguments.loads,
-                seconds=arguments.seconds,
-            )
-        results = asyncio.run(work)
+    if arguments.command == "simulate":
+        results = scenarios(arguments.engines)
+    else:
+        results = asyncio.run(_measured(arguments))
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
     if arguments.output:
         given = sys.argv[1:] if argv is None else argv
@@ -45,6 +45,17 @@ def main(argv: list[str] | None = None) -> None:
             results,
             command=command_of("lab.cluster", given),
         )
+
+
+async def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder, seconds = Path(name), arguments.seconds
+        if arguments.command == "kills":
+            return await kills(folder, seconds=seconds, waits=arguments.wait)
+        if arguments.command == "costs":
+            return await costs(folder, seconds=seconds)
+        setups = arguments.setup or SETUPS
+        return await latency(folder, setups=setups, loads=arguments.loads, seconds=seconds)
 
 
 if __name__ == "__main__":
