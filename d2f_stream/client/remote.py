@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError, InvalidRequest
+from d2f_stream.core.errors import D2FError, InvalidParams, InvalidRequest
 from d2f_stream.core.events import (
     Block,
     Draft,
@@ -22,7 +22,7 @@ from d2f_stream.core.events import (
     Timings,
     Usage,
 )
-from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.params import GenerationParams, ParamOverrides, check_given
 from d2f_stream.core.session import Prompt
 from d2f_stream.wire.protocol import Generate, Overrides, WirePrompt, wire_prompt
 
@@ -160,6 +160,7 @@ def new_request(
     Raises:
         InvalidRequest: prompt or parameters cannot be sent, or are known to be out of range.
     """
+    check_given(params)
     base = params or defaults
     checked = base.with_overrides(overrides) if base is not None else None
     chosen: object = overrides if params is None else msgspec.structs.asdict(checked or params)
@@ -167,12 +168,24 @@ def new_request(
         fields = msgspec.convert(chosen, Overrides)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the parameters cannot be sent: {error}") from error
+    _check_encodable(fields)
     return Generate(
         request_id=uuid.uuid4().hex,
         prompt=_sent_prompt(prompt),
         params=fields,
-        raw=raw,
+        raw=bool(raw),
     )
+
+
+def _check_encodable(fields: Overrides) -> None:
+    # Here, and not where it is sent: a failure there ends all requests of the connection.
+    for name, value in fields.to_dict().items():
+        try:
+            msgspec.msgpack.encode(value)
+        except OverflowError as error:
+            raise InvalidParams(name, value, "an integer of at most 64 bits") from error
+        except UnicodeEncodeError as error:
+            raise InvalidParams(name, value, "whole characters, without half surrogates") from error
 
 
 def _sent_prompt(prompt: Prompt) -> WirePrompt:

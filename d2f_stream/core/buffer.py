@@ -10,8 +10,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from d2f_stream.core.errors import D2FError
+from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.core.printable import shown
 
 __all__ = ["HIGH_WATER", "EventBuffer"]
 
@@ -40,6 +41,9 @@ class EventBuffer:
         resume: called after `pause`, when only a quarter of them still wait.
         high: durable events; drafts do not count, as each replaces the one before it.
         committed: what the reader has of the answer already.
+
+    Raises:
+        InvalidRequest: what was committed is no sequence of blocks.
     """
 
     def __init__(
@@ -51,6 +55,11 @@ class EventBuffer:
         high: int = HIGH_WATER,
         committed: Sequence[Block] = (),
     ) -> None:
+        if not isinstance(committed, Sequence) or not all(isinstance(b, Block) for b in committed):
+            raise InvalidRequest(
+                f"committed is {shown(committed)} but must be a list of the blocks that an engine "
+                "has told, or () for a new answer"
+            )
         self.text = "".join(block.text for block in committed)
         self.token_ids = [token for block in committed for token in block.token_ids]
         self.terminal: StreamFinished | StreamFailed | None = None

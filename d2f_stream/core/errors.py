@@ -36,6 +36,8 @@ the offending value, the limit and the way out.
 
 from typing import ClassVar, Final
 
+from d2f_stream.core.printable import shown
+
 __all__ = [
     "ConnectionLost",
     "D2FError",
@@ -91,7 +93,7 @@ class InvalidParams(InvalidRequest):
         self.name = name
         self.value = value
         self.allowed = allowed
-        super().__init__(f"{name} is {value!r:.200} but must be {allowed}")
+        super().__init__(f"{name} is {shown(value)} but must be {allowed}")
 
 
 class InvalidPrompt(InvalidRequest):

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 import msgspec
 
 from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.printable import is_encodable
 
 __all__ = [
     "MAX_BLOCK_SIZE",
@@ -22,10 +23,12 @@ __all__ = [
     "Stop",
     "StopAtEos",
     "Tail",
+    "check_given",
 ]
 
 MAX_BLOCK_SIZE = 1024
 MAX_STOP_STRINGS = 16
+MAX_INTEGER = 2**63 - 1  # what travels to a server as an integer
 
 Attention = Literal["blocks", "full"]
 Commit = Literal["filled", "verify"]
@@ -202,6 +205,16 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return whole + (1 if rest and self.tail != "drop" else 0)
 
 
+def check_given(params: object) -> None:
+    """Refuse what is given as parameters and is none.
+
+    Raises:
+        InvalidParams: it is neither GenerationParams nor None.
+    """
+    if params is not None and not isinstance(params, GenerationParams):
+        raise InvalidParams("params", params, "GenerationParams or None; give fields by name")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -214,6 +227,8 @@ def _check_count(name: str, value: object, low: int, high: int | None) -> None:
         raise InvalidParams(name, value, allowed)
     if value < low or (high is not None and value > high):
         raise InvalidParams(name, value, allowed)
+    if value > MAX_INTEGER:
+        raise InvalidParams(name, value, f"an integer from {low} to {MAX_INTEGER}")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -235,6 +250,8 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     given = (stop,) if isinstance(stop, str) and stop else stop or ()
     if not isinstance(given, tuple | list) or not all(isinstance(s, str) and s for s in given):
         raise InvalidParams("stop", stop, "a string, or a list or tuple of non-empty strings")
+    if broken := [text for text in given if not is_encodable(text)]:
+        raise InvalidParams("stop", broken[0], "whole characters: half a surrogate pair is no text")
     if len(given) > MAX_STOP_STRINGS:
         raise InvalidParams("stop", f"{len(given)} strings", f"at most {MAX_STOP_STRINGS} strings")
     return tuple(given)

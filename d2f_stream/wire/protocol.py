@@ -20,7 +20,13 @@ from typing import Final, Literal, Self
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from d2f_stream.core.errors import D2FError, InvalidRequest, LimitExceeded, error_from
+from d2f_stream.core.errors import (
+    D2FError,
+    InvalidPrompt,
+    InvalidRequest,
+    LimitExceeded,
+    error_from,
+)
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.core.params import (
     Attention,
@@ -275,10 +281,15 @@ def wire_prompt(prompt: str | Sequence[object]) -> WirePrompt:
     """Return a prompt of generate() as it travels.
 
     Raises:
-        InvalidRequest: it is not a string, ids or chat messages.
+        InvalidPrompt: it is not a string, ids or chat messages, or no encoding holds it.
     """
     try:
         wire: WirePrompt = msgspec.convert(prompt, WirePrompt)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the prompt cannot be sent: {error}") from error
+        msgspec.msgpack.encode(wire)  # here, since its sender serves other requests too
+    except UnicodeEncodeError as error:
+        raise InvalidPrompt(
+            "the prompt cannot be sent: it holds half of a surrogate pair, which is no character"
+        ) from error
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise InvalidPrompt(f"the prompt cannot be sent: {error}") from error
     return wire

@@ -319,4 +319,7 @@ async def test_what_no_engine_has_told_is_refused() -> None:
         for committed, wanted, sentence in cases:
             with pytest.raises(InvalidRequest, match=sentence):
                 engine.generate("prompt", wanted, committed=committed)
+        for value in (None, "abc", [1], iter(blocks)):
+            with pytest.raises(InvalidRequest, match=r"committed is .* but must be a list"):
+                engine.generate("prompt", committed=value)  # type: ignore[arg-type]
         assert MASK_ID == 257  # which the vocabulary ends before

@@ -10,6 +10,7 @@ from d2f_stream.client.websocket_line import WebsocketLine, connect_websocket
 from d2f_stream.core.errors import (
     D2FError,
     InvalidParams,
+    InvalidPrompt,
     LimitExceeded,
     MessageTooLarge,
     ProtocolError,
@@ -20,7 +21,7 @@ from d2f_stream.core.errors import (
 )
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
-from d2f_stream.wire.codec import JSON
+from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from d2f_stream.wire.protocol import (
     Cancel,
     RequestRejected,
@@ -84,6 +85,31 @@ async def test_too_many_streams_are_refused_alone() -> None:
             await sessions[2].result()
         gate.open()
         assert [(await session.result()).text for session in sessions[:2]] == [ANSWER] * 2
+
+
+@pytest.mark.parametrize("codec", [JSON, MSGPACK])
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_request_that_no_encoding_holds_is_refused_alone(
+    codec: Codec, is_known: bool
+) -> None:
+    backend, gate = held()
+    async with network(backend, codec=codec) as net:
+        engine = connect_websocket(net.dial, backoff=instantly())
+        if is_known:
+            await engine.__aenter__()
+        running = [engine.generate("hi") for _ in range(2)]
+        for prompt in ("\ud83d", [{"role": "user", "content": "\ud83d"}], [10**30]):
+            with pytest.raises(InvalidPrompt, match="the prompt cannot be sent"):
+                engine.generate(prompt)
+        for name, value in (("stop", "\ud83d"), ("max_new_tokens", 10**30), ("seed", 2**64)):
+            with pytest.raises(InvalidParams, match=f"{name} is "):
+                engine.generate("hi", **{name: value})  # type: ignore[arg-type]
+        with pytest.raises(InvalidParams, match=r"params is \{\} but must be GenerationParams"):
+            engine.generate("hi", {})  # type: ignore[arg-type]
+        odd = engine.generate("hi", raw=object())  # type: ignore[arg-type]
+        gate.open()
+        assert [(await session.result()).text for session in (*running, odd)] == [ANSWER] * 3
+        await engine.close()
 
 
 async def test_unauthorized_is_final() -> None:

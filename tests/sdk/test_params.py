@@ -44,12 +44,21 @@ def test_overrides_are_exactly_the_fields() -> None:
         ("commit", "later"),
         ("sub_block_size", -1),
         ("sub_block_size", 1025),
+        ("max_new_tokens", 10**30),
+        ("max_active_blocks", 2**63),
+        ("max_edit_steps", 2**63),
+        ("stop", "\ud83d"),
     ],
 )
 def test_value_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(InvalidParams, match=f"^{field} is ") as caught:
         GenerationParams(**{field: value})
     assert caught.value.name == field
+
+
+def test_integer_that_python_does_not_write_is_refused_too() -> None:
+    with pytest.raises(InvalidParams, match="max_new_tokens is a value of the type int that is"):
+        GenerationParams(max_new_tokens=10**5000)
 
 
 def test_edges_of_the_ranges_are_allowed() -> None:

@@ -26,7 +26,7 @@ from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import EngineClosed, EngineFailed
 from d2f_stream.core.events import Block, StreamNames
-from d2f_stream.core.params import GenerationParams, ParamOverrides
+from d2f_stream.core.params import GenerationParams, ParamOverrides, check_given
 from d2f_stream.core.session import Prompt, Session
 
 __all__ = ["Limits", "LocalEngine"]
@@ -148,6 +148,7 @@ class LocalEngine:
             EngineFailed: the backend failed before.
         """
         self._check_open()
+        check_given(params)
         given = names or StreamNames.fresh()
         stream_id = StreamId(given.stream)
         steps, before = self._steps, Continuation(committed)

@@ -8,12 +8,16 @@ from d2f_runtime.loaded_model import ModelParts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.tokenizer import TextCodec
 from d2f_stream.core.errors import InvalidPrompt, PromptTooLong
+from d2f_stream.core.printable import is_encodable, shown
 from d2f_stream.core.session import Prompt
 
 __all__ = ["check_size", "encode"]
 
 SLACK: Final = 4
 """A tokenizer may drop or join characters before it cuts a text into tokens."""
+
+ROLES: Final = ("system", "user", "assistant", "tool")
+"""Of chat messages. Templates know others, or write them as they are, or leave the message out."""
 
 
 def check_size(prompt: Prompt, parts: ModelParts) -> None:
@@ -57,9 +61,9 @@ def encode(prompt: Prompt, parts: ModelParts, *, raw: bool = False) -> list[int]
     if isinstance(prompt, str):
         is_turn = codec.chats and not raw
         turn = {"role": "user", "content": prompt}
-        tokens = codec.encode(codec.render([turn]) if is_turn else prompt)
+        tokens = _encoded(codec.render([turn]) if is_turn else prompt, codec)
     elif isinstance(prompt[0], Mapping):
-        tokens = codec.encode(_rendered(_messages(prompt), codec))
+        tokens = _encoded(_rendered(_messages(prompt), codec), codec)
     else:
         tokens = _ids(prompt, info)
     if not tokens:
@@ -73,19 +77,43 @@ def encode(prompt: Prompt, parts: ModelParts, *, raw: bool = False) -> list[int]
     return tokens
 
 
+def _encoded(text: str, codec: TextCodec) -> list[int]:
+    if not is_encodable(text):  # a tokenizer would raise something of its own
+        raise InvalidPrompt(
+            "the prompt holds half of a surrogate pair, which is no character; decode it with "
+            "errors='replace', or leave it out"
+        )
+    return codec.encode(text)
+
+
 def _rendered(messages: Sequence[Mapping[str, str]], codec: TextCodec) -> str:
     """Return the prompt of a conversation; a last message of the assistant's is to be continued."""
     *before, last = messages
-    if not before or last["role"] != "assistant":
-        return codec.render(messages)
-    return codec.render(before) + last["content"]
+    if before and last["role"] == "assistant":
+        return codec.render(before) + last["content"]
+    text = codec.render(messages)
+    for number, message in enumerate(messages):
+        role = message["role"]
+        if role not in ROLES and message["content"].strip() not in text:
+            raise InvalidPrompt(
+                f"the model's chat template leaves chat message {number} out: it does not know "
+                f"the role {role!r:.80}; take one of {', '.join(ROLES)}"
+            )
+    return text
 
 
 def _messages(prompt: Sequence[object]) -> list[Mapping[str, str]]:
     messages: list[Mapping[str, str]] = []
     for number, message in enumerate(prompt):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise InvalidPrompt(f"chat message {number} is {message!r}; it needs role and content")
+            raise InvalidPrompt(
+                f"chat message {number} is {shown(message)}; it needs role and content"
+            )
+        for field in ("role", "content"):
+            if not isinstance(message[field], str):
+                raise InvalidPrompt(
+                    f"the {field} of chat message {number} is {shown(message[field])}, no string"
+                )
         messages.append(message)
     return messages
 
@@ -97,12 +125,16 @@ def _ids(prompt: Sequence[object], info: ModelInfo) -> list[int]:
     ids = []
     for number, token in enumerate(prompt):
         try:
+            if isinstance(token, bool):
+                raise TypeError
             ids.append(operator.index(token))  # type: ignore[arg-type]
         except TypeError:
-            raise InvalidPrompt(f"prompt token {number} is {token!r}, not an integer") from None
+            raise InvalidPrompt(
+                f"prompt token {number} is {shown(token)}, not an integer"
+            ) from None
         if not 0 <= ids[-1] < info.num_tokens:
             raise InvalidPrompt(
-                f"prompt token {number} is {ids[-1]} but the ids of model {info.name} go from 0 "
-                f"to {info.num_tokens - 1}"
+                f"prompt token {number} is {shown(ids[-1])} but the ids of model {info.name} "
+                f"go from 0 to {info.num_tokens - 1}"
             )
     return ids
