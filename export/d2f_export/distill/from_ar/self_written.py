@@ -16,6 +16,7 @@ import numpy as np
 
 from d2f_export.distill.from_ar.base import MARK
 from d2f_export.distill.from_ar.generation import Job, Outcome
+from d2f_stream.core.errors import InvalidRequest
 
 __all__ = ["STARTERS", "ChatFrame", "Overlap", "SelfWritten"]
 
@@ -25,6 +26,7 @@ SECOND_TURN_SHARE: Final = 0.2
 TEMPERATURES: Final = (0.8, 1.0)  # of the prompts; at 1 alone many of a small model's make no sense
 PROMPT_LIMIT: Final = 200  # tokens
 SHORTEST_PROMPT: Final = 3
+ROOM: Final = 16  # tokens that what is written needs at least
 SHORTEST_CUT: Final = 48  # tokens of an answer that did not end, or that looped from there on
 NGRAM: Final = 13  # words
 
@@ -118,6 +120,9 @@ class SelfWritten:
         answer_limit: longest answer, tokens.
         length: of a whole conversation, tokens.
         seed: of every choice.
+
+    Raises:
+        InvalidRequest: a starter leaves no room for a request.
     """
 
     def __init__(
@@ -137,6 +142,13 @@ class SelfWritten:
         self._limit, self._length = answer_limit, length
         self._random = np.random.default_rng(seed)
         self._starters = [encode(text) for text in starters]
+        opening = max(len(frame.opening), len(frame.bare_opening))
+        for text, start in zip(starters, self._starters, strict=True):
+            if (room := length - opening - ROOM) < len(start):
+                raise InvalidRequest(
+                    f"the starter {text[:40]!r} has {len(start)} tokens, but length, {length}, "
+                    f"leaves room for {max(0, room)}; raise length, or shorten it"
+                )
         self._waiting: deque[Job] = deque()
         self._seen: set[bytes] = set()
         self.examples: list[tuple[list[int], list[int]]] = []
@@ -205,12 +217,14 @@ class SelfWritten:
         start: list[int] = []
         if self._random.random() < STARTER_SHARE:
             start = self._starters[int(self._random.integers(len(self._starters)))]
+            if len(context) + len(start) + ROOM > self._length:  # of a second turn
+                start = []
         heat = float(self._random.choice(TEMPERATURES))
         return Job([*context, *start], heat, PROMPT_LIMIT, _Turn("prompt", context, is_first))
 
     def _answer(self, context: list[int], words: list[int], *, is_first: bool) -> None:
         prompt = [*context, *words, *self._frame.answer]
-        if len(prompt) + 16 > self._length:
+        if len(prompt) + ROOM > self._length:
             self.counts["prompt: too long"] += 1
             return
         limit = min(self._limit, self._length - len(prompt))

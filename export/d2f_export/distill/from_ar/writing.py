@@ -4,6 +4,7 @@ The file is what `d2f-stream distill --from-ar` reads. On several GPUs, start on
 own seed and output.
 """
 
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,12 +103,27 @@ def _source(settings: WritingSettings, base: ArBase) -> SelfWritten:
         codec.encode,
         codec.decode,
         questions=_texts(settings.questions, settings.prompt_field),
-        starters=_texts(settings.starters, settings.prompt_field) or STARTERS,
+        starters=_starters(settings),
         overlap=Overlap(_texts(settings.evaluation, None)),
         answer_limit=settings.answer_length,
         length=settings.length,
         seed=settings.seed,
     )
+
+
+def _starters(settings: WritingSettings) -> Sequence[str]:
+    """Return the settings' first words of requests, else common ones.
+
+    Raises:
+        InvalidRequest: see `_texts`; or the files hold none.
+    """
+    if not settings.starters:
+        return STARTERS
+    found = [text for text in _texts(settings.starters, settings.prompt_field) if text.strip()]
+    if not found:
+        names = ", ".join(settings.starters)
+        raise InvalidRequest(f"{names} holds no starters; give it some, or leave it out")
+    return found
 
 
 def _texts(paths: Sequence[str], field: str | None) -> list[str]:
@@ -119,7 +135,7 @@ def _texts(paths: Sequence[str], field: str | None) -> list[str]:
     found: list[str] = []
     for path in paths:
         try:
-            lines = Path(path).read_bytes().splitlines()
+            lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from error
         for number, line in enumerate(lines, 1):

@@ -176,6 +176,23 @@ def test_requests_begin_with_the_starters_that_were_given() -> None:
     assert all(job is not None and job.prompt[-1] in (4, 108) for job in jobs)
 
 
+def test_a_starter_without_room_is_refused_by_its_words() -> None:
+    source(starters=["x" * 182])
+    with pytest.raises(InvalidRequest, match=r"'x+' has 183 tokens.*200, leaves room for 182"):
+        source(starters=["ab", "x" * 183])
+
+
+def test_a_second_turn_without_room_for_a_starter_begins_without() -> None:
+    written = source(starters=["x" * 100], length=400)
+    for _ in range(60):
+        job = prompt_of(written, [20, 21, 22, 23, *range(24 + len(written.examples))])
+        if job is not None:
+            written.take(Outcome(job, [*range(30, 90), END], "end"))
+        following = written.next_job()
+        assert following is not None
+        assert len(following.prompt) + 16 <= 400
+
+
 def test_frame_is_found_in_a_template() -> None:
     def render(messages: list[dict[str, str]]) -> str:
         turns = "".join(f"<{m['role'][0]}>{m['content']}<e>" for m in messages)
@@ -220,3 +237,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         write_data(settings, tmp_path / "data.npz", cpu=True)
     with pytest.raises(InvalidRequest, match=r"must end with \.npz"):
         write_data(settings, tmp_path / "data.json", cpu=True)
+
+
+def test_files_may_begin_with_a_mark_but_not_be_blank(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", "qwen2")
+    path = tmp_path / "s.jsonl"
+    path.write_text('\ufeff{"prompt": " "}\n', encoding="utf-8")
+    settings = WritingSettings(model=str(tmp_path / "base"), starters=(str(path),), length=200)
+    with pytest.raises(InvalidRequest, match=r"s\.jsonl holds no starters"):
+        write_data(settings, tmp_path / "data.npz", cpu=True)
