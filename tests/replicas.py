@@ -18,16 +18,19 @@ class Replicas:
         self._living = list(workers)
         self._calls: dict[asyncio.Future[object], ReplicaWorker] = {}
         self.methods: list[str] = []
+        self.conversations: list[str] = []  # of answers, one for each call
 
-    async def call(self, method: str, data: bytes) -> bytes:
-        worker = self._next(method)
+    async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
+        worker = self._next(method, conversation)
         if method == "facts":
             return worker.facts()
         answer = worker.encode(data) if method == "encode" else worker.work(data)
         return await self._bound(worker, answer)
 
-    async def stream(self, method: str, data: bytes) -> AsyncIterator[bytes]:
-        worker = self._next(method)
+    async def stream(
+        self, method: str, data: bytes, *, conversation: str = ""
+    ) -> AsyncIterator[bytes]:
+        worker = self._next(method, conversation)
         answers = worker.answer(data)
         try:
             while True:
@@ -49,8 +52,10 @@ class Replicas:
         for work in worker._works:  # as a process's threads end: with no last words
             work.cancel()
 
-    def _next(self, method: str) -> ReplicaWorker:
+    def _next(self, method: str, conversation: str = "") -> ReplicaWorker:
         self.methods.append(method)
+        if method in ("answer", "work"):
+            self.conversations.append(conversation)
         self._living.append(worker := self._living.pop(0))
         return worker
 

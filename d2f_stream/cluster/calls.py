@@ -11,9 +11,13 @@ class ReplicaLost(Exception):
 
 
 class Calls(Protocol):
-    """Calls replicas: each call goes to whichever has most room, and waits where none has."""
+    """Calls replicas: each call goes to whichever has most room, and waits where none has.
 
-    async def call(self, method: str, data: bytes) -> bytes:
+    One with the key of a conversation goes to the replica that had its earlier turns, while that
+    is there and has not much more to do than others.
+    """
+
+    async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
         """Call a method of a `ReplicaWorker`. Safe to cancel.
 
         Raises:
@@ -22,7 +26,7 @@ class Calls(Protocol):
         """
         ...
 
-    def stream(self, method: str, data: bytes) -> AsyncIterator[bytes]:
+    def stream(self, method: str, data: bytes, *, conversation: str = "") -> AsyncIterator[bytes]:
         """Call one that yields. Closing it early ends it there too; raises as `call`."""
         ...
 

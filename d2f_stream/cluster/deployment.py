@@ -8,6 +8,9 @@ from d2f_stream.core.errors import MissingExtra
 try:
     from ray import serve
     from ray.serve import Application
+    from ray.serve.config import RequestRouterConfig
+
+    from d2f_stream.cluster.routing import ConversationRouter
 except ImportError as error:
     raise MissingExtra("engines on other machines", "ray[serve]", "cluster") from error
 
@@ -21,6 +24,7 @@ __all__ = ["Engine", "app"]
     health_check_period_s=2,
     health_check_timeout_s=10,
     graceful_shutdown_timeout_s=30,
+    request_router_config=RequestRouterConfig(request_router_class=ConversationRouter),
     logging_config={"enable_access_log": False},
 )
 class Engine:

@@ -7,7 +7,6 @@ them to the log, and whoever reads does so from there (`LoggingHandleEngine`).
 
 import asyncio
 import logging
-import random
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self, Unpack, cast
@@ -16,6 +15,7 @@ import msgspec
 
 from d2f_stream.client.remote import RemoteStream, new_request
 from d2f_stream.cluster.calls import Calls, ReplicaLost
+from d2f_stream.cluster.conversations import ReadPrompt, beginning_of, key_of
 from d2f_stream.cluster.orders import (
     AnswerOrder,
     PromptOrder,
@@ -25,6 +25,7 @@ from d2f_stream.cluster.orders import (
     raise_refusal,
     read_events,
     read_facts,
+    seeded,
 )
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import (
@@ -63,6 +64,7 @@ class HandleEngine:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         self._card: ModelCard | None = None
+        self._keeps_turns = False
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -100,7 +102,8 @@ class HandleEngine:
         data = encode(PromptOrder(prompt=wire_prompt(prompt), raw=raw))
         for attempt in _attempts():
             try:
-                return ids_of(await self._calls.call("encode", data))
+                ids = ids_of(await self._calls.call("encode", data))
+                return ReadPrompt(ids, beginning_of(prompt, raw=raw))
             except ReplicaLost as lost:
                 await _back_off(attempt, "a prompt", lost)
         raise AssertionError("there is always another attempt")
@@ -133,7 +136,7 @@ class HandleEngine:
         self._check_open()
         given = names or StreamNames.fresh()
         request = new_request(prompt, params, overrides, defaults=self.defaults, raw=raw)
-        fields = _seeded(request.params, self.defaults)
+        fields = seeded(request.params, self.defaults)
         request = msgspec.structs.replace(request, request_id=given.request, params=fields)
         cancelled = asyncio.Event()
         buffer = EventBuffer(cancel=cancelled.set, committed=committed)
@@ -141,8 +144,9 @@ class HandleEngine:
         if committed:
             stream.stream_id, stream.last_seq = given.stream, len(committed)
         order = AnswerOrder(request=request, names=given, committed=tuple(committed))
+        key = self._key_of(prompt, scope=given.scope, raw=raw)
         task = asyncio.create_task(
-            self._run(order, stream, cancelled), name=f"d2f-handle-{given.stream}"
+            self._run(order, stream, cancelled, key), name=f"d2f-handle-{given.stream}"
         )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -173,10 +177,11 @@ class HandleEngine:
                 "look at `serve status`"
             ) from why
         try:
-            self._card = read_facts(facts, logs=self.logs).card
+            told = read_facts(facts, logs=self.logs)
         except D2FError:
             await self._calls.close()
             raise
+        self._card, self._keeps_turns = told.card, told.keeps_turns
         return self
 
     async def __aexit__(
@@ -197,11 +202,17 @@ class HandleEngine:
         if self._closing:
             raise EngineClosed("the engine was closed; connect again")
 
+    def _key_of(self, prompt: Prompt, *, scope: str, raw: bool) -> str:
+        """Return the key of a prompt's conversation, where that helps any replica."""
+        if not self._keeps_turns:
+            return ""
+        return key_of(beginning_of(prompt, raw=raw), scope=scope)
+
     async def _run(
-        self, order: AnswerOrder, stream: RemoteStream, cancelled: asyncio.Event
+        self, order: AnswerOrder, stream: RemoteStream, cancelled: asyncio.Event, key: str
     ) -> None:
         """Bring an answer to its end, and a cancelled one to the end that readers wait for."""
-        answer = asyncio.create_task(self._answer(order, stream))
+        answer = asyncio.create_task(self._answer(order, stream, key))
         gone = asyncio.create_task(cancelled.wait())
         try:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -216,12 +227,13 @@ class HandleEngine:
             elif (error := answer.exception()) is not None:
                 stream.fail(error if isinstance(error, D2FError) else EngineFailed(repr(error)))
 
-    async def _answer(self, order: AnswerOrder, stream: RemoteStream) -> None:
+    async def _answer(self, order: AnswerOrder, stream: RemoteStream, key: str) -> None:
         blocks, num_failures = list(order.committed), 0
         for attempt in _attempts():
             told = msgspec.structs.replace(order, committed=tuple(blocks))
             try:
-                async for data in self._calls.stream("answer", encode(told)):
+                answers = self._calls.stream("answer", encode(told), conversation=key)
+                async for data in answers:
                     for event in read_events(data):
                         if isinstance(event, Block) and event.index == len(blocks):
                             blocks.append(event)
@@ -230,6 +242,7 @@ class HandleEngine:
             except ReplicaLost as lost:
                 await _back_off(attempt, f"stream {order.names.stream}", lost)
             except (EngineFailed, EngineClosed) as error:
+                key = ""  # whoever failed is still there until Serve has replaced it
                 num_failures += 1
                 if num_failures == MAX_FAILURES:
                     raise
@@ -244,7 +257,7 @@ class LoggingHandleEngine(HandleEngine):
 
     logs = True
 
-    async def work(self, stream_id: str, prompt: Prompt, overrides: ParamOverrides) -> None:
+    async def work(self, names: StreamNames, prompt: Prompt, overrides: ParamOverrides) -> None:
         """Have a replica bring the stream to its end, from where the log has it. Safe to cancel.
 
         Returns once the stream has ended or another worker has it; the work of a replica that is
@@ -255,20 +268,23 @@ class LoggingHandleEngine(HandleEngine):
         """
         self._check_open()
         assert not isinstance(prompt, str)  # encode() has read it
-        params = _seeded(msgspec.convert(overrides, Overrides), self.defaults)
-        order = WorkOrder(stream=stream_id, prompt=cast("Sequence[int]", prompt), params=params)
+        params = seeded(msgspec.convert(overrides, Overrides), self.defaults)
+        key = self._key_of(prompt, scope=names.scope, raw=False)
+        order = WorkOrder(stream=names.stream, prompt=cast("Sequence[int]", prompt), params=params)
         num_failures = 0
         for attempt in _attempts():
             try:
-                raise_refusal(await self._calls.call("work", encode(order)))
+                data = await self._calls.call("work", encode(order), conversation=key)
+                raise_refusal(data)
             except ReplicaLost as lost:
                 order = msgspec.structs.replace(order, by_force=True)
-                await _back_off(attempt, f"stream {stream_id}", lost)
+                await _back_off(attempt, f"stream {names.stream}", lost)
             except (EngineFailed, EngineClosed) as error:
+                key = ""  # whoever failed is still there until Serve has replaced it
                 num_failures += 1
                 if num_failures == MAX_FAILURES:
                     raise
-                await _back_off(attempt, f"stream {stream_id}", error)
+                await _back_off(attempt, f"stream {names.stream}", error)
             else:
                 return
 
@@ -281,11 +297,3 @@ def _attempts() -> Sequence[int]:
 async def _back_off(attempt: int, what: str, why: Exception) -> None:
     logger.warning("%s goes to another replica: %s", what, str(why).partition("\n")[0])
     await asyncio.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
-
-
-def _seeded(params: Overrides, defaults: GenerationParams) -> Overrides:
-    """Return parameters with a seed where something is drawn, for a second replica to go on."""
-    chosen = defaults.with_overrides(params.to_dict())
-    if chosen.temperature == 0 or chosen.seed is not None:
-        return params
-    return msgspec.structs.replace(params, seed=random.getrandbits(63))

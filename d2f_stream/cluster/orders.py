@@ -1,5 +1,6 @@
 """What an ingress and a replica say to each other: bytes, so that Ray pickles nothing of ours."""
 
+import random
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
@@ -8,6 +9,7 @@ import msgspec
 import d2f_stream
 from d2f_stream.core.errors import D2FError, ProtocolError, UnsupportedModel
 from d2f_stream.core.events import Block, Event, StreamNames
+from d2f_stream.core.params import GenerationParams
 from d2f_stream.wire.protocol import Generate, ModelCard, Overrides, RequestRejected, WirePrompt
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "read_events",
     "read_facts",
     "refusal",
+    "seeded",
 ]
 
 T = TypeVar("T")
@@ -79,11 +82,13 @@ class ReplicaFacts(msgspec.Struct, frozen=True, kw_only=True):
         version: of d2f_stream; an ingress has the same.
         card: of its model.
         has_log: whether it appends to a log that servers share.
+        keeps_turns: whether it computes a conversation's next turn from its last one on.
     """
 
     version: str
     card: ModelCard
     has_log: bool
+    keeps_turns: bool
 
 
 class _Version(msgspec.Struct):
@@ -166,6 +171,14 @@ def read_facts(data: bytes, *, logs: bool) -> ReplicaFacts:
             "give both the same: log=URL to the engines, --log URL to the server"
         )
     return facts
+
+
+def seeded(params: Overrides, defaults: GenerationParams) -> Overrides:
+    """Return parameters with a seed where something is drawn, for a second replica to go on."""
+    chosen = defaults.with_overrides(params.to_dict())
+    if chosen.temperature == 0 or chosen.seed is not None:
+        return params
+    return msgspec.structs.replace(params, seed=random.getrandbits(63))
 
 
 def _check_refusal(data: bytes) -> None:

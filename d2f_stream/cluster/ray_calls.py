@@ -51,10 +51,11 @@ class HandleCalls:
         self._handle = handle
         self._leaves = leaves
 
-    async def call(self, method: str, data: bytes) -> bytes:
+    async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
         """Call a method. Safe to cancel."""
+        handle = self._handle.options(session_id=conversation)
         try:
-            answer: bytes = await getattr(self._handle, method).remote(data)
+            answer: bytes = await getattr(handle, method).remote(data)
         except RayActorError as error:
             raise ReplicaLost(str(error)) from error
         except RayTaskError as error:
@@ -63,9 +64,11 @@ class HandleCalls:
             raise ReplicaLost(f"{type(error).__name__}: {error}") from error
         return answer
 
-    async def stream(self, method: str, data: bytes) -> AsyncIterator[bytes]:
+    async def stream(
+        self, method: str, data: bytes, *, conversation: str = ""
+    ) -> AsyncIterator[bytes]:
         """Call one that yields. Closing it early ends it there too."""
-        handle = self._handle.options(stream=True)
+        handle = self._handle.options(stream=True, session_id=conversation)
         answers: DeploymentResponseGenerator = getattr(handle, method).remote(data)
         is_over = False
         try:

@@ -99,7 +99,12 @@ class ReplicaWorker:
         told = {name: getattr(self._engine.info, name) for name in names}
         card = ModelCard(defaults=defaults, **told)
         return encode(
-            ReplicaFacts(version=d2f_stream.__version__, card=card, has_log=self._log is not None)
+            ReplicaFacts(
+                version=d2f_stream.__version__,
+                card=card,
+                has_log=self._log is not None,
+                keeps_turns=self._engine.info.keeps_turns,
+            )
         )
 
     def check_health(self) -> None:

@@ -99,9 +99,12 @@ async def ray_engines(
             await process.wait()
 
 
-def write_paced_model(folder: Path, answer: str, *, step_ms: float) -> Path:
+def write_paced_model(
+    folder: Path, answer: str, *, step_ms: float, prompt_attention: str = "full"
+) -> Path:
     """Write a scripted model whose steps take their time."""
-    script = json.dumps({"answers": answer, "step_ms": step_ms}).encode()
+    told = {"answers": answer, "step_ms": step_ms, "prompt_attention": prompt_attention}
+    script = json.dumps(told).encode()
     digest = {"sha256": hashlib.sha256(script).hexdigest(), "bytes": len(script)}
     sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     manifest = {
@@ -111,7 +114,7 @@ def write_paced_model(folder: Path, answer: str, *, step_ms: float) -> Path:
         "mask_id": 257,
         "eos_ids": [256],
         "shift_logits": False,
-        "prompt_attention": "full",
+        "prompt_attention": prompt_attention,
         "native_block_size": 8,
         "max_block_size": 64,
         "max_len": 4096,

@@ -157,7 +157,7 @@ async def test_cluster_without_a_working_engine_is_told_after_a_while(
     monkeypatch.setattr("d2f_stream.cluster.handle_engine.CONNECT_S", 0.3)
 
     class NoReplicas(Replicas):
-        async def call(self, method: str, data: bytes) -> bytes:
+        async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
             raise ReplicaLost("the deployment is unavailable")
 
     with pytest.raises(ConnectionLost, match=r"within 0\.3 s: the deployment is unavailable; look"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import valkey.asyncio as valkey
 
 from brokers import Proxy
 from d2f_stream.core.events import StreamFinished
@@ -63,7 +65,7 @@ async def cluster(
 ) -> AsyncIterator[Cluster]:
     optional_module("ray")
     folder: Path = tmp_path_factory.mktemp("model") / "paced"
-    model = write_paced_model(folder, ANSWER, step_ms=10)
+    model = write_paced_model(folder, ANSWER, step_ms=10, prompt_attention="causal")
     async with ray_engines(model, store.url) as engines, Proxy(0) as proxy:
         cluster = Cluster(engines, store.url, proxy)
         try:
@@ -106,3 +108,40 @@ async def test_cancel_frees_the_slot_wherever_it_is_said(cluster: Cluster) -> No
         assert isinstance(last, StreamFinished)
         assert last.reason == "cancelled"
         assert time.monotonic() - began_s < CANCEL_S
+
+
+async def test_conversation_stays_where_its_turns_are_whichever_server_is_asked(
+    cluster: Cluster, store: ValkeyServer
+) -> None:
+    await cluster.engines.wait_alive(2)
+    _, port = await cluster.start_server()
+    _, elsewhere = await cluster.start_server()
+    async with (
+        Peer.to(Address(port)) as peer,
+        Peer.to(Address(elsewhere)) as other,
+        valkey.Valkey.from_url(store.url) as leases,
+    ):
+        await peer.hello()
+        await other.hello()
+
+        async def holder(peer: Peer, number: int, *turns: str) -> bytes:
+            """Ask, and see who answers."""
+            said = [{"role": "user", "content": text} for text in (f"question {number}", *turns)]
+            started = await peer.generate(prompt=said, params={"max_new_tokens": 40})
+            held: bytes = await leases.get(f"d2f:0:l:{started.stream}")
+            await peer.answer()
+            assert held, "nobody has the lease of an answer that has just begun"
+            return held
+
+        numbers = itertools.count(100)
+        for asked in (peer, other):
+            seen: set[bytes] = set()
+            async with asyncio.timeout(60.0):
+                while len(seen) < 2:  # until each server knows of both engines
+                    seen.add(await holder(asked, next(numbers)))
+        homes = {await holder(peer, number): number for number in range(16)}
+        assert len(homes) == 2
+        for turns in (("one",), ("one", "two"), ("one", "two", "three")):
+            for home, number in homes.items():
+                for asked in (peer, other):
+                    assert await holder(asked, number, *turns) == home

@@ -150,15 +150,20 @@ def test_byte_codec_round_trips_and_replaces_broken_utf8() -> None:
 
 
 def test_loads_a_script_from_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "script.json").write_text(json.dumps({"answers": "abc", "tokens_per_step": 1}))
+    script: dict[str, object] = {"answers": "abc", "tokens_per_step": 1}
+    (tmp_path / "script.json").write_text(json.dumps(script))
     backend = load(tmp_path, device="cpu", quantization="auto")
     assert (backend.answers, backend.tokens_per_step) == ("abc", 1)
     assert backend.info == info(name=tmp_path.name)
+    (tmp_path / "script.json").write_text(json.dumps(script | {"prompt_attention": "causal"}))
+    backend = load(tmp_path, device="cpu", quantization="auto")
+    assert backend.info == info(name=tmp_path.name, prompt_attention="causal")
 
 
 def test_folder_without_a_readable_script_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"script\.json"):
         ScriptedBackend.load(tmp_path)
-    (tmp_path / "script.json").write_text("[]")
-    with pytest.raises(ModelDamaged, match=r"script\.json"):
-        ScriptedBackend.load(tmp_path)
+    for script in ("[]", '{"answers": "abc", "prompt_attention": "most"}'):
+        (tmp_path / "script.json").write_text(script)
+        with pytest.raises(ModelDamaged, match=r"script\.json"):
+            ScriptedBackend.load(tmp_path)

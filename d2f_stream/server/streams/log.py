@@ -162,7 +162,7 @@ class LoggingEngine(Protocol):
     A server asks it to have a stream worked on, and reads the events from the log like everybody.
     """
 
-    async def work(self, stream_id: str, prompt: Prompt, overrides: ParamOverrides) -> None:
+    async def work(self, names: StreamNames, prompt: Prompt, overrides: ParamOverrides) -> None:
         """Have a worker bring the stream to its end, from where the log has it. Safe to cancel.
 
         The worker takes the stream's lease by `StreamLog.work`. Returns once the stream has ended

@@ -211,7 +211,8 @@ class Runs:
         assert pump is not None
         stream.leave(pump.cancel)
         await self._log.follow(stream)
-        await engine.work(stream.id, prompt, overrides)
+        names = StreamNames(stream.id, stream.request_id, stream.client)
+        await engine.work(names, prompt, overrides)
         return stream.has_terminal
 
     async def _append(self, stream: ServedStream, events: Iterable[Event]) -> None:

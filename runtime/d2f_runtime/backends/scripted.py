@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Self, get_args
 
 from d2f_runtime.backends.base import Slot, StepRow
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals
-from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.facts import ModelInfo, PromptAttention
 from d2f_runtime.text.files import read_object
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound, OutOfCapacity
 from d2f_stream.core.params import GenerationParams
@@ -163,7 +163,7 @@ class ScriptedBackend:
     def load(cls, path: Path) -> Self:
         """Read a folder's script.json: {"answers": text or {prompt: text}, "tokens_per_step": n}.
 
-        "step_ms" may stand there too.
+        "step_ms" may stand there too, and "prompt_attention", which is "full" otherwise.
 
         Raises:
             ModelNotFound: the folder has no script.json.
@@ -174,10 +174,12 @@ class ScriptedBackend:
             raise ModelNotFound(f"no script.json in {path}; a scripted model needs one")
         answers, tokens_per_step = script.get("answers"), script.get("tokens_per_step", 4)
         step_ms = script.get("step_ms", 0)
+        attention = script.get("prompt_attention", "full")
         numbers = isinstance(tokens_per_step, int) and isinstance(step_ms, int | float)
-        if not isinstance(answers, str | dict) or not numbers:
+        is_known = attention in get_args(PromptAttention)
+        if not isinstance(answers, str | dict) or not numbers or not is_known:
             raise ModelDamaged(f"{path / 'script.json'} lacks answers, or has some of no use")
-        info = replace(SCRIPTED_INFO, name=path.name)
+        info = replace(SCRIPTED_INFO, name=path.name, prompt_attention=attention)
         return cls(answers, info=info, tokens_per_step=tokens_per_step, step_ms=step_ms)
 
     def check(self, params: GenerationParams) -> None:

@@ -103,3 +103,11 @@ class ModelInfo(ModelFacts):
     window_scaled: bool = False
     spare_rows: int = 10
     branches: bool = False
+
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether a loaded model computes a prompt that begins like an earlier one from there on.
+
+        Where a prompt's K/V depend on what follows in it, only the same prompt can be reused.
+        """
+        return self.prompt_attention in ("causal", "grid") and not self.window_scaled
