@@ -12,7 +12,7 @@ try:
 
     from d2f_stream.cluster.routing import ConversationRouter
 except ImportError as error:
-    raise MissingExtra("engines on other machines", "ray[serve]", "cluster") from error
+    raise MissingExtra("a cluster of engines", "ray[serve]", "cluster") from error
 
 from collections.abc import AsyncIterator
 

@@ -16,7 +16,7 @@ try:
     from ray.exceptions import RayActorError, RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 except ImportError as error:
-    raise MissingExtra("engines on other machines", "ray[serve]", "cluster") from error
+    raise MissingExtra("a cluster of engines", "ray[serve]", "cluster") from error
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator

@@ -12,17 +12,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
+from d2f_stream.channels.broker import BrokerAddress
 from d2f_stream.core.errors import InvalidParams, InvalidRequest, MissingExtra
 from d2f_stream.core.limits import Limits
 from d2f_stream.core.session import Engine
 from d2f_stream.server.auth import Auth
+from d2f_stream.server.loading import add_loading, check_unset
 from d2f_stream.server.options import add_options, limits_of, timeouts_of
 from d2f_stream.server.settings import ServeSettings
 
 __all__ = ["add_arguments", "run", "settings_of", "tokens_of"]
 
 NAMED_TOKEN: Final = re.compile(r"([A-Za-z0-9._-]{1,64})=(.*[^=].*)")
-BROKER: Final = re.compile(r"mqtts?://.+")
 EPILOG: Final = """\
 Clients need a token where one is given, by --token, --token-file or the environment variable
 D2F_TOKEN. A token on the command line is visible to everybody on this machine in the list of
@@ -37,36 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--model",
-        help="a folder, a .gguf file or a hub id (default: smollm2-135m-d2f, or word-problems)",
-    )
+    add_loading(parser)
     parser.add_argument(
         "--engines",
         metavar="URL",
         help="serve the engines of a Ray cluster instead: ray:// is the one that this machine "
         "belongs to, ray://HOST:PORT another",
-    )
-    parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
-    parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quantization", default="auto", metavar="NAME")
-    parser.add_argument(
-        "--kv-tokens", type=int, metavar="N", help="how many tokens of K/V to make room for (torch)"
-    )
-    parser.add_argument("--family", metavar="NAME", help="the model's, if its files tell none")
-    parser.add_argument(
-        "--warm-up",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile and capture before the first request (GPU)",
-    )
-    parser.add_argument(
-        "--may-narrow",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="under load, serve faster by fewer blocks at once: answers then depend on what else "
-        "runs, unless a request says may_narrow=false",
     )
 
     reach = parser.add_argument_group("who can connect")
@@ -155,6 +132,12 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, os.environ)
     if settings.mqtt is not None and importlib.util.find_spec("aiomqtt") is None:
         raise MissingExtra("serving over MQTT", "aiomqtt", "mqtt")
+    if args.engines is not None:
+        check_unset(args)
+    if settings.log is not None:
+        from d2f_stream.server.streams.valkey.connecting import pool_of
+
+        pool_of(settings.log)
     check_address(settings.host, settings.port)
     configure_logging(args.log_level)
 
@@ -168,10 +151,6 @@ def run(args: argparse.Namespace) -> int:
 async def _engine_of(args: argparse.Namespace, settings: ServeSettings) -> Engine:
     """Return the engine to serve: one of this process, or the engines of a cluster."""
     if args.engines is not None:
-        if args.model is not None:
-            raise InvalidRequest(
-                "--engines and --model do not go together: the engines have a model already"
-            )
         from d2f_stream.cluster.engines_url import EnginesUrl
 
         url = EnginesUrl.parse(args.engines)
@@ -202,10 +181,12 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
         InvalidRequest: they do not fit together.
     """
     limits, timeouts = limits_of(args), timeouts_of(args)
-    mqtt = args.mqtt or environment.get("D2F_MQTT") or None
-    if mqtt is not None and BROKER.fullmatch(mqtt) is None:
-        # Not shown: it may hold a password.
-        raise InvalidRequest("--mqtt needs a URL of a broker, such as mqtt://127.0.0.1:1883")
+    mqtt = _url("--mqtt", args.mqtt) or environment.get("D2F_MQTT") or None
+    if mqtt is not None:
+        try:
+            BrokerAddress.parse(mqtt)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"--mqtt: {error}") from None
     given = [*args.token, *_lines_of(args.token_file)]
     if environment.get("D2F_TOKEN"):
         given.append(environment["D2F_TOKEN"])
@@ -217,7 +198,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
         timeouts=timeouts,
         ui=args.ui,
         mqtt=mqtt,
-        log=args.log or environment.get("D2F_LOG") or None,
+        log=_url("--log", args.log) or environment.get("D2F_LOG") or None,
         mqtt_group=args.mqtt_group,
         allowed_hosts=tuple(_host(name) for name in args.allowed_host),
         insecure=args.insecure,
@@ -257,6 +238,12 @@ def _lines_of(path: Path | None) -> list[str]:
     if not tokens:
         raise InvalidRequest(f"the token file {path} holds no token")
     return tokens
+
+
+def _url(option: str, given: str | None) -> str | None:
+    if given is not None and not given.strip():  # "$URL", of a variable that is not set
+        raise InvalidRequest(f"{option} is empty; give it a URL, or leave it out")
+    return given
 
 
 def _host(name: str) -> str:

@@ -29,7 +29,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.help or ""
-        if action.default in (None, False, True, 0.0, argparse.SUPPRESS) or "default" in told:
+        if action.default in (None, False, True, 0.0, "", argparse.SUPPRESS) or "default" in told:
             return told
         return f"{told} (default: %(default)s)"
 

@@ -142,6 +142,15 @@ def test_unknown_arguments_show_the_usage(arguments: list[str], capsys: Capture)
     assert capsys.readouterr().err.startswith("usage: d2f-stream")
 
 
+@pytest.mark.parametrize("command", ["chat", "generate", "serve", "distill", "export", "verify"])
+def test_help_shows_no_empty_default(command: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "default: )" not in shown
+    assert "default: ()" not in shown
+
+
 def test_no_command_prints_the_help(capsys: Capture) -> None:
     assert cli.main([]) == 0
     assert capsys.readouterr().out.startswith("usage: d2f-stream")

@@ -88,7 +88,10 @@ def test_clients_and_tokens_are_distinct(given: list[str]) -> None:
         (["--host", "myhost"], "host myhost can be reached"),
         (["--origin", "chat.example"], "--origin is 'chat.example' but must be an origin"),
         (["--allowed-host", "http://d2f:8000"], "--allowed-host is 'http://d2f:8000' but must be"),
-        (["--mqtt", "http://user:secret@x"], "--mqtt needs a URL of a broker"),
+        (["--mqtt", "http://user:secret@x"], "--mqtt: the MQTT address cannot be read"),
+        (["--mqtt", ""], "--mqtt is empty; give it a URL, or leave it out"),
+        (["--mqtt", "mqtt://user:secret@host:port"], "--mqtt: the MQTT address cannot be read"),
+        (["--log", ""], "--log is empty; give it a URL, or leave it out"),
         (["--token-file", "/nonexistent"], "the token file /nonexistent cannot be read"),
         (["--max-streams", "0"], "--max-streams is 0 but must be at least 1"),
         (["--requests-per-minute", "-2"], "--requests-per-minute is -2"),
@@ -104,6 +107,54 @@ def test_what_does_not_fit_is_refused_before_the_model_loads(
     assert sentence in error
     assert error.count("\n") == 1
     assert "secret" not in error
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("http://user:secret@host", "the log needs a URL such as"),
+        ("valkey://user:secret@host:port", "the log needs a URL such as"),
+        ("valkey://user:secret@[::1", "the log needs a URL such as"),
+        (
+            "valkeys://host?ssl_ca_certs=/nonexistent/ca.pem",
+            "ssl_ca_certs of the log's URL is '/nonexistent/ca.pem', which is no file",
+        ),
+    ],
+)
+def test_log_that_cannot_be_used_is_refused_before_the_model_loads(
+    url: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("valkey", reason="valkey is not installed")
+    arguments = ["serve", "--model", "/nonexistent", "--log", url]
+    assert cli.main(arguments) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert "secret" not in error
+
+
+def test_log_without_its_library_is_refused_before_the_model_loads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.startswith("d2f_stream.server."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "valkey", None)
+    assert cli.main(["serve", "--model", "/nonexistent", "--log", "valkey://host"]) == cli.FAILED
+    assert "needs valkey" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--model=m", "--adapter=a", "--backend=torch", "--device=cpu", "--quantization=int8"),
+        *("--kv-tokens=5", "--family=dream", "--no-warm-up", "--may-narrow"),
+    ],
+)
+def test_engines_take_no_option_of_loading(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--engines", "ray://", "--port", "0", option]) == cli.BAD_INPUT
+    name = option.partition("=")[0]
+    assert f"--engines and {name} do not go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1", "[::1]"])

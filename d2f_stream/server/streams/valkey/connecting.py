@@ -6,6 +6,7 @@ This file, `store.py` and `news.py` are all that knows the library.
 import logging
 import re
 import urllib.parse
+from pathlib import Path
 from typing import Final
 
 from d2f_stream.core.errors import InvalidRequest, LogUnavailable, MissingExtra
@@ -38,6 +39,8 @@ BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between attempts to connect; the last is for all later ones."""
 OLDEST: Final = 7
 """Major version of Redis; Valkey tells the one that it is compatible with."""
+FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+"""Options of a URL that name a file."""
 LOST: Final = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
 """What the library raises where a connection cannot be made, or breaks."""
 
@@ -99,6 +102,7 @@ def pool_of(url: str) -> ConnectionPool:
         if re.fullmatch(r"(/\d*)?", parts.path) is None:
             raise ValueError("no number of a database")
         _ = parts.port
+        certificates = _named_files(parts.query)
         pool = ConnectionPool.from_url(
             url, socket_timeout=ANSWER_S, socket_connect_timeout=ANSWER_S, lib_name=None
         )
@@ -109,7 +113,14 @@ def pool_of(url: str) -> ConnectionPool:
             "the log needs a URL such as valkey://127.0.0.1:6379/0 or, with a password and TLS, "
             "valkeys://user:password@host:6379/0"
         ) from error
+    for option, path in certificates:
+        if not Path(path).is_file():
+            raise InvalidRequest(f"{option} of the log's URL is {path!r:.200}, which is no file")
     return pool
+
+
+def _named_files(query: str) -> list[tuple[str, str]]:
+    return [(name, path) for name, path in urllib.parse.parse_qsl(query) if name in FILES]
 
 
 def sentence_of(error: Exception) -> str:

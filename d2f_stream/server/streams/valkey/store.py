@@ -54,8 +54,8 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
+        self.pool = pool_of(url)  # first, as it tells what the URL lacks
         self.address = address_of(url)
-        self.pool = pool_of(url)
         self._connection: AbstractConnection | None = None
         self._waiting: list[_Call] = []
         self._wake = asyncio.Event()
