@@ -24,6 +24,20 @@ DROP = """(name) => {
     document.body.dispatchEvent(new DragEvent("drop", event));
 }"""
 
+HOLD_FILES = """() => {
+    const read = File.prototype.arrayBuffer;
+    const held = new Promise((resolve) => { window.letFilesThrough = resolve; });
+    File.prototype.arrayBuffer = async function () { await held; return read.call(this); };
+}"""
+DROP_LARGE = """() => {
+    for (const name of ["first.txt", "second.txt"]) {
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File(["x".repeat(60_000)], name));
+        const event = { dataTransfer, cancelable: true, bubbles: true };
+        document.body.dispatchEvent(new DragEvent("drop", event));
+    }
+}"""
+
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
@@ -111,3 +125,58 @@ def test_what_is_not_taken_is_told_by_name_and_limit(
     attach(page, *(written(tmp_path, f"{number}.txt", "x") for number in range(9)))
     expect(toast).to_have_text("8.txt is left out: a question takes at most 8 files.")
     assert len(names(page)) == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "fence"),
+    [("  ```\nindented\n  ```\n", "````"), ("a ````` b\n", "``````"), ("`one`\n", "```")],
+)
+def test_fence_is_longer_than_any_run_of_backticks(
+    server: ScriptedServer, open_page: OpenPage, tmp_path: Path, content: str, fence: str
+) -> None:
+    page = open_page(server)
+    attach(page, written(tmp_path, "a.md", content))
+    expect(page.locator(".attachment")).to_have_count(1)
+    ask(page, "What?")
+    expect_idle(page)
+    [prompt] = server.prompts
+    assert prompt == f"user: What?\n\na.md:\n{fence}md\n{content}{fence}\nassistant: "
+
+
+def test_files_fit_in_a_message_as_bytes(
+    server: ScriptedServer, open_page: OpenPage, tmp_path: Path
+) -> None:
+    page = open_page(server)
+    attach(page, written(tmp_path, "long.txt", "\u6f22" * 90_000))
+    expect(page.locator("#toast-text")).to_have_text(
+        "long.txt is left out: it takes 270,002 bytes, and the files of a question take at most "
+        "200,000 together."
+    )
+    attach(page, written(tmp_path, "short.txt", "\u6f22" * 60_000))
+    expect(page.locator(".attachment")).to_have_count(1)
+
+
+def test_files_dropped_at_once_share_the_room(server: ScriptedServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    page.evaluate(DROP_LARGE)
+    expect(page.locator("#toast-text")).to_contain_text("second.txt is left out: it has 60,000")
+    assert names(page) == ["first.txt"]
+
+
+def test_question_waits_for_a_file_that_is_being_read(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    page = open_page(server)
+    page.evaluate(HOLD_FILES)
+    page.evaluate(DROP, "dropped.txt")
+    field = page.get_by_label("Your question")
+    field.fill("What?")
+    field.press("Enter")
+    field.press("Enter")
+    assert field.input_value() == "What?"
+    page.evaluate("() => window.letFilesThrough()")
+    expect(page.locator(".answer")).to_have_count(1)
+    expect_idle(page)
+    [prompt] = server.prompts
+    assert prompt == "user: What?\n\ndropped.txt:\n```txt\ndropped\n```\nassistant: "
+    assert names(page) == []

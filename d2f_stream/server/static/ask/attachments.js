@@ -4,12 +4,15 @@ import { element, iconButton } from "../dom.js";
 
 const MOST_FILES = 8;
 const MOST_CHARACTERS = 100_000; // of all files of a question
+const MOST_BYTES = 200_000; // of them in a message, whose own limit is 262,144 where nobody set one
 
 const numbers = new Intl.NumberFormat("en");
 
 export class Attachments {
   #list;
-  #files = []; // { name, text }
+  #files = []; // { name, text, size: bytes in a message }
+  #reading = Promise.resolve(); // one file is taken after the other, so that each sees what is left
+  #numWaiting = 0;
   #act;
 
   /**
@@ -48,12 +51,22 @@ export class Attachments {
   }
 
   /** Take files that are text and not too long; of others, say why not. */
-  async add(files) {
-    for (const file of files) {
-      const problem = await this.#take(file);
-      if (problem) this.#act.tell(problem);
-    }
-    this.#show();
+  add(files) {
+    this.#numWaiting++;
+    this.#reading = this.#reading.then(async () => {
+      for (const file of files) {
+        const problem = await this.#take(file);
+        if (problem) this.#act.tell(problem);
+      }
+      this.#numWaiting--;
+      this.#show();
+    });
+    return this.#reading;
+  }
+
+  /** What to wait for before a question is whole; null where nothing is being read. */
+  get reading() {
+    return this.#numWaiting > 0 ? this.#reading : null;
   }
 
   /** Return a question with the files behind it, each as a block of code under its name. */
@@ -84,7 +97,12 @@ export class Attachments {
     if (text.length > room) {
       return `${file.name} is left out: it has ${numbers.format(text.length)}, and ${limit} together.`;
     }
-    this.#files.push({ name: file.name, text });
+    const size = new TextEncoder().encode(JSON.stringify(text)).length;
+    if (size > MOST_BYTES - this.#files.reduce((sum, other) => sum + other.size, 0)) {
+      const most = `the files of a question take at most ${numbers.format(MOST_BYTES)} together`;
+      return `${file.name} is left out: it takes ${numbers.format(size)} bytes, and ${most}.`;
+    }
+    this.#files.push({ name: file.name, text, size });
     return "";
   }
 
@@ -106,7 +124,7 @@ export class Attachments {
 }
 
 function asText({ name, text }) {
-  const fences = text.match(/^`{3,}/gm) ?? [];
+  const fences = text.match(/`{3,}/g) ?? [];
   const fence = "`".repeat(Math.max(3, ...fences.map(({ length }) => length + 1)));
   const language = /\.([A-Za-z0-9]{1,10})$/.exec(name)?.[1] ?? "";
   return `${name}:\n${fence}${language}\n${text.replace(/\n$/, "")}\n${fence}`;

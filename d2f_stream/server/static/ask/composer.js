@@ -11,6 +11,7 @@ export class Composer {
   #field;
   #attachments;
   #act;
+  #isWaiting = false; // for a file to be read, before the question is sent
 
   /** `attachments` go with the question; `act` has mode() of ACTS, ask(question), stop() and typed(). */
   constructor(form, attachments, act) {
@@ -60,8 +61,16 @@ export class Composer {
 
   #submit() {
     const question = this.text;
+    const { reading } = this.#attachments;
+    if (this.#isWaiting) return;
     if (this.#act.mode() !== "send") this.#act.stop();
-    else if (question) {
+    else if (reading) {
+      this.#isWaiting = true;
+      reading.then(() => {
+        this.#isWaiting = false;
+        this.#submit();
+      });
+    } else if (question) {
       this.#field.value = "";
       this.#attachments.clear();
       this.#changed();
