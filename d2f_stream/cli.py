@@ -34,6 +34,7 @@ from d2f_stream.server import command
 from d2f_stream.terminal import models_command
 from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, check_command, overrides_of
 from d2f_stream.terminal.config import Config, config_path, data_folder
+from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.pacing import paced
 from d2f_stream.terminal.views import JsonView, TextView, View, about_silence
 
@@ -77,8 +78,9 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
     parser = build_parser()
     check_command(given, parser)
     args = parser.parse_args(given)
-    # What the SDK logs comes back as an error, which is one line here.
+    # what the SDK logs comes back as an error, which is one line here
     logging.getLogger("d2f_stream").addHandler(logging.NullHandler())
+    tell_of_losses()
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
@@ -199,7 +201,7 @@ async def _answer(
         except NoChatTemplate:
             if system:
                 raise
-    async with engine.generate(prompt, **overrides) as session:
+    async with engine.generate(prompt, raw=True, **overrides) as session:
         async for event in session.events():
             yield event
 

@@ -183,7 +183,9 @@ class WebsocketLine:
                 if final is not None:
                     raise final from closed
                 lost = closed
-            logger.info("connection lost: %s", lost)
+            # of a connection that was there, not of each attempt to have another
+            was_there = isinstance(lost, ChannelClosed)
+            logger.info("lost the server: %s", lost, extra={"lost": was_there and self._needed()})
             if self._needed():
                 await self._retries.wait(lost)
 

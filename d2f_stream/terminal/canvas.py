@@ -32,6 +32,8 @@ LOW: Final = 10  # rows; below it a running canvas goes without the question
 STATUS_LINES: Final = 3  # kept free below the answer: a blank line and the wrapped figures
 FRAME_S: Final = 1 / 30  # drafts within one frame are drawn together
 
+COUNTS: Final = "word-problems"  # the model whose last sentence is what was asked for
+
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -177,7 +179,8 @@ class Canvas:
         lines = [Text(" · ".join(parts), style="dim")]
         if end.reason != "eos":
             lines.append(Text(_REASONS[end.reason], style="yellow"))
-        if answer := last_sentence(printable(self.text)):
+        counts = self._started is not None and self._started.model == COUNTS
+        if counts and (answer := last_sentence(printable(self.text))):
             lines.insert(0, Text.assemble(("answer ", "dim"), (answer, "bold green")))
         return [Text(), *lines]
 

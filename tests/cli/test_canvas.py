@@ -2,6 +2,7 @@
 
 import io
 
+import msgspec
 import pytest
 
 pytest.importorskip("rich")
@@ -115,12 +116,14 @@ def test_running_canvas_counts_blocks_tokens_and_steps() -> None:
 
 
 def test_finished_canvas_ends_with_answer_and_figures() -> None:
-    events = (STARTED, block(0, "2 + 6 = 8. "), block(1, "The answer is 8."), finished())
-    lines = drawn(*events, closed=True).rstrip().splitlines()
+    started = msgspec.structs.replace(STARTED, model="word-problems")
+    events = (block(0, "2 + 6 = 8. "), block(1, "The answer is 8."), finished())
+    lines = drawn(started, *events, closed=True).rstrip().splitlines()
     assert lines[-2:] == [
         "answer The answer is 8.",
         "2 blocks · 5 steps · 2.4 tokens/step · first block 0.05 s · 60 tokens/s",
     ]
+    assert "\nanswer" not in drawn(STARTED, *events, closed=True)
 
 
 def test_finished_canvas_drops_drafts_after_the_end() -> None:

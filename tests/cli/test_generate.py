@@ -1,6 +1,7 @@
 """`d2f-stream generate` over a scripted model: output, errors and exit codes."""
 
 import io
+import logging
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from d2f_stream.core.events import (
     StreamFinished,
     StreamStarted,
 )
+from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.views import about_silence
 from scripted_cli import ANSWER, ScriptedLoad, generate
 
@@ -177,6 +179,30 @@ def test_prompt_goes_through_the_chat_template_unless_it_is_raw(capsys: Capture)
     generate("How many?", "--system", "Be brief.", load=load)
     generate("How many?", "--raw", load=load)
     assert capsys.readouterr().out == "Eight.\nRaw.\n"
+
+
+def test_a_raw_prompt_stays_as_it_is_where_the_model_chats(capsys: Capture) -> None:
+    class Chatting(ByteCodec):
+        chats = True
+
+    class Load(ScriptedLoad):
+        def __call__(self, *arguments: Any, **options: Any) -> LocalEngine:
+            return LocalEngine.over(self.backend, Chatting())
+
+    asked = {"user: How many?\nassistant: ": "Eight.", "How many?": "Raw."}
+    generate("How many?", load=Load(ScriptedBackend(asked)))
+    generate("How many?", "--raw", load=Load(ScriptedBackend(asked)))
+    assert capsys.readouterr().out == "Eight.\nRaw.\n"
+
+
+def test_a_lost_connection_is_told_at_once(capsys: Capture) -> None:
+    tell_of_losses()
+    tell_of_losses()
+    logger = logging.getLogger("d2f_stream.client")
+    logger.info("lost the server: %s", "closed (1006)", extra={"lost": True})
+    logger.info("something else")
+    told = "d2f-stream: lost the server: closed (1006); reconnecting ...\n"
+    assert capsys.readouterr().err == told
 
 
 def test_model_without_a_template_gets_the_prompt_itself(capsys: Capture) -> None:
