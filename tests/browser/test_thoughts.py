@@ -49,6 +49,14 @@ def test_thought_is_folded_and_the_answer_stands_by_itself(open_page: OpenPage) 
         ("<thin ice", None, "<thin ice"),
         ("a <think>b</think>", None, "a <think>b</think>"),
         ("<think>a </thin b</think>c", "a </thin b", "c"),
+        (
+            "Let me see, twice.\n\nOr so.\n</think>\n\nYes.",
+            "Let me see, twice.\n\nOr so.\n",
+            "Yes.",
+        ),
+        ("</think>Yes.", "", "Yes."),
+        ("So </think>?\n</think>No.", "So </think>?\n", "No."),
+        ("Write </think> so.", None, "Write </think> so."),
     ],
 )
 def test_only_a_whole_mark_at_the_beginning_begins_a_thought(
@@ -62,3 +70,29 @@ def test_only_a_whole_mark_at_the_beginning_begins_a_thought(
         assert answer(page) == said
         found = page.locator(".thought .text")
         assert (found.text_content() if found.count() else None) == thought
+
+
+def test_end_of_a_thought_in_code_is_code(open_page: OpenPage) -> None:
+    with ScriptedServer("Such as:\n\n```\n</think>\n```\n", is_held=False) as server:
+        page = open_page(server)
+        ask(page)
+        expect_idle(page)
+        expect(page.locator(".answer .foot button").first).to_be_visible()
+        expect(page.locator(".thought")).to_have_count(0)
+        expect(page.locator(".answer pre")).to_contain_text("</think>")
+
+
+def test_thought_that_the_template_began_is_no_part_of_the_conversation(
+    open_page: OpenPage,
+) -> None:
+    with ScriptedServer("Let me see.\n\nTwo.\n</think>\n\nIt is two.", is_held=False) as server:
+        page = open_page(server)
+        ask(page, "How many?")
+        expect_idle(page)
+        assert answer(page) == "It is two."
+        assert announced(page) == ["It is two."]
+        ask(page, "And now?")
+        expect_idle(page)
+        assert server.prompts[-1] == (
+            "user: How many?\nassistant: It is two.\nuser: And now?\nassistant: "
+        )

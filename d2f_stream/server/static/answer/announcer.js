@@ -15,6 +15,13 @@ export class Announcer {
     log.replaceChildren();
   }
 
+  /** Take back what was told: it was no answer. */
+  restart() {
+    this.#feed = new MarkdownFeed();
+    this.#document = new Document();
+    this.#log.replaceChildren();
+  }
+
   push(text) {
     this.#feed.push(text).forEach((source) => this.#tell(source));
   }

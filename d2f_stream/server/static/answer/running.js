@@ -164,7 +164,11 @@ export class RunningAnswer {
       apply(turn, event);
       this.#on.save();
     }
-    if (event.type === "block.committed") this.#announcer?.push(this.#split.push(event.text).answer);
+    if (event.type === "block.committed") {
+      const { answer, isTaken } = this.#split.push(event.text);
+      if (isTaken) this.#announcer?.restart();
+      this.#announcer?.push(answer);
+    }
     this.#player.push({ ...event, progress: turn.progress });
   }
 

@@ -1,6 +1,9 @@
 /**
  * Thoughts: what a model writes between <think> and </think> before its answer. They are folded, and
  * part of neither the answer that is copied nor the conversation that is sent.
+ *
+ * A chat template may write <think> itself, so that an answer begins amid the thought and only its
+ * end tells. A </think> that begins a line, outside of code and without a <think> before, is one.
  */
 
 import { element } from "../dom.js";
@@ -14,13 +17,19 @@ const numbers = new Intl.NumberFormat("en");
 export class ThoughtSplit {
   #state = "before"; // any of both, then "thought", then "answer"
   #held = ""; // what may still become the beginning of a mark
+  /** @type {string | null} */
+  #said = ""; // the answer while it may turn out to be a thought; null where it cannot
 
   /** Whether a thought has begun and not ended. */
   get isThinking() {
     return this.#state === "thought";
   }
 
-  /** Take in more text; return what is new of each: { thought, answer }. */
+  /**
+   * Take in more text; return what is new of each: { thought, answer, isTaken }. With `isTaken`, all
+   * that was answer so far is no answer: the thought has it.
+   * @returns {{ thought: string, answer: string, isTaken?: boolean }}
+   */
   push(text) {
     let rest = this.#held + text;
     this.#held = "";
@@ -33,7 +42,8 @@ export class ThoughtSplit {
       this.#state = begun.startsWith(OPEN) ? "thought" : "answer";
       if (this.isThinking) rest = begun.slice(OPEN.length);
     }
-    if (this.#state === "answer") return { thought: "", answer: rest };
+    if (this.#state === "answer") return this.#answer(rest);
+    this.#said = null;
     const at = rest.indexOf(CLOSE);
     if (at >= 0) {
       this.#state = "answer";
@@ -44,12 +54,32 @@ export class ThoughtSplit {
     return { thought: rest.slice(0, rest.length - numHeld), answer: "" };
   }
 
+  #answer(rest) {
+    if (this.#said === null) return { thought: "", answer: rest };
+    const from = Math.max(0, this.#said.length - CLOSE.length);
+    this.#said += rest;
+    for (let at = from; (at = this.#said.indexOf(CLOSE, at)) >= 0; at += CLOSE.length) {
+      const thought = this.#said.slice(0, at);
+      if (!endsThought(thought)) continue;
+      const answer = this.#said.slice(at + CLOSE.length);
+      this.#said = null;
+      return { thought, answer, isTaken: true };
+    }
+    return { thought: "", answer: rest };
+  }
+
   /** End the text; return what was held back. */
   end() {
     const held = this.#held;
     this.#held = "";
     return this.isThinking ? { thought: held, answer: "" } : { thought: "", answer: held };
   }
+}
+
+/** Return whether a </think> behind a text that began as an answer makes it a thought. */
+function endsThought(text) {
+  const isInCode = (text.match(/^ {0,3}(```|~~~)/gm) ?? []).length % 2 === 1;
+  return /(^|\n)[ \t]*$/.test(text) && !isInCode && !text.includes(OPEN);
 }
 
 /** Return an answer's text without the thought before it. */

@@ -104,8 +104,9 @@ export class AnswerView {
     if (!this.#canvas.isEmpty) this.#placeCanvas();
   }
 
-  #take({ thought, answer }) {
-    if (thought || this.#split.isThinking) {
+  #take({ thought, answer, isTaken = false }) {
+    if (isTaken) this.#forget();
+    if (thought || isTaken || this.#split.isThinking) {
       if (this.#thought === null) {
         this.#thought = new ThoughtView();
         this.#text.before(this.#thought.root);
@@ -114,6 +115,13 @@ export class AnswerView {
     }
     if (!this.#split.isThinking) this.#thought?.end();
     if (answer) this.#write(answer);
+  }
+
+  #forget() {
+    this.#text.replaceChildren();
+    this.#feed = new MarkdownFeed();
+    this.#document = new Document();
+    this.#open = null;
   }
 
   #write(text) {
