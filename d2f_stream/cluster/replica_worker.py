@@ -26,7 +26,7 @@ from d2f_stream.cluster.orders import (
 from d2f_stream.core.errors import D2FError, EngineFailed, InvalidRequest, error_from
 from d2f_stream.core.events import Block, Event, StreamFailed
 from d2f_stream.core.session import Prompt
-from d2f_stream.server.streams.log import StreamLog, Work
+from d2f_stream.server.streams.log import StreamLog, Work, diverged
 from d2f_stream.wire.protocol import ModelCard, ModelDefaults, WirePrompt
 
 __all__ = ["ReplicaWorker"]
@@ -186,13 +186,17 @@ class ReplicaWorker:
             session = self._engine.generate(
                 list(order.prompt), names=work.names, committed=blocks, **order.params.to_dict()
             )
-            work.on_cancel(session.cancel)
-            async for event in session.events():
-                if isinstance(event, StreamFailed) and event.code in BROKEN:
-                    raise error_from(event.code, event.message)
-                if not await work.append(event):
-                    session.cancel()
-                    return
+            try:
+                work.on_cancel(session.cancel)
+                async for event in session.events():
+                    if isinstance(event, StreamFailed) and event.code in BROKEN:
+                        raise error_from(event.code, event.message)
+                    if not await work.append(event):
+                        if work.is_lost:
+                            return
+                        raise diverged(event)
+            finally:
+                session.cancel()  # waits for nothing: a step may hang
         except D2FError as error:
             if not work.events or error.code in BROKEN:
                 raise  # the request is turned away, or another replica goes on with it

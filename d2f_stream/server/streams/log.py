@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from d2f_stream.core.events import Event, StreamNames
+from d2f_stream.core.errors import WorkerLost
+from d2f_stream.core.events import Draft, Event, StreamNames
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Prompt
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.wire.protocol import Generate
 
-__all__ = ["LoggingEngine", "StreamLog", "Work"]
+__all__ = ["LoggingEngine", "StreamLog", "Work", "diverged"]
 
 
 class Work(Protocol):
@@ -45,8 +46,16 @@ class Work(Protocol):
         """The stream's durable events, those of earlier workers included; not to be changed."""
         ...
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the lease is another's, or was given back."""
+        ...
+
     async def append(self, event: Event) -> bool:
-        """Append the stream's next event; False where the stream is no longer this worker's.
+        """Append the stream's next event.
+
+        False where the stream is no longer this worker's, or (`is_lost` tells which) where the log
+        has another event of that `seq`: then this worker cannot go on with the answer.
 
         A draft is passed on to whoever reads now, and kept nowhere. Safe to cancel: the event is in
         the log, or is not.
@@ -172,3 +181,12 @@ class LoggingEngine(Protocol):
             D2FError: no worker takes it, and nothing was appended for the last one.
         """
         ...
+
+
+def diverged(event: Event) -> WorkerLost:
+    """Return why a worker whose event is not the one that the log has gives the answer up."""
+    place = "its draft" if isinstance(event, Draft) else f"its event {event.seq}"
+    return WorkerLost(
+        f"the worker of the answer is gone, and no other can go on with it: {place} comes out "
+        "differently; ask again"
+    )

@@ -103,9 +103,13 @@ class _Work:
     def events(self) -> Sequence[Event]:
         return self._stream.log
 
+    @property
+    def is_lost(self) -> bool:
+        return self._works.get(self._stream.id) is not self
+
     async def append(self, event: Event) -> bool:
         stream = self._stream
-        if self._works.get(stream.id) is not self:
+        if self.is_lost:
             return False
         return stream.append(event) or stream.has(event)
 
@@ -121,5 +125,5 @@ class _Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._works.get(self._stream.id) is self:
+        if not self.is_lost:
             del self._works[self._stream.id]

@@ -6,7 +6,7 @@ enters the engine. So what one client asks for is no other client's wait.
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from d2f_stream.core.errors import D2FError, LogUnavailable, ServerShuttingDown
@@ -16,7 +16,7 @@ from d2f_stream.core.session import Engine, Prompt
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.admission import Admission, Measured, PromptReader
 from d2f_stream.server.streams.endings import cancelled, failed
-from d2f_stream.server.streams.log import LoggingEngine, StreamLog
+from d2f_stream.server.streams.log import LoggingEngine, StreamLog, diverged
 from d2f_stream.server.streams.observer import StreamObserver
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.turns import FairTurns
@@ -150,9 +150,10 @@ class Runs:
             except D2FError as error:
                 if not stream.started or stream.has_terminal:
                     raise
-                await self._append(stream, (failed(stream, error),))
+                told = error  # outlives this clause
+                await self._append(stream, lambda: (failed(stream, told),))
             if stream.withdrawn:
-                await self._append(stream, cancelled(stream, self._engine))
+                await self._append(stream, lambda: cancelled(stream, self._engine))
         except D2FError as error:
             return error
         return None
@@ -186,15 +187,20 @@ class Runs:
                 session = self._engine.generate(
                     prompt, names=names, committed=blocks, raw=raw, **overrides
                 )
-                work.on_cancel(session.cancel)
-                async for event in session.events():
-                    if enters:
-                        enters = False
-                        self._entering.give_back(stream.asker)
-                    if stream in self._handed_over and isinstance(event, StreamFinished):
-                        return True
-                    if not await work.append(event):
-                        return False
+                try:
+                    work.on_cancel(session.cancel)
+                    async for event in session.events():
+                        if enters:
+                            enters = False
+                            self._entering.give_back(stream.asker)
+                        if stream in self._handed_over and isinstance(event, StreamFinished):
+                            return True
+                        if not await work.append(event):
+                            if work.is_lost:
+                                return False
+                            raise diverged(event)
+                finally:
+                    session.cancel()  # waits for nothing: a step may hang
         finally:
             if enters:
                 self._entering.give_back(stream.asker)
@@ -215,15 +221,14 @@ class Runs:
         await engine.work(names, prompt, overrides)
         return stream.has_terminal
 
-    async def _append(self, stream: ServedStream, events: Iterable[Event]) -> None:
-        """Append what no engine says, where the stream has no worker."""
-        work = await self._log.work(stream.id)
-        if work is None:  # it has one, who ends it
-            while not stream.has_terminal:
-                await self._log.wait_free(stream)
-            return
+    async def _append(self, stream: ServedStream, events: Callable[[], Iterable[Event]]) -> None:
+        """Append what no engine says, unless a worker that the stream has ends it."""
+        while (work := await self._log.work(stream.id)) is None:
+            if stream.has_terminal:
+                return
+            await self._log.wait_free(stream)
         async with work:
-            for event in events:
+            for event in events():
                 await work.append(event)
 
     def _note_end(self, pump: "asyncio.Task[D2FError | None]") -> None:

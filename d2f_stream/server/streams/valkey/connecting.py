@@ -5,8 +5,10 @@ This file, `store.py` and `news.py` are all that knows the library.
 
 import logging
 import re
+import socket
 import urllib.parse
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from d2f_stream.core.errors import InvalidRequest, LogUnavailable, MissingExtra
@@ -27,6 +29,7 @@ __all__ = [
     "check_server",
     "exceptions",
     "open_connection",
+    "passing_of",
     "pool_of",
     "sentence_of",
 ]
@@ -43,6 +46,24 @@ FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 """Options of a URL that name a file."""
 LOST: Final = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
 """What the library raises where a connection cannot be made, or breaks."""
+PASSING: Final = MappingProxyType(
+    {
+        "READONLY": "it is a read-only replica; name the server that takes writes, or wait until "
+        "this one takes its place",
+        "NOREPLICAS": "fewer replicas are connected than its min-replicas-to-write wants",
+        "MISCONF": "it cannot write to its disk; make room there, or look at its own log",
+        "MASTERDOWN": "it is a replica that has lost its primary",
+        "LOADING": "it is reading its data from the disk",
+        "BUSY": "a script keeps it busy",
+        "UNKILLABLE": "a script keeps it busy",
+    }
+)
+"""What a store answers that is being mended, or takes another's place, and what that means.
+
+CLUSTERDOWN and TRYAGAIN are of clusters, which are refused.
+"""
+REFUSED: Final = "Errno 111"
+"""In what asyncio says where each address of a host refused."""
 
 
 async def open_connection(pool: ConnectionPool) -> AbstractConnection:
@@ -84,9 +105,12 @@ async def check_server(connection: AbstractConnection, address: str) -> None:
 
 
 def address_of(url: str) -> str:
-    """Return what may be shown of a store's URL: no user, no password."""
+    """Return what may be shown of a store's URL: host and port, but no user and no password."""
     parts = urllib.parse.urlsplit(url)
-    return f"{parts.netloc.rpartition('@')[2] or 'localhost'}{parts.path.rstrip('/')}"
+    place = parts.netloc.rpartition("@")[2] or "localhost"
+    if re.search(r":\d*$", place) is None:
+        place += ":6379"
+    return f"{place}{parts.path.rstrip('/')}"
 
 
 def pool_of(url: str) -> ConnectionPool:
@@ -131,4 +155,21 @@ def sentence_of(error: Exception) -> str:
         return "it does not take the user and password of the URL, or wants some"
     if isinstance(error, exceptions.InvalidResponse):
         return "what answers there is no Valkey or Redis"
-    return str(error).rstrip(".") or type(error).__name__
+    if (passing := passing_of(error)) is not None:
+        return passing
+    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    if isinstance(cause, socket.gaierror):
+        return "no host of that name is known; check the URL"
+    if isinstance(cause, ConnectionRefusedError) or (cause is not None and REFUSED in str(cause)):
+        return "nothing listens there; start it, or check host and port"
+    sentence, _, _ = str(error).partition(" script: ")  # of ours, and its hash
+    return sentence.rstrip(".") or type(error).__name__
+
+
+def passing_of(error: Exception) -> str | None:
+    """Return what an answer means that another try may not get; None where it is another one."""
+    if isinstance(error, exceptions.ReadOnlyError):  # the library keeps its code for itself
+        return PASSING["READONLY"]
+    if isinstance(error, exceptions.BusyLoadingError):
+        return PASSING["LOADING"]
+    return next((told for code, told in PASSING.items() if str(error).startswith(code)), None)

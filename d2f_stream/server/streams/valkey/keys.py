@@ -23,6 +23,11 @@ class Keys:
 
     prefix: str
 
+    @property
+    def version(self) -> str:
+        """Of the layout."""
+        return f"{self.prefix}:version"
+
     def record(self, stream_id: str) -> str:
         """Of the stream's record."""
         return f"{self.prefix}:s:{stream_id}"

@@ -29,7 +29,7 @@ from d2f_stream.server.streams.valkey.keys import (
     stream_of,
 )
 from d2f_stream.server.streams.valkey.news import News
-from d2f_stream.server.streams.valkey.scripts import Script
+from d2f_stream.server.streams.valkey.scripts import LAYOUT, Script
 from d2f_stream.server.streams.valkey.store import Argument, Reply, Store
 from d2f_stream.server.streams.valkey.work import ValkeyWork
 from d2f_stream.wire.protocol import REQUEST_ID, Generate, RequestRejected
@@ -38,8 +38,6 @@ __all__ = ["ValkeyLog"]
 
 logger = logging.getLogger("d2f_stream.server")
 
-LAYOUT: Final = b"1"
-"""Of keys and scripts: processes with another one keep away from the database."""
 STREAM_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LEASE_S: Final = 2.0
 RELEASE_S: Final = 1.0
@@ -74,9 +72,7 @@ class ValkeyLog:
         self.keys = Keys(f"d2f:{self.store.database}")
         self.limits = limits
         self.times = Times.of(lease_s, limits.resume_ttl_s)
-        self._news = News(
-            self.store.pool, on_message=self._note_news, on_back=lambda: self.copies.note_back()
-        )
+        self._news = News(self.store.pool, on_message=self._note_news, on_back=self._note_back)
         self.copies = Copies(self.store, self.keys, self._news)
         self._shelf = Shelf(limits)
         self.works: dict[str, ValkeyWork] = {}  # by stream id
@@ -96,12 +92,12 @@ class ValkeyLog:
         await self.store.open()
         try:
             version = await self.store.run(
-                "SET", f"{self.keys.prefix}:version", LAYOUT, "NX", "GET", patience_s=PATIENCE_S
+                "SET", self.keys.version, LAYOUT, "NX", "GET", patience_s=PATIENCE_S
             )
-            if version not in (None, LAYOUT):
+            if version not in (None, LAYOUT.encode()):
                 raise LogUnavailable(
                     f"the log at {self.store.address} is of another version of d2f_stream "
-                    f"(layout {version!r}, here {LAYOUT!r}); give each version its own database"
+                    f"(layout {_text(version)!r}, here {LAYOUT!r}); give each its own database"
                 )
             for loop in (self._news.run(), self._beats.run()):
                 self._loops.append(asyncio.create_task(loop, name="d2f-log"))
@@ -137,6 +133,8 @@ class ValkeyLog:
             f"?{self.holder}",
             *(self.times.lease_ms, self.times.idle_ms),
             *fields_of(stream, request, self.keys),
+            *("ttl_ms", self.times.ttl_ms, "idle_ms", self.times.idle_ms),
+            *("most_bytes", self.limits.max_retained_bytes),
         )
         stream_id = _text(answer)
         if stream_id == stream.id:
@@ -282,6 +280,7 @@ class ValkeyLog:
         return (self.keys.prefix, *arguments)
 
     def _note_back(self) -> None:
+        self.store.post("SET", self.keys.version, LAYOUT, "NX")  # it may have come back empty
         self.copies.note_back()
 
     def _note_news(self, channel: str, data: bytes) -> None:

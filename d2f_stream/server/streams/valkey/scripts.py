@@ -28,13 +28,20 @@ __all__ = [
     "CANCEL",
     "CREATE",
     "FORGET",
+    "LAYOUT",
     "LEAVE",
+    "OTHER_LAYOUT",
     "READ",
     "RELEASE",
     "SCRIPTS",
     "TAKE",
     "Script",
 ]
+
+LAYOUT: Final = "1"
+"""Of keys and scripts: processes with another one keep away from the database."""
+OTHER_LAYOUT: Final = "LAYOUT"
+"""What an answer begins with where it has another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +56,17 @@ class Script:
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
-CREATE: Final = Script("""
+CREATE: Final = Script(
+    f"""
+local layout, other = '{LAYOUT}', '{OTHER_LAYOUT}'"""
+    """
 -- P, id, request key, holder, lease ms, ttl ms, then the record's fields. Returns the stream's id.
+-- A store that was emptied may have become another version's, and is ours again where it has not.
 local P, id, request, holder, lease_ms, ttl_ms = unpack(ARGV, 1, 6)
+if redis.call('SETNX', P .. ':version', layout) == 0 then
+  local version = redis.call('GET', P .. ':version')
+  if version ~= layout then return redis.error_reply(other .. ' ' .. version) end
+end
 local known = redis.call('GET', request)
 if known and known ~= id and redis.call('EXISTS', P .. ':s:' .. known) == 1 then return known end
 if known ~= id then
@@ -61,7 +76,8 @@ if known ~= id then
   redis.call('SET', P .. ':l:' .. id, holder, 'PX', lease_ms)
 end
 return id
-""")
+"""
+)
 
 TAKE: Final = Script("""
 -- P, id, holder, lease ms, 1 to take it from another. Returns 1 with the lease, 2 where the stream
@@ -155,9 +171,9 @@ for i = 8, #ARGV do
       answer = 3
     else
       redis.call('SET', lease, mine, 'PX', lease_ms)
-      local fields = redis.call('HMGET', record, 'request_key', 'cancelled', 'leave')
+      local fields = redis.call('HMGET', record, 'request_key', 'cancelled', 'leave', 'idle_ms')
       for _, key in ipairs({record, P .. ':e:' .. id, fields[1]}) do
-        redis.call('PEXPIRE', key, ttl_ms)
+        redis.call('PEXPIRE', key, fields[4] or ttl_ms)
       end
       if fields[3] and not fields[2] and redis.call('EXISTS', readers) == 1 then
         if redis.call('ZCOUNT', readers, now_ms - reader_ms, '+inf') == 0 then

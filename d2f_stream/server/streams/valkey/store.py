@@ -21,10 +21,11 @@ from d2f_stream.server.streams.valkey.connecting import (
     check_server,
     exceptions,
     open_connection,
+    passing_of,
     pool_of,
     sentence_of,
 )
-from d2f_stream.server.streams.valkey.scripts import SCRIPTS, Script
+from d2f_stream.server.streams.valkey.scripts import LAYOUT, OTHER_LAYOUT, SCRIPTS, Script
 
 __all__ = ["Argument", "LogFull", "Reply", "Store"]
 
@@ -35,8 +36,6 @@ Argument = str | bytes | int
 
 CLOSE_S: Final = 1.0
 MAX_BATCH: Final = 512
-PASSING: Final = ("READONLY", "MISCONF", "LOADING", "MASTERDOWN", "BUSY", "UNKILLABLE")
-"""What a store answers that is being mended, or takes another's place."""
 
 
 class LogFull(LogUnavailable):
@@ -60,7 +59,7 @@ class Store:
         self._waiting: list[_Call] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._problem = "no answer yet"
+        self._problem = "cannot be reached: no answer yet"
         self._connected_at: float | None = None
 
     @property
@@ -120,9 +119,7 @@ class Store:
             async with asyncio.timeout(patience_s):
                 return await answer
         except TimeoutError:
-            raise LogUnavailable(
-                f"the log at {self.address} cannot be reached: {self._problem}"
-            ) from None
+            raise LogUnavailable(f"the log at {self.address} {self._problem}") from None
 
     def post(self, *command: Argument, is_lossy: bool = False) -> None:
         """Send a command whose answer nobody needs; a lossy one only while the store answers."""
@@ -170,7 +167,7 @@ class Store:
                 needs_scripts = True  # the store was restarted, or told to forget them
                 again.append(call)
             except exceptions.ResponseError as error:
-                if str(error).startswith(PASSING) or isinstance(error, exceptions.ReadOnlyError):
+                if passing_of(error) is not None:
                     self._note_problem(error)
                     again.append(call)
                 else:
@@ -217,13 +214,19 @@ class Store:
             await connection.read_response()
 
     def _note_problem(self, error: Exception) -> None:
-        self._problem = sentence_of(error)
+        what = "cannot be reached" if passing_of(error) is None else "takes nothing now"
+        self._problem = f"{what}: {sentence_of(error)}"
 
     def _refusal_of(self, error: Exception) -> LogUnavailable:
         if isinstance(error, exceptions.OutOfMemoryError) or "OOM " in str(error):
             return LogFull(
                 f"the log at {self.address} is full; raise its maxmemory, or keep ended answers "
                 "for a shorter time"
+            )
+        if str(error).startswith(OTHER_LAYOUT):
+            return LogUnavailable(
+                f"the log at {self.address} is of another version of d2f_stream "
+                f"(here its layout is {LAYOUT!r}); give each its own database"
             )
         return LogUnavailable(f"the log at {self.address} refuses a command: {sentence_of(error)}")
 

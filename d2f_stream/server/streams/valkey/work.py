@@ -85,7 +85,7 @@ class ValkeyWork:
         return bool(events) and isinstance(events[-1], StreamFinished | StreamFailed)
 
     async def append(self, event: Event) -> bool:
-        """Append the stream's next event; False where the stream is another's.
+        """Append the stream's next event; False where it is another's, or the log has another.
 
         Raises:
             LogUnavailable: the log could not be reached for too long, or has no room.
@@ -197,7 +197,14 @@ class ValkeyWork:
         if isinstance(event, StreamFinished | StreamFailed):
             arguments += [
                 self._request_key,
-                *(self._client, self._request_key.rpartition(":")[2], log.times.ttl_ms),
-                *(self._num_bytes + len(data), log.limits.max_retained_bytes),
+                *(self._client, self._request_key.rpartition(":")[2]),
+                self._limit(b"ttl_ms", log.times.ttl_ms),
+                self._num_bytes + len(data),
+                self._limit(b"most_bytes", log.limits.max_retained_bytes),
             ]
         return arguments
+
+    def _limit(self, name: bytes, default: int) -> int:
+        """Return a limit of the server that took the request, which may not be who works for it."""
+        told = dict(zip(self._fields[::2], self._fields[1::2], strict=True)).get(name, default)
+        return int(told)
