@@ -86,7 +86,7 @@ class News:
                 await asyncio.sleep(BACKOFF_S[min(number, len(BACKOFF_S) - 1)])
                 number += 1
                 continue
-            number = 0
+            began_s = asyncio.get_running_loop().time()
             self._connection = connection
             self._unsent = [("SUBSCRIBE", channel) for channel in self._channels]
             self._sending.set()
@@ -98,6 +98,11 @@ class News:
             finally:
                 with contextlib.suppress(*LOST):
                     await connection.disconnect(nowait=True)
+            if asyncio.get_running_loop().time() - began_s > BACKOFF_S[-1]:
+                number = 0
+            else:  # it may refuse us again at once
+                await asyncio.sleep(BACKOFF_S[min(number, len(BACKOFF_S) - 1)])
+                number += 1
 
     def _send(self, command: str, channel: str) -> None:
         if self._connection is not None:
