@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.engine.allotment import Part, allot
@@ -111,6 +111,7 @@ def test_one_step_that_takes_far_too_long_changes_nothing(
 
 
 @settings(max_examples=100, deadline=None)
+@example([TimedStep(1, 1, 1.0), TimedStep(1, 2, 2.0)], [TimedStep(2, 1, 1.0)], 2)
 @given(timed=STEPS, learned=STEPS, num_sessions=st.integers(2, 64))
 def test_a_further_session_costs_no_more_than_a_step_of_its_own(
     timed: list[TimedStep], learned: list[TimedStep], num_sessions: int

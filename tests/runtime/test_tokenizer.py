@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from d2f_runtime.text.folder_tokens import read_tokens
 from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.errors import InvalidPrompt, MissingExtra, ModelDamaged, ModelNotFound
 
@@ -153,3 +154,16 @@ def test_missing_library_names_its_extra(
         monkeypatch.setitem(__import__("sys").modules, name, module)
     with pytest.raises(MissingExtra, match=rf"needs {library}.*d2f-stream\[edge\]"):
         Tokenizer.from_folder(folder)
+
+
+def test_file_at_which_the_library_panics_is_told_as_damaged(tmp_path: Path) -> None:
+    model = {
+        "type": "BPE",
+        "continuing_subword_prefix": "longer than any token",
+        "vocab": {"a": 0, "b": 1, "ab": 2},
+        "merges": ["a b"],
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(ModelDamaged, match="out of range"):
+        read_tokens(path)

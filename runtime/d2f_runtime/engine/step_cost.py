@@ -67,7 +67,8 @@ class StepCost:
         first, last = KNOTS[index], KNOTS[index + 1]
         low, high = self._knots_ms[index], self._knots_ms[index + 1]
         along = max(0.0, (rows - first) / (last - first))
-        return max(LEAST_MS, low + (high - low) * along + self._session_ms * (sessions - 1))
+        session_ms = min(self._session_ms, self._knots_ms[0])  # alone it costs a step at most
+        return max(LEAST_MS, low + (high - low) * along + session_ms * (sessions - 1))
 
     def rows_within(self, more_ms: float, *, rows: float, sessions: int, most: int) -> int:
         """Return how many rows, of one more session, a step may have besides for so much more.

@@ -45,12 +45,22 @@ def read_tokens(path: Path) -> Any:
     parts = library()
     try:
         tokens = parts.Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises bare Exception for every kind of damage
+    except BaseException as error:
+        if not _tells_of_damage(error):
+            raise
         raise ModelDamaged(f"{path} is not a tokenizer.json: {error!s:.300}") from error
     # What a trainer stored is of its batches. transformers sets both anew with every call, too.
     tokens.no_truncation()
     tokens.no_padding()
     return tokens
+
+
+def _tells_of_damage(error: BaseException) -> bool:
+    """Whether tokenizers raised it: bare Exception for most kinds of damage, for some it panics.
+
+    A panic is no Exception, and its class cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _build_byte_level(files: TokenizerFiles) -> Any:
@@ -67,7 +77,9 @@ def _build_byte_level(files: TokenizerFiles) -> Any:
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     try:
         model = parts.models.BPE(vocab, [tuple(line.split(" ")) for line in lines])
-    except Exception as error:  # see above
+    except BaseException as error:
+        if not _tells_of_damage(error):
+            raise
         raise ModelDamaged(
             f"{files.vocab} and {files.merges.name} are not a BPE vocabulary: {error!s:.300}"
         ) from error
