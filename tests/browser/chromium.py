@@ -23,7 +23,12 @@ except ModuleNotFoundError as error:
         raise
     pytest.skip(f"the Python package {error.name} is not installed", allow_module_level=True)
 
+TIMEOUT_MS = 20_000  # a guard against hanging; nothing waits for it to pass
+
+expect.set_options(timeout=TIMEOUT_MS)
+
 __all__ = [
+    "TIMEOUT_MS",
     "Axe",
     "Browser",
     "ConsoleMessage",

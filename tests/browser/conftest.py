@@ -16,14 +16,14 @@ from requirements import require_program
 if TYPE_CHECKING:  # this file is read even where Playwright is missing
     from browser.chromium import Browser, ConsoleMessage, Page, Request, WebSocket
 
-TIMEOUT_MS = 20_000  # a guard against hanging; nothing waits for it to pass
-
 # A page that is cut off says so, whatever its script does about it.
 EXPECTED_ERRORS = ("WebSocket connection to", "net::ERR_")
 
 
 class OpenPage(Protocol):
-    def __call__(self, server: PageServer, *, pace: str = "live", **options: Any) -> Page: ...
+    def __call__(
+        self, server: PageServer, *, pace: str = "live", script: str = "", **options: Any
+    ) -> Page: ...
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,19 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture
 def open_page(chromium: Browser) -> Iterator[OpenPage]:
     """Open the page of a server, connected. What it must never do is checked at the end."""
+    from browser.chromium import TIMEOUT_MS
+
     watches: list[_Watch] = []
 
-    def open_one(server: PageServer, *, pace: str = "live", **options: Any) -> Page:
+    def open_one(
+        server: PageServer, *, pace: str = "live", script: str = "", **options: Any
+    ) -> Page:
         context = chromium.new_context(**options)
         context.set_default_timeout(TIMEOUT_MS)
         if pace != "live":
             context.add_init_script(f"localStorage['d2f.pace'] ??= '\"{pace}\"'")
+        if script:
+            context.add_init_script(script)  # before the page's own
         page = context.new_page()
         watches.append(_Watch(page, server.url))
         page.goto(server.url)

@@ -40,7 +40,7 @@ def expect_kept(page: Page) -> None:
     page.wait_for_function(
         """async () => {
             const { ChatStore } = await import("/chats/store.js");
-            const store = await ChatStore.open();
+            const store = new ChatStore();
             const chats = await store.chats();
             const found = await Promise.all(chats.map(({ id }) => store.read(id)));
             const turns = found.flatMap(({ turns }) => [...turns.values()]);

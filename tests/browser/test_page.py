@@ -27,6 +27,16 @@ pytestmark = pytest.mark.browser
 
 TOKEN = "0123456789abcdef0123"
 
+# The browser opens no database before `letOpen()`.
+HOLD_DATABASE = """(() => {
+    const held = new Promise((resolve) => { window.letOpen = resolve; });
+    const listen = EventTarget.prototype.addEventListener;
+    IDBOpenDBRequest.prototype.addEventListener = function (type, act, ...more) {
+        const late = type === "success" ? (event) => held.then(() => act(event)) : act;
+        listen.call(this, type, late, ...more);
+    };
+})()"""
+
 
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
@@ -50,6 +60,24 @@ def test_blocks_appear_whole_one_after_the_other(
     expect(figures).to_contain_text("tokens per step")
     expect(figures).to_contain_text("tokens/s")
     expect(figures).to_contain_text("to the first block")
+
+
+def test_questions_wait_for_their_chat_and_for_nothing_else(
+    server: ScriptedServer, open_page: OpenPage
+) -> None:
+    server.gate.open()
+    page = open_page(server, script=HOLD_DATABASE)
+    ask(page)  # in a new chat, which can be open before the database is
+    expect_answer(page, fakes.ANSWER)
+    page.evaluate("letOpen()")
+    expect_kept(page)
+    page.reload()
+    ask(page, "And what reads them?")
+    assert page.get_by_label("Your question").input_value() == "And what reads them?"
+    page.evaluate("letOpen()")
+    expect(page.locator(".answer")).to_have_count(2)
+    expect_idle(page)
+    expect_answer(page, fakes.ANSWER)
 
 
 def test_canvas_shows_each_accepted_token_and_keeps_masks(

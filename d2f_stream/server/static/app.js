@@ -31,7 +31,7 @@ const client = new D2FClient({
   }),
   token: storedToken(),
 });
-const store = await ChatStore.open();
+const store = new ChatStore();
 const running = new Map(); // turn id -> RunningAnswer, of every chat
 let chat = newChat(); // the one that is open
 let endHint = () => {}; // takes a hint away that is out of date
@@ -296,5 +296,6 @@ store.addEventListener("full", () => {
   tell("This browser has no room for more: what comes is not kept. Export and delete some chats.");
 });
 
-await open(addressed(), { isNew: false });
-client.connect().catch(() => {});
+const opening = open(addressed(), { isNew: false });
+composer.waitFor(opening);
+opening.finally(() => client.connect()).catch(() => {});

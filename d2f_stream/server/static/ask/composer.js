@@ -11,7 +11,8 @@ export class Composer {
   #field;
   #attachments;
   #act;
-  #isWaiting = false; // for a file to be read, before the question is sent
+  #opening = null; // a promise, until the chat is open
+  #isWaiting = false; // for the chat, or for a file to be read, before the question is sent
 
   /** `attachments` go with the question; `act` has mode() of ACTS, ask(question), stop() and typed(). */
   constructor(form, attachments, act) {
@@ -28,6 +29,13 @@ export class Composer {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       if (act.mode() === "send") this.#submit();
+    });
+  }
+
+  /** Ask nothing before the chat is open; what the reader sends meanwhile is asked then. */
+  waitFor(opening) {
+    this.#opening = opening.catch(() => {}).then(() => {
+      this.#opening = null;
     });
   }
 
@@ -61,12 +69,12 @@ export class Composer {
 
   #submit() {
     const question = this.text;
-    const { reading } = this.#attachments;
+    const first = this.#opening ?? this.#attachments.reading;
     if (this.#isWaiting) return;
     if (this.#act.mode() !== "send") this.#act.stop();
-    else if (reading) {
+    else if (first) {
       this.#isWaiting = true;
-      reading.then(() => {
+      first.then(() => {
         this.#isWaiting = false;
         this.#submit();
       });

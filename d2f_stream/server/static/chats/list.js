@@ -25,7 +25,9 @@ export class ChatList {
       remove: (id) => this.#remove(id),
       save: (id) => this.#save([id]),
     });
-    $("chats-note").hidden = store.isLasting;
+    store.isLasting().then((isLasting) => {
+      $("chats-note").hidden = isLasting;
+    });
     $("search").addEventListener("input", () => this.#search());
     $("export-all").addEventListener("click", async () => {
       const chats = await store.chats();

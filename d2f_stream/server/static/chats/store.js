@@ -13,43 +13,34 @@ import { openDB } from "../vendor/libraries.js";
 const NAME = "d2f.chats";
 
 export class ChatStore extends EventTarget {
-  #tables;
+  #opening = openTables(); // what is asked meanwhile is answered then
   #channel = new BroadcastChannel(NAME);
 
-  /** Open the browser's chats. */
-  static async open() {
-    try {
-      const upgrade = (database) => {
-        database.createObjectStore("chats", { keyPath: "id" });
-        database.createObjectStore("turns", { keyPath: "id" }).createIndex("chat", "chat");
-      };
-      return new ChatStore(await openDB(NAME, 1, { upgrade }), true);
-    } catch {
-      return new ChatStore(new MemoryTables(), false);
-    }
-  }
-
-  /** `isLasting` says whether chats outlive the tab. */
-  constructor(tables, isLasting) {
+  constructor() {
     super();
-    this.#tables = tables;
-    this.isLasting = isLasting;
     this.#channel.addEventListener("message", ({ data }) => {
       this.dispatchEvent(new CustomEvent("change", { detail: data }));
     });
   }
 
+  /** Whether chats outlive the tab. */
+  async isLasting() {
+    return !((await this.#opening) instanceof MemoryTables);
+  }
+
   /** All chats, the one that was used last first. */
   async chats() {
-    const chats = await this.#tables.getAll("chats");
+    const tables = await this.#opening;
+    const chats = await tables.getAll("chats");
     return chats.sort((a, b) => b.updatedAt - a.updatedAt);
   }
 
   /** A chat and its turns by id; null where there is none. */
   async read(id) {
-    const chat = await this.#tables.get("chats", id);
+    const tables = await this.#opening;
+    const chat = await tables.get("chats", id);
     if (chat === undefined) return null;
-    const turns = await this.#tables.getAllFromIndex("turns", "chat", id);
+    const turns = await tables.getAllFromIndex("turns", "chat", id);
     return { chat, turns: turnsById(turns) };
   }
 
@@ -65,14 +56,16 @@ export class ChatStore extends EventTarget {
   async remove(id) {
     const removed = await this.read(id);
     if (removed === null) return null;
-    await this.#tables.delete("chats", id);
-    await Promise.all([...removed.turns.keys()].map((turn) => this.#tables.delete("turns", turn)));
+    const tables = await this.#opening;
+    await tables.delete("chats", id);
+    await Promise.all([...removed.turns.keys()].map((turn) => tables.delete("turns", turn)));
     this.#channel.postMessage({ chat: id, turn: null });
     return removed;
   }
 
   async removeTurn(turn) {
-    await this.#tables.delete("turns", turn.id);
+    const tables = await this.#opening;
+    await tables.delete("turns", turn.id);
     this.#channel.postMessage({ chat: turn.chat, turn: turn.id });
   }
 
@@ -86,8 +79,9 @@ export class ChatStore extends EventTarget {
     const words = text.toLowerCase().split(/\s+/).filter(Boolean);
     const texts = new Map();
     const add = (id, more) => texts.set(id, `${texts.get(id) ?? ""}\n${more.toLowerCase()}`);
-    for (const { id, title } of await this.#tables.getAll("chats")) add(id, title);
-    for (const turn of await this.#tables.getAll("turns")) {
+    const tables = await this.#opening;
+    for (const { id, title } of await tables.getAll("chats")) add(id, title);
+    for (const turn of await tables.getAll("turns")) {
       if (texts.has(turn.chat)) add(turn.chat, `${turn.question}\n${turn.text}`);
     }
     const found = [...texts].filter(([, all]) => words.every((word) => all.includes(word)));
@@ -96,7 +90,8 @@ export class ChatStore extends EventTarget {
 
   async #put(table, value, detail) {
     try {
-      await this.#tables.put(table, value);
+      const tables = await this.#opening;
+      await tables.put(table, value);
     } catch (error) {
       this.dispatchEvent(new CustomEvent("full", { detail: error }));
       return;
@@ -108,6 +103,18 @@ export class ChatStore extends EventTarget {
 /** Return turns by id, in the order in which they were asked. */
 export function turnsById(turns) {
   return new Map(turns.sort((a, b) => a.createdAt - b.createdAt).map((turn) => [turn.id, turn]));
+}
+
+async function openTables() {
+  try {
+    const upgrade = (database) => {
+      database.createObjectStore("chats", { keyPath: "id" });
+      database.createObjectStore("turns", { keyPath: "id" }).createIndex("chat", "chat");
+    };
+    return await openDB(NAME, 1, { upgrade });
+  } catch {
+    return new MemoryTables();
+  }
 }
 
 /** What a database does, for one tab. */
