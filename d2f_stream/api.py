@@ -55,8 +55,9 @@ def generate(
             with `put` and `end`: gets the answer beside whoever reads the session, which nobody
             need do; see d2f_stream.transformers_streamer. It gets the prompt only where that is
             token ids, and drafts where it has `put_draft`, unless drafts=False.
-        raw: take a string verbatim, as a text to be continued. One for a model without a chat
-            template always is.
+        raw: take a string verbatim, as a text to be continued, which is what an engine's own
+            generate() does unless told otherwise. One for a model without a chat template always
+            is.
         overrides: single fields of GenerationParams, on top of either. Where neither says
             max_new_tokens, a prompt that leaves less room than the model's default gets an answer
             of at most that room; one that is given must fit.
@@ -173,7 +174,7 @@ def connect(
     """Open an engine whose model is on a server; leaving the context ends its sessions.
 
         async with d2f_stream.connect("ws://127.0.0.1:8000") as engine:
-            async for block in engine.generate("What is the capital of France?"):
+            async for block in engine.generate([{"role": "user", "content": "Hello!"}]):
                 print(block.text, end="")
 
     It is used like one of `load`. A connection that breaks is made again, and every answer goes on

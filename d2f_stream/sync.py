@@ -138,10 +138,14 @@ class Engine:
         prompt: Prompt,
         params: GenerationParams | None = None,
         *,
-        raw: bool = False,
+        raw: bool = True,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
-        """Start a request; the session streams its answer. See `d2f_stream.generate`."""
+        """Start a request; the session streams its answer.
+
+        The arguments are those of an asynchronous engine: a string is taken as it is, unless
+        raw=False.
+        """
         start = partial(self._engine.generate, prompt, params, raw=raw, **overrides)
         return _session(self._background, start)
 

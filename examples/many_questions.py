@@ -19,7 +19,7 @@ QUESTIONS = (
 
 async def answer(engine: d2f_stream.Engine, number: int, question: str) -> None:
     """Print the blocks of one answer, each with the number of its question."""
-    async for block in engine.generate(question):
+    async for block in engine.generate([{"role": "user", "content": question}]):
         print(f"{number}: {block.text.strip()}", flush=True)
 
 

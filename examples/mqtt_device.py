@@ -15,14 +15,14 @@ import os
 import d2f_stream
 
 BROKER = os.environ.get("BROKER", "mqtt://127.0.0.1:1883")
-QUESTION = "What is the capital of France?"
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 async def main() -> None:
     """Print each block as it becomes final."""
     async with d2f_stream.connect(BROKER) as engine:
         print(f"{engine.info.name} answers:", flush=True)
-        async for block in engine.generate(QUESTION):
+        async for block in engine.generate(MESSAGES):
             print(block.text, end="", flush=True)
         print()
 

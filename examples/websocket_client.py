@@ -10,7 +10,7 @@ import sys
 
 import d2f_stream
 
-QUESTION = "What is the capital of France?"
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 async def main(url: str) -> None:
@@ -18,7 +18,7 @@ async def main(url: str) -> None:
     try:
         async with d2f_stream.connect(url) as engine:
             print(f"{engine.info.name} answers at {url}")
-            async for block in engine.generate(QUESTION):
+            async for block in engine.generate(MESSAGES):
                 print(block.text, end="", flush=True)
             print()
     except d2f_stream.ConnectionLost as error:

@@ -62,7 +62,7 @@ async def drawing_of(model: str, question: str) -> str:
     canvas, num_blocks = _Drawing(question), 0
     async with (
         d2f_stream.load(model) as engine,
-        engine.generate(question, drafts=True, temperature=0.0) as session,
+        engine.generate(question, raw=False, drafts=True, temperature=0.0) as session,
     ):
         async for event in session.events():
             canvas.apply(event)

@@ -211,7 +211,7 @@ def connect_mqtt(
     """Return an engine whose answers come from workers behind an MQTT broker.
 
         async with connect_mqtt("mqtt://alice:secret@broker:1883") as engine:
-            async for block in engine.generate(question):
+            async for block in engine.generate(messages):
                 print(block.text, end="")
 
     Args:

@@ -146,7 +146,7 @@ def new_request(
     overrides: ParamOverrides,
     *,
     defaults: GenerationParams | None,
-    raw: bool = False,
+    raw: bool = True,
 ) -> Generate:
     """Return a request under a new id: every field of given params, else what is overridden.
 

@@ -106,17 +106,17 @@ class RemoteEngine:
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
-        raw: bool = False,
+        raw: bool = True,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
 
         Args:
-            prompt: a string or chat messages, for the model's template; or token ids.
+            prompt: chat messages, for the model's template; a string; or token ids.
             params: instead of the model's defaults.
             names: that the events carry instead of the server's.
             committed: must be empty; a server continues its own answers.
-            raw: take a string verbatim.
+            raw: take a string verbatim, as a text to be continued; else it is a user's turn.
             overrides: single fields, on top of either.
 
         Raises:

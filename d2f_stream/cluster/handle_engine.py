@@ -91,7 +91,7 @@ class HandleEngine:
         if is_ids and len(prompt) > self.info.max_len:
             raise PromptTooLong(len(prompt), 1, self.info.max_len)
 
-    async def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    async def encode(self, prompt: Prompt, *, raw: bool = True) -> list[int]:
         """Return a prompt's ids, which generate() takes for it. Safe to cancel.
 
         Raises:
@@ -115,17 +115,17 @@ class HandleEngine:
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
-        raw: bool = False,
+        raw: bool = True,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
 
         Args:
-            prompt: a string or chat messages, for the model's template; or token ids.
+            prompt: chat messages, for the model's template; a string; or token ids.
             params: instead of the model's defaults.
             names: that the events carry.
             committed: the blocks that another engine has told of this request, from the first on.
-            raw: take a string verbatim.
+            raw: take a string verbatim, as a text to be continued; else it is a user's turn.
             overrides: single fields, on top of either.
 
         Raises:

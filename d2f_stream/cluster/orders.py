@@ -58,7 +58,7 @@ class PromptOrder(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     prompt: WirePrompt
-    raw: bool = False
+    raw: bool = True
 
 
 class AnswerOrder(msgspec.Struct, frozen=True, kw_only=True):

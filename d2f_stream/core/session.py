@@ -105,13 +105,14 @@ class Engine(Protocol):
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
-        raw: bool = False,
+        raw: bool = True,
         **overrides: Unpack[ParamOverrides],
     ) -> "Session":
         """Start a request; the session streams its answer, under the given names.
 
         With `committed`, the blocks that another engine has told of it, what follows them.
-        A string is a user's turn where the model chats, unless it is `raw`.
+        A string is taken as it is, as a text to be continued; unless it is `raw`, it is a user's
+        turn where the model chats.
         """
         ...
 

@@ -114,8 +114,7 @@ class EngineLoads:
             settings = self._settings(engine.defaults)
             # Whoever asks first computes a prompt for all who ask later.
             for prompt in _prompts(self.model):
-                raw = isinstance(prompt, str)
-                await engine.generate(prompt, raw=raw, max_new_tokens=1).result()
+                await engine.generate(prompt, max_new_tokens=1).result()
             for turn in range(self.turns):
                 for load in self.loads:
                     for name, setting in settings.items():
@@ -157,9 +156,7 @@ class EngineLoads:
         async def client() -> None:
             while waiting:
                 prompt = waiting.pop()
-                result = await engine.generate(
-                    prompt, raw=isinstance(prompt, str), **asked
-                ).result()
+                result = await engine.generate(prompt, **asked).result()
                 tokens.append(result.usage.completion_tokens)
                 steps.append(result.usage.steps)
                 first_ms.append(result.timings.first_block_ms or 0.0)

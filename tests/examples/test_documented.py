@@ -53,6 +53,7 @@ from d2f_stream.client.mqtt_line import connect_mqtt
 
 names = dict(globals(), folder=embedded_folder(), password="secret", question=sys.argv[1])
 names["prompt"] = names["question"]
+names["messages"] = [{"role": "user", "content": names["question"]}]
 code = compile(sys.argv[2], "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 async def main():

@@ -1,4 +1,4 @@
-"""A prompt that is a string: a user's turn for a model that chats, verbatim where it is `raw`."""
+"""A prompt that is a string: what an engine continues, and a user's turn for `generate`."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -53,21 +53,21 @@ def without_a_loop() -> Iterator[sync.Engine]:
 
 
 @pytest.mark.parametrize("opened", [here, on_a_server])
-async def test_string_is_a_turn_of_a_model_that_chats_unless_it_is_raw(
+async def test_string_is_continued_by_an_engine_and_answered_by_generate(
     opened: Callable[[], AbstractAsyncContextManager[Engine]],
 ) -> None:
     async with opened() as engine:
-        assert (await engine.generate("hi")).text == "as a turn"
-        assert (await engine.generate("hi", raw=True)).text == "verbatim"
+        assert (await engine.generate("hi")).text == "verbatim"
+        assert (await engine.generate("hi", raw=False)).text == "as a turn"
         assert (await d2f_stream.generate("hi", model=engine)).text == "as a turn"
         assert (await d2f_stream.generate("hi", model=engine, raw=True)).text == "verbatim"
 
 
-def test_string_is_a_turn_without_an_event_loop_too() -> None:
+def test_string_is_the_same_without_an_event_loop_too() -> None:
     with without_a_loop() as engine:
-        assert engine.generate("hi").result().text == "as a turn"
+        assert engine.generate("hi").result().text == "verbatim"
         assert sync.generate("hi", model=engine).result().text == "as a turn"
-        assert engine.generate("hi", raw=True).result().text == "verbatim"
+        assert engine.generate("hi", raw=False).result().text == "as a turn"
         assert sync.generate("hi", model=engine, raw=True).result().text == "verbatim"
 
 

@@ -25,14 +25,14 @@ async def answer(served: Serving, messages: Any = BEGUN, **more: bool) -> str | 
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({}, " there"),
+        ({}, "Anything else?"),
         ({"continue_final_message": True}, " there"),
         ({"continue_final_message": True, "add_generation_prompt": False}, " there"),
         ({"continue_final_message": False}, "Anything else?"),
         ({"continue_final_message": False, "add_generation_prompt": True}, "Anything else?"),
     ],
 )
-async def test_last_message_is_continued_unless_it_is_said_to_be_whole(
+async def test_last_message_is_whole_unless_it_is_said_to_be_continued(
     more: dict[str, bool], text: str
 ) -> None:
     async with serving(ScriptedBackend(SCRIPT)) as served:

@@ -186,12 +186,12 @@ class ChatRequest(AnswerRequest, frozen=True, kw_only=True):
     def wire_prompt(self) -> WirePrompt:
         """The messages, for the model's template.
 
-        A last one of the assistant's is continued, unless the request says that it is not: another
-        of the assistant's then begins behind it.
+        Behind a last one of the assistant's begins another of its turns, unless the request says
+        that it is to be continued.
         """
         turns = enumerate(self.messages)
         told = joined((turn.wire(f"messages[{i}]"), turn.is_result) for i, turn in turns)
-        if self._ends_with_an_answer and self.continue_final_message is False:
+        if self._ends_with_an_answer and not self.continue_final_message:
             told.append({"role": "assistant", "content": ""})
         return [*told]
 

@@ -29,7 +29,7 @@ class PromptReader(Protocol):
         """Refuse a prompt that is too long at first sight."""
         ...
 
-    async def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    async def encode(self, prompt: Prompt, *, raw: bool = True) -> list[int]:
         """Return a prompt's ids, which generate() takes for it. Safe to cancel."""
         ...
 

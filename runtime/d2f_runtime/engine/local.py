@@ -125,19 +125,20 @@ class LocalEngine:
         *,
         names: StreamNames | None = None,
         committed: Sequence[Block] = (),
-        raw: bool = False,
+        raw: bool = True,
         **overrides: Unpack[ParamOverrides],
     ) -> Session:
         """Start a request; the session streams its answer.
 
         Args:
-            prompt: a string or chat messages, for the model's template; or token ids.
+            prompt: chat messages, for the model's template; a string; or token ids.
             params: instead of the model's defaults.
             names: that the events carry; no other stream of the engine may have them.
             committed: the blocks that another engine has told of this request, from the first on.
                 The session tells what follows them: where it depends on nothing but prompt,
                 parameters and seed, that is what would have followed there.
-            raw: take a string verbatim, as one for a model without a template always is.
+            raw: take a string verbatim, as a text to be continued; else it is a user's turn, where
+                the model has a template.
             overrides: single fields, on top of either. Where neither says max_new_tokens, the
                 model's default is what the answer gets at most: less where the prompt leaves less.
 
@@ -187,7 +188,7 @@ class LocalEngine:
         """
         check_size(prompt, self._parts())
 
-    async def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    async def encode(self, prompt: Prompt, *, raw: bool = True) -> list[int]:
         """Return a prompt's ids, which generate() takes for it; long ones hold nobody up.
 
         Safe to cancel.

@@ -40,7 +40,7 @@ def check_size(prompt: Prompt, parts: ModelParts) -> None:
         raise PromptTooLong(-(-size // per_token), 1, parts.info.max_len, at_least=True)
 
 
-def encode(prompt: Prompt, parts: ModelParts, *, raw: bool = False) -> list[int]:
+def encode(prompt: Prompt, parts: ModelParts, *, raw: bool = True) -> list[int]:
     """Return a prompt's ids.
 
     Args:
