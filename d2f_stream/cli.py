@@ -32,7 +32,7 @@ from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine
 from d2f_stream.server import command
 from d2f_stream.terminal import models_command
-from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, check_command, overrides_of
+from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, overrides_of
 from d2f_stream.terminal.config import Config, config_path, data_folder
 from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.pacing import paced
@@ -76,7 +76,6 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
     if given and given[0] in ELSEWHERE:  # their arguments are their own
         return _run_elsewhere(given[0], given[1:])
     parser = build_parser()
-    check_command(given, parser)
     args = parser.parse_args(given)
     # what the SDK logs comes back as an error, which is one line here
     logging.getLogger("d2f_stream").addHandler(logging.NullHandler())

@@ -61,13 +61,16 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.api": SDK
     | {"d2f_stream.client", "d2f_runtime.engine", "d2f_stream.transformers_streamer"},
     "d2f_stream.background": {CORE},
+    "d2f_stream.parser": {CORE},
     "d2f_stream.sync": {"d2f_stream", "d2f_stream.api", "d2f_stream.background", CORE},
     "d2f_stream.cli": {"d2f_stream", "d2f_stream.terminal", "d2f_stream.api", "d2f_stream.server"}
     | SDK
     | RUNTIME
     | {"d2f_export"},
     "d2f_stream.__main__": {"d2f_stream.cli"},
-    "d2f_stream.terminal": {"d2f_stream", "d2f_stream.api", "d2f_stream.server", CORE} | RUNTIME,
+    "d2f_stream.terminal": {"d2f_stream", CORE}
+    | {"d2f_stream." + n for n in ("api", "parser", "server")}
+    | RUNTIME,
     "d2f_stream": {CORE, "d2f_stream.api", "d2f_stream.sync"},
     "d2f_runtime.decoding": {CORE},
     "d2f_runtime.kernels": MODEL,
@@ -80,12 +83,12 @@ ROOMS: dict[str, set[str]] = {
     "d2f_runtime.loaded_model": RUN | {"d2f_runtime.device", "d2f_runtime.prefix_cache"},
     "d2f_runtime.prefix_cache": {"d2f_runtime.models"},
     "d2f_runtime.engine": RUN | {"d2f_runtime.device", "d2f_runtime.loaded_model"},
-    "d2f_runtime.evaluation": {"d2f_stream"} | RUNTIME,
+    "d2f_runtime.evaluation": {"d2f_stream", "d2f_stream.parser"} | RUNTIME,
     "d2f_runtime": set(),
     "d2f_runtime.cpus": set(),
     "d2f_runtime.provenance": {"d2f_stream", CORE, "d2f_runtime.cpus"},
-    "d2f_export.distill": {"d2f_stream"} | RUNTIME,
-    "d2f_export.onnx": {"d2f_stream"} | RUNTIME,
+    "d2f_export.distill": {"d2f_stream", "d2f_stream.parser"} | RUNTIME,
+    "d2f_export.onnx": {"d2f_stream", "d2f_stream.parser"} | RUNTIME,
     "d2f_export": set(),
     "lab": set(),  # anything: no other room names it
 }

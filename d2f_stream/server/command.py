@@ -24,7 +24,7 @@ from d2f_stream.server.settings import ServeSettings
 __all__ = ["add_arguments", "run", "settings_of", "tokens_of"]
 
 NAMED_TOKEN: Final = re.compile(r"([A-Za-z0-9._-]{1,64})=(.*[^=].*)")
-EPILOG: Final = """\
+NOTE: Final = """\
 Clients need a token where one is given, by --token, --token-file or the environment variable
 D2F_TOKEN. A token on the command line is visible to everybody on this machine in the list of
 processes; the other two are not, nor is a password in D2F_MQTT or D2F_LOG instead of --mqtt and
@@ -36,8 +36,6 @@ cancel another's.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_loading(parser)
     parser.add_argument(
         "--engines",

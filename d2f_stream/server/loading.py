@@ -14,9 +14,16 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="a folder, a .gguf file or a hub id (default: smollm2-135m-d2f, or word-problems)",
     )
     parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
-    parser.add_argument("--backend", choices=("auto", "onnx", "torch", "scripted"), default="auto")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "onnx", "torch", "scripted"),
+        default="auto",
+        help="what runs the model",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quantization", default="auto", metavar="NAME")
+    parser.add_argument(
+        "--quantization", default="auto", metavar="NAME", help="auto, bf16, fp8, int8, nf4, ..."
+    )
     parser.add_argument(
         "--kv-tokens", type=int, metavar="N", help="how many tokens of K/V to make room for (torch)"
     )

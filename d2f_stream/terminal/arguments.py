@@ -1,19 +1,20 @@
 """The arguments of the command line: which commands there are, and what each takes."""
 
 import argparse
-import difflib
-from collections.abc import Sequence
+from functools import partial
 from typing import Final, cast, get_args
 
 from d2f_stream import __version__
 from d2f_stream.core.params import Commit, ParamOverrides
+from d2f_stream.parser import Parser, add_command, new_parser
 from d2f_stream.server import command
 from d2f_stream.terminal import models_command
 from d2f_stream.terminal.config import KEYS
 
-__all__ = ["ELSEWHERE", "build_parser", "check_command", "overrides_of"]
+__all__ = ["ELSEWHERE", "build_parser", "overrides_of"]
 
 QUESTION: Final = "What is the capital of France?"
+SET_MODEL: Final = "config set model sdar:4b"
 
 ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries
     "eval": "d2f_runtime.evaluation.__main__:main",
@@ -22,76 +23,46 @@ ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports 
     "export": "d2f_export.onnx.command:run_export",
     "verify": "d2f_export.onnx.command:run_verify",
 }
+OFFLINE: Final = {
+    "eval": "run tasks of lm-evaluation-harness",
+    "distill": "train a D2F student of a model",
+    "distill-data": "let a model write the text that its draft learns from",
+    "export": "write a model as a folder for onnxruntime",
+    "verify": "compare such a folder with its checkpoint",
+}
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows a default where there is one worth telling."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.help or ""
-        if action.default in (None, False, True, 0.0, "", argparse.SUPPRESS) or "default" in told:
-            return told
-        return f"{told} (default: %(default)s)"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream",
-        description="Stream whole blocks of text from block-diffusion language models.",
-        epilog="Each command has its own --help. Begin with: d2f-stream chat",
-        formatter_class=_Help,
+def build_parser() -> Parser:
+    """Return the parser of all commands; those of ELSEWHERE have parsers of their own."""
+    parser = new_parser(
+        "d2f-stream",
+        "Stream whole blocks of text from block-diffusion language models.",
+        example="d2f-stream chat",
+        more="Each command has its own --help.",
     )
     parser.add_argument("--version", action="version", version=f"d2f-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, description=_sentence(text), epilog=f"example: {example}",
-            formatter_class=_Help,
-        )  # fmt: skip
-
-    _add_chat(add("chat", "talk with a model in the terminal", "d2f-stream chat -m sdar:4b"))
-    generate = add(
-        "generate", "answer a prompt, block by block", f'd2f-stream generate "{QUESTION}"'
-    )
-    _add_generate(generate)
+    add = partial(add_command, commands)
+    chat = add("chat", "talk with a model in the terminal", example="d2f-stream chat -m sdar:4b")
+    _add_chat(chat)
+    question = f'd2f-stream generate "{QUESTION}"'
+    _add_generate(add("generate", "answer a prompt, block by block", example=question))
+    serve = "d2f-stream serve --port 8000"
     command.add_arguments(
-        add("serve", "serve a model to many clients", "d2f-stream serve --port 8000")
+        add("serve", "serve a model to many clients", example=serve, more=command.NOTE)
     )
-    models_command.add_arguments(
-        add("models", "list, fetch and choose models", "d2f-stream models recommend")
-    )
-    _add_config(add("config", "show or set defaults", "d2f-stream config set model sdar:4b"))
-    doctor = add("doctor", "say what is installed and which backends work", "d2f-stream doctor")
+    recommend = "d2f-stream models recommend"
+    models_command.add_arguments(add("models", "list, fetch and choose models", example=recommend))
+    _add_config(add("config", "show or set defaults", example=f"d2f-stream {SET_MODEL}"))
+    text = "say what is installed and which backends work"
+    doctor = add("doctor", text, example="d2f-stream doctor")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    completion = add(
-        "completion", "print a script that completes the command line",
-        'eval "$(d2f-stream completion bash)"',
-    )  # fmt: skip
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
-    commands.add_parser("eval", help="run tasks of lm-evaluation-harness", add_help=False)
-    commands.add_parser("distill", help="train a D2F student of a model", add_help=False)
-    commands.add_parser(
-        "distill-data", help="let a model write the text that its draft learns from", add_help=False
-    )
-    commands.add_parser("export", help="write a model as a folder for onnxruntime", add_help=False)
-    commands.add_parser("verify", help="compare such a folder with its checkpoint", add_help=False)
+    text = "print a script that completes the command line"
+    completion = add("completion", text, example='eval "$(d2f-stream completion bash)"')
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="whose script it is")
+    for name, text in OFFLINE.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
-
-
-def check_command(given: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Refuse a command that does not exist, with the one that was probably meant.
-
-    Raises:
-        SystemExit: as argparse ends a program, with status 2.
-    """
-    (actions,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    if not given or given[0].startswith("-") or given[0] in actions.choices:
-        return
-    near = difflib.get_close_matches(given[0], actions.choices, n=1)
-    hint = f"did you mean {near[0]}?" if near else "d2f-stream --help lists the commands"
-    parser.error(f"there is no command {given[0]!r}; {hint}")
 
 
 def overrides_of(args: argparse.Namespace) -> ParamOverrides:
@@ -103,11 +74,7 @@ def overrides_of(args: argparse.Namespace) -> ParamOverrides:
     return cast(ParamOverrides, fields)
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: Parser) -> None:
     parser.add_argument(
         "-m",
         "--model",
@@ -117,9 +84,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
     )
-    parser.add_argument("--backend", choices=("auto", "onnx", "torch"), default="auto")
+    parser.add_argument(
+        "--backend", choices=("auto", "onnx", "torch"), default="auto", help="what runs the model"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quantization", default="auto", metavar="NAME")
+    parser.add_argument(
+        "--quantization", default="auto", metavar="NAME", help="auto, bf16, fp8, int8, nf4, ..."
+    )
     parser.add_argument(
         "--kv-tokens", type=int, metavar="N", help="how many tokens of K/V to make room for (torch)"
     )
@@ -131,13 +102,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_chat(parser: argparse.ArgumentParser) -> None:
+def _add_chat(parser: Parser) -> None:
     _add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
     _add_params(parser.add_argument_group("decoding (the defaults are the model's own)"))
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
+def _add_generate(parser: Parser) -> None:
     parser.add_argument("prompt", nargs="?", help="the question; - or none reads standard input")
     _add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
@@ -157,13 +128,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_params(parser.add_argument_group("decoding (the defaults are the model's own)"))
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: Parser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("show", help="print the file's place and its values")
-    change = actions.add_parser("set", help="set a value")
-    change.add_argument("key", choices=tuple(KEYS))
-    change.add_argument("value")
-    actions.add_parser("unset", help="take a value out").add_argument("key", choices=tuple(KEYS))
+    add, kept = partial(add_command, actions), f"one of {', '.join(KEYS)}"
+    add("show", "print the file's place and its values", example="d2f-stream config show")
+    change = add("set", "set a value", example=f"d2f-stream {SET_MODEL}")
+    change.add_argument("key", choices=tuple(KEYS), metavar="KEY", help=kept)
+    change.add_argument("value", metavar="VALUE", help="what it is from now on")
+    drop = add("unset", "take a value out", example="d2f-stream config unset model")
+    drop.add_argument("key", choices=tuple(KEYS), metavar="KEY", help=kept)
 
 
 def _seconds(text: str) -> float:

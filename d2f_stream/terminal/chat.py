@@ -6,9 +6,8 @@ needs both, so that the command line imports this module on demand.
 
 import asyncio
 import contextlib
-import difflib
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from d2f_stream.core.errors import D2FError, InvalidRequest, PromptTooLong
+from d2f_stream.core.nearest import did_you_mean
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Engine, Session
 from d2f_stream.terminal.answer import Answer
@@ -126,7 +126,7 @@ class Chat:
                 self._console.print(_table(COMMANDS))
             case _:
                 known = [command.partition(" ")[0] for command in COMMANDS]
-                near = _near(name, known) or "/help lists what there is"
+                near = did_you_mean(name, known) or "/help lists what there is"
                 raise InvalidRequest(f"there is no command {name}; {near}")
 
     def _set_system(self, text: str) -> None:
@@ -143,7 +143,7 @@ class Chat:
             self._console.print(_table(current))
             return
         if name not in current:
-            near = _near(name, current) or f"there are {', '.join(current)}"
+            near = did_you_mean(name, current) or f"there are {', '.join(current)}"
             raise InvalidRequest(f"there is no parameter {name!r}; {near}")
         if not value:
             self._say(f"{name} = {current[name]}")
@@ -255,11 +255,6 @@ def _value(text: str) -> object:
     except msgspec.DecodeError:
         return text
     return tuple(value) if isinstance(value, list) else value
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else ""
 
 
 def _table(rows: Mapping[str, object]) -> Table:

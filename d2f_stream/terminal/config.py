@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
+from d2f_stream.core.nearest import one_of
 
 __all__ = ["KEYS", "Config", "config_path", "data_folder"]
 
@@ -52,7 +53,7 @@ class Config:
             InvalidParams: there is no such key, or the file cannot be written.
         """
         if key not in KEYS:
-            raise InvalidParams("key", key, "one of " + ", ".join(KEYS))
+            raise InvalidParams("key", key, one_of(key, KEYS))
         values = {**self._values, key: value}
         kept = {name: text for name, text in values.items() if text is not None}
         lines = "".join(f"{name} = {json.dumps(kept[name])}\n" for name in sorted(kept))
@@ -85,9 +86,8 @@ def _read(path: Path) -> dict[str, str]:
     except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidRequest(f"the config file {path} cannot be read: {error}") from error
     for key, value in values.items():
-        if key not in KEYS or not isinstance(value, str):
-            raise InvalidRequest(
-                f"{key} = {value!r} in {path} means nothing; its keys are {', '.join(KEYS)}, "
-                "and each is a string"
-            )
+        if key not in KEYS:
+            raise InvalidRequest(f"{path} has the key {key!r}, but it must be {one_of(key, KEYS)}")
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{key} is {value!r} in {path} but must be a string")
     return values

@@ -9,28 +9,35 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from d2f_runtime.models.catalogue import CATALOGUE, Entry, find, suggest
-from d2f_runtime.models.installed import find_installed, installed_names
+from d2f_runtime.models.catalogue import CATALOGUE, Entry
+from d2f_runtime.models.installed import EMBEDDED, find_installed, installed_names
 from d2f_runtime.models.manifest import Manifest, read_manifest
+from d2f_runtime.models.names import find, suggest
 from d2f_runtime.models.shelf import Kept, kept, pull, remove
 from d2f_stream.core.errors import ModelError, ModelNotFound
+from d2f_stream.parser import Parser, add_command
 
 __all__ = ["add_arguments", "installed", "run"]
 
 GIB: Final = 2**30
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the subcommands."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    commands.add_parser("list", help="the known models, and those that are on this machine")
-    show = commands.add_parser("show", help="one model: where it comes from, what it needs")
-    show.add_argument("name", help="a short name or a hub id, such as sdar:4b")
-    fetch = commands.add_parser("pull", help="fetch a model, and its adapter; resumes")
-    fetch.add_argument("name", help="a short name or a hub id")
-    drop = commands.add_parser("rm", help="delete a model from the hub's cache")
-    drop.add_argument("name", help="a short name or a hub id")
-    commands.add_parser("recommend", help="which models fit this machine, and how")
+
+    def add(name: str, text: str, of: str = "") -> Parser:
+        example = f"d2f-stream models {name} {of}".rstrip()
+        return add_command(commands, name, text, example=example)
+
+    add("list", "the known models, and those that are on this machine")
+    show = add("show", "one model: where it comes from, what it needs", "sdar:4b")
+    show.add_argument("name", metavar="NAME", help="a short name or a hub id")
+    fetch = add("pull", "fetch a model, and its adapter; resumes", "d2f-llada:8b")
+    fetch.add_argument("name", metavar="NAME", help="a short name or a hub id")
+    drop = add("rm", "delete a model from the hub's cache", "sdar:4b")
+    drop.add_argument("name", metavar="NAME", help="a short name or a hub id")
+    add("recommend", "which models fit this machine, and how")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -80,7 +87,7 @@ def listed(entries: Iterable[Entry], here: Sequence[Kept], local: Mapping[str, M
 
 def installed() -> dict[str, Manifest]:
     """Return the models that run without being fetched, by name; broken ones are left out."""
-    from d2f_runtime.engine.opening import EMBEDDED, embedded_folder  # not at each start
+    from d2f_runtime.engine.opening import embedded_folder  # not at each start
 
     found: dict[str, Manifest] = {}
     for name in installed_names():
@@ -168,7 +175,7 @@ def _size(manifest: Manifest) -> str:
 def _entry(name: str) -> Entry:
     entry = find(name)
     if entry is None:
-        raise ModelNotFound(f"nothing is known of {name}{suggest(name)}")
+        raise ModelNotFound(f"nothing is known of {name}; {suggest(name)}")
     return entry
 
 

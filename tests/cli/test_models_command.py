@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.models.catalogue import BITS, CATALOGUE, find
+from d2f_runtime.models.catalogue import BITS, CATALOGUE
+from d2f_runtime.models.names import find
 from d2f_runtime.models.shelf import Kept
 from d2f_stream import PRESETS, ModelNotFound
 from d2f_stream.terminal.models_command import installed, listed, recommended, run, shown

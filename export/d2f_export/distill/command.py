@@ -10,6 +10,7 @@ import msgspec
 
 from d2f_export.distill.settings import DistillSettings, read_settings, settings_of
 from d2f_stream.core.errors import MissingExtra
+from d2f_stream.parser import Parser, new_parser
 
 __all__ = ["add_settings", "build_parser", "main", "values_of"]
 
@@ -38,12 +39,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "d2f-stream distill")
     distill(settings, args.output, cpu=args.cpu, console=Console())
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
+def build_parser(prog: str) -> Parser:
     """Return the parser; settings that are not given are absent."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Distil a LLaDA- or Dream-family model into a block-causal D2F student.",
-        epilog="--from-ar MODEL --help: train a draft adapter of an autoregressive model instead.",
+    parser = new_parser(
+        prog,
+        "Distil a LLaDA- or Dream-family model into a block-causal D2F student.",
+        example=f"{prog} --model dream:7b --data answers.jsonl --output student",
+        more="--from-ar MODEL --help: train a draft adapter of an autoregressive model instead.",
     )
     parser.add_argument("--output", type=Path, required=True, help="the run's folder; resumes")
     parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")

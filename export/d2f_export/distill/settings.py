@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
+from d2f_stream.core.nearest import one_of
 
 __all__ = [
     "FREE",
@@ -192,7 +193,7 @@ def build_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in values:
         if name not in fields:
-            raise InvalidParams("setting", name, "one of " + ", ".join(sorted(fields)))
+            raise InvalidParams("setting", name, one_of(name, sorted(fields)))
     for name, field in fields.items():
         if field.required and name not in values:
             raise InvalidRequest(f"{name} is missing; give --{name}, or {name} in --config")

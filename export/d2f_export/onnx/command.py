@@ -15,6 +15,7 @@ import msgspec
 
 from d2f_stream.core.errors import InvalidParams, MissingExtra, ModelDamaged
 from d2f_stream.core.params import GenerationParams
+from d2f_stream.parser import Parser, new_parser
 
 if TYPE_CHECKING:
     from d2f_export.onnx.artefact import Defaults
@@ -99,10 +100,12 @@ def run_verify(argv: Sequence[str]) -> int:
     return 0 if found.passed else 1
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> Parser:
     """Return the parser of `run_export`."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream export", description="Write a model as a folder that onnxruntime runs."
+    parser = new_parser(
+        "d2f-stream export",
+        "Write a model as a folder that onnxruntime runs.",
+        example="d2f-stream export --model smollm2:135m --quantize int8 --output smollm2-onnx",
     )
     parser.add_argument(
         "--model", required=True, help="a checkpoint's folder, a .gguf file or a hub id"
@@ -138,10 +141,12 @@ def export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def verify_parser() -> argparse.ArgumentParser:
+def verify_parser() -> Parser:
     """Return the parser of `run_verify`."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream verify", description="Compare an exported folder with its checkpoint."
+    parser = new_parser(
+        "d2f-stream verify",
+        "Compare an exported folder with its checkpoint.",
+        example="d2f-stream verify smollm2-onnx --model smollm2:135m --number 100",
     )
     parser.add_argument("artefact", type=Path, help="the exported folder")
     parser.add_argument("--model", help="the checkpoint; without it only the files are checked")

@@ -19,13 +19,14 @@ from d2f_runtime.engine.answer_params import default_params
 from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_runtime.gguf.file import GgufFile, is_gguf
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
-from d2f_runtime.models.catalogue import CATALOGUE, named
+from d2f_runtime.models.catalogue import CATALOGUE
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import About
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
-from d2f_runtime.models.installed import DEFAULT, find_installed
+from d2f_runtime.models.installed import DEFAULT, EMBEDDED, find_installed
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
+from d2f_runtime.models.names import named
 from d2f_runtime.models.published import Published, find_published
 from d2f_runtime.text.files import holds_file
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
@@ -35,7 +36,6 @@ __all__ = ["default_folder", "embedded_folder", "open_engine", "shared_engine"]
 
 logger = logging.getLogger("d2f_stream.opening")
 
-EMBEDDED: Final = "word-problems"  # its name, where another model is the default
 MAX_HASH_BYTES: Final = 1 << 28  # larger files take longer to hash than to load
 
 _shared: Final[dict[asyncio.AbstractEventLoop, dict[ModelKey, LocalEngine]]] = {}

@@ -9,14 +9,15 @@ Runs nothing: the programs go to openai/human-eval's `evaluate_functional_correc
 of yours.
 """
 
-import argparse
 import ast
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-__all__ = ["main", "program_of"]
+from d2f_stream.parser import Parser, new_parser
+
+__all__ = ["humaneval_parser", "main", "program_of"]
 
 FENCE: Final = "```python\n"
 MAX_LINES: Final = 100  # of a program; the search is quadratic
@@ -37,12 +38,7 @@ def program_of(prompt: str, answer: str, entry_point: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Read the answers that lm-eval logged, write the programs for human-eval."""
-    parser = argparse.ArgumentParser(
-        prog="python -m d2f_runtime.evaluation humaneval", description=__doc__
-    )
-    parser.add_argument("samples", type=Path, help="samples_humaneval_*.jsonl of --log_samples")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines for human-eval")
-    arguments = parser.parse_args(argv)
+    arguments = humaneval_parser().parse_args(argv)
     lines = arguments.samples.read_text(encoding="utf-8-sig").split("\n")
     entries = [json.loads(line) for line in lines if line.strip()]
     with arguments.output.open("w", encoding="utf-8") as file:
@@ -51,6 +47,18 @@ def main(argv: Sequence[str]) -> None:
             for answer in entry["resps"][0]:
                 program = program_of(task["prompt"], answer, task["entry_point"])
                 file.write(json.dumps({"task_id": task["task_id"], "completion": program}) + "\n")
+
+
+def humaneval_parser() -> Parser:
+    """Return the parser of `main`."""
+    parser = new_parser(
+        "d2f-stream eval humaneval",
+        __doc__ or "",
+        example="d2f-stream eval humaneval samples_humaneval_1.jsonl --output programs.jsonl",
+    )
+    parser.add_argument("samples", type=Path, help="samples_humaneval_*.jsonl of --log_samples")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines for human-eval")
+    return parser
 
 
 def _fenced(answer: str) -> str:

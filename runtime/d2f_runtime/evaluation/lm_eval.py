@@ -22,6 +22,7 @@ import d2f_stream
 from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.evaluation.samples import Question, Sample, answer_all, opened
 from d2f_stream.core.errors import InvalidParams, MissingExtra
+from d2f_stream.core.nearest import one_of
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine, Prompt
 
@@ -283,7 +284,7 @@ def _batch_size(value: int | str, bound: int | None) -> int:
 
 def _preset(name: str) -> GenerationParams:
     if name not in d2f_stream.PRESETS:
-        raise InvalidParams("preset", name, "one of " + ", ".join(sorted(d2f_stream.PRESETS)))
+        raise InvalidParams("preset", name, one_of(name, sorted(d2f_stream.PRESETS)))
     return d2f_stream.PRESETS[name]
 
 

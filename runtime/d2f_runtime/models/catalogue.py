@@ -4,13 +4,10 @@ Sizes are those of the published checkpoints; licences are those of their model 
 there before use. A name stands for a repository, with the adapter that it is meant to be run with.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Final
 
-from d2f_stream.core.errors import ModelNotFound
-
-__all__ = ["CATALOGUE", "Entry", "find", "named", "suggest"]
+__all__ = ["CATALOGUE", "Entry"]
 
 BITS: Final = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.127}
 """Bits of a weight in a layer; nf4 with its block scales, themselves quantised."""
@@ -117,34 +114,3 @@ CATALOGUE: Final[tuple[Entry, ...]] = (
     Entry("smollm2:135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", 0.135, 0.028,
           _kv(30, 3, 64), "Apache-2.0"),
 )  # fmt: skip
-
-
-def named(name: str) -> Entry | None:
-    """Return the entry of a short name; None for what is no short name.
-
-    Raises:
-        ModelNotFound: it looks like a short name ("word:size"), and none is called so.
-    """
-    entry = next((entry for entry in CATALOGUE if entry.name == name.lower()), None)
-    if entry is None and ":" in name and "/" not in name and "\\" not in name:
-        raise ModelNotFound(f"there is no model called {name!r}{suggest(name)}")
-    return entry
-
-
-def find(name: str) -> Entry | None:
-    """Return the entry of a short name or of a repository; None where there is none.
-
-    Raises:
-        ModelNotFound: the name looks like a short one ("word:size"), and none is called so.
-    """
-    entry = named(name)
-    by_repo = (entry for entry in CATALOGUE if entry.repo.lower() == name.lower())
-    return entry or next(by_repo, None)
-
-
-def suggest(name: str) -> str:
-    """Return the end of a sentence that proposes the names most like this one."""
-    near = difflib.get_close_matches(name.lower(), [entry.name for entry in CATALOGUE], cutoff=0.5)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return "; `d2f-stream models list` shows the names"

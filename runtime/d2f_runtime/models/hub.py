@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from d2f_runtime.gguf.file import is_gguf
-from d2f_runtime.models.catalogue import named
 from d2f_runtime.models.config_file import ConfigFile
+from d2f_runtime.models.names import named
 from d2f_stream.core.errors import D2FError, MissingExtra, ModelNotFound
 
 __all__ = ["HubModel", "fetch_description", "fetch_weights", "locate"]
@@ -49,8 +49,8 @@ def locate(model: str | Path) -> Path | HubModel:
     A path wins over a name or a hub id of the same text; a Path is never either, nor is x/y.gguf.
 
     Raises:
-        ModelNotFound: it looks like a name of the catalogue ("word:size"), and is none; or no file
-            system has such names.
+        ModelNotFound: it looks like a name of the catalogue ("word:size", or the beginning of
+            one), and is none; or no file system has such names.
     """
     try:
         path = Path(model).expanduser()

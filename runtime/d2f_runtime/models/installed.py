@@ -12,11 +12,13 @@ from d2f_runtime.models.manifest import FILE_NAME
 from d2f_runtime.text.files import holds_file
 from d2f_stream.core.errors import ModelNotFound
 
-__all__ = ["DEFAULT", "GROUP", "find_installed", "installed_names"]
+__all__ = ["DEFAULT", "EMBEDDED", "GROUP", "find_installed", "installed_names"]
 
 GROUP: Final = "d2f_stream.models"
 DEFAULT: Final = "smollm2-135m-d2f"
 """The model that is meant where none is named, if its package is installed."""
+EMBEDDED: Final = "word-problems"
+"""The name of the model in this package, where another one is the default."""
 
 
 def installed_names() -> list[str]:

@@ -14,6 +14,7 @@ from typing import Final
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.families import PUBLISHED, Family, Variant
 from d2f_stream.core.errors import UnsupportedModel
+from d2f_stream.core.nearest import one_of
 
 __all__ = ["family_of"]
 
@@ -66,8 +67,8 @@ def family_of(config: ConfigFile, said: str | None = None) -> Family:
     for variant in family.variants:
         if variant.named == said:
             return _as(family, variant)
-    names = ", ".join([*PUBLISHED, *(variant.named for variant in family.variants)])
-    raise UnsupportedModel(f"there is no family {said!r:.100}; it must be one of {names}")
+    names = [*PUBLISHED, *(variant.named for variant in family.variants)]
+    raise UnsupportedModel(f"there is no family {said!r:.100}; it must be {one_of(said, names)}")
 
 
 def _refuse_ambiguous(config: ConfigFile, model_type: object) -> None:

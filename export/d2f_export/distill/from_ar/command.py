@@ -1,6 +1,5 @@
 """The arguments of `d2f-stream distill --from-ar` and `d2f-stream distill-data`."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from d2f_export.distill.command import add_settings, values_of
 from d2f_export.distill.from_ar.settings import DraftSettings, WritingSettings
 from d2f_export.distill.settings import build_settings
 from d2f_stream.core.errors import MissingExtra
+from d2f_stream.parser import Parser, new_parser
 
 __all__ = ["train", "train_parser", "write", "write_parser"]
 
@@ -50,26 +50,27 @@ def write(argv: Sequence[str]) -> None:
     write_data(settings, args.output, cpu=args.cpu, console=Console())
 
 
-def train_parser(prog: str = "d2f-stream distill --from-ar") -> argparse.ArgumentParser:
+def train_parser(prog: str = "d2f-stream distill --from-ar") -> Parser:
     """Return the parser of `train`; settings that are not given are absent."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Train a draft adapter of an autoregressive model."
+    parser = new_parser(
+        prog,
+        "Train a draft adapter of an autoregressive model.",
+        example="d2f-stream distill --from-ar smollm2:135m --data texts.npz --output draft",
     )
     return _with_settings(parser, DraftSettings, output="the run's folder; resumes")
 
 
-def write_parser() -> argparse.ArgumentParser:
+def write_parser() -> Parser:
     """Return the parser of `write`; settings that are not given are absent."""
-    parser = argparse.ArgumentParser(
-        prog="d2f-stream distill-data",
-        description="Let an autoregressive model write the text that its draft learns from.",
+    parser = new_parser(
+        "d2f-stream distill-data",
+        "Let an autoregressive model write the text that its draft learns from.",
+        example="d2f-stream distill-data --model smollm2:135m --output texts.npz",
     )
     return _with_settings(parser, WritingSettings, output="the file, NAME.npz")
 
 
-def _with_settings(
-    parser: argparse.ArgumentParser, kind: type[msgspec.Struct], *, output: str
-) -> argparse.ArgumentParser:
+def _with_settings(parser: Parser, kind: type[msgspec.Struct], *, output: str) -> Parser:
     parser.add_argument("--output", type=Path, required=True, help=output)
     parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
     parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
