@@ -23,8 +23,8 @@ from d2f_stream.cluster.orders import (
     encode,
     ids_of,
     raise_refusal,
-    read_events,
     read_facts,
+    read_told,
     seeded,
 )
 from d2f_stream.core.buffer import EventBuffer
@@ -229,12 +229,15 @@ class HandleEngine:
 
     async def _answer(self, order: AnswerOrder, stream: RemoteStream, key: str) -> None:
         blocks, num_failures = list(order.committed), 0
+        model = order.model
         for attempt in _attempts():
-            told = msgspec.structs.replace(order, committed=tuple(blocks))
+            asked = msgspec.structs.replace(order, committed=tuple(blocks), model=model)
             try:
-                answers = self._calls.stream("answer", encode(told), conversation=key)
+                answers = self._calls.stream("answer", encode(asked), conversation=key)
                 async for data in answers:
-                    for event in read_events(data):
+                    told = read_told(data)
+                    model = told.model
+                    for event in told.events:
                         if isinstance(event, Block) and event.index == len(blocks):
                             blocks.append(event)
                         stream.receive(event)

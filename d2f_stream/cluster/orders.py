@@ -9,6 +9,7 @@ import msgspec
 import d2f_stream
 from d2f_stream.core.errors import D2FError, ProtocolError, UnsupportedModel
 from d2f_stream.core.events import Block, Event, StreamNames
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.wire.protocol import Generate, ModelCard, Overrides, RequestRejected, WirePrompt
 
@@ -16,13 +17,14 @@ __all__ = [
     "AnswerOrder",
     "PromptOrder",
     "ReplicaFacts",
+    "Told",
     "WorkOrder",
     "decode",
     "encode",
     "ids_of",
     "raise_refusal",
-    "read_events",
     "read_facts",
+    "read_told",
     "refusal",
     "seeded",
 ]
@@ -68,11 +70,25 @@ class AnswerOrder(msgspec.Struct, frozen=True, kw_only=True):
         request: what is asked.
         names: that the events carry: stream, request, scope.
         committed: the answer so far.
+        model: whose that is.
     """
 
     request: Generate
     names: StreamNames
     committed: tuple[Block, ...] = ()
+    model: ModelIdentity | None = None
+
+
+class Told(msgspec.Struct, frozen=True, array_like=True):
+    """What a replica tells of an answer at a time.
+
+    Attributes:
+        model: whose answer it is.
+        events: that came.
+    """
+
+    model: ModelIdentity | None
+    events: Sequence[Event]
 
 
 class ReplicaFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +112,7 @@ class _Version(msgspec.Struct):
 
 
 def encode(
-    order: PromptOrder | WorkOrder | AnswerOrder | ReplicaFacts | Sequence[Event | int],
+    order: PromptOrder | WorkOrder | AnswerOrder | ReplicaFacts | Told | Sequence[int],
 ) -> bytes:
     """Return what crosses."""
     return msgspec.msgpack.encode(order)
@@ -114,14 +130,14 @@ def decode(data: bytes, kind: type[T]) -> T:
         raise ProtocolError(f"an order of another version of d2f_stream came: {error}") from error
 
 
-def read_events(data: bytes) -> list[Event]:
-    """Read events that a replica told.
+def read_told(data: bytes) -> Told:
+    """Read what a replica told of an answer.
 
     Raises:
         D2FError: it refused the request.
     """
     _check_refusal(data)
-    return decode(data, list[Event])
+    return decode(data, Told)
 
 
 def ids_of(data: bytes) -> list[int]:

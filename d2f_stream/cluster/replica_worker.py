@@ -18,6 +18,7 @@ from d2f_stream.cluster.orders import (
     AnswerOrder,
     PromptOrder,
     ReplicaFacts,
+    Told,
     WorkOrder,
     decode,
     encode,
@@ -26,7 +27,7 @@ from d2f_stream.cluster.orders import (
 from d2f_stream.core.errors import D2FError, EngineFailed, InvalidRequest, error_from
 from d2f_stream.core.events import Block, Event, StreamFailed
 from d2f_stream.core.session import Prompt
-from d2f_stream.server.streams.log import StreamLog, Work, diverged
+from d2f_stream.server.streams.log import StreamLog, Work, check_model, diverged, model_of
 from d2f_stream.wire.protocol import ModelCard, ModelDefaults, WirePrompt
 
 __all__ = ["ReplicaWorker"]
@@ -148,7 +149,10 @@ class ReplicaWorker:
         Closing it cancels the answer.
         """
         order = decode(data, AnswerOrder)
+        model = model_of(self._engine)
         try:
+            if order.committed:
+                check_model(order.model, model)
             session = self._engine.generate(
                 _asked(order.request.prompt),
                 names=order.names,
@@ -163,7 +167,7 @@ class ReplicaWorker:
                         raise error_from(event.code, event.message)
                     gathered.append(event)
                     if session.num_waiting == 0 or len(gathered) >= MAX_GATHERED:
-                        yield encode(gathered)
+                        yield encode(Told(model, gathered))
                         gathered = []
         except D2FError as error:
             yield refusal(error)
@@ -172,7 +176,9 @@ class ReplicaWorker:
         if self._log is None:
             return refusal(InvalidRequest("the engines were deployed without a log"))
         try:
-            work = await self._log.work(order.stream, by_force=order.by_force)
+            work = await self._log.work(
+                order.stream, model=model_of(self._engine), by_force=order.by_force
+            )
             if work is not None:
                 async with work:
                     await self._continue(work, order)

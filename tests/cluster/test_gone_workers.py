@@ -6,9 +6,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from d2f_stream.core.events import StreamFailed, StreamFinished
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.auth import LOCAL
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.wire.protocol import RequestRejected
 from serving import Peer, check_whole, serving
 from stores import ValkeyServer, events_of, request
 
@@ -26,10 +28,12 @@ async def log_of(
         yield log
 
 
-async def left_behind(log: "ValkeyLog", name: str, *, num_events: int) -> ServedStream:
+async def left_behind(
+    log: "ValkeyLog", name: str, *, num_events: int, model: ModelIdentity | None = None
+) -> ServedStream:
     """A stream that a worker began and left."""
     stream, _ = await log.create(request(name), client=LOCAL, asker=LOCAL, clamp=False)
-    work = await log.work(stream.id)
+    work = await log.work(stream.id, model=model)
     assert work is not None
     async with work:
         for event in events_of(stream.id)[:num_events]:
@@ -51,6 +55,28 @@ async def test_answer_that_no_other_worker_can_go_on_with_ends_with_one_error(
         assert events[-1].code == "worker_lost"
         assert "event 0 comes out differently" in events[-1].message
         check_whole([await peer.generate(), *await peer.answer()])  # and its slot is free
+
+
+async def test_answer_of_another_model_is_refused_and_left_to_who_has_that(
+    store: ValkeyServer,
+) -> None:
+    began = ModelIdentity("another", "00ff")
+    async with log_of(store) as log, serving(log=store.url) as server, Peer.to(server) as peer:
+        await peer.hello()
+        stream = await left_behind(log, "another", num_events=2, model=began)
+        await peer.resume(stream.id)
+        async with asyncio.timeout(20.0):
+            events = [await peer.started(), await peer.receive()]  # what there is may be read
+            refusal = await peer.receive()
+        assert events == list(events_of(stream.id)[:2])
+        assert isinstance(refusal, RequestRejected)
+        assert (refusal.code, refusal.stream) == ("worker_lost", stream.id)
+        assert "begun by another (version 00ff)" in refusal.message
+        assert "where scripted (version " in refusal.message
+        work = await log.work(stream.id, model=began)
+        assert work is not None
+        async with work:
+            assert await work.append(events_of(stream.id)[2])
 
 
 async def test_limits_are_those_of_the_server_that_took_the_request(store: ValkeyServer) -> None:

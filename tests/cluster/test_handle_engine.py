@@ -4,13 +4,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
 import d2f_stream
-from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
+from d2f_runtime.backends.scripted import SCRIPTED_INFO, ScriptedBackend, StepGate
 from d2f_stream.cluster.calls import ReplicaLost
 from d2f_stream.cluster.engines_url import EnginesUrl
 from d2f_stream.cluster.handle_engine import HandleEngine, LoggingHandleEngine
@@ -27,7 +28,14 @@ from d2f_stream.core.errors import (
     PromptTooLong,
     UnsupportedModel,
 )
-from d2f_stream.core.events import Block, Event, StreamFinished, StreamNames, StreamStarted
+from d2f_stream.core.events import (
+    Block,
+    Event,
+    StreamFailed,
+    StreamFinished,
+    StreamNames,
+    StreamStarted,
+)
 from fakes import ANSWER
 from memory_network import until
 from replicas import Replicas, replicas_over
@@ -63,6 +71,24 @@ async def test_answers_are_those_of_the_replica() -> None:
         assert await engine.encode("abc") == [97, 98, 99]
         result = await engine.generate("prompt", stop=("whole",))
         assert result.text == ANSWER[: ANSWER.index("whole")]
+
+
+async def test_answers_do_not_go_on_at_a_replica_of_another_model() -> None:
+    first, gate = held(9)
+    second = ScriptedBackend(ANSWER, info=replace(SCRIPTED_INFO, name="newer"))
+    async with replicas_over(first, second) as (calls, workers), HandleEngine(calls) as engine:
+        calls._next("")  # so that the first one is asked
+        session = engine.generate("prompt", names=NAMES)
+        for _ in range(3):
+            await anext(session.events())
+        calls.kill(workers[0])
+        gate.open()
+        *_, last = [event async for event in session.events()]
+        assert isinstance(last, StreamFailed)
+        assert last.code == "worker_lost"
+        assert "begun by scripted" in last.message
+        assert "where newer" in last.message
+        check_whole(await all_of(engine))  # what is asked now is the new one's
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from d2f_stream.core.errors import StreamLost
+from d2f_stream.core.errors import StreamLost, WorkerLost
 from d2f_stream.core.events import Block, Draft, Event
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.log import StreamLog, Work
 from d2f_stream.server.streams.memory_log import MemoryLog
@@ -62,8 +63,10 @@ async def created(log: StreamLog, name: str = "request", client: str = "ann") ->
     return stream
 
 
-async def working(log: StreamLog, stream: ServedStream) -> Work:
-    work = await log.work(stream.id)
+async def working(
+    log: StreamLog, stream: ServedStream, *, model: ModelIdentity | None = None
+) -> Work:
+    work = await log.work(stream.id, model=model)
     assert work is not None
     return work
 
@@ -194,6 +197,27 @@ async def _taken(log: StreamLog, stream: ServedStream) -> Work:
     work = await log.work(stream.id, by_force=True)
     assert work is not None
     return work
+
+
+async def test_no_model_goes_on_with_the_answer_of_another(kind: Kind) -> None:
+    began, other_one = ModelIdentity("small", "00ff"), ModelIdentity("large", "11ee")
+    async with kind.open() as (one, other):
+        stream = await created(one)
+        events = events_of(stream.id)
+        for model in (other_one, began):  # before it has begun, any may
+            async with await working(one, stream, model=model):
+                assert await other.begun_by(stream.id) == model
+        async with await working(one, stream, model=began) as work:
+            assert await work.append(events[0])
+        for by_force in (False, True):
+            with pytest.raises(WorkerLost, match=r"begun by small .*00ff.* where large .*11ee"):
+                await other.work(stream.id, model=other_one, by_force=by_force)
+        same = ModelIdentity("small-by-another-name", began.digest)
+        async with await working(other, stream, model=same) as work:  # the refusal took nothing
+            assert await work.append(events[1])
+        async with await working(one, stream):  # whoever only ends it needs none
+            assert await one.begun_by(stream.id) == same
+        assert await one.begun_by("nothing") is None
 
 
 async def test_stream_that_has_ended_has_no_worker_any_more(kind: Kind) -> None:

@@ -16,12 +16,21 @@ from typing import Protocol, Self, runtime_checkable
 
 from d2f_stream.core.errors import WorkerLost
 from d2f_stream.core.events import Draft, Event, StreamNames
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.core.params import ParamOverrides
-from d2f_stream.core.session import Prompt
+from d2f_stream.core.session import Engine, Prompt
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.wire.protocol import Generate
 
-__all__ = ["LoggingEngine", "StreamLog", "Work", "diverged"]
+__all__ = [
+    "LoggingEngine",
+    "OtherModel",
+    "StreamLog",
+    "Work",
+    "check_model",
+    "diverged",
+    "model_of",
+]
 
 
 class Work(Protocol):
@@ -124,14 +133,29 @@ class StreamLog(Protocol):
         """
         ...
 
-    async def work(self, stream_id: str, *, by_force: bool = False) -> Work | None:
+    async def work(
+        self, stream_id: str, *, model: ModelIdentity | None = None, by_force: bool = False
+    ) -> Work | None:
         """Take the stream's lease; None where another worker has it, or the stream has ended.
 
-        By force, it is taken from a worker that is known to be dead. Were it alive, it could append
-        nothing more.
+        Args:
+            stream_id: the stream.
+            model: what will answer: it goes on with its own answers only. None for who appends
+                nothing that comes from a model.
+            by_force: take it from a worker that is known to be dead. Were it alive, it could append
+                nothing more.
 
         Raises:
             StreamLost: there is no such stream.
+            OtherModel: another model has begun with the answer.
+            LogUnavailable: the log cannot be reached.
+        """
+        ...
+
+    async def begun_by(self, stream_id: str) -> ModelIdentity | None:
+        """Return the model that has begun with the answer; None where none has, or none is known.
+
+        Raises:
             LogUnavailable: the log cannot be reached.
         """
         ...
@@ -181,6 +205,29 @@ class LoggingEngine(Protocol):
             D2FError: no worker takes it, and nothing was appended for the last one.
         """
         ...
+
+
+class OtherModel(WorkerLost):
+    """The answer was begun by another model; whoever has that may still go on with it."""
+
+
+def model_of(engine: Engine) -> ModelIdentity | None:
+    """Return what tells an engine's model from others; None where others answer for it."""
+    identity = getattr(engine.info, "identity", None)
+    return identity if isinstance(identity, ModelIdentity) else None
+
+
+def check_model(began: ModelIdentity | None, here: ModelIdentity | None) -> None:
+    """Refuse to have a model go on with what another one began.
+
+    Raises:
+        OtherModel: names both.
+    """
+    if began is not None and here is not None and began.digest != here.digest:
+        raise OtherModel(
+            f"the worker of the answer is gone: it was begun by {began} and cannot go on here, "
+            f"where {here} answers; ask again, or serve the first again"
+        )
 
 
 def diverged(event: Event) -> WorkerLost:

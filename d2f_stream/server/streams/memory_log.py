@@ -6,7 +6,9 @@ from typing import Self
 
 from d2f_stream.core.errors import StreamLost
 from d2f_stream.core.events import Event, StreamNames
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.streams.log import check_model
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.shelf import Shelf
 from d2f_stream.wire.protocol import Generate
@@ -53,19 +55,30 @@ class MemoryLog:
         """
         return self._shelf.find(stream_id, client=client)
 
-    async def work(self, stream_id: str, *, by_force: bool = False) -> "_Work | None":
+    async def work(
+        self, stream_id: str, *, model: ModelIdentity | None = None, by_force: bool = False
+    ) -> "_Work | None":
         """Take the stream's lease; None where another worker has it, or the stream has ended.
 
         Raises:
             StreamLost: there is no such stream.
+            OtherModel: another model has begun with the answer.
         """
         stream = self._shelf.peek(stream_id)
         if stream is None:
             raise StreamLost(f"there is no stream {stream_id[:64]!r}")
         if stream.has_terminal or (stream_id in self._works and not by_force):
             return None
+        if stream.started:
+            check_model(stream.model, model)
+        stream.model = model or stream.model
         self._works[stream_id] = work = _Work(stream, self._works)
         return work
+
+    async def begun_by(self, stream_id: str) -> ModelIdentity | None:
+        """Return the model that has begun with the answer."""
+        stream = self._shelf.peek(stream_id)
+        return None if stream is None else stream.model
 
     async def follow(self, stream: ServedStream) -> None:
         """Nothing to do: there is one copy."""

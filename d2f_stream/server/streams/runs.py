@@ -16,7 +16,7 @@ from d2f_stream.core.session import Engine, Prompt
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.admission import Admission, Measured, PromptReader
 from d2f_stream.server.streams.endings import cancelled, failed
-from d2f_stream.server.streams.log import LoggingEngine, StreamLog, diverged
+from d2f_stream.server.streams.log import LoggingEngine, OtherModel, StreamLog, diverged, model_of
 from d2f_stream.server.streams.observer import StreamObserver
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.turns import FairTurns
@@ -145,8 +145,8 @@ class Runs:
                 if not stream.withdrawn:
                     raise
                 pump.uncancel()
-            except LogUnavailable:
-                raise
+            except (LogUnavailable, OtherModel):
+                raise  # others may go on with it
             except D2FError as error:
                 if not stream.started or stream.has_terminal:
                     raise
@@ -178,7 +178,7 @@ class Runs:
         await self._entering.take(stream.asker)
         enters = True
         try:
-            work = await self._log.work(stream.id)
+            work = await self._log.work(stream.id, model=model_of(self._engine))
             if work is None:
                 return stream.has_terminal
             async with work:

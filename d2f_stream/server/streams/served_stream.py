@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 from d2f_stream.core.errors import D2FError, InvalidRequest
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.streams.sizes import STREAM_BYTES, bytes_of
 from d2f_stream.wire.protocol import Generate
 
@@ -29,6 +30,7 @@ class ServedStream:
         clamp: whether the answer is shortened where the model has no room for its length.
         digest: of the request that it answers.
         is_attended: whether this process sees to its end.
+        model: what began with it, where this process keeps the log.
         charge: tokens that prompt and answer may take, about, where it is worked on from here.
         log: durable events so far; an event's index is its `seq`.
         drafts: the latest draft of each block that is not final.
@@ -49,6 +51,7 @@ class ServedStream:
         self.clamp = clamp
         self.is_attended = False
         self.digest = digest_of(request)
+        self.model: ModelIdentity | None = None
         self.charge = 0
         self.log: list[Event] = []
         self.drafts: dict[int, Draft] = {}

@@ -8,7 +8,7 @@ from d2f_stream.core.errors import D2FError
 from d2f_stream.core.session import Engine
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.admission import Measured, measured
-from d2f_stream.server.streams.log import StreamLog
+from d2f_stream.server.streams.log import StreamLog, check_model, model_of
 from d2f_stream.server.streams.served_stream import ServedStream
 
 __all__ = ["StandBy"]
@@ -57,8 +57,16 @@ class StandBy:
             await asyncio.wait(list(self._guards))
 
     async def _guard(self, stream: ServedStream) -> bool:
-        """Wait for a stream's end; False where it has none, but lost its worker."""
+        """Wait for a stream's end; False where it has none, but lost its worker.
+
+        Raises:
+            OtherModel: it cannot go on here.
+        """
         await self._log.wait_free(stream)
+        if stream.has_terminal or stream.ended:
+            return True
+        if (model := model_of(self._engine)) is not None:  # before its prompt is read
+            check_model(await self._log.begun_by(stream.id), model)
         return stream.has_terminal or stream.ended
 
     def _note_end(self, guard: "asyncio.Task[bool]") -> None:

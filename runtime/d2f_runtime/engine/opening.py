@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import d2f_runtime.models
-from d2f_runtime.backends import check_backend, choose_backend, open_backend
+from d2f_runtime.backends import BACKENDS, check_backend, choose_backend, open_backend
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.engine.answer_params import default_params
@@ -23,6 +23,7 @@ from d2f_runtime.models.catalogue import CATALOGUE
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import About
+from d2f_runtime.models.files_digest import digest_of_files
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.installed import DEFAULT, EMBEDDED, find_installed
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
@@ -238,7 +239,9 @@ def _load(key: ModelKey) -> ModelParts:
         defaults = draft.defaults(defaults)
     hub_name = key.path.name if isinstance(key.path, HubModel) else None
     about = _about(key.path, path) if manifest is None else manifest.people
-    return ModelParts(backend, codec, defaults, about, name=hub_name)
+    folders = (path,) if adapter is None else (path, adapter)
+    files = digest_of_files(*folders, weights=BACKENDS[name].suffix)
+    return ModelParts(backend, codec, defaults, about, name=hub_name, files=files)
 
 
 def _about(source: Path | HubModel, path: Path) -> About:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from d2f_stream.core.identity import ModelIdentity
+
 __all__ = ["FAMILIES", "About", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
 
 FAMILIES = (
@@ -91,6 +93,7 @@ class ModelInfo(ModelFacts):
         spare_rows: about how many rows of a step cost as much as all else of it, so that drafts
             cost little below that.
         branches: whether steps may hold `Branch`es.
+        identity: what tells it from others, once it is loaded with its tokenizer.
     """
 
     name: str
@@ -103,6 +106,7 @@ class ModelInfo(ModelFacts):
     window_scaled: bool = False
     spare_rows: int = 10
     branches: bool = False
+    identity: ModelIdentity | None = None
 
     @property
     def keeps_turns(self) -> bool:

@@ -6,6 +6,7 @@ import msgspec
 
 from d2f_stream.core.errors import InvalidRequest, ProtocolError
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey.store import Reply
 from d2f_stream.wire.codec import MSGPACK
@@ -14,7 +15,17 @@ from d2f_stream.wire.protocol import Generate, RequestRejected, ServerMessage
 Fields = list[str | bytes | int]
 """Names and values in turn."""
 
-__all__ = ["Fields", "Keys", "decoded", "dict_of", "encoded", "events_of", "fields_of", "stream_of"]
+__all__ = [
+    "Fields",
+    "Keys",
+    "decoded",
+    "dict_of",
+    "encoded",
+    "events_of",
+    "fields_of",
+    "model_in",
+    "stream_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,14 @@ def dict_of(record: Reply) -> dict[bytes, bytes]:
         return {}
     parts = [part for part in record if isinstance(part, bytes)]
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def model_in(answer: Reply) -> ModelIdentity | None:
+    """Return the model whose digest and name were answered; None where none was."""
+    match answer:
+        case [bytes(digest), bytes(name)]:
+            return ModelIdentity(name.decode(), digest.decode())
+    return None
 
 
 def events_of(entries: Reply) -> list[Event]:

@@ -14,7 +14,9 @@ from typing import Final, Self
 
 from d2f_stream.core.errors import LogUnavailable, StreamLost
 from d2f_stream.core.events import StreamFailed, StreamFinished
+from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.limits import ServeLimits
+from d2f_stream.server.streams.log import check_model
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.shelf import Shelf
 from d2f_stream.server.streams.valkey import scripts
@@ -26,6 +28,7 @@ from d2f_stream.server.streams.valkey.keys import (
     encoded,
     events_of,
     fields_of,
+    model_in,
     stream_of,
 )
 from d2f_stream.server.streams.valkey.news import News
@@ -167,15 +170,20 @@ class ValkeyLog:
             return self._shelf.find(stream_id, client=client)  # says that there is none
         return stream
 
-    async def work(self, stream_id: str, *, by_force: bool = False) -> ValkeyWork | None:
+    async def work(
+        self, stream_id: str, *, model: ModelIdentity | None = None, by_force: bool = False
+    ) -> ValkeyWork | None:
         """Take the stream's lease; None where another worker has it, or the stream has ended."""
         if stream_id in self.works:
             if not by_force:
                 return None
             self.works.pop(stream_id).note_lost()
         taken = await self._script(
-            scripts.TAKE, stream_id, self.holder, self.times.lease_ms, int(by_force)
+            scripts.TAKE,
+            *(stream_id, self.holder, self.times.lease_ms, int(by_force)),
+            *((model.digest, model.name) if model is not None else ("", "")),
         )
+        check_model(model_in(taken), model)
         if taken == -1:
             raise StreamLost(f"the log at {self.store.address} has no stream {stream_id[:64]!r}")
         if taken == 0:
@@ -191,18 +199,15 @@ class ValkeyLog:
             return None
         self.copies.leave(stream_id)
         self.kept.pop(stream_id, None)
-        work = self.works[stream_id] = ValkeyWork(
-            self,
-            stream_id,
-            [part for field in fields.items() for part in field],
-            events,
-            copy=copy,
-            request_key=fields[b"request_key"].decode(),
-            client=fields[b"client"].decode(),
-        )
+        work = self.works[stream_id] = ValkeyWork(self, stream_id, fields, events, copy=copy)
         if taken == 2:
             work.note_cancel()
         return work
+
+    async def begun_by(self, stream_id: str) -> ModelIdentity | None:
+        """Return the model that has begun with the answer."""
+        key = self.keys.record(stream_id)
+        return model_in(await self._run("HMGET", key, "model", "model_name"))
 
     async def release(self, work: ValkeyWork) -> None:
         """Give the lease of a stream back; called by its holder. Without the store it runs out."""

@@ -80,14 +80,22 @@ return id
 )
 
 TAKE: Final = Script("""
--- P, id, holder, lease ms, 1 to take it from another. Returns 1 with the lease, 2 where the stream
--- is cancelled, else 0; -1 where there is no such stream.
-local P, id, holder, lease_ms, by_force = unpack(ARGV)
-if redis.call('EXISTS', P .. ':s:' .. id) == 0 then return -1 end
+-- P, id, holder, lease ms, 1 to take it from another, then digest and name of the model that is to
+-- answer, or "". Returns 1 with the lease, 2 where the stream is cancelled, else 0; -1 where there
+-- is no such stream; digest and name of the model that began with the answer, if it is another.
+local P, id, holder, lease_ms, by_force, model, name = unpack(ARGV)
+local record = P .. ':s:' .. id
+if redis.call('EXISTS', record) == 0 then return -1 end
 local now = redis.call('GET', P .. ':l:' .. id)
 if by_force == '0' and now and now ~= holder and string.sub(now, 1, 1) ~= '?' then return 0 end
+if model ~= '' then
+  local began = redis.call('HMGET', record, 'model', 'model_name')
+  local has_begun = began[1] and redis.call('XLEN', P .. ':e:' .. id) > 0
+  if has_begun and began[1] ~= model then return began end
+  redis.call('HSET', record, 'model', model, 'model_name', name)
+end
 redis.call('SET', P .. ':l:' .. id, holder, 'PX', lease_ms)
-return 1 + redis.call('HEXISTS', P .. ':s:' .. id, 'cancelled')
+return 1 + redis.call('HEXISTS', record, 'cancelled')
 """)
 
 APPEND: Final = Script("""

@@ -5,8 +5,9 @@ it died before it wrote the rest to its disk, is given it again.
 """
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -14,7 +15,7 @@ from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.core.events import Draft, Event, StreamFailed, StreamFinished, StreamNames
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey import scripts
-from d2f_stream.server.streams.valkey.keys import Fields, encoded
+from d2f_stream.server.streams.valkey.keys import encoded
 from d2f_stream.server.streams.valkey.store import LogFull
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ class ValkeyWork:
         fields: its record.
         events: so far.
         copy: this process's copy of the stream, where it has one.
-        request_key: of its request.
-        client: whose it is.
 
     Attributes:
         is_lost: whether the lease is another's, or was given back.
@@ -50,12 +49,10 @@ class ValkeyWork:
         self,
         log: "ValkeyLog",
         stream_id: str,
-        fields: Fields,
+        fields: Mapping[bytes, bytes],
         events: list[Event],
         *,
         copy: ServedStream | None,
-        request_key: str,
-        client: str,
     ) -> None:
         self.stream_id = stream_id
         self.is_lost = False
@@ -63,8 +60,9 @@ class ValkeyWork:
         self._fields = fields
         self.copy = copy
         self._events = events
-        self._request_key, self._client = request_key, client
-        self._num_bytes = sum(len(part) for part in fields if isinstance(part, bytes))
+        self._request_key = fields[b"request_key"].decode()
+        self._client = fields[b"client"].decode()
+        self._num_bytes = sum(len(name) + len(value) for name, value in fields.items())
         self._cancel: Callable[[], None] | None = None
         self._cancelled = False
 
@@ -143,7 +141,7 @@ class ValkeyWork:
             self._log.holder,
             self._log.times.lease_ms,
             self._log.times.idle_ms,
-            *self._fields,
+            *itertools.chain.from_iterable(self._fields.items()),
             patience_s=PATIENCE_S,
         )
         return made == self.stream_id.encode()
@@ -206,5 +204,4 @@ class ValkeyWork:
 
     def _limit(self, name: bytes, default: int) -> int:
         """Return a limit of the server that took the request, which may not be who works for it."""
-        told = dict(zip(self._fields[::2], self._fields[1::2], strict=True)).get(name, default)
-        return int(told)
+        return int(self._fields.get(name, default))
