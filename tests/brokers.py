@@ -23,6 +23,7 @@ from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFini
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.mqtt.gateway import MqttGateway
 from d2f_stream.server.streams.gateway import Gateway
+from d2f_stream.server.streams.log import StreamLog
 from d2f_stream.server.streams.registry import StreamRegistry
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.wire.codec import JSON, Codec
@@ -226,10 +227,11 @@ async def worker(
     group: str = GROUP,
     will_delay_s: int = 0,
     tls: ssl.SSLContext | None = None,
+    log: StreamLog | None = None,
 ) -> AsyncIterator[Worker]:
     async with engine_over(backend) as engine:
         turnstile = Turnstile()
-        registry = StreamRegistry(engine, limits=limits, observer=turnstile)
+        registry = StreamRegistry(engine, limits=limits, observer=turnstile, log=log)
         gateway = MqttGateway(
             registry,
             url,

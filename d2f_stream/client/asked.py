@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from d2f_stream.client.remote import RemoteStream
+from d2f_stream.core.errors import D2FError
 from d2f_stream.wire.protocol import Cancel, Operation, Resume
 
 __all__ = ["Asked", "Post"]
@@ -29,6 +30,7 @@ class Asked:
         served_as: the server's name of the stream; known even where its reader has gone before.
         server: that runs it.
         num_bounces: how often a closing server turned it away.
+        lost: what it ends with where the server that it was moved to does not know it.
     """
 
     stream: RemoteStream
@@ -38,6 +40,7 @@ class Asked:
     served_as: str | None = None
     server: str = ""
     num_bounces: int = 0
+    lost: D2FError | None = None
 
     @property
     def request_id(self) -> str:

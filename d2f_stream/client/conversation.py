@@ -198,11 +198,14 @@ class Conversation:
             self.fail(error)
         return error
 
-    def lost(self, server: str, error: D2FError) -> None:
-        """End the streams of a server that is gone."""
+    def lost(self, server: str, error: D2FError, *, heir: str = "") -> None:
+        """End the streams of a server that is gone, or read them on at its heir."""
         for asked in self._requests:
             if asked.served_as is not None and asked.server == server:
-                self._fail(asked, error)
+                asked.server, asked.lost = heir, error
+                if not heir:
+                    self._fail(asked, error)
+        self.recover(heir or server, unstarted=False)
 
     def next_post(self) -> Post | None:
         """Take what is to be sent next; None where there is nothing now."""
@@ -279,7 +282,7 @@ class Conversation:
         elif asked.cancelled and isinstance(error, StreamLost):
             self._end_here(asked)
         else:
-            self._fail(asked, error)
+            self._fail(asked, (asked.lost if isinstance(error, StreamLost) else None) or error)
 
     def _post(self, post: Post) -> None:
         self._outbox.append(post)

@@ -6,6 +6,7 @@ the clock then stands still.
 """
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import Final
 
@@ -49,6 +50,17 @@ class Nodes:
         """Whether the worker was heard of and is gone."""
         status = self._nodes.get(node)
         return status is not None and status.status == "offline"
+
+    def shares_log(self, node: str) -> bool:
+        """Whether a worker's streams go on at others."""
+        status = self._nodes.get(node)
+        return status is not None and bool(status.log)
+
+    def heir_of(self, node: str) -> str:
+        """Return a worker that takes requests and reads the streams of a gone one on, or ""."""
+        log = self._nodes[node].log
+        heirs = [n for n, s in self._nodes.items() if log and s.log == log and s.status == "online"]
+        return random.choice(heirs) if heirs else ""
 
     def note(self, status: NodeStatus) -> None:
         """Take the news of a worker."""

@@ -7,6 +7,7 @@ all is its line's.
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
@@ -82,6 +83,7 @@ class WorkerTalk:
         self._changed = changed
         self._turned_away = turned_away
         self._nodes = Nodes(on_online=self._note_online, on_offline=self._note_offline)
+        self._orphaned: set[str] = set()  # gone workers whose streams wait for another
         self._absence: asyncio.TimerHandle | None = None  # broker or workers are away
         self._trouble = "no answer"
 
@@ -192,24 +194,37 @@ class WorkerTalk:
         self.watch()
 
     def _note_online(self, node: str, requests_lost: bool) -> None:
+        self._orphaned.discard(node)
         if self.card is None:
             self.card = self._nodes.card
         if self.card is not None:
             self.known.set()
         if self.conversation.up:
             self.conversation.recover(node, unstarted=requests_lost)
+        for orphaned in list(self._orphaned):
+            self._lose_streams(orphaned)
 
     def _note_offline(self, node: str) -> None:
-        """Give up the streams of a worker, and ask others for what it may not have started."""
+        """Lose the streams of a worker, and ask others for what it may not have started."""
         loop = asyncio.get_running_loop()
         loop.call_later(LOSS_GRACE_S, self._lose_streams, node)  # their ends may be on the way
         if self._nodes.card is not None:
             self.conversation.recover("", unstarted=True)
 
-    def _lose_streams(self, node: str) -> None:
-        if self._nodes.is_gone(node):
-            problem = WorkerLost(f"the worker {node} that ran the stream is gone")
-            self.conversation.lost(node, problem)
+    def _lose_streams(self, node: str, *, waits: bool = True) -> None:
+        """Have the streams of a gone worker read on by another; without one, they end."""
+        if not self._nodes.is_gone(node):
+            return
+        heir = self._nodes.heir_of(node)
+        if not heir and waits and self._nodes.shares_log(node):
+            if node not in self._orphaned:
+                self._orphaned.add(node)
+                give_up = partial(self._lose_streams, node, waits=False)
+                asyncio.get_running_loop().call_later(self._patience_s, give_up)
+            return
+        self._orphaned.discard(node)
+        problem = WorkerLost(f"the worker {node} that ran the stream is gone")
+        self.conversation.lost(node, problem, heir=heir)
 
     def _receive(self, request_id: str, message: Incoming) -> None:
         """Take what a worker says about a request."""

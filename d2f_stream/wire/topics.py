@@ -78,6 +78,8 @@ class NodeStatus(Struct, frozen=True, kw_only=True, tag="node.status"):
             messages may have been lost on the way to the worker and from it.
         ttl_s: seconds without news after which the worker counts as offline.
         hello: what it serves; None when offline.
+        log: name of the log that it shares with others: once it is gone, any of them reads its
+            streams on, and goes on with them. "" where they end with it.
     """
 
     node: str
@@ -85,6 +87,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True, tag="node.status"):
     connection: int = 0
     ttl_s: float = 90.0
     hello: ServerHello | None = None
+    log: str = ""
 
 
 class StreamState(Struct, frozen=True, kw_only=True, tag="stream.state"):

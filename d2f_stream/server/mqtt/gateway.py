@@ -55,6 +55,8 @@ logger = logging.getLogger("d2f_stream.mqtt")
 log = PeerLog(logger)
 
 WILL_DELAY_S = 10
+SHARED_WILL_DELAY_S = 2
+"""Where others read its streams on: should it come back after all, nothing comes twice."""
 CLOSE_GRACE_S = 5.0
 MAX_REJECTIONS = 64
 """That wait for the broker, of one client; a later one takes the place of the oldest."""
@@ -76,7 +78,8 @@ class MqttGateway:
             a broker may give a request to whoever names the group, and so to nobody.
         tls: for mqtts://; None is Python's default context.
         will_delay_s: how long the broker waits for a worker that is gone without a word to come
-            back, before it declares it offline and its streams are lost, whole seconds.
+            back, before it declares it offline and its streams are lost, or go on at others that
+            share its log, whole seconds. None is 10, or 2 with such a log.
         sleep: waits between attempts to connect.
 
     Raises:
@@ -92,11 +95,13 @@ class MqttGateway:
         node: str | None = None,
         group: str = GROUP,
         tls: ssl.SSLContext | None = None,
-        will_delay_s: int = WILL_DELAY_S,
+        will_delay_s: int | None = None,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.registry = registry
-        self._node = Node(node, hello)
+        if will_delay_s is None:
+            will_delay_s = SHARED_WILL_DELAY_S if registry.shared_log else WILL_DELAY_S
+        self._node = Node(node, hello, log=registry.shared_log)
         self._requests = requests_of(group)
         self._num_rejections = 0
         self._closing = False
@@ -150,7 +155,8 @@ class MqttGateway:
     async def close(self, deadline_s: float) -> None:
         """Take no more requests, let the streams end, then say "offline" and end `run`.
 
-        What still runs at the deadline is cancelled. Safe to cancel; `run` then goes on.
+        What still runs at the deadline is cancelled or, where others share the log, left to them.
+        Safe to cancel; `run` then goes on.
         """
         self._closing = True
         self._post_status()
@@ -160,10 +166,12 @@ class MqttGateway:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 await self._publications.wait_published()
-        self._publications.cancel()
+        if not self.registry.shared_log:
+            self._publications.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_GRACE_S if self.connected else 0.0):
-                await self._publications.wait_published()
+                if not self.registry.shared_log:
+                    await self._publications.wait_published()
                 await self._link.flush()
         self._closed.set()
 

@@ -26,16 +26,18 @@ class Node:
     Args:
         name: for people; a random part is added. None is the host's name.
         hello: what the worker tells clients.
+        log: name of the log that it shares with others, or "".
 
     Raises:
         InvalidRequest: topics cannot have the name.
     """
 
-    def __init__(self, name: str | None, hello: ServerHello) -> None:
+    def __init__(self, name: str | None, hello: ServerHello, *, log: str = "") -> None:
         self.name = f"{_host_name() if name is None else name}-{secrets.token_hex(4)}"
         check_name("node", self.name)
         self.num_connections = 0
         self._hello = hello
+        self._log = log
 
     def status(self, status: Literal["online", "closing", "offline"]) -> Outgoing:
         """Return what announces the node."""
@@ -45,6 +47,7 @@ class Node:
             connection=self.num_connections,
             ttl_s=3 * STATUS_INTERVAL_S,
             hello=None if status == "offline" else self._hello,
+            log=self._log,
         )
         return Outgoing(
             str(NodeStatusTopic(self.name)),

@@ -94,6 +94,11 @@ class StreamLog(Protocol):
     """Keeps streams. Belongs to one event loop."""
 
     @property
+    def name(self) -> str:
+        """What all that share it call it; "" where nobody else does."""
+        ...
+
+    @property
     def outlives(self) -> bool:
         """Whether streams go on elsewhere when this process ends."""
         ...

@@ -28,6 +28,7 @@ class MemoryLog:
         self._works: dict[str, _Work] = {}  # by stream id
 
     outlives = False
+    name = ""
 
     def __len__(self) -> int:
         return len(self._shelf)

@@ -94,6 +94,11 @@ class StreamRegistry:
         return len(self._log)
 
     @property
+    def shared_log(self) -> str:
+        """The name of the log that other servers read and go on with; "" where none do."""
+        return self._log.name
+
+    @property
     def admits(self) -> bool:
         """Whether new requests are taken on."""
         return self._admits

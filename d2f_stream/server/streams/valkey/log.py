@@ -9,6 +9,7 @@ import contextlib
 import logging
 import re
 import secrets
+from hashlib import blake2b
 from types import TracebackType
 from typing import Final, Self
 
@@ -63,6 +64,7 @@ class ValkeyLog:
     Attributes:
         holder: this process, as the holder of leases.
         works: the leases that it holds, by stream id.
+        name: of the log, alike for all whose URL names the same host, port and database.
         kept: its streams that no worker has yet, by id.
         copies: the streams that others work for.
     """
@@ -73,6 +75,7 @@ class ValkeyLog:
         self.holder = secrets.token_hex(8)
         self.store = Store(url)
         self.keys = Keys(f"d2f:{self.store.database}")
+        self.name = blake2b(self.store.address.encode(), digest_size=8).hexdigest()
         self.limits = limits
         self.times = Times.of(lease_s, limits.resume_ttl_s)
         self._news = News(self.store.pool, on_message=self._note_news, on_back=self._note_back)
