@@ -5,21 +5,19 @@ Owns arguments and tables; names and sizes are the catalogue's, files the shelf'
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
 
-from d2f_runtime.models.catalogue import CATALOGUE, Entry
+from d2f_runtime.models.catalogue import BITS, CATALOGUE, ON_GPU, Entry
 from d2f_runtime.models.installed import EMBEDDED, find_installed, installed_names
 from d2f_runtime.models.manifest import Manifest, read_manifest
+from d2f_runtime.models.measured import peak
 from d2f_runtime.models.names import find, suggest
 from d2f_runtime.models.shelf import Kept, kept, pull, remove
 from d2f_stream.core.errors import ModelError, ModelNotFound
 from d2f_stream.parser import Parser, add_command
+from d2f_stream.terminal.machine import GIB, Machine
 
 __all__ = ["add_arguments", "installed", "run"]
-
-GIB: Final = 2**30
 
 
 def add_arguments(parser: Parser) -> None:
@@ -54,13 +52,13 @@ def run(arguments: argparse.Namespace) -> str:
             manifest = installed().get(arguments.name)
             if manifest is not None:
                 return described(arguments.name, manifest)
-            return shown(_entry(arguments.name), {item.repo for item in kept()})
+            return shown(_entry(arguments.name), {item.repo for item in kept()}, Machine.this())
         case "pull":
             return _pull(arguments.name)
         case "rm":
             return _remove(arguments.name)
         case _:
-            return recommended(CATALOGUE, gpu=_gpu_memory(), host=_host_memory())
+            return recommended(CATALOGUE, Machine.this())
 
 
 def listed(entries: Iterable[Entry], here: Sequence[Kept], local: Mapping[str, Manifest]) -> str:
@@ -113,7 +111,7 @@ def described(name: str, manifest: Manifest) -> str:
     )
 
 
-def shown(entry: Entry, here: set[str]) -> str:
+def shown(entry: Entry, here: set[str], machine: Machine) -> str:
     """Return what is known of one model, a line each."""
     facts = [
         ("name", entry.name),
@@ -127,31 +125,30 @@ def shown(entry: Entry, here: set[str]) -> str:
         facts.append(("adapter", entry.adapter))
     if entry.preset is not None:
         facts.append(("preset", entry.preset))
-    facts += [
-        (f"memory, {name}", f"{entry.memory(name) / GIB:.1f} GiB with 4,096 tokens of context")
-        for name in entry.quantizations
-    ]
-    return _table(facts)
+    facts += [(f"memory, {name}", _told(entry, name, machine)) for name in BITS]
+    return f"{_table(facts)}\n\nWith 4,096 tokens of context; here: {machine.told}."
 
 
-def recommended(entries: Iterable[Entry], *, gpu: int | None, host: int) -> str:
-    """Return which models fit, and in which quantisation.
-
-    Args:
-        entries: to choose from.
-        gpu: memory of the GPU, bytes; None is none.
-        host: memory of the machine, bytes.
-    """
-    room = host if gpu is None else gpu
-    rows = [("name", "runs as", "needs", "of")]
+def recommended(entries: Iterable[Entry], machine: Machine) -> str:
+    """Return what each model needs in each quantisation, which to take, and what was measured."""
+    names = machine.quantizations
+    rows, measured = [("name", *names, "take")], []
     for entry in sorted(entries, key=lambda entry: -entry.parameters):
-        names = entry.quantizations if gpu is not None else ("bf16",)
-        fitting = next((name for name in names if entry.memory(name) <= room), None)
-        needs = entry.memory(fitting or names[-1])
-        verdict = fitting or "does not fit"
-        rows.append((entry.name, verdict, f"{needs / GIB:.1f} GiB", f"{room / GIB:.1f} GiB"))
-    where = "this machine's memory (no CUDA GPU was found)" if gpu is None else "the GPU's memory"
-    return f"{_table(rows)}\n\nComputed from the models' sizes, against {where}; not measured."
+        needed = {name: entry.memory(name) for name in names}
+        fitting = [name for name in names if needed[name] <= machine.room]
+        cells = [_gib(needed[name], fits=name in fitting) for name in names]
+        rows.append((entry.name, *cells, fitting[0] if fitting else "-"))
+        peaks = [found for name in ON_GPU if (found := peak(entry.name, name)) is not None]
+        measured += [
+            f"  {entry.name} {found.quantization}: {found.gb * 1e9 / GIB:.1f} on {found.device}"
+            for found in peaks
+        ]
+    told = [
+        "GiB with 4,096 tokens of context, computed from the models' sizes.",
+        f"In brackets: more than {machine.told}.",
+        "Measured, with a short context (GiB at most):",
+    ]
+    return "\n".join([_table(rows), "", *told, *measured])
 
 
 def _pull(name: str) -> str:
@@ -179,18 +176,20 @@ def _entry(name: str) -> Entry:
     return entry
 
 
-def _gpu_memory() -> int | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(0).total_memory)
+def _gib(needed: int, *, fits: bool) -> str:
+    return f"{needed / GIB:.1f}" if fits else f"({needed / GIB:.1f})"
 
 
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _told(entry: Entry, quantization: str, machine: Machine) -> str:
+    needed, found = entry.memory(quantization), peak(entry.name, quantization)
+    if quantization not in machine.quantizations:
+        verdict = "not on a GPU" if machine.has_gpu else "needs a GPU"
+    else:
+        verdict = "fits" if needed <= machine.room else "does not fit"
+    told = f"{needed / GIB:5.1f} GiB computed: {verdict}"
+    if found is not None:
+        told += f"; {found.gb * 1e9 / GIB:.1f} measured on {found.device}, {found.record}"
+    return told
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

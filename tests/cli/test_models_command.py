@@ -1,6 +1,7 @@
 """`d2f-stream models`: names, what fits, and the hub's cache on this machine."""
 
 import argparse
+import json
 import os
 import sys
 from datetime import UTC, datetime
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.models.catalogue import BITS, CATALOGUE
+from d2f_runtime.models.catalogue import BITS, CATALOGUE, ON_CPU, ON_GPU
+from d2f_runtime.models.measured import PEAKS, Peak
 from d2f_runtime.models.names import find
 from d2f_runtime.models.shelf import Kept
 from d2f_stream import PRESETS, ModelNotFound
+from d2f_stream.terminal.machine import GIB, Machine
 from d2f_stream.terminal.models_command import installed, listed, recommended, run, shown
 from installed_model import python_path
 
-GIB = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_unique_and_lower_case_and_what_they_name_exists() -> None:
@@ -25,11 +28,27 @@ def test_names_are_unique_and_lower_case_and_what_they_name_exists() -> None:
         assert entry.preset is None or entry.preset in PRESETS
 
 
-def test_less_exact_weights_take_less_memory() -> None:
+def test_less_exact_weights_take_less_memory_and_fp8_no_less_while_it_loads() -> None:
     for entry in CATALOGUE:
-        assert entry.memory("nf4") < entry.memory("fp8") == entry.memory("int8")
-        assert entry.memory("fp8") < entry.memory("bf16")
-    assert set(BITS) == {"bf16", "fp8", "int8", "nf4"}
+        assert entry.memory("nf4") < entry.memory("int8") < entry.memory("bf16")
+        assert entry.memory("bf16") < entry.memory("fp32")
+        assert 2e9 * entry.parameters < entry.memory("fp8") <= entry.memory("bf16")
+    assert set(BITS) == {*ON_GPU, *ON_CPU}
+
+
+@pytest.mark.parametrize("peak", PEAKS, ids=lambda peak: f"{peak.names[0]} {peak.quantization}")
+def test_measured_peak_is_that_of_its_record_and_near_what_is_computed(peak: Peak) -> None:
+    record = json.loads((ROOT / peak.record).read_text("utf-8"))
+    value = found = record["results"]
+    for key in peak.keys:
+        value = value[key]
+    assert value == peak.gb
+    device = found["device"]
+    assert (device["name"] if isinstance(device, dict) else device) == peak.device
+    for name in peak.names:
+        entry = find(name)
+        assert entry is not None
+        assert abs(entry.memory(peak.quantization) / 1e9 - peak.gb) < 1.8  # the reserve, for most
 
 
 def test_llada_in_bf16_takes_what_its_tensors_add_up_to() -> None:
@@ -75,25 +94,46 @@ def test_installed_models_are_listed_first_and_shown(
     assert "It chats in English" in told
 
 
-def test_show_names_the_adapter_and_the_memory() -> None:
+def test_show_names_the_adapter_and_what_fits() -> None:
     entry = find("d2f-llada:8b")
     assert entry is not None
-    text = shown(entry, {entry.repo})
+    text = shown(entry, {entry.repo}, Machine(64 * GIB, gpu=12 * GIB))
     assert "SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora" in text
     assert "(on this machine)" in text
-    assert "memory, nf4" in text
+    memory = [line for line in text.splitlines() if line.startswith("memory, ")]
+    verdicts = [line.partition("GiB computed: ")[2] for line in memory]
+    assert verdicts == ["not on a GPU", *["does not fit"] * 2, "fits", "fits"]
+    assert "the 12.0 GiB of the GPU's memory" in text
+
+
+def test_show_tells_what_was_measured_and_where() -> None:
+    entry = find("llada2.0-mini:16b")
+    assert entry is not None
+    text = shown(entry, set(), Machine(64 * GIB))
+    assert (
+        "GiB computed: needs a GPU; 10.1 measured on NVIDIA H200, bench/mixture-h200.json" in text
+    )
 
 
 def test_recommendation_takes_the_most_exact_that_fits() -> None:
-    def verdict(gpu: int | None, host: int = 64 * GIB) -> dict[str, str]:
-        rows = recommended(CATALOGUE, gpu=gpu, host=host).split("\n\n")[0].splitlines()[1:]
-        return {row.split()[0]: " ".join(row.split()[1:-4]) for row in rows}
+    def rows(gpu: int | None, host: int = 64 * GIB) -> dict[str, list[str]]:
+        table = recommended(CATALOGUE, Machine(host, gpu)).split("\n\n")[0].splitlines()
+        return {row.split()[0]: row.split()[1:] for row in table}
 
-    assert verdict(80 * GIB)["llada:8b"] == "bf16"
-    assert verdict(16 * GIB)["llada:8b"] == "fp8"
-    assert verdict(10 * GIB)["llada:8b"] == "nf4"
-    assert verdict(6 * GIB)["llada:8b"] == "does not fit"
-    assert verdict(None, host=32 * GIB)["llada:8b"] == "bf16"
+    assert rows(80 * GIB)["name"] == ["bf16", "fp8", "int8", "nf4", "take"]
+    assert rows(80 * GIB)["llada:8b"][-1] == "bf16"
+    assert rows(12 * GIB)["llada:8b"] == ["(18.4)", "(16.4)", "11.9", "8.8", "int8"]
+    assert rows(10 * GIB)["llada:8b"][-1] == "nf4"
+    assert rows(6 * GIB)["llada:8b"][-1] == "-"
+    assert rows(None)["name"] == ["fp32", "bf16", "take"]
+    assert rows(None, host=32 * GIB)["llada:8b"][-1] == "bf16"
+
+
+def test_recommendation_tells_apart_what_was_measured() -> None:
+    computed, _, measured = recommended(CATALOGUE, Machine(64 * GIB)).partition("Measured")
+    assert "computed from the models' sizes" in computed
+    assert "  llada2.0-mini:16b bf16: 32.0 on NVIDIA H200\n" in measured
+    assert len(measured.splitlines()) == 1 + sum(len(peak.names) for peak in PEAKS)
 
 
 def test_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

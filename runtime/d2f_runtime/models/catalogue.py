@@ -9,8 +9,11 @@ from typing import Final
 
 __all__ = ["CATALOGUE", "Entry"]
 
-BITS: Final = {"bf16": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.127}
+BITS: Final = {"fp32": 32.0, "bf16": 16.0, "fp8": 8.0, "int8": 8.0, "nf4": 4.127}
 """Bits of a weight in a layer; nf4 with its block scales, themselves quantised."""
+ON_GPU: Final = ("bf16", "fp8", "int8", "nf4")
+ON_CPU: Final = ("fp32", "bf16")
+"""The quantisations that are offered there, the one that is taken by itself first."""
 CONTEXT: Final = 4096  # tokens of K/V that a user will want at least
 RESERVE: Final = 3 << 29  # bytes: the library's own, activations, graphs
 
@@ -24,12 +27,11 @@ class Entry:
         repo: of the hub.
         family: as ModelFacts names it.
         parameters: in all, billions.
-        table: of them in embedding and head, which keep 16 bits; billions.
+        table: of them in embedding and head, which keep 16 bits at least; billions.
         kv_bytes: K/V of a token in 16 bits, over all layers.
         licence: as the model card names it.
         adapter: repository of the LoRA that makes a D2F student of it.
         preset: of decoding, where the model's own defaults are not what its authors publish.
-        quantizations: that it runs in, best first.
     """
 
     name: str
@@ -41,16 +43,23 @@ class Entry:
     licence: str
     adapter: str | None = None
     preset: str | None = None
-    quantizations: tuple[str, ...] = tuple(BITS)
 
     def memory(self, quantization: str, *, context: int = CONTEXT) -> int:
         """Return the bytes that running it takes: weights, K/V of one context, and a reserve.
 
+        Loading it takes no more, save in fp8, whose weights are all there in 16 bits before they
+        are packed: then it is that.
+
         Raises:
             KeyError: the quantisation is not one of BITS.
         """
+        wide = 4 if quantization == "fp32" else 2
         layers = (self.parameters - self.table) * 1e9 * BITS[quantization] / 8
-        return int(layers + self.table * 2e9) + context * self.kv_bytes + RESERVE
+        kv = context * self.kv_bytes * wide // 2
+        loaded = int(layers + self.table * 1e9 * wide) + kv + RESERVE
+        return (
+            max(loaded, int(self.parameters * 2e9) + RESERVE) if quantization == "fp8" else loaded
+        )
 
     def download(self) -> float:
         """Return what is fetched, GB: the checkpoint in 16 bits."""
@@ -65,7 +74,6 @@ _LLADA: Final = (8.02, 1.04, _kv(32, 32))
 _QWEN_7B: Final = (7.62, 1.09, _kv(28, 4))
 _LLADA2_MINI: Final = (16.26, 0.64, _kv(20, 4))
 _LLADA2_FLASH: Final = (102.9, 1.29, _kv(32, 4))
-_EXPERTS: Final = ("bf16", "int8", "nf4")  # fp8 needs the fast step, which holds none in it
 
 CATALOGUE: Final[tuple[Entry, ...]] = (
     Entry("llada:8b", "GSAI-ML/LLaDA-8B-Instruct", "llada", *_LLADA, "MIT", None, "llada-vanilla"),
@@ -82,18 +90,15 @@ CATALOGUE: Final[tuple[Entry, ...]] = (
     Entry("sdar:1.7b", "JetLM/SDAR-1.7B-Chat", "sdar", 2.03, 0.62, _kv(28, 8), "MIT"),
     Entry("sdar:4b", "JetLM/SDAR-4B-Chat", "sdar", 4.41, 0.78, _kv(36, 8), "MIT"),
     Entry("sdar:8b", "JetLM/SDAR-8B-Chat", "sdar", 8.19, 1.24, _kv(36, 8), "MIT"),
-    Entry("sdar:30b-a3b", "JetLM/SDAR-30B-A3B-Chat", "sdar", 30.5, 0.62, _kv(48, 4), "MIT",
-          quantizations=_EXPERTS),
+    Entry("sdar:30b-a3b", "JetLM/SDAR-30B-A3B-Chat", "sdar", 30.5, 0.62, _kv(48, 4), "MIT"),
     Entry("trado:4b", "Gen-Verse/TraDo-4B-Instruct", "sdar", 4.41, 0.78, _kv(36, 8), "MIT"),
     Entry("trado:8b", "Gen-Verse/TraDo-8B-Instruct", "sdar", 8.19, 1.24, _kv(36, 8), "MIT"),
-    Entry("llada2.0-mini:16b", "inclusionAI/LLaDA2.0-mini", "llada2", *_LLADA2_MINI, "Apache-2.0",
-          quantizations=_EXPERTS),
-    Entry("llada2.1-mini:16b", "inclusionAI/LLaDA2.1-mini", "llada2", *_LLADA2_MINI, "Apache-2.0",
-          quantizations=_EXPERTS),
+    Entry("llada2.0-mini:16b", "inclusionAI/LLaDA2.0-mini", "llada2", *_LLADA2_MINI, "Apache-2.0"),
+    Entry("llada2.1-mini:16b", "inclusionAI/LLaDA2.1-mini", "llada2", *_LLADA2_MINI, "Apache-2.0"),
     Entry("llada2.0-flash:100b", "inclusionAI/LLaDA2.0-flash", "llada2", *_LLADA2_FLASH,
-          "Apache-2.0", quantizations=_EXPERTS),
+          "Apache-2.0"),
     Entry("llada2.1-flash:100b", "inclusionAI/LLaDA2.1-flash", "llada2", *_LLADA2_FLASH,
-          "Apache-2.0", quantizations=_EXPERTS),
+          "Apache-2.0"),
     Entry("stable-diffcoder:8b", "ByteDance-Seed/Stable-DiffCoder-8B-Instruct", "stable-diffcoder",
           8.25, 1.27, _kv(32, 8), "MIT"),
     Entry("nemotron-diffusion:3b", "nvidia/Nemotron-Labs-Diffusion-3B", "nemotron",
