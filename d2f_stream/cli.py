@@ -91,10 +91,9 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
             return 0
         if args.command == "completion":
             return _completion(args.shell, parser)
-        if args.command == "models":
-            print(models_command.run(args))
-            return 0
         config = Config(config_path(os.environ))
+        if args.command == "models":
+            return _models(args, config)
         if args.command == "config":
             return _config(args, config)
         if args.command == "serve":
@@ -220,6 +219,13 @@ async def _chat(args: argparse.Namespace, load: Loader) -> int:
     opened, console = partial(_opened, args, load), Console(highlight=False)
     chat = Chat(opened, read_line, console=console, overrides=overrides, system=args.system)
     await chat.run(None)
+    return 0
+
+
+def _models(args: argparse.Namespace, config: Config) -> int:
+    if args.action == "list" and (server := args.server or config.get("server")):
+        args.server, args.token = server, args.token or _token(server, config)
+    print(models_command.run(args))
     return 0
 
 

@@ -16,6 +16,7 @@ from d2f_runtime.models.shelf import Kept, kept, pull, remove
 from d2f_stream.core.errors import ModelError, ModelNotFound
 from d2f_stream.parser import Parser, add_command
 from d2f_stream.terminal.machine import GIB, Machine
+from d2f_stream.terminal.served import served
 
 __all__ = ["add_arguments", "installed", "run"]
 
@@ -28,7 +29,11 @@ def add_arguments(parser: Parser) -> None:
         example = f"d2f-stream models {name} {of}".rstrip()
         return add_command(commands, name, text, example=example)
 
-    add("list", "the known models, and those that are on this machine")
+    listing = add("list", "the known models, those on this machine, and what a server serves")
+    listing.add_argument(
+        "--server", metavar="URL", help="which one (default: that of the config file, if any)"
+    )
+    listing.add_argument("--token", metavar="TOKEN", help="of that server; better in D2F_TOKEN")
     show = add("show", "one model: where it comes from, what it needs", "sdar:4b")
     show.add_argument("name", metavar="NAME", help="a short name or a hub id")
     fetch = add("pull", "fetch a model, and its adapter; resumes", "d2f-llada:8b")
@@ -47,7 +52,10 @@ def run(arguments: argparse.Namespace) -> str:
     """
     match arguments.action:
         case "list":
-            return listed(CATALOGUE, kept(), installed())
+            table = listed(CATALOGUE, kept(), installed())
+            if arguments.server is None:
+                return table
+            return f"{table}\n\n{served(arguments.server, arguments.token)}"
         case "show":
             manifest = installed().get(arguments.name)
             if manifest is not None:

@@ -1,8 +1,10 @@
 """`d2f-stream models`: names, what fits, and the hub's cache on this machine."""
 
 import argparse
+import asyncio
 import json
 import os
+import socket
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +15,12 @@ from d2f_runtime.models.catalogue import BITS, CATALOGUE, ON_CPU, ON_GPU
 from d2f_runtime.models.measured import PEAKS, Peak
 from d2f_runtime.models.names import find
 from d2f_runtime.models.shelf import Kept
-from d2f_stream import PRESETS, ModelNotFound
+from d2f_stream import PRESETS, ModelNotFound, cli
 from d2f_stream.terminal.machine import GIB, Machine
 from d2f_stream.terminal.models_command import installed, listed, recommended, run, shown
+from d2f_stream.terminal.served import served
 from installed_model import python_path
+from serving import ALICE, TWO_CLIENTS, serving, url_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +83,35 @@ def test_list_tells_what_is_on_disk_known_or_not() -> None:
     lines = listed(CATALOGUE, here, {}).splitlines()
     assert any(line.startswith("sdar:4b") and "8.8 GB" in line for line in lines)
     assert any(line.startswith("-") and line.endswith("my/own") for line in lines)
+
+
+async def test_list_tells_what_the_configured_server_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("D2F_TOKEN", raising=False)
+    async with serving(auth=TWO_CLIENTS) as server:
+        url = url_of(server)
+        await asyncio.to_thread(cli.main, ["config", "set", "server", url])
+        assert await asyncio.to_thread(cli.main, ["models", "list"]) == 0
+        assert f"{url} does not tell what it serves: " in capsys.readouterr().out
+        await asyncio.to_thread(cli.main, ["config", "set", "token", ALICE])
+        assert await asyncio.to_thread(cli.main, ["models", "list"]) == 0
+        *table, _, told = capsys.readouterr().out.splitlines()
+        assert told.startswith(f"{url} serves scripted: 4,096 tokens of context")
+        assert any(line.startswith("sdar:4b") for line in table)
+
+
+def test_server_that_cannot_be_reached_is_a_line_below_the_list(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert served(url, patience_s=0.1) == f"{url} did not answer within 0 s"
+    assert cli.main(["models", "list", "--server", url]) == 0
+    *table, _, told = capsys.readouterr().out.splitlines()
+    assert told.startswith(f"{url} does not tell what it serves: ")
+    assert any(line.startswith("sdar:4b") for line in table)
 
 
 def test_installed_models_are_listed_first_and_shown(

@@ -25,12 +25,12 @@ def kept() -> list[Kept]:
         MissingExtra: huggingface_hub is not installed.
     """
     try:
-        from huggingface_hub import scan_cache_dir
+        from huggingface_hub import constants, scan_cache_dir
         from huggingface_hub.errors import CacheNotFound
     except ImportError as error:
         raise MissingExtra("the hub's cache", "huggingface_hub", "torch") from error
     try:
-        found = scan_cache_dir()
+        found = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return []
     return sorted(
@@ -69,9 +69,9 @@ def remove(repo: str) -> int:
         raise ModelNotFound(
             f"the cache holds no {repo}; `d2f-stream models list` shows what it has"
         )
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
 
-    found = scan_cache_dir()
+    found = scan_cache_dir(constants.HF_HUB_CACHE)
     commits = [
         revision.commit_hash
         for info in found.repos
