@@ -36,7 +36,11 @@ def add_arguments(parser: Parser) -> None:
     listing.add_argument("--token", metavar="TOKEN", help="of that server; better in D2F_TOKEN")
     show = add("show", "one model: where it comes from, what it needs", "sdar:4b")
     show.add_argument("name", metavar="NAME", help="a short name or a hub id")
-    fetch = add("pull", "fetch a model, and its adapter; resumes", "d2f-llada:8b")
+    fetch = add(
+        "pull",
+        "fetch a model, and its adapter; what is here already is not fetched again",
+        "d2f-llada:8b",
+    )
     fetch.add_argument("name", metavar="NAME", help="a short name or a hub id")
     drop = add("rm", "delete a model from the hub's cache", "sdar:4b")
     drop.add_argument("name", metavar="NAME", help="a short name or a hub id")

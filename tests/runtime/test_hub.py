@@ -1,10 +1,7 @@
 """Hub ids: what is fetched from a small hub on loopback, what is said where nothing can be."""
 
-import functools
-import http.server
 import json
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,68 +10,12 @@ import pytest
 import d2f_stream
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_stream.core.errors import MissingExtra, ModelNotFound, UnsupportedModel
+from local_hub import COMMIT, REPO, LocalHub
 from tiny_checkpoints import write_model
 
 pytest.importorskip("transformers")
 constants = pytest.importorskip("huggingface_hub.constants")
 pytestmark = pytest.mark.torch
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPO = "org/tiny-dream"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the files of one repository as the hub does, and notes which were fetched."""
-
-    folder: Path
-    fetched: list[str]
-
-    def __init__(self, folder: Path, fetched: list[str], *args: object) -> None:
-        self.folder, self.fetched = folder, fetched
-        super().__init__(*args)  # type: ignore[arg-type]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        files = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
-        if path == f"/api/models/{REPO}/revision/main":
-            self.answer(json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode())
-        elif path == f"/api/models/{REPO}/tree/{COMMIT}":
-            tree = [
-                {
-                    "type": "file",
-                    "path": file.relative_to(self.folder).as_posix(),
-                    "size": file.stat().st_size,
-                    "oid": "ab" * 20,
-                }
-                for file in files
-            ]
-            self.answer(json.dumps(tree).encode())
-        elif path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
-            name = path.partition(f"/{COMMIT}/")[2]
-            if self.command == "GET":
-                self.fetched.append(name)
-            self.answer((self.folder / name).read_bytes(), name)
-        else:
-            code = "RevisionNotFound" if REPO in path else "RepoNotFound"
-            self.answer(b"{}", status=404, error=code)
-
-    def answer(self, body: bytes, name: str = "", status: int = 200, error: str = "") -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{name}"')
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -100,21 +41,9 @@ def repository(tmp_path: Path) -> Path:
 @pytest.fixture
 def fetched(repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The hub is online; returns what is fetched from it, in order."""
-    names: list[str] = []
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Hub, repository, names)
-    )
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield names
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    hub = LocalHub(repository)
+    with hub.online(cache, monkeypatch):
+        yield hub.fetched
 
 
 def fill_cache(cache: Path, repository: Path) -> None:

@@ -43,6 +43,17 @@ class HubModel:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
 
+class _Unreachable(ModelNotFound):
+    """What is not in the cache does not come."""
+
+    def __init__(self, model: HubModel, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"there is no folder {model}, and the repository of that id is not in the local cache "
+            f"and cannot be fetched: {reason}"
+        )
+
+
 def locate(model: str | Path) -> Path | HubModel:
     """Return the path that exists, else the repository of that name, else the missing path.
 
@@ -89,7 +100,13 @@ def fetch_weights(model: HubModel, folder: Path) -> None:
     wanted: Sequence[str] = WEIGHTS
     if index is not None:
         wanted = sorted({str(file) for file in index.section("weight_map").values.values()})
-    _snapshot(model, folder.name, wanted)  # the commit, should the branch have moved on
+    try:
+        _snapshot(model, folder.name, wanted)  # the commit, should the branch have moved on
+    except _Unreachable as error:
+        raise ModelNotFound(
+            f"the weights of {model} have not all come; files that have are kept, so fetch it "
+            f"again: {error.reason}"
+        ) from error
 
 
 def _snapshot(model: HubModel, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -125,8 +142,10 @@ def _not_found(model: HubModel, error: Exception) -> D2FError:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFound(f"the repository {model.repo} has no revision {model.revision!r}")
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ModelNotFound(
-        f"there is no folder {model}, and the repository of that id is not in the local cache and "
-        f"cannot be fetched: {reason}"
-    )
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403):
+        return ModelNotFound(
+            f"the hub does not let you read {model} (status {response.status_code}); log in with "
+            "`hf auth login`, as somebody who may"
+        )
+    return _Unreachable(model, " ".join(str(error).split()) or type(error).__name__)

@@ -44,9 +44,10 @@ def kept() -> list[Kept]:
 
 
 def pull(repo: str) -> str:
-    """Fetch a repository's description and weights; return its folder. Blocks; resumes.
+    """Fetch a repository's description and weights; return its folder. Blocks.
 
-    What is already there is not fetched again. huggingface_hub shows the progress.
+    huggingface_hub shows the progress. A connection that breaks is taken up in the middle of a
+    file; what is interrupted goes on with the first file that is not whole.
 
     Raises:
         ModelNotFound: there is no such repository, or it is not within reach.
