@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from requirements import require_module
 from stores import ValkeyServer
 
 
@@ -17,6 +18,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
 @pytest.fixture
 def make_store(tmp_path: Path) -> Iterator[Callable[..., ValkeyServer]]:
     """Makes servers of the test's own, which it starts, kills and restarts."""
+    require_module("valkey")
     servers: list[ValkeyServer] = []
 
     def make(*, lines: Sequence[str] = ()) -> ValkeyServer:

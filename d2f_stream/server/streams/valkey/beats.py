@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Self
 from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey import scripts
+from d2f_stream.server.streams.valkey.connecting import end_tasks
 from d2f_stream.server.streams.valkey.store import Reply
 from d2f_stream.server.streams.valkey.work import ValkeyWork
 
@@ -89,10 +90,7 @@ class Beats:
 
     async def close(self) -> None:
         """End what runs."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(*self._tasks)
 
     def note_readers(self, stream: ServedStream) -> None:
         """Tell the store that a stream has a reader here, or none any more.

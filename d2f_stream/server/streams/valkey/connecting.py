@@ -3,6 +3,8 @@
 This file, `store.py` and `news.py` are all that knows the library.
 """
 
+import asyncio
+import contextlib
 import logging
 import re
 import socket
@@ -27,6 +29,7 @@ __all__ = [
     "ConnectionPool",
     "address_of",
     "check_server",
+    "end_tasks",
     "exceptions",
     "open_connection",
     "passing_of",
@@ -38,6 +41,8 @@ logger = logging.getLogger("d2f_stream.server")
 
 ANSWER_S: Final = 5.0
 """For the store to answer; later, the connection counts as broken."""
+CANCEL_S: Final = 0.1
+"""For a task to end, until it is cancelled once more."""
 BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between attempts to connect; the last is for all later ones."""
 OLDEST: Final = 7
@@ -67,11 +72,29 @@ REFUSED: Final = "Errno 111"
 
 
 async def open_connection(pool: ConnectionPool) -> AbstractConnection:
-    """Return a new connection, logged in."""
+    """Return a new connection, logged in; whoever uses it limits how long many answers may take.
+
+    Raises:
+        TimeoutError: that took too long. It is one of `LOST`, as are most of the library's errors.
+    """
     connection: AbstractConnection = pool.make_connection()
-    await connection.connect()
-    connection.socket_timeout = None  # whoever uses it limits many answers at once
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await connection.connect()
+    except BaseException:
+        with contextlib.suppress(*LOST):
+            await connection.disconnect(nowait=True)
+        raise
     return connection
+
+
+async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
+    """Cancel tasks until they have ended: a library may take a cancellation for its own timeout."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
 
 
 async def check_server(connection: AbstractConnection, address: str) -> None:
@@ -127,8 +150,10 @@ def pool_of(url: str) -> ConnectionPool:
             raise ValueError("no number of a database")
         _ = parts.port
         certificates = _named_files(parts.query)
+        # With a timeout the library sends by asyncio.wait_for, which before Python 3.12 swallows a
+        # cancellation that comes together with its result: the caller's timeout, or its end.
         pool = ConnectionPool.from_url(
-            url, socket_timeout=ANSWER_S, socket_connect_timeout=ANSWER_S, lib_name=None
+            url, socket_timeout=None, socket_connect_timeout=ANSWER_S, lib_name=None
         )
         pool.make_connection()  # tells of options that there are none of
     except (ValueError, TypeError, exceptions.ValkeyError) as error:

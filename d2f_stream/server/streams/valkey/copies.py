@@ -12,6 +12,7 @@ from typing import Final
 from d2f_stream.core.errors import LogUnavailable, StreamLost, error_from
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.server.streams.served_stream import ServedStream
+from d2f_stream.server.streams.valkey.connecting import end_tasks
 from d2f_stream.server.streams.valkey.keys import Keys, decoded, events_of
 from d2f_stream.server.streams.valkey.news import News
 from d2f_stream.server.streams.valkey.store import Reply, Store
@@ -131,10 +132,7 @@ class Copies:
 
     async def close(self) -> None:
         """End what runs."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(*self._tasks)
 
     def _catch_up(self, copy: "_Copy") -> None:
         copy.has_missed = True

@@ -22,6 +22,7 @@ from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.shelf import Shelf
 from d2f_stream.server.streams.valkey import scripts
 from d2f_stream.server.streams.valkey.beats import Beats, Times
+from d2f_stream.server.streams.valkey.connecting import end_tasks
 from d2f_stream.server.streams.valkey.copies import Copies
 from d2f_stream.server.streams.valkey.keys import (
     Keys,
@@ -120,9 +121,7 @@ class ValkeyLog:
         trace: TracebackType | None,
     ) -> None:
         """Send what was posted, and disconnect."""
-        for task in self._loops:
-            task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await end_tasks(*self._loops)
         await self._beats.close()
         await self.copies.close()
         await self.store.close()

@@ -110,7 +110,7 @@ class News:
             self._sending.set()
 
     async def _keep_sending(self, connection: AbstractConnection) -> None:
-        with contextlib.suppress(*LOST):  # the reader hears of it too
+        with contextlib.suppress(*LOST, exceptions.ValkeyError):  # the reader hears of it too
             while True:
                 await self._sending.wait()
                 self._sending.clear()

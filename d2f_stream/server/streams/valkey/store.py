@@ -19,6 +19,7 @@ from d2f_stream.server.streams.valkey.connecting import (
     AbstractConnection,
     address_of,
     check_server,
+    end_tasks,
     exceptions,
     open_connection,
     passing_of,
@@ -100,8 +101,7 @@ class Store:
         if self._task is not None:
             with contextlib.suppress(LogUnavailable):
                 await self.run("PING", patience_s=CLOSE_S)
-            self._task.cancel()
-            await asyncio.wait((self._task,))
+            await end_tasks(self._task)
         await self._disconnect()
 
     async def run(self, *command: Argument, patience_s: float) -> Reply:
@@ -148,7 +148,7 @@ class Store:
                     if again:
                         self._waiting[:0] = again
                         await asyncio.sleep(BACKOFF_S[1])
-                except LOST as error:
+                except (*LOST, exceptions.ValkeyError) as error:
                     self._waiting[:0] = batch
                     await self._reconnect(error)
 
