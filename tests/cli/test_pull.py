@@ -35,13 +35,15 @@ def pulled(tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_pull_fetches_what_the_model_needs_and_shows_the_progress(
-    hub: LocalHub, tmp_path: Path, capsys: Capture
+    hub: LocalHub, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # progress of a file beyond terminals too
     assert cli.main(["models", "pull", REPO]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{REPO}: ")
     assert COMMIT in shown.out
-    assert "100%" in shown.err
+    for shard in SHARDS:
+        assert f"{shard}: 100%" in shown.err
     assert sorted(hub.fetched) == ["config.json", *SHARDS, "model.safetensors.index.json"]
     assert pulled(tmp_path) == {file.name: file.read_bytes() for file in hub.folder.iterdir()}
     assert cli.main(["models", "list"]) == 0

@@ -16,7 +16,7 @@ from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.names import named
 from d2f_stream.core.errors import D2FError, MissingExtra, ModelNotFound
 
-__all__ = ["HubModel", "fetch_description", "fetch_weights", "locate"]
+__all__ = ["HubModel", "fetch_description", "fetch_one_by_one", "fetch_weights", "locate"]
 
 DESCRIPTION: Final = ("*.json", "*.jinja", "merges.txt")
 WEIGHTS: Final = ("model.safetensors", "adapter_model.safetensors", "model*.onnx*")
@@ -96,17 +96,51 @@ def fetch_weights(model: HubModel, folder: Path) -> None:
         ModelNotFound: they are neither cached nor within reach.
         ModelDamaged: the index of the shards cannot be read.
     """
-    index = ConfigFile.read(folder / INDEX)
-    wanted: Sequence[str] = WEIGHTS
-    if index is not None:
-        wanted = sorted({str(file) for file in index.section("weight_map").values.values()})
     try:
-        _snapshot(model, folder.name, wanted)  # the commit, should the branch have moved on
+        _snapshot(model, folder.name, _weights(folder))  # the commit: its branch may have moved on
     except _Unreachable as error:
-        raise ModelNotFound(
-            f"the weights of {model} have not all come; files that have are kept, so fetch it "
-            f"again: {error.reason}"
-        ) from error
+        raise _incomplete(model, error.reason) from error
+
+
+def fetch_one_by_one(model: HubModel, folder: Path) -> None:
+    """Fetch those weights whose names are certain, in this thread, with a bar for each file.
+
+    So Ctrl-C ends it at once, where `fetch_weights`, which fetches the others too, would end the
+    files on their way first. Blocks.
+
+    Raises:
+        ModelNotFound: one of them does not come.
+        ModelDamaged: the index of the shards cannot be read.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in _weights(folder):
+        if "*" not in name:
+            try:
+                hf_hub_download(model.repo, name, revision=folder.name)
+            except EntryNotFoundError:
+                continue  # a model has one kind of weights; what is missing shows later
+            except Exception as error:  # as in _snapshot
+                found = _not_found(model, error)
+                if isinstance(found, _Unreachable):
+                    found = _incomplete(model, found.reason)
+                raise found from error
+
+
+def _weights(folder: Path) -> Sequence[str]:
+    """Return the files of a model's weights; patterns, where no index names them."""
+    index = ConfigFile.read(folder / INDEX)
+    if index is None:
+        return WEIGHTS
+    return sorted({str(file) for file in index.section("weight_map").values.values()})
+
+
+def _incomplete(model: HubModel, reason: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"the weights of {model} have not all come; files that have are kept, so fetch it again: "
+        f"{reason}"
+    )
 
 
 def _snapshot(model: HubModel, revision: str | None, patterns: Sequence[str]) -> Path:

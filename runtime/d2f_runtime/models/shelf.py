@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights
+from d2f_runtime.models.hub import HubModel, fetch_description, fetch_one_by_one, fetch_weights
 from d2f_stream.core.errors import MissingExtra, ModelNotFound
 
 __all__ = ["Kept", "kept", "pull", "remove"]
@@ -55,6 +55,7 @@ def pull(repo: str) -> str:
     """
     model = HubModel(*repo.split("@", 1))
     folder = fetch_description(model)
+    fetch_one_by_one(model, folder)
     fetch_weights(model, folder)
     return str(folder)
 
