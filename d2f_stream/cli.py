@@ -217,7 +217,10 @@ async def _chat(args: argparse.Namespace, load: Loader) -> int:
     history = data_folder(os.environ) / "history"
     read_line = line_reader(history, commands=[name.partition(" ")[0] for name in COMMANDS])
     opened, console = partial(_opened, args, load), Console(highlight=False)
-    chat = Chat(opened, read_line, console=console, overrides=overrides, system=args.system)
+    chat = Chat(
+        opened, read_line, console=console, overrides=overrides, system=args.system,
+        canvas=args.canvas,
+    )  # fmt: skip
     await chat.run(None)
     return 0
 

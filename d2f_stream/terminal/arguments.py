@@ -105,6 +105,9 @@ def _add_model(parser: Parser) -> None:
 def _add_chat(parser: Parser) -> None:
     _add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
+    parser.add_argument(
+        "--canvas", action="store_true", help="show the blocks of an answer as they are filled in"
+    )
     _add_params(parser.add_argument_group("decoding (the defaults are the model's own)"))
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from d2f_stream.core.events import Block, Draft, Event, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.terminal.views import printable
 
-__all__ = ["Canvas", "LiveCanvas", "last_sentence"]
+__all__ = ["FRAME_S", "Canvas", "Drafts", "LiveCanvas", "last_sentence"]
 
 # Blocks alternate between two looks, so that their edges can be seen without a mark between them.
 COMMITTED_STYLES: Final = ("default", "cyan")
@@ -43,6 +43,44 @@ def last_sentence(text: str) -> str:
     return next((part for part in reversed(sentences) if part), "")
 
 
+class Drafts:
+    """What is not final yet of an answer, position by position; `apply` feeds it."""
+
+    def __init__(self) -> None:
+        self._num_committed = 0
+        self._drafts: dict[int, Draft] = {}
+
+    def apply(self, event: Event) -> None:
+        """Take in the next event of the stream; a block ends its draft, the end all of them."""
+        match event:
+            case Draft() if event.index >= self._num_committed:
+                self._drafts[event.index] = event
+            case Block():
+                self._num_committed = event.index + 1
+                self._drafts.pop(event.index, None)
+            case StreamFinished() | StreamFailed():
+                self.clear()
+            case _:
+                pass
+
+    def clear(self) -> None:
+        """Drop them all."""
+        self._drafts.clear()
+
+    def append_to(self, answer: Text, *, ascii_only: bool) -> None:
+        """Draw them behind what is final."""
+        cells = ASCII_MASK_CELLS if ascii_only else MASK_CELLS
+        for index, draft in sorted(self._drafts.items()):
+            style = DRAFT_STYLES[index % 2]
+            if not draft.filled:
+                answer.append(printable(draft.text), style=style)
+            for is_filled, text in zip(draft.filled, draft.texts, strict=True):
+                if is_filled:
+                    answer.append(printable(text), style=style)
+                else:
+                    answer.append(cells[index % 2], style=MASK_STYLE)
+
+
 class Canvas:
     """A rich renderable of one stream; `apply` feeds it, rich draws it.
 
@@ -57,23 +95,20 @@ class Canvas:
         self._question = printable(question.strip())
         self._started: StreamStarted | None = None
         self._committed: list[Block] = []
-        self._drafts: dict[int, Draft] = {}
+        self._drafts = Drafts()
         self._end: StreamFinished | StreamFailed | None = None
         self._closed = False
 
     def apply(self, event: Event) -> None:
         """Take in the next event of the stream."""
+        self._drafts.apply(event)
         match event:
             case StreamStarted():
                 self._started = event
-            case Draft() if event.index >= len(self._committed):
-                self._drafts[event.index] = event
             case Block():
                 self._committed.append(event)
-                self._drafts.pop(event.index, None)
             case StreamFinished() | StreamFailed():
                 self._end = event
-                self._drafts.clear()
             case _:
                 pass
 
@@ -95,7 +130,7 @@ class Canvas:
         is_low = room is not None and room < LOW
         question = [] if is_low else self._draw_question(console, width, room)
         yield from question
-        answer = self._answer(ASCII_MASK_CELLS if options.ascii_only else MASK_CELLS)
+        answer = self._answer(ascii_only=options.ascii_only)
         lines = list(answer.wrap(console, width))
         if room is not None:
             used = sum(len(console.render_lines(part, options, pad=False)) for part in question)
@@ -119,26 +154,15 @@ class Canvas:
         )
         return [frame]
 
-    def _answer(self, mask_cells: tuple[str, str]) -> Text:
+    def _answer(self, *, ascii_only: bool) -> Text:
         answer = Text()
         for block in self._committed:
             text = printable(block.text)
             if not answer.plain:
                 text = text.lstrip()
             answer.append(text, style=COMMITTED_STYLES[block.index % 2])
-        for index, draft in sorted(self._drafts.items()):
-            self._append_draft(answer, draft, mask_cells[index % 2])
+        self._drafts.append_to(answer, ascii_only=ascii_only)
         return answer
-
-    def _append_draft(self, answer: Text, draft: Draft, mask_cell: str) -> None:
-        style = DRAFT_STYLES[draft.index % 2]
-        if not draft.filled:
-            answer.append(printable(draft.text), style=style)
-        for is_filled, text in zip(draft.filled, draft.texts, strict=True):
-            if is_filled:
-                answer.append(printable(text), style=style)
-            else:
-                answer.append(mask_cell, style=MASK_STYLE)
 
     def _draw_figures(self) -> list[Text]:
         match self._end:

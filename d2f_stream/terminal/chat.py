@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from d2f_stream.core.errors import D2FError, InvalidRequest, PromptTooLong
-from d2f_stream.core.nearest import did_you_mean
+from d2f_stream.core.nearest import did_you_mean, one_of
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Engine, Session
 from d2f_stream.terminal.answer import Answer
@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "/system [TEXT]": "show or set the system prompt, and begin anew",
     "/model [NAME]": "show or change the model; the chat goes on",
     "/set [NAME VALUE]": "show or set a decoding parameter, such as temperature 0.7",
+    "/canvas [on|off]": "show each answer's blocks as they are filled in, or leave it",
     "/retry": "ask the last question again",
     "/save FILE": "write the chat as JSON",
     "/help": "show this",
@@ -50,6 +51,7 @@ class Chat:
         console: what is drawn on.
         overrides: decoding parameters given at the start.
         system: the system prompt.
+        canvas: show the blocks of answers as they are filled in.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Chat:
         console: Console,
         overrides: ParamOverrides | None = None,
         system: str = "",
+        canvas: bool = False,
     ) -> None:
         self._open = open_model
         self._read_line = read_line
         self._console = console
         self._overrides: ParamOverrides = overrides or {}
         self._transcript = Transcript(system)
+        self._canvas = canvas
         self._engine: Engine | None = None
         self._stack = AsyncExitStack()
 
@@ -114,6 +118,8 @@ class Chat:
                 await (self._change_model(rest) if rest else self._show_model())
             case "/set":
                 self._set(rest)
+            case "/canvas":
+                self._set_canvas(rest)
             case "/retry":
                 question = self._transcript.retry()
                 chosen = self._current.defaults.with_overrides(self._overrides)
@@ -152,6 +158,12 @@ class Chat:
         self._current.defaults.with_overrides(given)  # refuses what does not fit
         self._overrides = given
         self._say(f"{name} = {value}")
+
+    def _set_canvas(self, text: str) -> None:
+        if text not in ("", "on", "off"):
+            raise InvalidRequest(f"/canvas is {text!r} but must be {one_of(text, ('on', 'off'))}")
+        self._canvas = text == "on" if text else self._canvas
+        self._say(f"the canvas is {'on' if self._canvas else 'off'}")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -216,9 +228,12 @@ class Chat:
         overrides: ParamOverrides = {**self._overrides}
         if is_whole:
             overrides["max_new_tokens"] = self._current.defaults.max_new_tokens
+        if self._canvas:
+            overrides["drafts"] = True
         session = self._current.generate(self._transcript.messages, **overrides)
         async with session, _interruptible(session):
-            drawing = Answer(self._console, self._current.info.description)
+            about = self._current.info.description
+            drawing = Answer(self._console, about, canvas=self._canvas)
             with drawing:
                 async for event in session.events():
                     drawing.apply(event)

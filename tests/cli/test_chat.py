@@ -83,6 +83,15 @@ async def test_new_forgets_and_retry_asks_again() -> None:
     ]
 
 
+async def test_canvas_asks_for_drafts_and_changes_no_turn() -> None:
+    plain, codec = await talk("Six and two?", "Why?")
+    drawn, same = await talk("/canvas on", "Six and two?", "Why?", "/canvas off")
+    assert codec.asked == same.asked
+    assert drawn.count("It is eight.") == plain.count("It is eight.") == 2
+    assert "the canvas is on" in drawn
+    assert "the canvas is off" in drawn
+
+
 async def test_retry_says_that_a_greedy_answer_comes_again() -> None:
     greedy, _ = await talk("One?", "/retry")
     sampled, _ = await talk("One?", "/set temperature 1", "/retry")
@@ -101,6 +110,8 @@ async def test_retry_says_that_a_greedy_answer_comes_again() -> None:
         ("/set temperature", "temperature = 0.0"),
         ("/set temperature hot", "temperature"),
         ("/model missing", "there is no model named missing"),
+        ("/canvas", "the canvas is off"),
+        ("/canvas no", "/canvas is 'no' but must be one of on, off"),
         ("/save", "/save needs a file name"),
         ("/save /nowhere/chat.json", "/nowhere/chat.json"),
     ],
