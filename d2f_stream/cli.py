@@ -14,9 +14,8 @@ import logging
 import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -34,8 +33,10 @@ from d2f_stream.server import command
 from d2f_stream.terminal import models_command
 from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, overrides_of
 from d2f_stream.terminal.config import Config, config_path, data_folder
+from d2f_stream.terminal.loader import Loader, default_load, opened_model
 from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.pacing import paced
+from d2f_stream.terminal.table import width_here
 from d2f_stream.terminal.views import JsonView, TextView, View, about_silence
 
 __all__ = ["Loader", "build_parser", "main", "overrides_of"]
@@ -44,25 +45,6 @@ FAILED: Final = 1
 BAD_INPUT: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
-
-
-class Loader(Protocol):
-    """Opens a model, as `d2f_stream.load` does."""
-
-    def __call__(
-        self,
-        model: str | None = None,
-        *,
-        adapter: str | None = None,
-        backend: str,
-        quantization: str,
-        device: str,
-        kv_tokens: int | None = None,
-        family: str | None = None,
-        token: str | None = None,
-    ) -> AbstractAsyncContextManager[Engine]:
-        """Return the engine as an async context manager."""
-        ...
 
 
 def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> int:
@@ -103,8 +85,8 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         if "://" in (args.model or ""):
             args.token = args.token or _token(args.model, config)
         if args.command == "chat":
-            return asyncio.run(_chat(args, load or _default_load()))
-        return asyncio.run(_generate(args, _prompt(args.prompt), load or _default_load()))
+            return asyncio.run(_chat(args, load or default_load()))
+        return asyncio.run(_generate(args, _prompt(args.prompt), load or default_load()))
     except D2FError as exc:
         _complain(str(exc))
         return BAD_INPUT if isinstance(exc, InvalidRequest) else FAILED
@@ -132,22 +114,6 @@ def _run_elsewhere(command: str, arguments: list[str]) -> int:
         return INTERRUPTED
 
 
-def _opened(
-    args: argparse.Namespace, load: Loader, model: str | None = None
-) -> AbstractAsyncContextManager[Engine]:
-    said = {} if args.family is None else {"family": str(args.family)}
-    return load(
-        model or args.model,
-        token=args.token if model in (None, args.model) else None,
-        adapter=args.adapter,
-        backend=args.backend,
-        quantization=args.quantization,
-        device=args.device,
-        kv_tokens=args.kv_tokens,
-        **said,
-    )
-
-
 def _token(server: str, config: Config) -> str | None:
     """Return the token that a server gets where none is on the command line."""
     kept = config.get("token") if server == config.get("server") else None
@@ -163,7 +129,7 @@ async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
     failure: StreamFailed | None = None
     has_text, silence = False, ""
     with view:
-        async with _opened(args, load) as engine:
+        async with opened_model(args, load) as engine:
             answer = _answer(engine, prompt, overrides, raw=args.raw, system=args.system)
             async with contextlib.aclosing(answer) as events:
                 shown: AsyncIterator[Event] = events
@@ -216,7 +182,7 @@ async def _chat(args: argparse.Namespace, load: Loader) -> int:
     GenerationParams().with_overrides(overrides)  # complain before the model loads
     history = data_folder(os.environ) / "history"
     read_line = line_reader(history, commands=[name.partition(" ")[0] for name in COMMANDS])
-    opened, console = partial(_opened, args, load), Console(highlight=False)
+    opened, console = partial(opened_model, args, load), Console(highlight=False)
     chat = Chat(
         opened, read_line, console=console, overrides=overrides, system=args.system,
         canvas=args.canvas,
@@ -234,7 +200,7 @@ def _models(args: argparse.Namespace, config: Config) -> int:
 
 def _config(args: argparse.Namespace, config: Config) -> int:
     if args.action == "show":
-        print(config.describe())
+        print(config.describe(width=width_here()))
     else:
         config.set(args.key, args.value if args.action == "set" else None)
     return 0
@@ -289,12 +255,6 @@ def _prompt(given: str | None) -> str:
     if not prompt.strip():
         raise InvalidPrompt("the prompt is empty")
     return prompt
-
-
-def _default_load() -> Loader:
-    from d2f_stream.api import load
-
-    return load
 
 
 def _complain(message: str) -> None:

@@ -1,0 +1,55 @@
+"""Loader: how the commands open the model that their arguments name."""
+
+import argparse
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from d2f_stream.core.session import Engine
+
+__all__ = ["Loader", "default_load", "opened_model"]
+
+
+class Loader(Protocol):
+    """Opens a model, as `d2f_stream.load` does."""
+
+    def __call__(
+        self,
+        model: str | None = None,
+        *,
+        adapter: str | None = None,
+        backend: str,
+        quantization: str,
+        device: str,
+        kv_tokens: int | None = None,
+        family: str | None = None,
+        token: str | None = None,
+    ) -> AbstractAsyncContextManager[Engine]:
+        """Return the engine as an async context manager."""
+        ...
+
+
+def opened_model(
+    args: argparse.Namespace, load: Loader, model: str | None = None
+) -> AbstractAsyncContextManager[Engine]:
+    """Return the engine of the arguments, or of another model with the same options.
+
+    The token goes to the server of the arguments alone.
+    """
+    said = {} if args.family is None else {"family": str(args.family)}
+    return load(
+        model or args.model,
+        token=args.token if model in (None, args.model) else None,
+        adapter=args.adapter,
+        backend=args.backend,
+        quantization=args.quantization,
+        device=args.device,
+        kv_tokens=args.kv_tokens,
+        **said,
+    )
+
+
+def default_load() -> Loader:
+    """Return the SDK's own loader, imported when it is needed."""
+    from d2f_stream.api import load
+
+    return load
