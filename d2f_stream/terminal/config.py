@@ -13,6 +13,7 @@ from typing import Final
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
 from d2f_stream.core.nearest import one_of
+from d2f_stream.terminal.table import wrapped
 
 __all__ = ["KEYS", "Config", "config_path", "data_folder"]
 
@@ -68,13 +69,13 @@ class Config:
             raise InvalidParams("config file", str(self.path), f"writable ({error})") from error
         self._values = kept
 
-    def describe(self) -> str:
+    def describe(self, *, width: int | None = None) -> str:
         """Return each key with its value, secrets hidden, and what it is for."""
         lines = [f"# {self.path}" + ("" if self.path.exists() else " (not written yet)")]
         for key, about in KEYS.items():
             value = self.get(key)
             told = "(not set)" if value is None else "(set)" if key == "token" else value
-            lines.append(f"{key:7} {told}\n        {about}")
+            lines += [f"{key:7} {told}", wrapped(f"{'':8}{about}", width=width, indent=" " * 8)]
         return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from d2f_stream.core.errors import ModelError, ModelNotFound
 from d2f_stream.parser import Parser, add_command
 from d2f_stream.terminal.machine import GIB, Machine
 from d2f_stream.terminal.served import served
+from d2f_stream.terminal.table import table, width_here, wrapped
 
 __all__ = ["add_arguments", "installed", "run"]
 
@@ -56,10 +57,11 @@ def run(arguments: argparse.Namespace) -> str:
     """
     match arguments.action:
         case "list":
-            table = listed(CATALOGUE, kept(), installed())
+            known = listed(CATALOGUE, kept(), installed())
             if arguments.server is None:
-                return table
-            return f"{table}\n\n{served(arguments.server, arguments.token)}"
+                return known
+            told = served(arguments.server, arguments.token)
+            return f"{known}\n\n{wrapped(told, width=width_here())}"
         case "show":
             manifest = installed().get(arguments.name)
             if manifest is not None:
@@ -92,7 +94,7 @@ def listed(entries: Iterable[Entry], here: Sequence[Kept], local: Mapping[str, M
         for item in here
         if item.repo not in known
     ]
-    return _table(rows)
+    return table(rows, width=width_here())
 
 
 def installed() -> dict[str, Manifest]:
@@ -111,15 +113,16 @@ def installed() -> dict[str, Manifest]:
 
 def described(name: str, manifest: Manifest) -> str:
     """Return what an installed model tells of itself, a line each."""
-    return _table(
-        [
+    return table(
+        width=width_here(),
+        rows=[
             ("name", f"{name} (installed)"),
             ("family", manifest.family),
             ("licence", manifest.license or "-"),
             ("on disk", _size(manifest)),
             ("context", f"{manifest.max_len:,} tokens"),
             ("what for", manifest.description or "-"),
-        ]
+        ],
     )
 
 
@@ -138,7 +141,8 @@ def shown(entry: Entry, here: set[str], machine: Machine) -> str:
     if entry.preset is not None:
         facts.append(("preset", entry.preset))
     facts += [(f"memory, {name}", _told(entry, name, machine)) for name in BITS]
-    return f"{_table(facts)}\n\nWith 4,096 tokens of context; here: {machine.told}."
+    here_is = f"With 4,096 tokens of context; here: {machine.told}."
+    return f"{table(facts, width=width_here())}\n\n{wrapped(here_is, width=width_here())}"
 
 
 def recommended(entries: Iterable[Entry], machine: Machine) -> str:
@@ -160,7 +164,8 @@ def recommended(entries: Iterable[Entry], machine: Machine) -> str:
         f"In brackets: more than {machine.told}.",
         "Measured, with a short context (GiB at most):",
     ]
-    return "\n".join([_table(rows), "", *told, *measured])
+    below = wrapped("\n".join([*told, *measured]), width=width_here(), indent="    ")
+    return f"{table(rows, width=width_here())}\n\n{below}"
 
 
 def _pull(name: str) -> str:
@@ -202,11 +207,3 @@ def _told(entry: Entry, quantization: str, machine: Machine) -> str:
     if found is not None:
         told += f"; {found.gb * 1e9 / GIB:.1f} measured on {found.device}, {found.record}"
     return told
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
