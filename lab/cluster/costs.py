@@ -102,7 +102,7 @@ async def _answers(parts: _Parts, answer: str, seconds: float) -> dict[str, Any]
 
 async def _waiting(url: str, seconds: float) -> float:
     """Return what the store spends on a stream's lease and reader, microseconds a second."""
-    from d2f_stream.server.streams.valkey.log import ValkeyLog  # wants the extra "cluster"
+    from d2f_stream.server.streams.valkey.log import ValkeyLog  # wants the extra "log"
 
     async with AsyncExitStack() as stack:
         worker, reader = [

@@ -19,7 +19,7 @@ try:
     from valkey import exceptions
     from valkey.asyncio.connection import AbstractConnection, ConnectionPool
 except ImportError as error:
-    raise MissingExtra("a log that servers share", "valkey", "cluster") from error
+    raise MissingExtra("a log that servers share", "valkey", "log") from error
 
 __all__ = [
     "ANSWER_S",
