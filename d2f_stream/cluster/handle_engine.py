@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self, Unpack, cast
+from typing import Final, Self, Unpack
 
 import msgspec
 
@@ -38,6 +38,7 @@ from d2f_stream.core.errors import (
 from d2f_stream.core.events import Block, StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
+from d2f_stream.server.streams.admission import Measured
 from d2f_stream.wire.protocol import ModelCard, Overrides, wire_prompt
 
 __all__ = ["HandleEngine", "LoggingHandleEngine"]
@@ -260,7 +261,9 @@ class LoggingHandleEngine(HandleEngine):
 
     logs = True
 
-    async def work(self, names: StreamNames, prompt: Prompt, overrides: ParamOverrides) -> None:
+    async def work(
+        self, names: StreamNames, asked: Measured, *, max_prompt_tokens: int | None
+    ) -> None:
         """Have a replica bring the stream to its end, from where the log has it. Safe to cancel.
 
         Returns once the stream has ended or another worker has it; the work of a replica that is
@@ -270,10 +273,15 @@ class LoggingHandleEngine(HandleEngine):
             D2FError: the request is refused, or one engine after the other has failed with it.
         """
         self._check_open()
-        assert not isinstance(prompt, str)  # encode() has read it
-        params = seeded(msgspec.convert(overrides, Overrides), self.defaults)
-        key = self._key_of(prompt, scope=names.scope, raw=False)
-        order = WorkOrder(stream=names.stream, prompt=cast("Sequence[int]", prompt), params=params)
+        key = self._key_of(asked.prompt, scope=names.scope, raw=asked.raw)
+        order = WorkOrder(
+            stream=names.stream,
+            prompt=wire_prompt(asked.prompt),
+            raw=asked.raw,
+            params=seeded(msgspec.convert(asked.overrides, Overrides), self.defaults),
+            clamp=asked.clamp,
+            max_prompt_tokens=max_prompt_tokens,
+        )
         num_failures = 0
         for attempt in _attempts():
             try:

@@ -40,14 +40,20 @@ class WorkOrder(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         stream: its id.
-        prompt: token ids.
+        prompt: as it was sent.
+        raw: whether a string is taken verbatim.
         params: of the request.
+        clamp: whether the answer is shortened where the model has no room for its length.
+        max_prompt_tokens: that the server takes.
         by_force: whether its last worker is known to be dead, so that its lease need not run out.
     """
 
     stream: str
-    prompt: Sequence[int]
+    prompt: WirePrompt
+    raw: bool = True
     params: Overrides
+    clamp: bool = False
+    max_prompt_tokens: int | None = None
     by_force: bool = False
 
 

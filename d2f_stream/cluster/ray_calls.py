@@ -50,12 +50,18 @@ class HandleCalls:
     def __init__(self, handle: "DeploymentHandle", *, leaves: bool = False) -> None:
         self._handle = handle
         self._leaves = leaves
+        self._methods: dict[str, DeploymentHandle] = {}  # of no conversation
 
     async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
         """Call a method. Safe to cancel."""
-        handle = self._handle.options(session_id=conversation)
+        if conversation:
+            called = getattr(self._handle.options(session_id=conversation), method)
+        elif (known := self._methods.get(method)) is not None:
+            called = known
+        else:  # a handle that is made anew each time costs as much as half a call
+            called = self._methods[method] = getattr(self._handle, method)
         try:
-            answer: bytes = await getattr(handle, method).remote(data)
+            answer: bytes = await called.remote(data)
         except RayActorError as error:
             raise ReplicaLost(str(error)) from error
         except RayTaskError as error:

@@ -26,7 +26,9 @@ from d2f_stream.cluster.orders import (
 )
 from d2f_stream.core.errors import D2FError, EngineFailed, InvalidRequest, error_from
 from d2f_stream.core.events import Block, Event, StreamFailed
+from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Prompt
+from d2f_stream.server.streams.admission import Measured
 from d2f_stream.server.streams.log import StreamLog, Work, check_model, diverged, model_of
 from d2f_stream.wire.protocol import ModelCard, ModelDefaults, WirePrompt
 
@@ -176,22 +178,28 @@ class ReplicaWorker:
         if self._log is None:
             return refusal(InvalidRequest("the engines were deployed without a log"))
         try:
+            prompt = await self._engine.encode(_asked(order.prompt), raw=order.raw)
+            overrides = Measured(
+                prompt, order.raw, order.params.to_dict(), clamp=order.clamp, charge=0
+            ).fitted(
+                len(prompt),
+                max_prompt_tokens=order.max_prompt_tokens,
+                max_len=self._engine.info.max_len,
+            )
             work = await self._log.work(
                 order.stream, model=model_of(self._engine), by_force=order.by_force
             )
             if work is not None:
                 async with work:
-                    await self._continue(work, order)
+                    await self._continue(work, prompt, overrides)
         except D2FError as error:
             return refusal(error)
         return b""
 
-    async def _continue(self, work: Work, order: WorkOrder) -> None:
+    async def _continue(self, work: Work, prompt: list[int], overrides: ParamOverrides) -> None:
         blocks = [event for event in work.events if isinstance(event, Block)]
         try:
-            session = self._engine.generate(
-                list(order.prompt), names=work.names, committed=blocks, **order.params.to_dict()
-            )
+            session = self._engine.generate(prompt, names=work.names, committed=blocks, **overrides)
             try:
                 work.on_cancel(session.cancel)
                 async for event in session.events():

@@ -94,7 +94,7 @@ async def test_killed_replica_s_stream_goes_on_at_another_one_through_the_log(
         async with Peer.to(server) as peer:
             await peer.hello()
             calls.methods.clear()
-            while calls._living[1] is not workers[0]:  # reads the prompt; then the first works
+            while calls._living[0] is not workers[0]:
                 calls._next("")
             started = await peer.generate()
             blocks: list[Event] = []

@@ -52,16 +52,17 @@ class Measured:
     clamp: bool
     charge: int
 
-    def fitted(self, num_tokens: int, *, limits: ServeLimits, max_len: int) -> ParamOverrides:
+    def fitted(
+        self, num_tokens: int, *, max_prompt_tokens: int | None, max_len: int
+    ) -> ParamOverrides:
         """Return the parameters with an answer that fits behind the prompt, where that may be.
 
         Raises:
             MessageTooLarge: the prompt is longer than the server allows.
             PromptTooLong: the model has no room behind it.
         """
-        limit = limits.max_prompt_tokens
-        if limit is not None and num_tokens > limit:
-            raise MessageTooLarge.of_prompt(num_tokens, limit)
+        if max_prompt_tokens is not None and num_tokens > max_prompt_tokens:
+            raise MessageTooLarge.of_prompt(num_tokens, max_prompt_tokens)
         room = max_len - num_tokens
         if not self.clamp or self.overrides.get("max_new_tokens", 0) <= room:
             return self.overrides  # the engine fits what was left open

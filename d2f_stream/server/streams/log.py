@@ -17,8 +17,8 @@ from typing import Protocol, Self, runtime_checkable
 from d2f_stream.core.errors import WorkerLost
 from d2f_stream.core.events import Draft, Event, StreamNames
 from d2f_stream.core.identity import ModelIdentity
-from d2f_stream.core.params import ParamOverrides
-from d2f_stream.core.session import Engine, Prompt
+from d2f_stream.core.session import Engine
+from d2f_stream.server.streams.admission import Measured
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.wire.protocol import Generate
 
@@ -200,8 +200,12 @@ class LoggingEngine(Protocol):
     A server asks it to have a stream worked on, and reads the events from the log like everybody.
     """
 
-    async def work(self, names: StreamNames, prompt: Prompt, overrides: ParamOverrides) -> None:
+    async def work(
+        self, names: StreamNames, asked: Measured, *, max_prompt_tokens: int | None
+    ) -> None:
         """Have a worker bring the stream to its end, from where the log has it. Safe to cancel.
+
+        The worker reads the prompt, too.
 
         The worker takes the stream's lease by `StreamLog.work`. Returns once the stream has ended
         or another worker has it; where a worker is lost, takes another one.

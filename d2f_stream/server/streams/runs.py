@@ -7,12 +7,12 @@ enters the engine. So what one client asks for is no other client's wait.
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 
 from d2f_stream.core.errors import D2FError, LogUnavailable, ServerShuttingDown
 from d2f_stream.core.events import Block, Event, StreamFinished, StreamNames
-from d2f_stream.core.params import ParamOverrides
-from d2f_stream.core.session import Engine, Prompt
+from d2f_stream.core.session import Engine
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.admission import Admission, Measured, PromptReader
 from d2f_stream.server.streams.endings import cancelled, failed
@@ -159,22 +159,23 @@ class Runs:
         return None
 
     async def _answer(self, stream: ServedStream, asked: Measured) -> None:
-        prompt, overrides = asked.prompt, asked.overrides
-        if isinstance(self._engine, PromptReader):
+        if isinstance(self._engine, PromptReader) and not isinstance(self._engine, LoggingEngine):
             async with self._reading.turn(stream.asker):
-                prompt = await self._engine.encode(prompt, raw=asked.raw)
-            max_len = self._engine.info.max_len
-            overrides = asked.fitted(len(prompt), limits=self._limits, max_len=max_len)
+                prompt = await self._engine.encode(asked.prompt, raw=asked.raw)
+            overrides = asked.fitted(
+                len(prompt),
+                max_prompt_tokens=self._limits.max_prompt_tokens,
+                max_len=self._engine.info.max_len,
+            )
+            asked = replace(asked, prompt=prompt, overrides=overrides)
         async with self._running.turn(stream.asker):
-            while not await self._work(stream, prompt, overrides, raw=asked.raw):
+            while not await self._work(stream, asked):
                 await self._log.wait_free(stream)  # another has it
 
-    async def _work(
-        self, stream: ServedStream, prompt: Prompt, overrides: ParamOverrides, *, raw: bool
-    ) -> bool:
+    async def _work(self, stream: ServedStream, asked: Measured) -> bool:
         """Bring a stream to its end; False where another worker has it."""
         if isinstance(self._engine, LoggingEngine):
-            return await self._work_elsewhere(self._engine, stream, prompt, overrides)
+            return await self._work_elsewhere(self._engine, stream, asked)
         await self._entering.take(stream.asker)
         enters = True
         try:
@@ -185,7 +186,7 @@ class Runs:
                 blocks = [event for event in work.events if isinstance(event, Block)]
                 names = StreamNames(stream.id, stream.request_id, stream.client)
                 session = self._engine.generate(
-                    prompt, names=names, committed=blocks, raw=raw, **overrides
+                    asked.prompt, names=names, committed=blocks, raw=asked.raw, **asked.overrides
                 )
                 try:
                     work.on_cancel(session.cancel)
@@ -207,18 +208,14 @@ class Runs:
         return True
 
     async def _work_elsewhere(
-        self,
-        engine: LoggingEngine,
-        stream: ServedStream,
-        prompt: Prompt,
-        overrides: ParamOverrides,
+        self, engine: LoggingEngine, stream: ServedStream, asked: Measured
     ) -> bool:
         pump = asyncio.current_task()
         assert pump is not None
         stream.leave(pump.cancel)
         await self._log.follow(stream)
         names = StreamNames(stream.id, stream.request_id, stream.client)
-        await engine.work(names, prompt, overrides)
+        await engine.work(names, asked, max_prompt_tokens=self._limits.max_prompt_tokens)
         return stream.has_terminal
 
     async def _append(self, stream: ServedStream, events: Callable[[], Iterable[Event]]) -> None:

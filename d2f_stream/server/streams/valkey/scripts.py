@@ -19,7 +19,7 @@ no Redis Cluster.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 __all__ = [
@@ -46,14 +46,14 @@ OTHER_LAYOUT: Final = "LAYOUT"
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script and the name that the store knows it by."""
+    """A script, and `sha`, the name that the store knows it by."""
 
     text: str
+    sha: str = field(init=False)
 
-    @property
-    def sha(self) -> str:
-        """Its name once the store has it."""
-        return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+    def __post_init__(self) -> None:
+        digest = hashlib.sha1(self.text.encode(), usedforsecurity=False)
+        object.__setattr__(self, "sha", digest.hexdigest())
 
 
 CREATE: Final = Script(
