@@ -30,11 +30,13 @@ class RayEngines:
     Attributes:
         url: for `serve --engines`.
         app: its name.
+        pid: of the process that started the cluster.
         environment: for processes that join the cluster.
     """
 
     url: str
     app: str
+    pid: int
     environment: dict[str, str]
 
     def pids(self) -> list[int]:
@@ -47,6 +49,16 @@ class RayEngines:
         """Kill one of them; which is a number, taken in turn."""
         pids = self.pids()
         os.kill(pids[number % len(pids)], signal.SIGKILL)
+
+    def kill_head(self) -> None:
+        """Kill the process in which Ray keeps what there is in the cluster."""
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,comm"], capture_output=True, text=True)
+        for line in listed.stdout.splitlines()[1:]:
+            pid, parent, name = line.split(maxsplit=2)
+            if int(parent) == self.pid and name.startswith("gcs_server"):
+                os.kill(int(pid), signal.SIGKILL)
+                return
+        raise RuntimeError("this cluster has no head")
 
     async def wait_alive(self, number: int) -> None:
         """Wait until there are so many."""
@@ -92,7 +104,7 @@ async def ray_engines(
                 address = (await process.stdout.readline()).decode()
                 if not address:
                     raise RuntimeError("the cluster did not start")
-        yield RayEngines(f"ray://{address.split()[-1]}/{app}", app, environment)
+        yield RayEngines(f"ray://{address.split()[-1]}/{app}", app, process.pid, environment)
     finally:
         process.stdin.close()
         async with asyncio.timeout(START_S):

@@ -145,3 +145,20 @@ async def test_conversation_stays_where_its_turns_are_whichever_server_is_asked(
             for home, number in homes.items():
                 for asked in (peer, other):
                     assert await holder(asked, number, *turns) == home
+
+
+async def test_answers_and_requests_outlive_ray_s_head_for_a_while(cluster: Cluster) -> None:
+    """The last test: Ray ends all its processes a minute later."""
+    await cluster.engines.wait_alive(2)
+    _, port = await cluster.start_server()
+    async with answering(cluster.url) as answers, Peer.to(Address(port)) as peer:
+        await peer.hello()
+        await answers.wait_blocks(3)
+        cluster.engines.kill_head()
+        await answers.wait_blocks(3)
+        assert answers.num_running == 8
+        started = await peer.generate(params={"max_new_tokens": 40})
+        *_, last = await peer.answer()
+        assert isinstance(last, StreamFinished)
+        assert last.stream == started.stream
+    assert answers.longest_pause_s < 5.0
