@@ -169,7 +169,11 @@ def recommended(entries: Iterable[Entry], machine: Machine) -> str:
 
 
 def _pull(name: str) -> str:
+    if name in installed():
+        return f"{name} is installed: there is nothing to fetch"
     entry = find(name)
+    if entry is None and "/" not in name:
+        raise ModelNotFound(f"nothing is known of {name}; {suggest(name)}")
     repos = [name] if entry is None else [entry.repo] + ([entry.adapter] if entry.adapter else [])
     return "\n".join(f"{repo}: {pull(repo)}" for repo in repos)
 

@@ -82,6 +82,8 @@ def test_connection_that_breaks_amid_a_file_goes_on_in_its_middle(
     [
         ("org/private", "does not let you read org/private (status 401); log in with `hf auth"),
         ("org/secret", "neither a folder nor a public repository org/secret; for a private one"),
+        ("zzz", "nothing is known of zzz; `d2f-stream models list` shows the names"),
+        ("sdar:3b", "there is no model called 'sdar:3b'; did you mean sdar:"),
         ("org/missing", "neither a folder nor a public repository org/missing"),
         ("org/gated", "org/gated is gated: accept its terms on huggingface.co"),
         (f"{REPO}@v9", f"the repository {REPO} has no revision 'v9'"),
@@ -96,3 +98,9 @@ def test_refusal_is_one_clear_line(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_installed_model_is_not_fetched(hub: LocalHub, capsys: Capture) -> None:
+    assert cli.main(["models", "pull", "word-problems"]) == 0
+    assert capsys.readouterr().out == "word-problems is installed: there is nothing to fetch\n"
+    assert hub.fetched == []
