@@ -87,6 +87,20 @@ def test_sessions_that_were_thought_dear_run_together_again() -> None:
     assert number == 16
 
 
+def test_nobody_runs_alone_for_good_after_steps_of_noise() -> None:
+    cost, chance = StepCost(), random.Random(0)
+    parts = [Part([Gain(1.0, 1.0)])] * 4
+    for _ in range(12):  # others used the cores
+        cost.learn(TimedStep(rows=1, sessions=1, ms=1.0))
+        cost.learn(TimedStep(rows=4, sessions=4, ms=chance.uniform(10.0, 15.0)))
+    assert cost.ms(4, 4) > 4 * cost.ms(1, 1)
+    number = 0
+    for _ in range(30):
+        number = len(allot(parts, cost, max_rows=1024))
+        cost.learn(TimedStep(rows=number, sessions=number, ms=1.2))
+    assert number > 1
+
+
 def test_step_alone_says_nothing_of_what_others_cost() -> None:
     cost = StepCost([TimedStep(8, 1, 1.0), TimedStep(256, 1, 1.5), TimedStep(64, 8, 2.0)])
     others_ms = cost.ms(8, 16) - cost.ms(8, 1)
@@ -101,7 +115,8 @@ def test_step_alone_says_nothing_of_what_others_cost() -> None:
 def test_one_step_that_takes_far_too_long_changes_nothing(
     learned: list[TimedStep], shape: tuple[int, int], times: float
 ) -> None:
-    cost = StepCost(TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512, 2048))
+    shapes = [(1, 1), (128, 1), (512, 1), (2048, 1), (128, 16)]
+    cost = StepCost(TimedStep(*known, affine(*known)) for known in shapes)
     for step in learned:
         cost.learn(TimedStep(step.rows, step.sessions, affine(step.rows, step.sessions)))
     before = [cost.ms(rows, sessions) for rows in (1, 16, 200, 3000) for sessions in (1, 16)]

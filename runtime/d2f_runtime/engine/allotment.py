@@ -8,6 +8,7 @@ rows cost.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -79,13 +80,29 @@ def _num_sessions(parts: Sequence[Part], cost: StepCost) -> int:
     """Return for how many of the parts, the first ones, the step takes least for a row.
 
     The others' rows are due in the next step, so that what counts is the time of all of them, not
-    what one session's bring more than another's.
+    what one session's bring more than another's. No session runs alone because steps of several are
+    thought dearer than one by one: where that is a mistake, nobody would find out.
     """
     rows = 0.0
+    ms: list[float] = []
     rates: list[float] = []
     for number, part in enumerate(parts, 1):
         rows += part.choices[0].rows + part.prompt_rows
-        rates.append(rows / cost.ms(rows, number))
+        ms.append(cost.ms(rows, number))
+        rates.append(rows / ms[-1])
+    number = _last_near_best(rates)
+    if number != 1 or len(parts) == 1:
+        return number
+    apart_ms = accumulate(cost.ms(each.choices[0].rows + each.prompt_rows, 1) for each in parts)
+    return _last_near_best(
+        [
+            rate * max(1.0, each / apart)
+            for rate, each, apart in zip(rates, ms, apart_ms, strict=True)
+        ]
+    )
+
+
+def _last_near_best(rates: Sequence[float]) -> int:
     enough = SLACK * max(rates, default=0.0)
     return max((number for number, rate in enumerate(rates, 1) if rate >= enough), default=0)
 
