@@ -159,7 +159,7 @@ def _note(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
 def _overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     from lab.bench.overhead import overhead
 
-    return asyncio.run(overhead())
+    return overhead()
 
 
 def _steps(arguments: argparse.Namespace) -> dict[str, Any]:

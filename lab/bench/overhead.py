@@ -1,116 +1,123 @@
-"""What a step costs beyond the model: policy, engine and hand-over, on a scripted backend.
+"""What a step costs the host: policy, plan, hand-over, events and text, on a scripted device.
 
-The scripted stream keeps a window of about 128 positions in four or five blocks of 32, with a few
-acceptances a step. The time of the backend call itself is measured inside it and taken off. It
-waits a little without the interpreter's lock, as a call does whose work is on a device: what the
-engine does meanwhile costs nothing.
+Sessions of LocalEngine ask side by side, decoded in blocks of a D2F pipeline, as verified drafts
+with branches, and a token a step; every other part is what users run. CPU times are the threads'
+own, so that other work on the machine hardly tells in them; `gap` is the wall time from the end of
+one launch to the begin of the next, in which a device would stand idle.
 """
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from d2f_runtime.backends.base import Backend, Slot, StepRow
-from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
-from d2f_runtime.decoding.decoder import BlockDecoder
-from d2f_runtime.decoding.window import Proposals
 from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
-from d2f_runtime.models.facts import ModelInfo
+from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.text.tokenizer import Tokenizer
 from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.presets import PRESETS
+from lab.bench.scripted_device import Launch, scripted_device
 from lab.records import spread
 
 __all__ = ["overhead"]
 
-PARAMS = GenerationParams(max_new_tokens=2048, block_size=32, max_active_blocks=4)
-PROMPT = "x" * 64
-NUM_ANSWERS = 24
-DEVICE_S = 0.0005  # of a step
+NUM_ANSWERS: Final = 4
+SESSIONS: Final = (1, 4, 16)
+LENGTH: Final = 128
+PROMPT: Final = [10 + at * 7 % 90 for at in range(64)]
+CODEC: Final = Path("runtime/d2f_runtime/models/embedded/tokenizer.json")
+
+_GRID = TransformerConfig(
+    family="llada",
+    vocab_size=160,
+    num_tokens=150,
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_size=32,
+    mask_id=3,
+    eos_ids=(151,),
+    rope_theta=5_000.0,
+    norm_eps=1e-5,
+    max_len=1024,
+)
+_CAUSAL = replace(
+    _GRID,
+    family="a2d",
+    shift_logits=True,
+    prompt_attention="causal",
+    commit_attention="causal",
+    native_block_size=8,
+)
+_BLOCKS = GenerationParams(max_new_tokens=LENGTH, block_size=32, max_active_blocks=4)
+CASES: Final[Mapping[str, tuple[TransformerConfig, GenerationParams]]] = {
+    "blocks of 32, four active": (_GRID, _BLOCKS),
+    "verified drafts of 8": (
+        _CAUSAL,
+        PRESETS["verified"].with_overrides({"max_new_tokens": LENGTH}),
+    ),
+    "a token a step": (
+        _CAUSAL,
+        PRESETS["autoregressive"].with_overrides({"max_new_tokens": LENGTH}),
+    ),
+}
 
 
-class _TimedBackend:
-    """A ScriptedBackend that notes when each step entered and left it."""
+def overhead(num_answers: int = NUM_ANSWERS) -> dict[str, Any]:
+    """Return microseconds per step, by decoding and number of sessions.
 
-    def __init__(self) -> None:
-        self._inner: Backend = ScriptedBackend(answers=lambda _: [65] * 4000, confidence=_schedule)
-        self.entered: list[float] = []
-        self.left: list[float] = []
-        self.widths: list[int] = []
-
-    @property
-    def info(self) -> ModelInfo:
-        return self._inner.info
-
-    def check(self, params: GenerationParams) -> None:
-        self._inner.check(params)
-
-    def warm_up(self) -> None:
-        self._inner.warm_up()
-
-    def open_slot(self, capacity: int) -> Slot:
-        return self._inner.open_slot(capacity)
-
-    def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
-        self.entered.append(time.perf_counter())
-        self.widths.append(len(rows[0].window.tokens))
-        result = self._inner.step(rows)
-        time.sleep(DEVICE_S)
-        self.left.append(time.perf_counter())
-        return result
-
-    def copy_prefix(self, source: Slot, target: Slot, num_tokens: int) -> None:
-        self._inner.copy_prefix(source, target, num_tokens)
-
-    def close_slot(self, slot: Slot) -> None:
-        self._inner.close_slot(slot)
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-async def overhead() -> dict[str, Any]:
-    """Return microseconds per step: of the policy alone, and of everything around the backend."""
-    backend = _TimedBackend()
-    key = ModelKey(Path("overhead"), "scripted", "cpu", "none")
-    lease = MODELS.lease(key, "overhead", lambda: ModelParts(backend, ByteCodec(), PARAMS))
-    async with LocalEngine(lease) as engine:
-        for _ in range(NUM_ANSWERS):
-            await engine.generate(PROMPT).result()
-    gaps = [
-        1e6 * (entered - left)
-        for entered, left in zip(backend.entered[1:], backend.left, strict=False)
-    ]
+    Args:
+        num_answers: of each session.
+    """
     return {
-        "policy_us_per_step": spread([us for _ in range(NUM_ANSWERS) for us in _policy_times()], 1),
-        "around_backend_us_per_step": spread(gaps, 1),
-        "window": spread([float(width) for width in backend.widths], 0),
+        f"{name}, {sessions} at once": asyncio.run(
+            _measure(config, params, sessions=sessions, num_answers=num_answers)
+        )
+        for name, (config, params) in CASES.items()
+        for sessions in SESSIONS
     }
 
 
-def _policy_times() -> list[float]:
-    """Time next_window and apply of the same stream, in process, without engine or thread."""
-    backend = ScriptedBackend(answers=lambda _: [65] * 4000, confidence=_schedule)
-    decoder = BlockDecoder(
-        prompt_tokens=ByteCodec().encode(PROMPT),
-        params=PARAMS,
-        mask_id=SCRIPTED_INFO.mask_id,
-        eos_ids=SCRIPTED_INFO.eos_ids,
-    )
-    slot = backend.open_slot(4096)
-    times: list[float] = []
-    while True:
-        started = time.perf_counter()
-        window = decoder.next_window()
-        middle = time.perf_counter()
-        if window is None:
-            return times
-        (proposals,) = backend.step([StepRow(slot, window)])
-        resumed = time.perf_counter()
-        decoder.apply(proposals)
-        times.append(1e6 * (middle - started + time.perf_counter() - resumed))
-
-
-def _schedule(position: int, step: int) -> float:
-    """About one position in ten is confident in any step, so four blocks stay in flight."""
-    return 0.95 if (position * 7 + step * 3) % 23 < 2 else 0.3
+async def _measure(
+    config: TransformerConfig, params: GenerationParams, *, sessions: int, num_answers: int
+) -> dict[str, Any]:
+    launches: list[Launch] = []
+    backend = scripted_device(config, launches)
+    key = ModelKey(Path("overhead"), "scripted", "cpu", "none")
+    codec = Tokenizer(CODEC)
+    lease = MODELS.lease(key, "overhead", lambda: ModelParts(backend, codec, params))
+    async with LocalEngine(lease) as engine:
+        for _ in range(2):  # makes the shapes, and what is cached
+            await engine.generate(PROMPT).result()
+        gaps: list[float] = []
+        ours: list[float] = []
+        whole: list[float] = []
+        loop: list[float] = []
+        num_tokens = num_steps = 0
+        for _ in range(num_answers):
+            launches.clear()
+            began_loop, began = time.thread_time(), time.process_time()
+            asked = [engine.generate(PROMPT).result() for _ in range(sessions)]
+            results = await asyncio.gather(*asked)  # who is not read has to wait
+            ended_loop, ended = time.thread_time(), time.process_time()
+            steps = len(launches)
+            script = sum(each.cpu_ended - each.cpu_began for each in launches)
+            whole.append(1e6 * (ended - began - script) / steps)
+            loop.append(1e6 * (ended_loop - began_loop) / steps)
+            gaps += [1e6 * (after.began - one.ended) for one, after in pairwise(launches)]
+            ours += [1e6 * (after.cpu_began - one.cpu_ended) for one, after in pairwise(launches)]
+            num_tokens += sum(result.usage.completion_tokens for result in results)
+            num_steps += steps
+    return {
+        "cpu_us": spread(whole, 1),
+        "device_thread_cpu_us": spread(ours, 1),
+        "loop_thread_cpu_us": spread(loop, 1),
+        "gap_us": spread(gaps, 1),
+        "tokens_per_step": round(num_tokens / num_steps, 2),
+    }
