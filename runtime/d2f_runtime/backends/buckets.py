@@ -6,6 +6,7 @@ wait to be cached, of 4 to 64 tokens, so any width occurs. Up to 128 rows a step
 what reading the weights costs, so that finer steps gain nothing; beyond, rows begin to count.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +38,7 @@ class Bucket:
 BUCKETS: Final = tuple(Bucket(sessions, rows) for sessions in SESSIONS for rows in ROWS)
 
 
+@functools.lru_cache(maxsize=4096)
 def bucket_for(num_rows: int, num_sessions: int) -> Bucket | None:
     """Return the smallest bucket for so many rows of so many sessions; None where none is."""
     for sessions in SESSIONS:

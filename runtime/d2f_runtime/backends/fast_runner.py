@@ -12,8 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -87,8 +86,7 @@ class _Shape:
         return self._answers[:, :number]
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Rows that run at once: a part of a step's rows where they would take too much memory."""
 
     rows: Sequence[StepRow]
@@ -167,12 +165,13 @@ class FastRunner:
         """Run the rows and write their K/V; see Runner."""
         with self._current():
             pieces = self._pieces(rows, spans)
-            alone = len(pieces) == 1
-            answers = [self._run(p) if alone else self._run(p).copy() for p in pieces]
+            if len(pieces) == 1:
+                answers = self._run(pieces[0])
+            else:
+                answers = np.concatenate([self._run(p).copy() for p in pieces], axis=1)
         if news := self._compilations.news():
             logger.info("a step had to wait: %s", news)
-        masks = [positions for piece in pieces for positions in piece.plan.masks]
-        return masks, answers[0] if alone else np.concatenate(answers, axis=1)
+        return [positions for piece in pieces for positions in piece.plan.masks], answers
 
     def _current(self) -> AbstractContextManager[object]:
         """Make the device the one that kernels are launched on."""
@@ -192,7 +191,7 @@ class FastRunner:
         bucket = bucket_for(max(plan.num_rows, plan.num_masks), plan.num_runs)
         shape = self._eager_shape(plan) if bucket is None else self._shape(bucket)
         shape.fill(plan)
-        if any(row.temperature > 0 for row in piece.rows):
+        if any([row.temperature > 0 for row in piece.rows]):
             return self._sample(piece, shape)
         if shape.greedy_graph is not None:
             shape.greedy_graph.replay()
@@ -200,6 +199,7 @@ class FastRunner:
             self._greedy(shape, plan.num_masks)
         return shape.answers(plan.num_masks)
 
+    @torch.inference_mode()
     def _sample(self, piece: _Piece, shape: _Shape) -> Floats:
         """Run the layers as ever, and the head with torch."""
         plan = piece.plan
@@ -224,6 +224,7 @@ class FastRunner:
         out: Floats = answers.cpu().numpy()
         return out
 
+    @torch.inference_mode()
     def _greedy(self, shape: _Shape, num_masks: int) -> None:
         """Run a whole step, of whose answers the first `num_masks` matter."""
         self._body(shape)
@@ -253,6 +254,7 @@ class FastRunner:
             piece = slice(begin, min(begin + length, states.shape[0]))
             found[:, piece].copy_(self._model.best_tokens(states[piece]), non_blocking=True)
 
+    @torch.inference_mode()
     def _eager_shape(self, plan: StepPlan) -> _Shape:
         """Return buffers of about the plan's size, for a step that no bucket holds."""
         rows = max(plan.num_rows, plan.num_masks)
@@ -260,12 +262,17 @@ class FastRunner:
         return _Shape(Bucket(plan.num_runs, rows), self._group, self._device)
 
     def _shape(self, bucket: Bucket) -> _Shape:
-        if bucket not in self._shapes:
-            shape = _Shape(bucket, self._group, self._device)
-            if self._use_graphs:
-                self._capture(bucket, shape)
-            self._shapes[bucket] = shape
-        return self._shapes[bucket]
+        shape = self._shapes.get(bucket)
+        if shape is None:
+            shape = self._shapes[bucket] = self._new_shape(bucket)
+        return shape
+
+    @torch.inference_mode()
+    def _new_shape(self, bucket: Bucket) -> _Shape:
+        shape = _Shape(bucket, self._group, self._device)
+        if self._use_graphs:
+            self._capture(bucket, shape)
+        return shape
 
     def _capture(self, bucket: Bucket, shape: _Shape) -> None:
         began = time.perf_counter()

@@ -116,10 +116,12 @@ class KVPool:
         self.store[:, new.offset : new.offset + num_tokens] = stored  # spans do not overlap
         new.num_cached = num_tokens
 
-    def blank(self, span: Span) -> None:
-        """Write zeros over all of a span, which held what is no number; see the note above."""
-        self.store[:, span.offset : span.offset + span.capacity] = 0
-        self.last_hidden[span.index] = 0
+    @torch.inference_mode()
+    def blank(self, spans: Sequence[Span]) -> None:
+        """Write zeros over all of some spans, which held what is no number; see the note above."""
+        for span in spans:
+            self.store[:, span.offset : span.offset + span.capacity] = 0
+            self.last_hidden[span.index] = 0
 
     def close(self, slot: Slot) -> None:
         """Free a slot's span. Idempotent."""

@@ -98,6 +98,7 @@ class PlainRunner:
     def warm_up(self) -> None:
         """Do nothing: torch compiles and captures nothing."""
 
+    @torch.inference_mode()
     def run(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> tuple[Masks, Floats]:
         """Run the rows and store their K/V; see Runner."""
         lengths = [num_forwarded(row.window, self._info) for row in rows]

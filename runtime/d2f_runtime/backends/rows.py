@@ -5,8 +5,9 @@ Which positions run through the model, which are predicted, how the answers beco
 Shapes: B rows, W the longest window, N masks over all rows.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ __all__ = [
 MIN_TEMPERATURE = 1e-6
 MAX_BRANCH_MASKS: Final = 1024  # of all branches of a step
 _RANKS: tuple[Rank, ...] = ("confidence", "margin", "neg_entropy")  # the order of the answers
+
+T = TypeVar("T")
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -104,7 +107,7 @@ def broken_rows(masks: Masks, answers: npt.NDArray[np.floating]) -> list[int]:
         masks: see Masks; N in all.
         answers: [4, N] token, confidence, margin, neg_entropy.
     """
-    if np.isfinite(answers[1].sum()):  # which nearly always says all
+    if math.isfinite(sum(answers[1].tolist())):  # which nearly always says all
         return []
     ends = np.cumsum([len(positions) for positions in masks])
     return sorted(
@@ -124,20 +127,35 @@ def to_proposals(
         masks: see Masks; N in all.
         answers: [4, N] token, confidence, margin, neg_entropy.
     """
-    tokens, confidence = answers[0].astype(np.int64).tolist(), answers[1].tolist()
+    found, confidence = answers[:2].tolist()
+    tokens = list(map(int, found))
     proposals: list[Proposals] = []
     first = 0
     for row, positions in zip(rows, masks, strict=True):
         part = slice(first, first + len(positions))
         first = part.stop
         width = row.window.num_entries
-        spread_tokens, spread_confidence = [NO_TOKEN] * width, [0.0] * width
-        for at, token, sure in zip(positions, tokens[part], confidence[part], strict=True):
-            spread_tokens[at], spread_confidence[at] = token, sure
         rank = None
         if which := _RANKS.index(row.rank):
-            rank = [0.0] * width
-            for at, score in zip(positions, answers[1 + which, part].tolist(), strict=True):
-                rank[at] = score
-        proposals.append(Proposals(spread_tokens, spread_confidence, rank))
+            rank = _spread(positions, answers[1 + which, part].tolist(), width, 0.0)
+        proposals.append(
+            Proposals(
+                _spread(positions, tokens[part], width, NO_TOKEN),
+                _spread(positions, confidence[part], width, 0.0),
+                rank,
+            )
+        )
     return proposals
+
+
+def _spread(positions: Sequence[int], values: list[T], width: int, nothing: T) -> list[T]:
+    """Return [width] the values at their positions, ascending, and `nothing` elsewhere."""
+    if not positions:
+        return [nothing] * width
+    before, last = positions[0], positions[-1]
+    if last - before + 1 == len(positions):  # as in a verified answer's windows
+        return [*[nothing] * before, *values, *[nothing] * (width - 1 - last)]
+    spread = [nothing] * width
+    for at, value in zip(positions, values, strict=True):
+        spread[at] = value
+    return spread

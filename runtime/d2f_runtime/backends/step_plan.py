@@ -12,14 +12,13 @@ Shapes: R rows, N masks, T tiles, S sessions.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from struct import pack_into
 from typing import Final, NamedTuple
 
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import MAX_SLOTS, Span
-from d2f_runtime.backends.rows import num_forwarded, shifted_positions
+from d2f_runtime.backends.rows import shifted_positions
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.kernels.attention import TILE_FIELDS
 from d2f_runtime.models.facts import ModelInfo
@@ -85,6 +84,8 @@ class StepPlan(NamedTuple):
         placements: of its windows.
         num_rows: that run through the layers.
         num_masks: rows that run through the head.
+        num_branch_masks: masks of all branches.
+        num_runs: runs of rows that see one run of keys each, or its beginning and their own.
         shift: whether a state predicts the position after its own.
         in_place: whether those of drafts predict their own all the same.
         mask_id: of the masks of branches.
@@ -93,19 +94,11 @@ class StepPlan(NamedTuple):
     placements: Sequence[Placement]
     num_rows: int
     num_masks: int
+    num_branch_masks: int
+    num_runs: int
     shift: bool
     in_place: bool
     mask_id: int
-
-    @property
-    def num_branch_masks(self) -> int:
-        """Masks of all branches."""
-        return sum(placement.row.window.num_branch_masks for placement in self.placements)
-
-    @property
-    def num_runs(self) -> int:
-        """Runs of rows that see one run of keys each, or its beginning and their own."""
-        return sum(1 + len(placement.row.window.branches) for placement in self.placements)
 
     @property
     def masks(self) -> list[list[int]]:
@@ -116,7 +109,7 @@ class StepPlan(NamedTuple):
     def geometry(self) -> tuple[object, ...]:
         """All that a step's integers depend on besides tokens and masks."""
         return tuple(
-            (placement[2:], _shape_of(placement.row.window)) for placement in self.placements
+            [(placement[2:], _shape_of(placement.row.window)) for placement in self.placements]
         )
 
     def fill(
@@ -130,77 +123,80 @@ class StepPlan(NamedTuple):
             per_tile: rows of an attention tile.
             same_geometry: what the array holds is of a step of this geometry.
         """
+        tokens: list[int] = []
         heads: list[int] = []
         for row, masks, first, num_rows, slot_index, _, _ in self.placements:
             window = row.window
-            pack_into(f"{num_rows}i", flat, 4 * first, *window.tokens[:num_rows])
+            tokens += window.tokens[:num_rows]
+            num_branch_masks = window.num_branch_masks
+            own = masks[: len(masks) - num_branch_masks] if num_branch_masks else masks
             if self.in_place:
-                masks = shifted_positions(masks, window.num_to_cache)
-            own = len(masks) - window.num_branch_masks
+                own = shifted_positions(own, window.num_to_cache)
+            before = len(heads)
             if shift := first - self.shift:
-                heads += [shift + position for position in masks[:own]]
+                heads += [shift + position for position in own]
             else:
-                heads += masks[:own]
-            if self.shift and own and masks[0] == 0:
-                # predicted by the slot's last cached state
-                heads[-own] = -1 - slot_index
-            if window.branches:
+                heads += own
+            if self.shift and own and own[0] == 0:
+                heads[before] = -1 - slot_index  # predicted by the slot's last cached state
+            if num_branch_masks:
                 begin = first + num_rows
-                end = begin + window.num_branch_masks
-                heads += range(begin, end)
-                pack_into(f"{end - begin}i", flat, 4 * begin, *[self.mask_id] * (end - begin))
+                heads += range(begin, begin + num_branch_masks)
+                tokens += [self.mask_id] * num_branch_masks
         size = layout.rows
-        heads += [0] * (size - len(heads))
-        pack_into(f"{size}i", flat, 16 * size, *heads)
+        _write(flat, 0, size, tokens)
+        _write(flat, 4 * size, size, heads)
         if not same_geometry:
             self._fill_geometry(flat, layout, per_tile)
 
     def _fill_geometry(self, flat: memoryview, layout: Layout, per_tile: int) -> None:
-        """Write what depends on the geometry alone, and all padding."""
+        """Write what depends on the geometry alone."""
         size = layout.rows
-        fields = (flat[i * size : (i + 1) * size] for i in range(6))
-        tokens, positions, places, visible, _, drafts = fields
+        positions, places, drafts = (flat[i * size : (i + 1) * size] for i in (1, 2, 5))
+        visible: list[int] = []
         tiles: list[int] = []
         last: dict[int, int] = {}
-        for placement in self.placements:
-            window, first = placement.row.window, placement.first
-            start, stop = window.start, window.start + placement.num_rows
-            end = first + placement.num_rows
+        for row, _, first, num_rows, slot_index, offset, place in self.placements:
+            window = row.window
+            start, stop, end = window.start, window.start + num_rows, first + num_rows
             positions[first:end] = _counting(start, stop)
-            places[first:end] = _counting(placement.offset + start, placement.offset + stop)
-            clean = min(window.num_to_cache, placement.num_rows)
-            drafts[first : first + clean] = array("i", (0,)) * clean
-            drafts[first + clean : end] = array("i", (1,)) * (placement.num_rows - clean)
+            places[first:end] = _counting(offset + start, offset + stop)
+            clean = first + min(window.num_to_cache, num_rows)
+            drafts[first:clean] = _many(0, clean - first)
+            drafts[clean:end] = _many(1, end - clean)
             before = start
             for edge in window.block_stops:
-                at, until = first + before - start, min(end, first + edge - start)
-                visible[at:until] = array("i", (edge,)) * (until - at)
+                if edge - before == 1:
+                    visible.append(edge)
+                else:
+                    visible += [edge] * (edge - before)
                 before = edge
-            for at in range(0, placement.num_rows, per_tile):
-                count = min(per_tile, placement.num_rows - at)
-                tiles += (first + at, count, placement.offset, NO_BORDER, 0)
-            at, place = end, placement.branches
-            for branch in window.branches:
-                until, stop = at + branch.num_masks, branch.start + branch.num_masks
-                positions[at:until] = _counting(branch.start, stop)
-                places[at:until] = _counting(place, place + branch.num_masks)
-                visible[at:until] = array("i", (stop,)) * branch.num_masks
-                drafts[at:until] = array("i", (1,)) * branch.num_masks
-                for row in range(at, until, per_tile):
-                    count = min(per_tile, until - row)
-                    elsewhere = place - branch.start
-                    tiles += (row, count, placement.offset, branch.start, elsewhere)
-                at, place = until, place + branch.num_masks
+            del visible[end:]  # a placeholder has no row
+            for at in range(first, end, per_tile):
+                tiles += (at, min(per_tile, end - at), offset, NO_BORDER, 0)
+            if window.branches:
+                at = end
+                for start, count in window.branches:
+                    stop = start + count
+                    visible += [stop] * count
+                    elsewhere = place + at - end - start
+                    for begin in range(at, at + count, per_tile):
+                        num = min(per_tile, at + count - begin)
+                        tiles += (begin, num, offset, start, elsewhere)
+                    at += count
+                positions[end:at] = array("i", window.branch_positions())
+                places[end:at] = _counting(place, place + at - end)
+                drafts[end:at] = _many(1, at - end)
             if window.num_to_cache:
-                last[placement.slot_index] = first + window.num_to_cache - 1
-        rest = size - self.num_rows
-        paddings = ((tokens, 0), (positions, 0), (places, -1), (visible, 0), (drafts, 0))
-        for values, padding in paddings:
-            values[self.num_rows :] = array("i", (padding,)) * rest
-        tiles += [0] * (layout.tiles * TILE_FIELDS - len(tiles))
+                last[slot_index] = first + window.num_to_cache - 1
+        used, rest = self.num_rows, size - self.num_rows
+        positions[used:] = drafts[used:] = _many(0, rest)
+        places[used:] = _many(-1, rest)
+        _write(flat, 3 * size, size, visible)
         unused = layout.sessions - len(last)
-        last_from, last_to = [*last.values()] + [0] * unused, [*last] + [NOBODY] * unused
-        flat[6 * size :] = array("i", tiles + last_from + last_to)
+        ends = [*last.values(), *[0] * unused, *last, *[NOBODY] * unused]
+        tiles += [0] * (layout.tiles * TILE_FIELDS - len(tiles))
+        flat[6 * size :] = array("i", tiles + ends)
 
 
 def _shape_of(window: Window) -> tuple[object, ...]:
@@ -219,24 +215,46 @@ def plan_step(
         scratch: the first pool place that is for the masks of branches.
     """
     placements: list[Placement] = []
-    first = num_masks = 0
-    mask_id = info.mask_id
+    first = num_masks = num_branch_masks = num_runs = 0
+    mask_id, shift, in_place = info.mask_id, info.shift_logits, info.drafts_in_place
     for row, span in zip(rows, spans, strict=True):
         window = row.window
-        num_rows = num_forwarded(window, info)
+        num_rows = window.num_forwarded(mask_id, shift_logits=shift, drafts_in_place=in_place)
         masks = window.asked(mask_id)
-        placements.append(Placement(row, masks, first, num_rows, span.index, span.offset, scratch))
-        scratch += window.num_branch_masks
-        first += num_rows + window.num_branch_masks
+        place = scratch + num_branch_masks
+        placements.append(Placement(row, masks, first, num_rows, span.index, span.offset, place))
+        own = window.num_branch_masks
+        first += num_rows + own
         num_masks += len(masks)
-    return StepPlan(placements, first, num_masks, info.shift_logits, info.drafts_in_place, mask_id)
+        num_branch_masks += own
+        num_runs += 1 + len(window.branches)
+    return StepPlan(
+        placements, first, num_masks, num_branch_masks, num_runs, shift, in_place, mask_id
+    )
 
 
-_COUNTING = memoryview(array("i", range(1 << 14)))
+MAX_COUNTED: Final = 1 << 14  # integers in a row that are at hand
+
+
+def _numbers(values: Iterable[int]) -> memoryview:
+    return memoryview(array("i", values))
+
+
+_COUNTING = _numbers(range(MAX_COUNTED))
+_MANY = {value: _numbers([value] * MAX_COUNTED) for value in (0, 1, -1)}
+
+
+def _many(value: int, count: int) -> memoryview:
+    return _MANY[value][:count] if count <= MAX_COUNTED else _numbers([value] * count)
 
 
 def _counting(start: int, stop: int) -> memoryview:
     """Return the integers start..stop; a view where they are small."""
-    if stop > len(_COUNTING):
-        return memoryview(array("i", range(start, stop)))
-    return _COUNTING[start:stop]
+    return _COUNTING[start:stop] if stop <= MAX_COUNTED else _numbers(range(start, stop))
+
+
+def _write(flat: memoryview, at: int, size: int, values: list[int]) -> None:
+    """Write a field of `size` integers, the last of them zeros."""
+    used = at + len(values)
+    flat[at:used] = array("i", values)
+    flat[used : at + size] = _many(0, at + size - used)

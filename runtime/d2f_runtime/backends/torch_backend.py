@@ -145,7 +145,6 @@ class TorchBackend:
         """
         return self._pool.open(capacity)
 
-    @torch.inference_mode()
     def step(self, rows: Sequence[StepRow]) -> list[Proposals]:
         """Run one forward for all rows, in order; cache the first `num_to_cache` of each."""
         if not rows:
@@ -154,8 +153,8 @@ class TorchBackend:
         check_rows(rows, spans)
         assert self._runner is not None, "the backend is closed"
         masks, answers = self._runner.run(rows, spans)
-        for index in broken_rows(masks, answers):
-            self._pool.blank(spans[index])
+        if broken := broken_rows(masks, answers):
+            self._pool.blank([spans[index] for index in broken])
         for row, span in zip(rows, spans, strict=True):
             span.num_cached = row.window.start + row.window.num_to_cache
         return to_proposals(rows, masks, answers)

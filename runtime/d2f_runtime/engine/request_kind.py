@@ -56,6 +56,14 @@ class RequestKind:
     block_size: int
     least_part: int | None = None
 
+    def __hash__(self) -> int:
+        """Return the same as ever, worked out once: each step asks for it several times."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.params, self.block_size, self.least_part))
+
     @classmethod
     def of(
         cls, params: GenerationParams, block_size: int, *, least_part: int | None = None

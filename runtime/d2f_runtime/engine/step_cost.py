@@ -66,9 +66,12 @@ class StepCost:
         index = self._segment(rows)
         first, last = KNOTS[index], KNOTS[index + 1]
         low, high = self._knots_ms[index], self._knots_ms[index + 1]
-        along = max(0.0, (rows - first) / (last - first))
-        session_ms = min(self._session_ms, self._knots_ms[0])  # alone it costs a step at most
-        return max(LEAST_MS, low + (high - low) * along + session_ms * (sessions - 1))
+        ms = low
+        if rows > first:
+            ms += (high - low) * (rows - first) / (last - first)
+        if sessions > 1:  # alone it costs a step at most
+            ms += min(self._session_ms, self._knots_ms[0]) * (sessions - 1)
+        return ms if ms > LEAST_MS else LEAST_MS
 
     def rows_within(self, more_ms: float, *, rows: float, sessions: int, most: int) -> int:
         """Return how many rows, of one more session, a step may have besides for so much more.
@@ -186,7 +189,7 @@ class StepCost:
             self._knots_ms[knot] = self._knots_ms[last] * (KNOTS[knot] / KNOTS[last]) ** 0.25
 
     def _segment(self, rows: float) -> int:
-        return min(max(bisect_right(KNOTS, rows) - 1, 0), len(KNOTS) - 2)
+        return bisect_right(KNOTS, rows, 1, len(KNOTS) - 1) - 1
 
     def _fit(self, timed: Sequence[TimedStep]) -> None:
         alone = sorted(step for step in timed if step.sessions == 1)

@@ -146,31 +146,39 @@ class WidthGains:
             return
         self._is_stale = False
         numbers = range(len(self._guesses))
-        self._expected = tuple(map(self._expect, numbers))
+        by_weight = sorted(numbers, key=self._weights.__getitem__, reverse=True)
+        best, *others = by_weight
+        second = others[0] if others else best
+        self._expected = tuple(
+            [self._expect(index, second if index == best else best) for index in numbers]
+        )
         self._hoped = tuple(map(self._hope, numbers))
 
-    def _expect(self, index: int) -> Gain:
-        """Return what was seen; the less that is, the more what the others let guess."""
+    def _expect(self, index: int, other: int) -> Gain:
+        """Return what was seen; the less that is, the more what the others let guess.
+
+        Args:
+            index: of the width.
+            other: that of the others of which most is known; itself where it is the only one.
+        """
         weight = self._weights[index] / self._unit
         if self._is_single(index):
             return self._guesses[index]
-        guess = self._guess(index)
+        guess = self._guess(index, other)
         if weight < SEEN:
             return guess
         steps, prior = self._steps[index], GUESS / (weight + GUESS)
         tokens, rows = self._tokens[index] / steps, self._rows[index] / steps
         return Gain(tokens + (guess.tokens - tokens) * prior, rows + (guess.rows - rows) * prior)
 
-    def _guess(self, index: int) -> Gain:
-        """Return the guess for a width, stretched by that other one of which most is known."""
+    def _guess(self, index: int, other: int) -> Gain:
+        """Return the guess for a width, stretched by what is known of another one."""
         guess = self._guesses[index]
-        others = [other for other in range(len(self._guesses)) if other != index]
-        best = max(others, key=self._weights.__getitem__, default=index)
-        steps, base = self._steps[best], self._guesses[best]
-        if self._weights[best] < SEEN * self._unit:
+        if self._weights[other] < SEEN * self._unit:
             return guess
-        tokens = guess.tokens * self._tokens[best] / (steps * base.tokens)
-        return Gain(tokens, guess.rows * self._rows[best] / (steps * base.rows))
+        steps, base = self._steps[other], self._guesses[other]
+        tokens = guess.tokens * self._tokens[other] / (steps * base.tokens)
+        return Gain(tokens, guess.rows * self._rows[other] / (steps * base.rows))
 
     def _hope(self, index: int) -> Gain:
         """Return what a width may well bring: where it is unknown, the most that others allow.
