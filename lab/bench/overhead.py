@@ -2,18 +2,21 @@
 
 Sessions of LocalEngine ask side by side, decoded in blocks of a D2F pipeline, as verified drafts
 with branches, and a token a step; every other part is what users run. CPU times are the threads'
-own, so that other work on the machine hardly tells in them; `gap` is the wall time from the end of
-one launch to the begin of the next, in which a device would stand idle.
+own; `gap` is the wall time from the end of one launch to the begin of the next, in which a device
+would stand idle. On a machine with other work all of them are those of cold caches. `alone` is what
+stands in that gap of one session at the least: its steps in a bare loop, on one thread.
 """
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+from d2f_runtime.decoding.width import OWN
+from d2f_runtime.engine.denoiser import Denoiser
 from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.models.config import TransformerConfig
@@ -55,33 +58,60 @@ _CAUSAL = replace(
     commit_attention="causal",
     native_block_size=8,
 )
-_BLOCKS = GenerationParams(max_new_tokens=LENGTH, block_size=32, max_active_blocks=4)
+_BLOCKS = GenerationParams(block_size=32, max_active_blocks=4)
 CASES: Final[Mapping[str, tuple[TransformerConfig, GenerationParams]]] = {
     "blocks of 32, four active": (_GRID, _BLOCKS),
-    "verified drafts of 8": (
-        _CAUSAL,
-        PRESETS["verified"].with_overrides({"max_new_tokens": LENGTH}),
-    ),
-    "a token a step": (
-        _CAUSAL,
-        PRESETS["autoregressive"].with_overrides({"max_new_tokens": LENGTH}),
-    ),
+    "verified drafts of 8": (_CAUSAL, PRESETS["verified"]),
+    "a token a step": (_CAUSAL, PRESETS["autoregressive"]),
 }
 
 
-def overhead(num_answers: int = NUM_ANSWERS) -> dict[str, Any]:
+def overhead(
+    num_answers: int = NUM_ANSWERS, *, sessions: Sequence[int] = SESSIONS, length: int = LENGTH
+) -> dict[str, Any]:
     """Return microseconds per step, by decoding and number of sessions.
 
     Args:
         num_answers: of each session.
+        sessions: numbers of them.
+        length: of an answer, tokens.
     """
-    return {
-        f"{name}, {sessions} at once": asyncio.run(
-            _measure(config, params, sessions=sessions, num_answers=num_answers)
-        )
+    cases = {
+        name: (config, params.with_overrides({"max_new_tokens": length}))
         for name, (config, params) in CASES.items()
-        for sessions in SESSIONS
     }
+    found: dict[str, Any] = {
+        f"{name}, alone": _alone(config, params, num_answers)
+        for name, (config, params) in cases.items()
+    }
+    return found | {
+        f"{name}, {number} at once": asyncio.run(
+            _measure(config, params, sessions=number, num_answers=num_answers)
+        )
+        for name, (config, params) in cases.items()
+        for number in sessions
+    }
+
+
+def _alone(
+    config: TransformerConfig, params: GenerationParams, num_answers: int
+) -> dict[str, float]:
+    """Time one stream's steps in a loop: row, backend and acceptance, without the script."""
+    launches: list[Launch] = []
+    backend = scripted_device(config, launches, device_s=0.0)
+    times: list[float] = []
+    for answer in range(num_answers + 1):
+        denoiser = Denoiser(prompt_tokens=PROMPT, params=params, info=backend.info)
+        slot = backend.open_slot(len(PROMPT) + params.max_new_tokens + params.block_size)
+        while denoiser.finish_reason is None:
+            began = time.perf_counter()
+            (proposals,) = backend.step([denoiser.row(slot, OWN)])
+            denoiser.apply(proposals)
+            script = launches[-1].ended - launches[-1].began
+            if answer:  # the first one makes the shapes
+                times.append(1e6 * (time.perf_counter() - began - script))
+        backend.close_slot(slot)
+    return spread(times, 1)
 
 
 async def _measure(

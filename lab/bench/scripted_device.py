@@ -20,6 +20,7 @@ from d2f_runtime.models.transformer import Transformer
 __all__ = ["DEVICE_S", "Launch", "scripted_device"]
 
 DEVICE_S = 0.0008  # of a step: what one of SmolLM2-135M takes of an H200
+MAX_TOKENS = 16384
 SURE, UNSURE = 0.96, 0.3
 SHARE_RIGHT = 72  # of a hundred drafts
 SHARE_FILLED = 12  # of a hundred masks of a block, in each step
@@ -35,24 +36,27 @@ class Launch(NamedTuple):
 
 
 def scripted_device(
-    config: TransformerConfig, launches: list[Launch], *, max_tokens: int = 16384
+    config: TransformerConfig, launches: list[Launch], *, device_s: float = DEVICE_S
 ) -> TorchBackend:
-    """Return a backend that notes its launches."""
+    """Return a backend that notes its launches, each of which waits so long."""
     backend = TorchBackend(
-        Transformer(config), name="scripted", runner="fast", max_tokens=max_tokens
+        Transformer(config), name="scripted", runner="fast", max_tokens=MAX_TOKENS
     )
     backend.info = replace(backend.info, spare_rows=GPU_SPARE_ROWS)
     old = cast("FastRunner", backend._runner)
-    backend._runner = _ScriptedRunner(old, backend, launches)
+    backend._runner = _ScriptedRunner(old, backend, launches, device_s)
     return backend
 
 
 class _ScriptedRunner(FastRunner):
     """Writes answers instead of running a step."""
 
-    def __init__(self, old: FastRunner, backend: TorchBackend, launches: list[Launch]) -> None:
+    def __init__(
+        self, old: FastRunner, backend: TorchBackend, launches: list[Launch], device_s: float
+    ) -> None:
         super().__init__(old._model, backend._pool, backend.info, use_graphs=False)
         self._launches = launches
+        self._device_s = device_s
         self._asked: Any = None  # the piece that is launched next
 
     def _run(self, piece: Any) -> Any:
@@ -85,7 +89,8 @@ class _ScriptedRunner(FastRunner):
                     sure = UNSURE
                 found[0, column], found[1, column] = token, sure
                 column += 1
-        time.sleep(DEVICE_S)
+        if self._device_s:
+            time.sleep(self._device_s)
         self._launches.append(Launch(began, time.perf_counter(), cpu_began, time.thread_time()))
 
 
