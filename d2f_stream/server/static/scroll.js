@@ -2,6 +2,9 @@
 
 const NEAR_END_PX = 160;
 
+/** @type {HTMLElement | null} */
+let dock = null;
+
 /** Whether the end of the page is in sight. */
 export function isNearEnd() {
   const page = document.scrollingElement ?? document.documentElement;
@@ -16,6 +19,7 @@ export function followEnd(act) {
 }
 
 export function scrollToEnd() {
+  fitDock(); // a question that was sent leaves it lower, and what stands above it higher
   const page = document.scrollingElement ?? document.documentElement;
   page.scrollTop = page.scrollHeight;
 }
@@ -24,12 +28,16 @@ export function scrollToEnd() {
  * Tell the style sheet how high the dock is, so that a new question can move to the top; and show a
  * button that leads to the end while it is out of sight.
  */
-export function watchDock(dock, toEnd) {
-  new ResizeObserver(() => {
-    document.documentElement.style.setProperty("--dock", `${dock.offsetHeight}px`);
-  }).observe(dock);
+export function watchDock(footer, toEnd) {
+  dock = footer;
+  new ResizeObserver(fitDock).observe(footer);
   const show = () => (toEnd.hidden = isNearEnd());
   addEventListener("scroll", show, { passive: true });
   new ResizeObserver(show).observe(document.body);
   toEnd.addEventListener("click", scrollToEnd);
+}
+
+function fitDock() {
+  if (dock === null) return;
+  document.documentElement.style.setProperty("--dock", `${dock.offsetHeight}px`);
 }
