@@ -11,9 +11,11 @@ try:
     from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
     from playwright.sync_api import (
         Browser,
+        BrowserContext,
         ConsoleMessage,
         Page,
         Request,
+        ViewportSize,
         WebSocket,
         expect,
         sync_playwright,
@@ -31,9 +33,11 @@ __all__ = [
     "TIMEOUT_MS",
     "Axe",
     "Browser",
+    "BrowserContext",
     "ConsoleMessage",
     "Page",
     "Request",
+    "ViewportSize",
     "WebSocket",
     "expect",
     "sync_playwright",

@@ -14,15 +14,32 @@ from browser.page_server import PageServer, ScriptedServer
 from requirements import require_program
 
 if TYPE_CHECKING:  # this file is read even where Playwright is missing
-    from browser.chromium import Browser, ConsoleMessage, Page, Request, WebSocket
+    from browser.chromium import (
+        Browser,
+        BrowserContext,
+        ConsoleMessage,
+        Page,
+        Request,
+        ViewportSize,
+        WebSocket,
+    )
 
 # A page that is cut off says so, whatever its script does about it.
 EXPECTED_ERRORS = ("WebSocket connection to", "net::ERR_")
 
+MEDIA = ("color_scheme", "reduced_motion")  # what is set for a page, not for its profile
+DESKTOP: ViewportSize = {"width": 1280, "height": 720}
+
 
 class OpenPage(Protocol):
     def __call__(
-        self, server: PageServer, *, pace: str = "live", script: str = "", **options: Any
+        self,
+        server: PageServer,
+        *,
+        pace: str = "live",
+        script: str = "",
+        is_apart: bool = False,
+        **options: Any,
     ) -> Page: ...
 
 
@@ -39,30 +56,61 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def profile(chromium: Browser) -> Iterator[BrowserContext]:
+    """Of most pages of a module: a profile of its own costs Chromium more than what a test does."""
+    from browser.chromium import TIMEOUT_MS
+
+    with chromium.new_context() as profile:
+        profile.set_default_timeout(TIMEOUT_MS)
+        yield profile
+
+
 @pytest.fixture
-def open_page(chromium: Browser) -> Iterator[OpenPage]:
-    """Open the page of a server, connected. What it must never do is checked at the end."""
+def open_page(chromium: Browser, profile: BrowserContext) -> Iterator[OpenPage]:
+    """Open the page of a server, connected. What it must never do is checked at the end.
+
+    Pages with `is_apart`, whose clock a test sets, and those of other devices have a profile of
+    their own. In that of all others nothing is left of them.
+    """
     from browser.chromium import TIMEOUT_MS
 
     watches: list[_Watch] = []
+    apart: list[BrowserContext] = []
 
     def open_one(
-        server: PageServer, *, pace: str = "live", script: str = "", **options: Any
+        server: PageServer,
+        *,
+        pace: str = "live",
+        script: str = "",
+        is_apart: bool = False,
+        **options: Any,
     ) -> Page:
-        context = chromium.new_context(**options)
-        context.set_default_timeout(TIMEOUT_MS)
+        media = {name: options.pop(name) for name in MEDIA if name in options}
+        if is_apart or options.keys() - {"viewport"}:
+            context = chromium.new_context(**options)
+            context.set_default_timeout(TIMEOUT_MS)
+            apart.append(context)
+            page = context.new_page()
+        else:
+            page = profile.new_page()
+            page.set_viewport_size(options.get("viewport", DESKTOP))
+        page.emulate_media(**media)
         if pace != "live":
-            context.add_init_script(f"localStorage['d2f.pace'] ??= '\"{pace}\"'")
+            page.add_init_script(f"localStorage['d2f.pace'] ??= '\"{pace}\"'")
         if script:
-            context.add_init_script(script)  # before the page's own
-        page = context.new_page()
+            page.add_init_script(script)  # before the page's own
         watches.append(_Watch(page, server.url))
         page.goto(server.url)
         return page
 
     yield open_one
+    for context in apart:
+        context.close()
     for watch in watches:
-        watch.page.context.close()
+        if not watch.page.is_closed():
+            watch.forget()
+            watch.page.close()
     for watch in watches:
         watch.check()
 
@@ -92,6 +140,12 @@ class _Watch:
         page.on("console", self._note_console)
         page.on("pageerror", lambda error: self._errors.append(str(error)))
 
+    def forget(self) -> None:
+        """Remove what the page has stored: another server may get its port."""
+        session = self.page.context.new_cdp_session(self.page)
+        wanted = {"origin": f"http://{self._host}", "storageTypes": "all"}
+        session.send("Storage.clearDataForOrigin", wanted)
+
     def check(self) -> None:
         foreign = [url for url in self._urls if urlsplit(url).netloc not in ("", self._host)]
         assert foreign == []
@@ -115,5 +169,7 @@ def offline(page: Page, server: PageServer) -> Iterator[None]:
     """Cut the page off, as a lost network does, and connect it again at the end."""
     page.context.set_offline(True)
     server.sever()
-    yield
-    page.context.set_offline(False)
+    try:
+        yield
+    finally:
+        page.context.set_offline(False)

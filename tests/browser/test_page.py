@@ -6,6 +6,7 @@ import pytest
 
 import d2f_stream
 import fakes
+from browser.axe import faults
 from browser.chromium import expect
 from browser.conftest import OpenPage, offline
 from browser.page_server import PageServer, ScriptedServer
@@ -211,7 +212,7 @@ def test_restarted_server_is_told_in_one_sentence(
 def test_server_that_stays_away_is_given_up_and_the_answer_read_on_later(
     server: ScriptedServer, open_page: OpenPage
 ) -> None:
-    page = open_page(server)
+    page = open_page(server, is_apart=True)
     page.clock.install()
     ask(page)
     server.gate.let_through(STEPS_A_BLOCK)
@@ -221,6 +222,7 @@ def test_server_that_stays_away_is_given_up_and_the_answer_read_on_later(
         while state.text_content() != "Not connected":
             page.clock.run_for(10_000)
     expect(page.get_by_role("alert")).to_contain_text("could not be reached for 120 s")
+    assert faults(page) == []
     server.gate.open()
     page.get_by_role("button", name="Read on").click()
     expect_idle(page)
@@ -318,7 +320,7 @@ def test_server_that_wants_a_token_is_given_one(open_page: OpenPage) -> None:
 
 def test_slow_motion_delays_the_picture_and_nothing_else(open_page: OpenPage) -> None:
     with ScriptedServer(is_held=False) as server:
-        page = open_page(server, pace="slow")
+        page = open_page(server, pace="slow", is_apart=True)
         page.clock.install(time=0)
         page.clock.pause_at(10)
         ask(page)

@@ -2,11 +2,11 @@
 
 import pytest
 
+from browser.axe import faults
 from browser.chromium import expect
 from browser.conftest import OpenPage
 from browser.page_server import ScriptedServer
 from browser.reader import STEPS_A_BLOCK, announced, answer, ask, expect_idle, expect_kept
-from browser.test_look import faults
 
 pytestmark = pytest.mark.browser
 
@@ -23,7 +23,7 @@ def test_thought_is_folded_and_the_answer_stands_by_itself(open_page: OpenPage) 
         expect(thought.locator(".text")).to_be_hidden()
         thought.locator("summary").click()
         expect(thought.locator(".text")).to_contain_text("Let me")
-        assert faults(page, "light") == []
+        assert faults(page) == []
         server.gate.open()
         expect_idle(page)
         expect(thought.locator("summary")).to_have_text("Thoughts, 4 words")
@@ -41,35 +41,29 @@ def test_thought_is_folded_and_the_answer_stands_by_itself(open_page: OpenPage) 
         assert answer(page) == "It is two."
 
 
-@pytest.mark.parametrize(
-    ("text", "thought", "said"),
-    [
-        ("<think></think>Yes.", "", "Yes."),
-        (" <think>cut off", "cut off", ""),
-        ("<thin ice", None, "<thin ice"),
-        ("a <think>b</think>", None, "a <think>b</think>"),
-        ("<think>a </thin b</think>c", "a </thin b", "c"),
-        (
-            "Let me see, twice.\n\nOr so.\n</think>\n\nYes.",
-            "Let me see, twice.\n\nOr so.\n",
-            "Yes.",
-        ),
-        ("</think>Yes.", "", "Yes."),
-        ("So </think>?\n</think>No.", "So </think>?\n", "No."),
-        ("Write </think> so.", None, "Write </think> so."),
-    ],
-)
-def test_only_a_whole_mark_at_the_beginning_begins_a_thought(
-    open_page: OpenPage, text: str, thought: str | None, said: str
-) -> None:
-    with ScriptedServer(text, is_held=False) as server:
+CASES: list[tuple[str, str | None, str]] = [  # an answer, what of it is thought, and what is said
+    ("<think></think>Yes.", "", "Yes."),
+    (" <think>cut off", "cut off", ""),
+    ("<thin ice", None, "<thin ice"),
+    ("a <think>b</think>", None, "a <think>b</think>"),
+    ("<think>a </thin b</think>c", "a </thin b", "c"),
+    ("Let me see, twice.\n\nOr so.\n</think>\n\nYes.", "Let me see, twice.\n\nOr so.\n", "Yes."),
+    ("</think>Yes.", "", "Yes."),
+    ("So </think>?\n</think>No.", "So </think>?\n", "No."),
+    ("Write </think> so.", None, "Write </think> so."),
+]
+
+
+def test_only_a_whole_mark_at_the_beginning_begins_a_thought(open_page: OpenPage) -> None:
+    answers = (text for text, _, _ in CASES)
+    with ScriptedServer(lambda _: next(answers), is_held=False) as server:
         page = open_page(server)
-        ask(page)
-        expect_idle(page)
-        expect(page.locator(".answer .foot button").first).to_be_visible()
-        assert answer(page) == said
-        found = page.locator(".thought .text")
-        assert (found.text_content() if found.count() else None) == thought
+        for number, (text, thought, said) in enumerate(CASES, 1):
+            ask(page)
+            expect(page.locator(".answer .foot .actions")).to_have_count(number)
+            assert answer(page) == said, text
+            found = page.locator(".turn:last-child .thought .text")
+            assert (found.text_content() if found.count() else None) == thought, text
 
 
 def test_end_of_a_thought_in_code_is_code(open_page: OpenPage) -> None:
