@@ -142,6 +142,7 @@ class _Watch:
 
     def forget(self) -> None:
         """Remove what the page has stored: another server may get its port."""
+        self.page.goto("about:blank")  # else it may be writing still, and find its database gone
         session = self.page.context.new_cdp_session(self.page)
         wanted = {"origin": f"http://{self._host}", "storageTypes": "all"}
         session.send("Storage.clearDataForOrigin", wanted)
