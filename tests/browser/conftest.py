@@ -97,7 +97,7 @@ def open_page(chromium: Browser, profile: BrowserContext) -> Iterator[OpenPage]:
             page.set_viewport_size(options.get("viewport", DESKTOP))
         page.emulate_media(**media)
         if pace != "live":
-            page.add_init_script(f"localStorage['d2f.pace'] ??= '\"{pace}\"'")
+            page.add_init_script(f"if (location.host) localStorage['d2f.pace'] ??= '\"{pace}\"'")
         if script:
             page.add_init_script(script)  # before the page's own
         watches.append(_Watch(page, server.url))

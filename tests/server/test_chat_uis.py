@@ -1,7 +1,8 @@
 """The requests that chat UIs make: at their start, for an answer, for a title. Shapes as of 2026.
 
 Open WebUI: backend/open_webui/routers/{openai,ollama,tasks}.py. LibreChat: its page on default
-parameters. Continue: its OpenAI provider.
+parameters. Continue: its OpenAI provider. LiteLLM 1.110.2: as recorded; it takes 200 MB, which the
+tests' environment has better uses for, so that its documented example runs only where it is there.
 """
 
 from typing import Any
@@ -57,6 +58,7 @@ async def test_open_webui_finds_the_server(path: str) -> None:
             "/v1/chat/completions",  # Continue
             {"model": "d2f", "messages": QUESTION, "max_tokens": 2048, "stream": False, "stop": []},
         ),
+        ("/v1/chat/completions", {"model": "d2f", "messages": QUESTION}),  # LiteLLM
     ],
 )  # fmt: skip
 async def test_chat_uis_get_answers_and_titles(path: str, body: dict[str, Any]) -> None:
