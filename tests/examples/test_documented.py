@@ -2,8 +2,9 @@
 
 Python examples run as they stand, with what they leave open filled in below: addresses lead to a
 server and a broker of the test's own, and models whose weights are elsewhere are replaced by the
-default one: the package of the repository where it is asked something, else the embedded one. Of
-shell commands, those that ask a model are run; of all others the options that they name must exist.
+default one: the package of the repository where it is asked something, else the embedded one. Shell
+commands that ask a model or set something are run here, and their kinds in `RUN_BY` by the tests
+named there; all others stand on pages that say what they need, and their options must exist.
 """
 
 import ast
@@ -25,6 +26,7 @@ import pytest
 from brokers import Mosquitto
 from d2f_stream.terminal.arguments import QUESTION
 from installed_model import python_path
+from requirements import require_module
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,6 +46,14 @@ FILLED_IN = (
     (r"//127\.0\.0\.1:8000", "//127.0.0.1:{port}"),
     (r"mqtt://alice(:secret)?@broker:1883", "mqtt://alice@127.0.0.1:{broker}"),
 )
+RUN_BY = {  # what is documented without a model of its own
+    "chat": "cli/test_chat.py",
+    "doctor": "cli/test_doctor.py",
+    "models": "cli/test_models_command.py",
+    "serve": "examples/test_documented.py",
+}
+NEEDY = r"--(adapter|engines|log|mqtt|device)\b|--model (?!word-problems)|models pull|[ =]sdar"
+NEEDS = re.compile(r"^\*(?:Commands|Some commands) here need [^*]+\.\*$", re.MULTILINE)
 RUN = """
 import ast, asyncio, inspect, sys
 import openai
@@ -179,8 +189,8 @@ def test_python_example_runs(
         assert answer_to(code) in output
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm") is None, reason="llm is not installed")
 def test_llm_answers_with_the_documented_settings(server: int, tmp_path: Path) -> None:
+    require_module("llm")
     page = (ROOT / "docs" / "how-to" / "clients.md").read_text("utf-8")
     section = page.partition("## llm\n")[2]
     settings, command = re.findall(r"^```(?:yaml|bash)\n(.*?)^```", section, re.DOTALL | re.M)[:2]
@@ -209,6 +219,26 @@ def test_shell_example_is_answered(block: str, tmp_path: Path) -> None:
     models = models_for(block, tmp_path)
     told = run(["bash", "-euo", "pipefail", "-c", block], tmp_path, PATH=path, **models)
     assert answer_to(block) in told
+
+
+def is_run(command: str) -> bool:
+    """Whether a test runs such a command; for setting up, that is what runs all tests."""
+    program, *arguments = shlex.split(command, comments=True)
+    if program in ("pip", "llm") or program.startswith("scripts/"):
+        return True
+    if program != "d2f-stream" or re.search(NEEDY, command):
+        return "http.server" in arguments
+    return arguments[0] in ("config", "generate", *RUN_BY)
+
+
+def test_pages_say_what_commands_need_that_no_test_runs() -> None:
+    lacking = {page for page, command in shell_commands() if not is_run(command)}
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M):
+            lacking |= set() if is_run(block) else {page.name}
+    assert [name for name in RUN_BY.values() if not (ROOT / "tests" / name).is_file()] == []
+    silent = [page for page in PAGES if not NEEDS.search(page.read_text("utf-8"))]
+    assert [page.name for page in silent if page.name in lacking] == []
 
 
 @functools.cache
@@ -241,6 +271,9 @@ def test_documented_command_exists_with_its_options(
         return
     if program == "python":
         module, arguments = [arguments[1]], arguments[2:]
+    if module == ["d2f_stream.cli"] and is_run(command) and arguments[0] in ("config", "generate"):
+        assert_runs(command, arguments, tmp_path)
+        return
     if arguments and re.fullmatch(r"[a-z][a-z_-]*", arguments[0]):
         module.append(arguments.pop(0))
     if module == ["d2f_runtime.evaluation"]:
@@ -248,6 +281,17 @@ def test_documented_command_exists_with_its_options(
     told = help_of(sys.executable, "-m", *module)
     options = [text.split("=")[0] for text in arguments if text.startswith("--")]
     assert [option for option in options if option not in told] == []
+
+
+def assert_runs(command: str, arguments: list[str], folder: Path) -> None:
+    """Run it with a prompt for PROMPT, and settings of its own."""
+    words = [PROBLEM if word == "PROMPT" else word for word in arguments]
+    given = words.index("<") if "<" in words else len(words)
+    words = [*words[:given], *([PROBLEM] if given < len(words) else [])]
+    cli = [sys.executable, "-m", "d2f_stream.cli"]
+    told = run([*cli, *words], folder, XDG_CONFIG_HOME=str(folder))
+    wanted = "block.committed" if "--json" in words else answer_to(command)
+    assert words[0] == "config" or wanted in told
 
 
 def declared_extras() -> list[str]:
