@@ -3,8 +3,6 @@
 import asyncio
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lab.scheduling.comparison import WORKLOADS, compare
 from lab.scheduling.curves import CURVES, StepCurve
@@ -30,12 +28,9 @@ def test_a_client_alone_has_the_windows_of_its_requests() -> None:
     assert row["pays"]["tokens_per_step"] == row["fixed"]["own"]["tokens_per_step"]
 
 
-@settings(max_examples=4, deadline=None)
-@given(
-    fixed=st.floats(0.5, 10.0),
-    row=st.floats(0.001, 1.0),
-    session=st.floats(0.0, 0.5),
-    load=st.sampled_from([2, 6]),
+@pytest.mark.parametrize(
+    ("fixed", "row", "session", "load"),
+    [(10.0, 0.001, 0.0, 2), (0.5, 1.0, 0.5, 6)],  # rows cost nothing, and all that a step costs
 )
 def test_no_affine_device_makes_verified_windows_slower_than_single_tokens(
     fixed: float, row: float, session: float, load: int
@@ -52,7 +47,7 @@ def test_engine_is_measured_beside_a_long_prompt() -> None:
         adapter=None,
         quantization="auto",
         shape=None,
-        sessions=2,
+        sessions=1,
         prompt_tokens=60,
         turns=1,
     )

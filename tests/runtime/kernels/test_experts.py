@@ -6,6 +6,7 @@ from torch import Tensor
 
 from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 
+from d2f_runtime.kernels import routing
 from d2f_runtime.kernels.activation import quantise_rows
 from d2f_runtime.kernels.expert_weights import ExpertWeights, pack_fp8, pack_nf4
 from d2f_runtime.kernels.experts import (
@@ -87,14 +88,17 @@ def oracle(x: Tensor, routes: Routes, gate_up: ExpertWeights, down: ExpertWeight
     return out.transpose(0, 1)
 
 
+# The interpreter takes 40 ms for a row's choice, so it splits and looks through fewer at once.
+FEW_ROWS, PLACES = (routing.FEW_ROWS, routing.PLACES) if DEVICE == "cuda" else (35, 64)
+MANY_ROWS = 256 if DEVICE == "cuda" else 33
 ROUTERS = [  # rows, experts, chosen, groups, kept, always, with a bias and rows that go nowhere
     (1, 256, 8, 8, 4, 1, False),
     (2, 64, 8, 8, 4, 1, True),
     (17, 128, 4, 1, 1, 0, False),
     (33, 64, 1, 1, 1, 0, True),
     (20, 6, 3, 3, 2, 2, True),  # sizes that no power of two is
-    (256, 8, 4, 4, 2, 1, True),
-    (300, 4, 2, 1, 1, 1, False),
+    (FEW_ROWS, 8, 4, 4, 2, 1, True),
+    (FEW_ROWS + 5, 4, 2, 1, 1, 1, False),
 ]
 
 
@@ -104,8 +108,11 @@ ROUTERS = [  # rows, experts, chosen, groups, kept, always, with a bias and rows
 )
 @pytest.mark.usefixtures("poisoned")
 def test_rows_find_their_experts(
-    rows: int, number: int, chosen: int, groups: int, kept: int, always: int, extras: bool
-) -> None:
+    rows: int, number: int, chosen: int, groups: int, kept: int, always: int, extras: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(routing, "FEW_ROWS", FEW_ROWS)
+    monkeypatch.setattr(routing, "PLACES", PLACES)
     x, weight = random(rows, 96), random(number, 96) * 0.1
     bias = random(number) * 0.1 if extras else None
     visible = (torch.arange(rows, device=DEVICE) % 5 != 2).int() if extras else None
@@ -182,7 +189,7 @@ def test_experts_make_what_they_should(name: str, quantization: str) -> None:
 @NEEDS_TRITON
 @pytest.mark.parametrize(
     ("rows", "quantization"),
-    [(1, "none"), (16, "none"), (256, "none"), (40, "fp8"), (40, "nf4")],
+    [(1, "none"), (16, "none"), (MANY_ROWS, "none"), (17, "fp8"), (17, "nf4")],
 )
 def test_any_number_of_rows(rows: int, quantization: str) -> None:
     number, size, inner = 4, 128, 64
