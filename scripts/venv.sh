@@ -2,13 +2,17 @@
 #
 # make_venv FOLDER PIP_ARGUMENTS... makes FOLDER with $PYTHON, otherwise with the newest Python found
 # that is at least 3.11, and installs into it, unless a stamp says that pyproject.toml, the place and
-# the arguments are those of the last time. It says what it does on stderr, and shows pip's output
-# only where pip fails.
+# the arguments are those of the last time. It installs by uv where that can be had, otherwise by pip,
+# says what it does on stderr, and shows pip's output only where pip fails.
 #
 # The calling script sets root, the folder of the checkout.
 # shellcheck shell=bash
 
 : "${root:?}"
+
+# Images of containers like to forbid these files. Without them every process that a script starts
+# compiles what it imports anew, and pip compiles nothing ahead here.
+unset PYTHONDONTWRITEBYTECODE
 
 say() {
   printf '%s\n' "$*" >&2
@@ -41,6 +45,27 @@ quietly() {
   return "$status"
 }
 
+# What pip is configured to use, a word a line; the environment's word comes before that of files.
+pip_setting() {
+  "$1/bin/python" -m pip config list 2>/dev/null | sed -n "s/^[^=]*[.:]$2='\(.*\)'$/\1/p" |
+    head -n 1 | tr -s ' ' '\n'
+}
+
+# NOTE: uv does not read pip's configuration, so it is told, and takes the newest version of all indexes
+# as pip does; whatever it cannot do is left to pip.
+install_by_uv() {
+  local venv="$1" setting word
+  local -a options=(--python "$venv/bin/python" --index-strategy unsafe-best-match)
+  shift
+  "$venv/bin/python" -m pip install --disable-pip-version-check --quiet uv >/dev/null 2>&1 || return
+  for setting in index-url extra-index-url find-links constraint; do
+    for word in $(pip_setting "$venv" "$setting"); do
+      options+=("--$setting" "$word")
+    done
+  done
+  "$venv/bin/python" -m uv pip install --quiet "${options[@]}" "$@" >/dev/null 2>&1
+}
+
 make_venv() {
   local venv="$1" stamp python
   shift
@@ -56,8 +81,7 @@ make_venv() {
     quietly "$python" -m venv --clear "$venv" || return
   fi
   say "installing into ${venv##*/}; this happens once and may take some minutes"
-  quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" || return
-  # pip would compile what it installs on one core, for a minute.
-  "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" >/dev/null 2>&1 || true # files for others
+  install_by_uv "$venv" "$@" ||
+    quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" || return
   printf '%s\n' "$stamp" >"$venv/stamp"
 }
