@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ class DrawnBackend(ScriptedBackend):
             97 + int(26 * number) if 0 <= token < EOS_ID else token
             for token, number in zip(told.tokens, row.uniforms, strict=True)
         ]
-        return replace(told, tokens=drawn)
+        return told._replace(tokens=drawn)
 
 
 async def events_of(
