@@ -174,7 +174,8 @@ def connect(
     """Open an engine whose model is on a server; leaving the context ends its sessions.
 
         async with d2f_stream.connect("ws://127.0.0.1:8000") as engine:
-            async for block in engine.generate([{"role": "user", "content": "Hello!"}]):
+            turn = {"role": "user", "content": "What is the capital of France?"}
+            async for block in engine.generate([turn]):
                 print(block.text, end="")
 
     It is used like one of `load`. A connection that breaks is made again, and every answer goes on
