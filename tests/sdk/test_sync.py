@@ -37,8 +37,22 @@ def folder(tmp_path: Path) -> Path:
 @contextmanager
 def engine_over(backend: ScriptedBackend) -> Iterator[sync.Engine]:
     with sync._opened(lambda: LocalEngine.over(backend, ByteCodec())) as engine:
-        yield engine
+        try:
+            yield engine
+        finally:
+            if backend.gate is not None:
+                backend.gate.open()  # the end waits for the step, also where a test fails
     assert not backend.open_slots
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGINT interrupt, which it does not in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_blocks_come_in_a_plain_loop(folder: Path) -> None:
@@ -126,7 +140,7 @@ def test_interrupted_read_ends_the_answer() -> None:
         for _ in engine.generate("hi", max_new_tokens=len(LONG)):
             pass
 
-    with engine_over(backend) as engine:
+    with engine_over(backend) as engine, interruptible():
         gate.let_through(FIRST_BLOCK)
         thread = threading.Thread(target=interrupt)
         thread.start()
