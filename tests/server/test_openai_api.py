@@ -207,7 +207,9 @@ async def test_answer_that_is_begun_is_continued() -> None:
         {"role": "assistant", "content": "one "},
     ]
     async with serving(ScriptedBackend({"user: count\nassistant: one ": "two"})) as served:
-        answer = await served.openai().chat.completions.create(model="d2f", messages=messages)
+        answer = await served.openai().chat.completions.create(
+            model="d2f", messages=messages, extra_body={"continue_final_message": True}
+        )
     assert answer.choices[0].message.content == "two"
 
 
