@@ -6,7 +6,6 @@ them to the log, and whoever reads does so from there (`LoggingHandleEngine`).
 """
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self, Unpack
@@ -14,15 +13,14 @@ from typing import Final, Self, Unpack
 import msgspec
 
 from d2f_stream.client.remote import RemoteStream, new_request
+from d2f_stream.cluster.attempts import Attempts
 from d2f_stream.cluster.calls import Calls, ReplicaLost
 from d2f_stream.cluster.conversations import ReadPrompt, beginning_of, key_of
 from d2f_stream.cluster.orders import (
     AnswerOrder,
     PromptOrder,
-    WorkOrder,
     encode,
     ids_of,
-    raise_refusal,
     read_facts,
     read_told,
     seeded,
@@ -38,19 +36,12 @@ from d2f_stream.core.errors import (
 from d2f_stream.core.events import Block, StreamNames
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Prompt, Session
-from d2f_stream.server.streams.admission import Measured
-from d2f_stream.wire.protocol import ModelCard, Overrides, wire_prompt
+from d2f_stream.wire.protocol import ModelCard, wire_prompt
 
-__all__ = ["HandleEngine", "LoggingHandleEngine"]
+__all__ = ["HandleEngine"]
 
-logger = logging.getLogger("d2f_stream.cluster")
-
-BACKOFF_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
-"""Between attempts to have a lost replica's work gone on with; the last is for all later ones."""
 CONNECT_S: Final = 60.0
 """For a replica to tell what it serves; one that loads its model is not asked before."""
-MAX_FAILURES: Final = 5
-"""Engines that may fail with one request, until it is held to be its own fault."""
 
 
 class HandleEngine:
@@ -101,13 +92,13 @@ class HandleEngine:
         """
         self._check_open()
         data = encode(PromptOrder(prompt=wire_prompt(prompt), raw=raw))
-        for attempt in _attempts():
+        attempts = Attempts("a prompt")
+        while True:
             try:
                 ids = ids_of(await self._calls.call("encode", data))
                 return ReadPrompt(ids, beginning_of(prompt, raw=raw))
             except ReplicaLost as lost:
-                await _back_off(attempt, "a prompt", lost)
-        raise AssertionError("there is always another attempt")
+                await attempts.lost(lost)
 
     def generate(
         self,
@@ -161,15 +152,16 @@ class HandleEngine:
             D2FError: it cannot be worked with.
         """
         why: Exception | None = None
+        attempts = Attempts("the question what is served")
         try:
             async with asyncio.timeout(CONNECT_S):
-                for attempt in _attempts():
+                while True:
                     try:
                         facts = await self._calls.call("facts", b"")
                         break
                     except ReplicaLost as lost:
                         why = lost
-                        await _back_off(attempt, "the question what is served", lost)
+                        await attempts.lost(lost)
         except TimeoutError:
             await self._calls.close()
             raise ConnectionLost(
@@ -229,9 +221,9 @@ class HandleEngine:
                 stream.fail(error if isinstance(error, D2FError) else EngineFailed(repr(error)))
 
     async def _answer(self, order: AnswerOrder, stream: RemoteStream, key: str) -> None:
-        blocks, num_failures = list(order.committed), 0
-        model = order.model
-        for attempt in _attempts():
+        blocks, model = list(order.committed), order.model
+        attempts = Attempts(f"stream {order.names.stream}")
+        while True:
             asked = msgspec.structs.replace(order, committed=tuple(blocks), model=model)
             try:
                 answers = self._calls.stream("answer", encode(asked), conversation=key)
@@ -244,67 +236,7 @@ class HandleEngine:
                         stream.receive(event)
                 return
             except ReplicaLost as lost:
-                await _back_off(attempt, f"stream {order.names.stream}", lost)
+                await attempts.lost(lost)
             except (EngineFailed, EngineClosed) as error:
                 key = ""  # whoever failed is still there until Serve has replaced it
-                num_failures += 1
-                if num_failures == MAX_FAILURES:
-                    raise
-                await _back_off(attempt, f"stream {order.names.stream}", error)
-
-
-class LoggingHandleEngine(HandleEngine):
-    """A `HandleEngine` whose replicas append to the log that this server reads.
-
-    A `LoggingEngine`, as servers know it.
-    """
-
-    logs = True
-
-    async def work(
-        self, names: StreamNames, asked: Measured, *, max_prompt_tokens: int | None
-    ) -> None:
-        """Have a replica bring the stream to its end, from where the log has it. Safe to cancel.
-
-        Returns once the stream has ended or another worker has it; the work of a replica that is
-        lost is given to another one.
-
-        Raises:
-            D2FError: the request is refused, or one engine after the other has failed with it.
-        """
-        self._check_open()
-        key = self._key_of(asked.prompt, scope=names.scope, raw=asked.raw)
-        order = WorkOrder(
-            stream=names.stream,
-            prompt=wire_prompt(asked.prompt),
-            raw=asked.raw,
-            params=seeded(msgspec.convert(asked.overrides, Overrides), self.defaults),
-            clamp=asked.clamp,
-            max_prompt_tokens=max_prompt_tokens,
-        )
-        num_failures = 0
-        for attempt in _attempts():
-            try:
-                data = await self._calls.call("work", encode(order), conversation=key)
-                raise_refusal(data)
-            except ReplicaLost as lost:
-                order = msgspec.structs.replace(order, by_force=True)
-                await _back_off(attempt, f"stream {names.stream}", lost)
-            except (EngineFailed, EngineClosed) as error:
-                key = ""  # whoever failed is still there until Serve has replaced it
-                num_failures += 1
-                if num_failures == MAX_FAILURES:
-                    raise
-                await _back_off(attempt, f"stream {names.stream}", error)
-            else:
-                return
-
-
-def _attempts() -> Sequence[int]:
-    """Return the numbers of attempts: a replica that died is replaced sooner or later."""
-    return range(2**31)
-
-
-async def _back_off(attempt: int, what: str, why: Exception) -> None:
-    logger.warning("%s goes to another replica: %s", what, str(why).partition("\n")[0])
-    await asyncio.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+                await attempts.failed(error)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from d2f_stream.cluster.calls import ReplicaLost
 from d2f_stream.cluster.engines_url import EnginesUrl
-from d2f_stream.cluster.handle_engine import HandleEngine, LoggingHandleEngine
+from d2f_stream.cluster.handle_engine import HandleEngine
+from d2f_stream.cluster.logging_handle_engine import LoggingHandleEngine
 from d2f_stream.core.errors import ConnectionLost, EngineFailed, MissingExtra
 
 try:

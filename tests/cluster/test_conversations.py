@@ -143,7 +143,7 @@ async def test_calls_carry_the_key_where_the_model_keeps_turns(attention: Prompt
 async def test_failed_replica_is_not_asked_again_as_the_home(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("d2f_stream.cluster.handle_engine.BACKOFF_S", (0.0,))
+    monkeypatch.setattr("d2f_stream.cluster.attempts.BACKOFF_S", (0.0,))
     errors: dict[int, Exception] = {2: RuntimeError("CUDA error")}
     attentions: list[PromptAttention] = ["causal"] * 6
     async with engine_over(*attentions, errors=errors) as (calls, engine):

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import httpx
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.cluster.handle_engine import HandleEngine, LoggingHandleEngine
+from d2f_stream.cluster.handle_engine import HandleEngine
+from d2f_stream.cluster.logging_handle_engine import LoggingHandleEngine
 from d2f_stream.cluster.replica_worker import ReplicaWorker
 from d2f_stream.core.events import Block, Event, StreamFinished
 from d2f_stream.server.limits import ServeLimits

@@ -14,7 +14,8 @@ import d2f_stream
 from d2f_runtime.backends.scripted import SCRIPTED_INFO, ScriptedBackend, StepGate
 from d2f_stream.cluster.calls import ReplicaLost
 from d2f_stream.cluster.engines_url import EnginesUrl
-from d2f_stream.cluster.handle_engine import HandleEngine, LoggingHandleEngine
+from d2f_stream.cluster.handle_engine import HandleEngine
+from d2f_stream.cluster.logging_handle_engine import LoggingHandleEngine
 from d2f_stream.cluster.opening import checked
 from d2f_stream.cluster.orders import read_facts
 from d2f_stream.core.errors import (
@@ -149,7 +150,7 @@ async def test_what_is_refused_is_refused_as_by_the_engine_itself() -> None:
 async def test_failed_engine_s_answers_go_on_elsewhere_and_one_that_breaks_all_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("d2f_stream.cluster.handle_engine.BACKOFF_S", (0.0,))
+    monkeypatch.setattr("d2f_stream.cluster.attempts.BACKOFF_S", (0.0,))
     broken = ScriptedBackend(ANSWER, errors={4: RuntimeError("CUDA error")}, tokens_per_step=2)
     sound = ScriptedBackend(ANSWER)
     async with replicas_over(broken, sound) as (calls, workers), HandleEngine(calls) as engine:

@@ -205,10 +205,8 @@ class LoggingEngine(Protocol):
     ) -> None:
         """Have a worker bring the stream to its end, from where the log has it. Safe to cancel.
 
-        The worker reads the prompt, too.
-
-        The worker takes the stream's lease by `StreamLog.work`. Returns once the stream has ended
-        or another worker has it; where a worker is lost, takes another one.
+        The worker reads the prompt and takes the stream's lease by `StreamLog.work`. Returns once
+        the stream has ended or another worker has it; where a worker is lost, takes another one.
 
         Raises:
             D2FError: no worker takes it, and nothing was appended for the last one.
