@@ -174,12 +174,15 @@ def _read(
         parameter = stored.parameters[name]
         wanted = quantization if name.endswith(PROJECTION) else None
         beside = shards.quantized.get(parameter.stored)
+        kept = torch.float32 if ROUTER in name else dtype or held.dtype
         if beside is None and not _is_adapted(parameter, stored.adapter):
-            # cut out first: of a layer's experts in one tensor, no more than one is copied at once
-            held, parameter = parameter.part(held), replace(parameter, cut=None)
+            # Cut out first: of a layer's experts in one tensor, no more than one is copied at once.
+            # Copied and converted here in one go: a copy in between can leave a hole in the heap,
+            # of each expert.
+            here = kept if device.type == "cpu" and wanted is None else None
+            held, parameter = parameter.part(held, here), replace(parameter, cut=None)
         tensor = held.to(device)  # converted there
         weight: StoredWeight = tensor
-        kept = torch.float32 if ROUTER in name else dtype or held.dtype
         if beside is not None:
             if wanted not in (None, beside.kind):
                 raise UnsupportedModel(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from d2f_runtime.models.config import TransformerConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 __all__ = ["Cut", "Layout", "Place", "place_of", "published_name"]
 
@@ -60,15 +60,15 @@ class Cut:
     first: int = 0
     turning: tuple[int, int] | None = None
 
-    def of(self, tensor: "Tensor", num_rows: int) -> "Tensor":
-        """Return the part, which keeps nothing of the rest alive."""
+    def of(self, tensor: "Tensor", num_rows: int, dtype: "dtype | None" = None) -> "Tensor":
+        """Return the part, which keeps nothing of the rest alive; in a dtype, or in its own."""
         part = tensor if self.index is None else tensor[self.index]
         part = part[self.first : self.first + num_rows]
         if self.turning is None:
-            return part.clone()
+            return part.to(dtype or part.dtype, copy=True)
         size, turning = self.turning
         heads = part.view(-1, size, *part.shape[1:])
-        return heads[:, _half_split(size, turning)].reshape(part.shape)
+        return heads[:, _half_split(size, turning)].reshape(part.shape).to(dtype or part.dtype)
 
 
 class Place(NamedTuple):

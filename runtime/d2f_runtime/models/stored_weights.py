@@ -65,9 +65,9 @@ class Parameter:
         """Shape of the tensor on disk."""
         return self.shape if self.cut is None else self.cut.whole
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """Return what the parameter is of the tensor."""
-        return tensor if self.cut is None else self.cut.of(tensor, self.shape[0])
+    def part(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return what the parameter is of the tensor; what is cut out, in a dtype or in its own."""
+        return tensor if self.cut is None else self.cut.of(tensor, self.shape[0], dtype)
 
 
 @dataclass(frozen=True, slots=True)
