@@ -5,8 +5,9 @@ model needs and nothing else: first the small files, so that a model that cannot
 before its weights are on their way. Never code, never pickles.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -118,14 +119,11 @@ def fetch_one_by_one(model: HubModel, folder: Path) -> None:
     for name in _weights(folder):
         if "*" not in name:
             try:
-                hf_hub_download(model.repo, name, revision=folder.name)
-            except EntryNotFoundError:
-                continue  # a model has one kind of weights; what is missing shows later
-            except Exception as error:  # as in _snapshot
-                found = _not_found(model, error)
-                if isinstance(found, _Unreachable):
-                    found = _incomplete(model, found.reason)
-                raise found from error
+                # A model has one kind of weights; what is missing shows later.
+                with _told(model), contextlib.suppress(EntryNotFoundError):
+                    hf_hub_download(model.repo, name, revision=folder.name)
+            except _Unreachable as error:
+                raise _incomplete(model, error.reason) from error
 
 
 def _weights(folder: Path) -> Sequence[str]:
@@ -148,7 +146,7 @@ def _snapshot(model: HubModel, revision: str | None, patterns: Sequence[str]) ->
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingExtra(f"fetching {model}", "huggingface_hub", "torch") from error
-    try:
+    with _told(model):
         return Path(
             snapshot_download(
                 model.repo,
@@ -157,6 +155,13 @@ def _snapshot(model: HubModel, revision: str | None, patterns: Sequence[str]) ->
                 ignore_patterns=["*/*"],
             )
         )
+
+
+@contextlib.contextmanager
+def _told(model: HubModel) -> Iterator[None]:
+    """Raise what the hub's library raises as an error that says what it means here."""
+    try:
+        yield
     except Exception as error:  # those of its HTTP library too, which differs by version
         raise _not_found(model, error) from error
 
