@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from brokers import Mosquitto, worker
+from brokers import Mosquitto, Worker, worker
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.client.mqtt_line import connect_mqtt
 from d2f_stream.core.errors import WorkerLost
 from d2f_stream.core.events import StreamStarted
+from d2f_stream.core.session import Session
 from d2f_stream.server.limits import ServeLimits
 from fakes import ANSWER, held
 from memory_network import until
@@ -43,6 +44,19 @@ async def log_of(store: ValkeyServer, database: int = 0) -> AsyncIterator["Valke
 
     async with ValkeyLog(f"{store.url}/{database}", ServeLimits(), lease_s=0.4) as log:
         yield log
+
+
+@asynccontextmanager
+async def asked(
+    url: str, backend: ScriptedBackend, log: "ValkeyLog"
+) -> AsyncIterator[tuple[Worker, Session]]:
+    """A worker, and an answer that it has begun with."""
+    async with (
+        worker(url, backend, log=log) as one,
+        connect_mqtt(url) as engine,
+        engine.generate("hi") as session,
+    ):
+        yield one, session
 
 
 @pytest.fixture
@@ -94,9 +108,7 @@ async def test_worker_that_closes_leaves_its_streams_to_another(
     async with (
         log_of(store, 1) as ours,
         log_of(store, 1) as theirs,
-        worker(mosquitto.url, backend, log=ours) as one,
-        connect_mqtt(mosquitto.url) as engine,
-        engine.generate("hi") as session,
+        asked(mosquitto.url, backend, ours) as (one, session),
     ):
         text = await first_block(session, gate)
         async with worker(mosquitto.url, ScriptedBackend(ANSWER), log=theirs):
@@ -115,9 +127,7 @@ async def test_stream_that_no_other_worker_knows_is_lost(
     async with (
         log_of(store, 2) as ours,
         log_of(store, 3) as theirs,
-        worker(mosquitto.url, backend, log=ours) as one,
-        connect_mqtt(mosquitto.url) as engine,
-        engine.generate("hi") as session,
+        asked(mosquitto.url, backend, ours) as (one, session),
     ):
         assert isinstance(await anext(session.events()), StreamStarted)
         theirs.name = ours.name  # the same address on another machine
