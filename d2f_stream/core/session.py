@@ -111,8 +111,7 @@ class Engine(Protocol):
         """Start a request; the session streams its answer, under the given names.
 
         With `committed`, the blocks that another engine has told of it, what follows them.
-        A string is taken as it is, as a text to be continued; unless it is `raw`, it is a user's
-        turn where the model chats.
+        A string is continued as it is; unless it is `raw`, a model that chats takes it as a turn.
         """
         ...
 
