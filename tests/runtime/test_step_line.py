@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2f_runtime.engine.prompt_cuts import PromptCuts
@@ -55,6 +55,12 @@ def run(plan: Scheduler[str], ms: Callable[[int], float]) -> tuple[Batch[str], i
     num_sessions=st.integers(1, 15),
     length=st.integers(100, 9000),
 )
+@example(per_row_ms=0.0078125, base_ms=1.0, num_sessions=12, length=817)
+@example(per_row_ms=0.0078125, base_ms=0.5, num_sessions=3, length=2916)
+@example(per_row_ms=0.005, base_ms=1.0, num_sessions=4, length=945)
+@example(per_row_ms=0.005, base_ms=46.46, num_sessions=11, length=1692)
+@example(per_row_ms=0.005, base_ms=19.02, num_sessions=2, length=977)
+@example(per_row_ms=0.005, base_ms=0.5, num_sessions=11, length=2543)
 def test_step_with_a_prompt_takes_hardly_longer_than_without(
     per_row_ms: float, base_ms: float, num_sessions: int, length: int
 ) -> None:
@@ -122,3 +128,28 @@ def test_what_was_not_seen_is_not_hoped_to_be_cheap(seen: int) -> None:
         cost.learn(TimedStep(1 + rows, 2, 4.0 + rows / 32))
         rows = cost.rows_within(10.0, rows=1, sessions=1, most=4000)
     assert 8.0 <= rows / 32 <= 10.5
+
+
+@pytest.mark.parametrize(("length", "cached", "expected"), [(5000, 4950, 50), (4500, 4480, 20)])
+def test_rows_of_a_cached_prompt_hold_the_window_that_comes_with_its_end(
+    length: int, cached: int, expected: int
+) -> None:
+    plan = begun(4, lambda rows: 4.0 + rows / 32)
+    add(plan, "long", PromptCuts(length, 1))
+    batch = plan.next_batch()
+    planned = batch.prompts["long"].num_tokens
+    assert planned >= expected + 16
+    piece = plan.begin_at("long", cached, batch).prompts["long"]
+    assert (piece.num_tokens, piece.is_last) == (expected, True)
+
+
+def test_end_of_a_cached_prompt_waits_where_its_window_has_no_room() -> None:
+    plan = begun(4, lambda rows: 4.0 + rows / 32)
+    add(plan, "long", PromptCuts(5000, 1))
+    batch = plan.next_batch()
+    planned = batch.prompts["long"].num_tokens
+    batch = plan.begin_at("long", 5000 - planned, batch)
+    assert not batch.prompts["long"].is_last
+    left = planned - batch.prompts["long"].num_tokens
+    assert 0 < left <= 16
+    assert plan.next_batch().prompts["long"].num_tokens == left

@@ -74,6 +74,23 @@ class PromptCuts:
             return Piece(left, is_last=True)
         return Piece(stop - start, is_last=False)
 
+    def piece_within(self, start: int, max_tokens: int, *, window: float, room: float) -> Piece:
+        """Return the piece that begins at a position, with what runs beside it in the room.
+
+        The last piece brings the first window of the answer with it. Where both do not fit, the
+        piece ends before the prompt does, if there is an edge.
+
+        Args:
+            start: of the piece.
+            max_tokens: of it, see `piece`.
+            window: rows of the answer's first window.
+            room: rows that the piece and what it brings may have.
+        """
+        piece = self.piece(start, max_tokens)
+        if piece.is_last and piece.num_tokens + window > room and piece.num_tokens > 1:
+            return self.piece(start, piece.num_tokens - 1)
+        return piece
+
     def stops(self, start: int, stop: int) -> tuple[int, ...]:
         """Return the edges behind `start` up to `stop`, which is one."""
         first = start + 1

@@ -62,9 +62,17 @@ class RunningSession:
         self._last_rows = 0
         self.prompt_rows = self._prompt.num_tokens
 
-    def piece(self, max_tokens: int) -> Piece:
-        """Return the next piece of its prompt; of more tokens where it cannot be cut so near."""
-        return self._prompt.piece(self._prompt.num_tokens - self.prompt_rows, max_tokens)
+    def piece(self, max_tokens: int, *, choice: int, room: float) -> Piece:
+        """Return the next piece of its prompt, cut so that a last one leaves room to its window.
+
+        Args:
+            max_tokens: of the piece; more where it cannot be cut so near.
+            choice: number of the width of that window.
+            room: rows that both may have.
+        """
+        start = self._prompt.num_tokens - self.prompt_rows
+        window = self.next_rows(choice)
+        return self._prompt.piece_within(start, max_tokens, window=window, room=room)
 
     def decided(self, *, is_alone: bool) -> int | None:
         """Return the number of the width that it has now; None where that is to be decided."""

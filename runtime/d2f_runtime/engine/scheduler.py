@@ -112,13 +112,19 @@ class Scheduler(Generic[Id]):
     def begin_at(self, session_id: Id, num_cached: int, batch: Batch[Id]) -> Batch[Id]:
         """Return the batch that admits a session, whose slot holds the prompt's first tokens.
 
-        What the batch runs of the prompt then begins behind them.
+        What the batch runs of the prompt then begins behind them. Where its end comes into reach
+        by that, the answer's window, which nobody planned for, is left to a later step unless the
+        rows that are not needed hold it.
         """
         session, piece = self._running[session_id], batch.prompts.get(session_id)
         session.begin_at(num_cached)
         if piece is None:
             return batch
-        piece = session.piece(piece.num_tokens)
+        if piece.is_last:
+            piece = replace(piece, num_tokens=session.prompt_rows)
+        else:
+            own, room = len(session.kind.widths) - 1, piece.num_tokens
+            piece = session.piece(room, choice=own, room=room)
         session.prompt_rows -= piece.num_tokens
         return replace(batch, prompts={**batch.prompts, session_id: piece})
 

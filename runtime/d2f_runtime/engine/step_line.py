@@ -88,10 +88,10 @@ def line_up(
     num_skipped = 0
     alike: dict[WidthGains, Part] = {}  # what sessions without a choice bring
     for session_id, session in ready:
-        piece = prompts.next_piece(session) if session.prompt_rows else None
+        hopes, choices = False, _choices(session, is_alone=is_alone)
+        piece = prompts.next_piece(session, choices[0]) if session.prompt_rows else None
         if session.prompt_rows and piece is None:
             continue
-        hopes, choices, rows = False, _choices(session, is_alone=is_alone), 0.0
         if piece is not None and not piece.is_last:
             choices = ()
         elif len(choices) > 1:
@@ -107,7 +107,7 @@ def line_up(
         if len(choices) > 1:
             asked.add(session.kind)
         if piece is not None:
-            prompts.take(piece)
+            prompts.take(piece, rows)
         has_alike = piece is None and not session.narrows
         part = alike.get(session.gains) if has_alike else None
         if part is None:
@@ -143,22 +143,29 @@ class _Prompts:
         self._cost = cost
         self._bounds = bounds
         self._is_alone = is_alone
-        self._left: int | None = None
         self._is_first = True
+        self._left: int | None = None  # of prompts alone
+        self._room = math.inf  # of prompts, and of the windows that come with their last pieces
 
-    def next_piece(self, session: RunningSession) -> Piece | None:
-        """Return the piece of a session's prompt that this step may run; None where none is."""
+    def next_piece(self, session: RunningSession, choice: int) -> Piece | None:
+        """Return the piece of a session's prompt that this step may run; None where none is.
+
+        Args:
+            session: with a prompt.
+            choice: number of the width of its first window.
+        """
         if self._left is None:
             self._left = self._rows()
-        piece = session.piece(max(self._left, LEAST_PIECE))
+        piece = session.piece(max(self._left, LEAST_PIECE), choice=choice, room=self._room)
         if self._is_first or piece.num_tokens <= self._left:
             return piece
         return None
 
-    def take(self, piece: Piece) -> None:
-        """Note that a piece runs."""
+    def take(self, piece: Piece, rows: float) -> None:
+        """Note that a piece runs, in so many rows with what comes with it."""
         assert self._left is not None
         self._left -= piece.num_tokens
+        self._room -= rows
         self._is_first = False
 
     def _rows(self) -> int:
@@ -169,7 +176,8 @@ class _Prompts:
             rows += session.next_rows(_choices(session, is_alone=self._is_alone)[0])
             sessions += 1
         most = max(0, self._bounds.rows - math.ceil(rows))
-        if not sessions:
+        if not sessions:  # the first one may exceed the bound by its window
             return most
+        self._room = self._bounds.rows - rows
         more_ms = max(DELAY_MS, DELAY_SHARE * self._cost.ms(rows, sessions))
         return self._cost.rows_within(more_ms, rows=rows, sessions=sessions, most=most)
