@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     engine.add_argument("--turns", type=int, default=3)
     engine.add_argument("--requests", type=int, default=8)
     engine.add_argument("--max-new-tokens", type=int, default=192)
+    engine.add_argument("--max-rows", type=int, help="sessions that share a step")
     engine.add_argument("--seconds", type=float, help="after which no turn begins")
     engine.set_defaults(run=_engine)
 
@@ -97,6 +98,7 @@ def _engine(arguments: argparse.Namespace) -> dict[str, Any]:
         turns=arguments.turns,
         requests=arguments.requests,
         max_new_tokens=arguments.max_new_tokens,
+        max_rows=arguments.max_rows,
         seconds=arguments.seconds,
     )
     return asyncio.run(loads.run(lambda found: _record(arguments, found)))

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from d2f_runtime.decoding.width import OWN, Width, widths_of
 from d2f_runtime.engine.local import LocalEngine
 from d2f_runtime.engine.opening import open_engine
@@ -76,6 +78,7 @@ class EngineLoads:
         turns: of each setting at each load.
         requests: of a turn, at least.
         max_new_tokens: of an answer.
+        max_rows: sessions that share a step; None leaves it as it is.
         seconds: after which no turn begins; None takes as long as it takes.
     """
 
@@ -88,6 +91,7 @@ class EngineLoads:
     requests: int
     max_new_tokens: int
     seconds: float | None
+    max_rows: int | None = None
 
     async def run(self, note: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Return tokens per second, first blocks and steps of each setting at each load.
@@ -98,6 +102,8 @@ class EngineLoads:
         began = time.perf_counter()
         captured = _Captured()
         limits = Limits(max_sessions=max(self.loads))
+        if self.max_rows is not None:
+            limits = msgspec.structs.replace(limits, max_rows=self.max_rows)
         engine = open_engine(
             self.model,
             adapter=self.adapter,
@@ -108,7 +114,7 @@ class EngineLoads:
         async with engine:
             ready_s = time.perf_counter() - began
             captured.before_ready = False
-            found = _Found(engine, ready_s, captured)
+            found = _Found(engine, limits, ready_s, captured)
             _say(f"ready after {ready_s:.1f} s: {engine.info.device}, {engine.info.quantization}")
             scheduler = steer(engine, limits)
             settings = self._settings(engine.defaults)
@@ -206,8 +212,11 @@ class _Captured(logging.Handler):
 class _Found:
     """What was found so far."""
 
-    def __init__(self, engine: LocalEngine, ready_s: float, captured: _Captured) -> None:
+    def __init__(
+        self, engine: LocalEngine, limits: Limits, ready_s: float, captured: _Captured
+    ) -> None:
         self._engine = engine
+        self._limits = limits
         self._ready_s = ready_s
         self._captured = captured
         self._turns: dict[int, dict[str, list[dict[str, float]]]] = {}
@@ -226,6 +235,7 @@ class _Found:
             "device": self._engine.info.device,
             "quantization": self._engine.info.quantization,
             "ready_s": round(self._ready_s, 2),
+            "max_rows": self._limits.max_rows,
             "captured_after_ready": self._captured.late,
             "loads": loads,
             "ratios": {load: _ratios(of_load) for load, of_load in loads.items()},

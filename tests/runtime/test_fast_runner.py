@@ -140,6 +140,28 @@ def test_long_steps_run_without_a_bucket() -> None:
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_wide_steps_equal_those_of_the_plain_step(family: str, temperature: float) -> None:
+    answers = []
+    for runner in ("fast", "plain"):
+        tested = TorchBackend(
+            tiny_model(CONFIGS[family]),
+            name=runner,
+            runner="fast" if runner == "fast" else "plain",
+            max_tokens=1024,
+        )
+        rows = []
+        for number in range(17):  # 697 rows, of which 544 are masks: 768, and 576 through the head
+            tokens = tuple(10 + (number + i) % 100 for i in range(9))
+            window = Window(0, (*tokens, *[MASK] * 32), 0, (9, 41))
+            uniforms = [(i * 0.37 + number * 0.11) % 1 for i in range(41)]
+            row = StepRow(tested.open_slot(48), window, temperature=temperature, uniforms=uniforms)
+            rows.append(row)
+        answers.append(tested.step(rows))
+    assert_equal(*answers)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
 def test_fp8_stays_close(family: str) -> None:
     model = tiny_model(CONFIGS[family])
     exact = backend(family, "fast")

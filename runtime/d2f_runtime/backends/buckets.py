@@ -4,6 +4,11 @@ A graph is captured for each. Only rows and sessions are static; positions, plac
 read from device memory. A window holds `max_active_blocks` unfilled blocks and those that
 wait to be cached, of 4 to 64 tokens, so any width occurs. Up to 128 rows a step costs
 what reading the weights costs, so that finer steps gain nothing; beyond, rows begin to count.
+
+Beyond 512 rows the device is busy for longer than a launch takes, but the launches of all layers
+take the host 10 ms and more, and whoever else runs Python beside them makes it twice that. Products
+work on 128 rows at a time there, so that padding up to that costs nothing, and so do unused tiles
+of sessions: one number of these will do.
 """
 
 import functools
@@ -14,8 +19,10 @@ __all__ = ["BUCKETS", "MAX_ROWS", "Bucket", "bucket_for"]
 
 ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 512)
 SESSIONS: Final = (1, 4, 16, 64)
-MAX_ROWS: Final = ROWS[-1]
-"""A longer step, such as a prompt's, does enough work to hide what a graph saves."""
+WIDE_ROWS: Final = (640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
+MAX_ROWS: Final = WIDE_ROWS[-1]
+"""A longer step, such as that of a prompt which cannot be cut, does enough work to hide its
+launches."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,6 +31,11 @@ class Bucket:
 
     sessions: int
     rows: int
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the head is better asked for the masks alone than for all rows."""
+        return self.rows > ROWS[-1]
 
     def num_tiles(self, per_tile: int) -> int:
         """Return how many tiles of `per_tile` rows hold any step of this shape.
@@ -35,16 +47,13 @@ class Bucket:
         return (self.rows - self.sessions) // per_tile + self.sessions
 
 
-BUCKETS: Final = tuple(Bucket(sessions, rows) for sessions in SESSIONS for rows in ROWS)
+BUCKETS: Final = (
+    *(Bucket(sessions, rows) for sessions in SESSIONS for rows in ROWS),
+    *(Bucket(SESSIONS[-1], rows) for rows in WIDE_ROWS),
+)
 
 
 @functools.lru_cache(maxsize=4096)
 def bucket_for(num_rows: int, num_sessions: int) -> Bucket | None:
     """Return the smallest bucket for so many rows of so many sessions; None where none is."""
-    for sessions in SESSIONS:
-        if num_sessions <= sessions:
-            for rows in ROWS:
-                if num_rows <= rows:
-                    return Bucket(sessions, rows)
-            return None
-    return None
+    return next((b for b in BUCKETS if num_sessions <= b.sessions and num_rows <= b.rows), None)

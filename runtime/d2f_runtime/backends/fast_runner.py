@@ -35,7 +35,7 @@ logger = logging.getLogger("d2f_stream.fast_runner")
 
 MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
 BESIDE: Final = 16  # sessions that share a step
-EAGER_MULTIPLE: Final = 64  # an uncaptured step's rows are padded to this, so few shapes occur
+EAGER_MULTIPLE: Final = 64  # rows outside of graphs are padded to this, so few shapes occur
 
 
 class _Shape:
@@ -50,7 +50,7 @@ class _Shape:
         found: [4, M] answers, page-locked.
         states: [M, D] final states that predict masks; set by a forward.
         greedy_graph: a whole greedy step, the copies to and from the device included.
-        body_graph: the same without the head, for steps in which something is sampled.
+        body_graph: the same without the head: of wide steps, and where something is sampled.
     """
 
     def __init__(self, bucket: Bucket, group: int, device: torch.device) -> None:
@@ -135,7 +135,8 @@ class FastRunner:
             return
         began = time.perf_counter()
         if buckets is None:
-            buckets = [b for b in BUCKETS if b.sessions <= BESIDE or self._info.branches]
+            every = self._info.branches
+            buckets = [b for b in BUCKETS if every or b.sessions <= BESIDE or b.is_wide]
             buckets = [b for b in buckets if b.rows > b.sessions // 4]
             buckets.sort(key=lambda bucket: -bucket.rows)  # the others fit into their memory
         with self._current():
@@ -155,8 +156,9 @@ class FastRunner:
 
     @torch.inference_mode()
     def replay(self, bucket: Bucket) -> None:
-        """Launch a shape's last step again, without waiting for it; for timing the device."""
-        graph = self._shape(bucket).greedy_graph
+        """Launch a shape's last step again, wide ones without head, and do not wait; for timing."""
+        shape = self._shape(bucket)
+        graph = shape.greedy_graph or shape.body_graph
         if graph is None:
             raise RuntimeError(f"{bucket} is not captured")
         graph.replay()
@@ -203,13 +205,10 @@ class FastRunner:
     def _sample(self, piece: _Piece, shape: _Shape) -> Floats:
         """Run the layers as ever, and the head with torch."""
         plan = piece.plan
-        if shape.greedy_graph is not None:
-            if shape.body_graph is None:
-                shape.body_graph = self._captured(lambda: self._body(shape))
-                shape.fill(plan)
-            shape.body_graph.replay()
-        else:
-            self._body(shape)
+        if shape.greedy_graph is not None and shape.body_graph is None:
+            shape.body_graph = self._captured(lambda: self._body(shape))
+            shape.fill(plan)
+        self._launch(shape)
         if not plan.num_masks:
             return shape.answers(0)
         assert shape.states is not None
@@ -227,9 +226,16 @@ class FastRunner:
     @torch.inference_mode()
     def _greedy(self, shape: _Shape, num_masks: int) -> None:
         """Run a whole step, of whose answers the first `num_masks` matter."""
-        self._body(shape)
+        self._launch(shape)
         assert shape.states is not None
         self._head(shape.states, num_masks, shape.found)
+
+    def _launch(self, shape: _Shape) -> None:
+        """Run what `_body` does, by its graph if there is one."""
+        if shape.body_graph is None:
+            self._body(shape)
+        else:
+            shape.body_graph.replay()
 
     def _body(self, shape: _Shape) -> None:
         """Run the layers; set the states that predict masks, and keep the slots' last ones."""
@@ -246,12 +252,15 @@ class FastRunner:
 
     def _head(self, states: Tensor, number: int, found: Tensor) -> None:
         """Write [4, M] answers, of which the first `number` matter, to the host's memory."""
-        length = max(1, MAX_HEAD_ELEMENTS // self._model.config.vocab_size)
-        if 0 < number <= states.shape[0] <= length:
+        length = MAX_HEAD_ELEMENTS // self._model.config.vocab_size
+        if number == states.shape[0] <= length:
             self._model.best_tokens(states, out=found)
             return
-        for begin in range(0, number, length):
-            piece = slice(begin, min(begin + length, states.shape[0]))
+        # of few sizes, as kernels are compiled anew for some of the others
+        length = max(EAGER_MULTIPLE, length - length % EAGER_MULTIPLE)
+        until = min(number + -number % EAGER_MULTIPLE, states.shape[0])
+        for begin in range(0, until, length):
+            piece = slice(begin, min(begin + length, until))
             found[:, piece].copy_(self._model.best_tokens(states[piece]), non_blocking=True)
 
     @torch.inference_mode()
@@ -280,7 +289,10 @@ class FastRunner:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # as a capture does, so that the difference is the graph's
         before = torch.cuda.memory_reserved(self._device)
-        shape.greedy_graph = self._captured(lambda: self._greedy(shape, bucket.rows))
+        if bucket.is_wide:
+            shape.body_graph = self._captured(lambda: self._body(shape))
+        else:
+            shape.greedy_graph = self._captured(lambda: self._greedy(shape, bucket.rows))
         self.graph_bytes[bucket] = torch.cuda.memory_reserved(self._device) - before
         logger.log(
             logging.INFO if self._is_warm else logging.DEBUG,

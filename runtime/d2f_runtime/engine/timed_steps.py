@@ -27,7 +27,7 @@ NUM_STEPS: Final = 4
 """Steps of each shape; the first one holds the prompt."""
 MAX_BLOCKS: Final = 8
 """Blocks of the answers, so that a pipeline can fill."""
-SESSIONS: Final = (1, 4, 16)
+SESSIONS: Final = (1, 4, 16, 64)
 LONGEST_S: Final = 3.0
 """Seconds after which nothing more is timed; on a device that compiles, ten times that."""
 
