@@ -6,6 +6,7 @@ stream at a time.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from d2f_runtime.backends.base import Backend, StepRow
@@ -33,21 +34,25 @@ def decode_all(
     rows: int = 256,
     policy: AcceptancePolicy | None = None,
     on_answer: Callable[[], object] | None = None,
+    on_step: Callable[[int, Decoder], object] | None = None,
 ) -> list[Answer]:
     """Decode every prompt greedily, at most `rows` at a time; answers in order of the prompts.
 
-    `policy` replaces that of the parameters; `on_answer` is called after each, for progress bars.
+    `policy` replaces that of the parameters; `on_answer` is called after each, for progress bars;
+    `on_step` after each step of each answer, with the prompt's number. A prompt is asked for when
+    there is room for it.
     """
-    waiting = list(enumerate(prompts))[::-1]
+    waiting = enumerate(prompts)
     running: dict[int, tuple[Any, Decoder]] = {}
     answers: dict[int, Answer] = {}
-    while waiting or running:
-        while waiting and len(running) < rows:
-            number, prompt = waiting.pop()
+    while True:
+        for number, prompt in islice(waiting, rows - len(running)):
             decoder = decoder_of(backend.info, prompt, params, policy)
             capacity = len(prompt) + params.max_new_tokens + params.block_size
             slot = backend.open_slot(min(capacity, backend.info.max_len))
             running[number] = (slot, decoder)
+        if not running:
+            return [answers[number] for number in sorted(answers)]
         step_rows: list[StepRow] = []
         for number, (slot, decoder) in list(running.items()):
             window = decoder.next_window()
@@ -60,9 +65,10 @@ def decode_all(
             if on_answer is not None:
                 on_answer()
         found = backend.step(step_rows) if step_rows else []
-        for (_, decoder), proposals in zip(running.values(), found, strict=True):
+        for (number, (_, decoder)), proposals in zip(running.items(), found, strict=True):
             decoder.apply(proposals)
-    return [answers[number] for number in sorted(answers)]
+            if on_step is not None:
+                on_step(number, decoder)
 
 
 def _answer(decoder: Decoder) -> Answer:

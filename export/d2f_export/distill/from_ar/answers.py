@@ -1,4 +1,4 @@
-"""Answers: prompts and answers as token ids in three flat arrays, the form that training reads."""
+"""Answers: prompts and answers as token ids in flat arrays, the form that training reads."""
 
 import os
 from collections.abc import Iterable
@@ -21,11 +21,14 @@ class Answers:
         tokens: of all examples, prompt then answer with the token that ends it.
         lengths: [E] tokens of each example.
         prompts: [E] tokens of each prompt.
+        begins: bool, of each token whether decoding with a draft began a window there; nowhere in
+            answers that no draft has decoded.
     """
 
     tokens: NDArray[np.uint32]
     lengths: NDArray[np.int64]
     prompts: NDArray[np.int64]
+    begins: NDArray[np.bool_]
 
     @classmethod
     def of(cls, examples: Iterable[tuple[list[int], list[int]]]) -> "Answers":
@@ -36,6 +39,7 @@ class Answers:
             np.concatenate(joined) if joined else np.empty(0, np.uint32),
             np.asarray([len(row) for row in joined], dtype=np.int64),
             np.asarray([len(prompt) for prompt, _ in pairs], dtype=np.int64),
+            np.zeros(sum(len(row) for row in joined), np.bool_),
         )
 
     @classmethod
@@ -47,10 +51,15 @@ class Answers:
         """
         try:
             with np.load(path) as stored:
+                tokens = stored["tokens"].astype(np.uint32)
+                begins = np.zeros(len(tokens), np.bool_)
+                if "begins" in stored:
+                    begins = np.unpackbits(stored["begins"], count=len(tokens)).astype(np.bool_)
                 found = cls(
-                    stored["tokens"].astype(np.uint32),
+                    tokens,
                     stored["lengths"].astype(np.int64),
                     stored["prompts"].astype(np.int64),
+                    begins,
                 )
         except (OSError, ValueError, KeyError) as error:
             raise InvalidRequest(f"{path} is no file of answers: {error}") from error
@@ -70,6 +79,7 @@ class Answers:
                 tokens=self.tokens.astype(small),
                 lengths=self.lengths.astype(np.uint32),
                 prompts=self.prompts.astype(np.uint32),
+                begins=np.packbits(self.begins),
             )
         os.replace(partial, path)
 
@@ -89,9 +99,13 @@ class Answers:
     def select(self, indices: NDArray[np.int64]) -> "Answers":
         """Return some of the examples, in the order given."""
         starts = self.starts
-        parts = [self.tokens[starts[i] : starts[i] + self.lengths[i]] for i in indices]
-        tokens = np.concatenate(parts) if parts else np.empty(0, np.uint32)
-        return Answers(tokens, self.lengths[indices], self.prompts[indices])
+        parts = [slice(starts[i], starts[i] + self.lengths[i]) for i in indices]
+        return Answers(
+            np.concatenate([self.tokens[part] for part in parts] or [self.tokens[:0]]),
+            self.lengths[indices],
+            self.prompts[indices],
+            np.concatenate([self.begins[part] for part in parts] or [self.begins[:0]]),
+        )
 
     @classmethod
     def joined(cls, parts: "list[Answers]") -> "Answers":
@@ -100,4 +114,5 @@ class Answers:
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.lengths for part in parts]),
             np.concatenate([part.prompts for part in parts]),
+            np.concatenate([part.begins for part in parts]),
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -147,7 +148,7 @@ class StoredAdapter:
     Attributes:
         folder: where it was read.
         factors: of `new_adapter`'s names, fp32.
-        rank: of every product.
+        rank: of every product, the highest that was stored.
         facts: mask and block sizes.
         mask_id: of the mask.
         base_sha256: of the base's file; None where its writer did not say.
@@ -164,6 +165,9 @@ class StoredAdapter:
 def read_adapter(folder: Path, config: TransformerConfig) -> StoredAdapter:
     """Read what `write_adapter` wrote, the factors joined again.
 
+    Products of a trimmed adapter have several ranks. The smaller ones are filled up with zeros,
+    which stay zeros in a training: neither factor has a gradient where the other one is 0.
+
     Raises:
         InvalidRequest: the folder holds no draft adapter, or one of a model of another shape.
     """
@@ -176,14 +180,17 @@ def read_adapter(folder: Path, config: TransformerConfig) -> StoredAdapter:
             )
         stored = load_file(folder / "adapter_model.safetensors")
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = int(about["r"])
+        rank = max(int(about["r"]), *about.get("rank_pattern", {}).values(), 0)
         factors = {MASK_EMBEDDING: stored[MASK_EMBEDDING].float()}
         for index in range(config.num_layers):
             joined: dict[str, list[Tensor]] = {}
             for name, (module, joined_name, _) in _MODULES.items():
                 prefix = f"base_model.model.model.layers.{index}.{module}"
-                joined.setdefault(joined_name, []).append(stored[f"{prefix}.lora_A.weight"].float())
-                factors[f"{index}.{name}_b"] = stored[f"{prefix}.lora_B.weight"].float()
+                inner = stored[f"{prefix}.lora_A.weight"].float()
+                missing = rank - len(inner)
+                joined.setdefault(joined_name, []).append(F.pad(inner, (0, 0, 0, missing)))
+                outer = stored[f"{prefix}.lora_B.weight"].float()
+                factors[f"{index}.{name}_b"] = F.pad(outer, (0, missing))
             factors |= {f"{index}.{name}": torch.cat(parts) for name, parts in joined.items()}
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise InvalidRequest(f"{folder} is no draft adapter that can be read: {error}") from error

@@ -165,28 +165,23 @@ class Feed(Dataset[Batch]):
         """Add one noisy copy of a document's answer; cut where the row is full."""
         prompt, start, stop = clean.prompts[doc], clean.starts[doc], clean.stops[doc]
         first = start + prompt
-        noise = self._noise.draw(random, stop - first, block_size)
-        answer = clean.tokens[first:stop]
-        tokens = np.where(noise.masked, self._mask_id, answer)
-        place = np.arange(first, stop, dtype=np.int32)
-        # Row i - 1 predicts position i. Of windows of one block the last row does, too, where the
-        # answer goes on: its draft is the token behind the block.
-        next_masked = np.append(noise.masked[1:], False)
-        same = np.append(noise.window[1:] == noise.window[:-1], False)
-        if self._noise.window_blocks == 1:
-            same[:-1] |= noise.masked[:-1]
+        begins = clean.begins[first:stop].nonzero()[0]
+        if len(begins):
+            noise = self._noise.behind(begins, stop - first, block_size)
+        else:
+            noise = self._noise.draw(random, stop - first, block_size)
+        place = (first + noise.place).astype(np.int32)
         next_block = np.append(noise.block[1:], 0)
-        in_block = np.arange(stop - first) - noise.window_start - noise.block * block_size
-        learns = next_masked & same
+        in_block = noise.place - noise.window_start - noise.block * block_size
         noisy.add(
-            noisy=tokens,
+            noisy=np.where(noise.masked, self._mask_id, clean.tokens[place]),
             noisy_position=place - start,
             doc_start=np.full(len(place), start),
             window_start=first + noise.window_start,
             window=window + noise.window,
             block=noise.block,
-            target=np.where(learns, place, -1),
-            weight=np.where(learns, BLOCK_WEIGHT**next_block * PLACE_WEIGHT**in_block, 0.0),
+            target=np.where(noise.learns, place, -1),
+            weight=np.where(noise.learns, BLOCK_WEIGHT**next_block * PLACE_WEIGHT**in_block, 0.0),
         )
         return window + int(noise.window[-1]) + 1
 
@@ -202,6 +197,7 @@ class _Clean:
         length: int,
     ) -> None:
         self.tokens = np.zeros(length, np.int64)
+        self.begins = np.zeros(length, np.bool_)
         self._position = np.zeros(length, np.int64)
         self._doc = np.full(length, -1, np.int32)
         self.starts: list[int] = []
@@ -212,6 +208,7 @@ class _Clean:
             size = int(answers.lengths[example])
             first = int(starts[example])
             self.tokens[place : place + size] = answers.tokens[first : first + size]
+            self.begins[place : place + size] = answers.begins[first : first + size]
             self._position[place : place + size] = np.arange(size)
             self._doc[place : place + size] = number
             self.starts.append(place)

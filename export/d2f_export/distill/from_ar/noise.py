@@ -2,7 +2,8 @@
 
 Pure numpy. Blocks are counted from their window's start, which is random: a draft can begin behind
 any verified token. Verified decoding meets windows of one block that is all masks; without
-verification several blocks are drafted at a time, the first of which is the fullest.
+verification several blocks are drafted at a time, the first of which is the fullest. Where an
+answer was decoded with a draft, its windows stand where decoding began them.
 """
 
 from dataclasses import dataclass
@@ -21,19 +22,24 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class NoisyAnswer:
-    """One noisy copy of an answer of A tokens.
+    """One noisy copy of an answer, N positions.
 
     Attributes:
-        window: [A] number of the window.
-        window_start: [A] place in the answer where it begins.
-        block: [A] number of the block in its window.
-        masked: [A] bool.
+        place: [N] in the answer; windows may overlap.
+        window: [N] number of the window.
+        window_start: [N] place in the answer where it begins.
+        block: [N] number of the block in its window.
+        masked: [N] bool.
+        learns: [N] bool, whether the row learns the token behind its own. Of windows of one block
+            the last row does, too, where the answer goes on: its draft is the token behind it.
     """
 
+    place: Ints
     window: Ints
     window_start: Ints
     block: Ints
     masked: NDArray[np.bool_]
+    learns: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,28 @@ class Noise:
         block = ((place - start) // block_size).astype(np.int32)
         ratio = self._ratios(random, int(window[-1]) + 1)
         masked = random.random(length) < ratio[window, block]
-        return NoisyAnswer(window, start, block, masked)
+        same = np.append(window[1:] == window[:-1], False)
+        if self.window_blocks == 1:
+            same[:-1] |= masked[:-1]
+        learns = np.append(masked[1:], False) & same
+        return NoisyAnswer(place, window, start, block, masked, learns)
+
+    @staticmethod
+    def behind(begins: NDArray[np.int64], length: int, block_size: int) -> NoisyAnswer:
+        """Return the windows of masks that decoding met; they may overlap.
+
+        Args:
+            begins: [W] places in the answer, rising.
+            length: of the answer, tokens.
+            block_size: tokens.
+        """
+        sizes = np.minimum(block_size, length - begins)
+        window = np.repeat(np.arange(len(begins), dtype=np.int32), sizes)
+        start = np.repeat(begins, sizes).astype(np.int32)
+        in_window = np.arange(len(window)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        place = (start + in_window).astype(np.int32)
+        masked = np.ones(len(window), np.bool_)
+        return NoisyAnswer(place, window, start, np.zeros_like(window), masked, place + 1 < length)
 
     def _ratios(self, random: np.random.Generator, num_windows: int) -> NDArray[np.float64]:
         """Return mask ratios [windows, blocks], rising within a window."""

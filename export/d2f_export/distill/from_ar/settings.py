@@ -113,6 +113,14 @@ class WritingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         tuple[str, ...], Meta(description="JSONL files whose texts must not be among the data")
     ] = ()
     prompt_field: Annotated[str, Meta(description="of a line of questions or starters")] = "prompt"
+    draft: Annotated[
+        str | None,
+        Meta(description="folder of a draft adapter: decode what is `written` again with it"),
+    ] = None
+    written: Annotated[
+        tuple[str, ...], Meta(description="files of distill-data whose prompts `draft` answers")
+    ] = ()
+    block_size: Annotated[int, Meta(ge=2, le=1024, description="of the draft, tokens")] = 8
     answers: Annotated[int, Meta(ge=1, description="end after so many")] = 50_000
     max_seconds: Annotated[Positive | None, Meta(description="end after so long")] = None
     slots: Annotated[int, Meta(ge=1, description="conversations at a time")] = 256
@@ -122,3 +130,7 @@ class WritingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.draft is None and self.written:
+            raise InvalidParams("written", self.written, "empty without a draft")
+        if self.draft is not None and not self.written:
+            raise InvalidParams("written", self.written, "a file that distill-data wrote")

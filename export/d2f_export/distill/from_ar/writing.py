@@ -1,5 +1,7 @@
 """Writing: an autoregressive model makes the data of its own draft, from settings to a file.
 
+It makes up prompts and answers them; or it answers prompts again with a draft that it has by now.
+
 The file is what `d2f-stream distill --from-ar` reads. On several GPUs, start one on each with its
 own seed and output.
 """
@@ -15,9 +17,11 @@ from rich.console import Console
 from d2f_export.distill.from_ar.answers import Answers
 from d2f_export.distill.from_ar.base import ArBase, open_ar_base
 from d2f_export.distill.from_ar.generation import Generation
+from d2f_export.distill.from_ar.rollout import roll_out
 from d2f_export.distill.from_ar.self_written import STARTERS, ChatFrame, Overlap, SelfWritten
 from d2f_export.distill.from_ar.settings import WritingSettings
 from d2f_export.distill.from_ar.streams import named_weights, streams_of
+from d2f_runtime.backends.torch_backend import load
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_stream.core.errors import InvalidRequest
 
@@ -56,6 +60,25 @@ def write_data(
             f"length is {settings.length} but {base.name} holds {base.config.max_len} tokens; "
             "lower it"
         )
+    make = _wrote if settings.draft is None else _decoded_again
+    answers, counts = make(settings, base, cpu=cpu)
+    if console is not None:
+        console.print(
+            f"{output}: {len(answers)} answers, {answers.num_answer_tokens} tokens ({counts})",
+            highlight=False,
+        )
+    if not len(answers):
+        raise InvalidRequest(
+            f"{base.name} wrote nothing that could be used ({counts}); give it more time, or "
+            "questions"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    answers.write(output)
+    return answers
+
+
+def _wrote(settings: WritingSettings, base: ArBase, *, cpu: bool) -> tuple[Answers, str]:
+    """Return what the model makes up, and counts of it as words."""
     written = _source(settings, base)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -75,21 +98,31 @@ def write_data(
         written.take,
         seconds=settings.max_seconds or float("inf"),
     )
-    answers = Answers.of(written.examples)
-    if console is not None:
-        counts = ", ".join(f"{name} {count}" for name, count in sorted(written.counts.items()))
-        console.print(
-            f"{output}: {len(answers)} answers, {answers.num_answer_tokens} tokens ({counts})",
-            highlight=False,
-        )
-    if not len(answers):
-        raise InvalidRequest(
-            f"{base.name} wrote nothing that could be used ({dict(written.counts)}); give it more "
-            "time, or questions"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    answers.write(output)
-    return answers
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(written.counts.items()))
+    return Answers.of(written.examples), counts
+
+
+def _decoded_again(settings: WritingSettings, base: ArBase, *, cpu: bool) -> tuple[Answers, str]:
+    """Return the answers that the model gives with its draft, and counts of them as words."""
+    assert settings.draft is not None
+    written = Answers.joined([Answers.read(Path(path)) for path in settings.written])
+    backend = load(
+        base.path,
+        device="cpu" if cpu else "auto",
+        adapter=Path(settings.draft),
+        family=base.family,
+    )
+    backend.warm_up()
+    answers = roll_out(
+        backend,
+        written,
+        block_size=settings.block_size,
+        answer_length=settings.answer_length,
+        rows=settings.slots,
+        limit=settings.answers,
+        seconds=settings.max_seconds or float("inf"),
+    )
+    return answers, f"{int(answers.begins.sum())} windows"
 
 
 def _source(settings: WritingSettings, base: ArBase) -> SelfWritten:

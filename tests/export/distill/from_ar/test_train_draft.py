@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from d2f_export.distill.from_ar.base import free_mask_id, open_ar_base
 from d2f_export.distill.from_ar.run import train_draft
@@ -217,3 +217,35 @@ def test_a_training_begins_with_an_adapter_and_refuses_one_that_does_not_fit(
     with pytest.raises(InvalidRequest, match="give the base that it was made of"):
         train_draft(settings(base, data, **begun), tmp_path / "x", cpu=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_trimmed_adapter_is_trained_on_and_stays_trimmed(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    first = train_draft(settings(base, data, steps=8), tmp_path / "first", cpu=True)
+    trimmed = tmp_path / "trimmed"
+    trimmed.mkdir()
+    narrow = "layers.0.self_attn.k_proj"
+    before = load_file(first / "adapter_model.safetensors")
+    for name, value in before.items():
+        if narrow in name:
+            before[name] = (value[:2] if "lora_A" in name else value[:, :2]).contiguous()
+    save_file(before, trimmed / "adapter_model.safetensors")
+    config = json.loads((first / "adapter_config.json").read_text())
+    wide = [
+        name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
+        for name in before
+        if "lora_A" in name and narrow not in name
+    ]
+    config |= {"r": 2, "lora_alpha": 2, "rank_pattern": dict.fromkeys(wide, 4)}
+    config["alpha_pattern"] = config["rank_pattern"]
+    (trimmed / "adapter_config.json").write_text(json.dumps(config))
+    begun = {"from_adapter": str(trimmed), "steps": 4}
+    second = train_draft(settings(base, data, **begun), tmp_path / "second", cpu=True)
+    after = load_file(second / "adapter_model.safetensors")
+    for name, value in before.items():
+        if narrow in name:
+            rest = after[name][2:] if "lora_A" in name else after[name][:, 2:]
+            assert (rest == 0).all()
+        elif "lora_" in name:
+            assert (after[name] != value).any()
