@@ -23,11 +23,11 @@ from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.buckets import BUCKETS, MAX_ROWS, Bucket, bucket_for
 from d2f_runtime.backends.kv_pool import KVPool, Span
 from d2f_runtime.backends.rows import MAX_BRANCH_MASKS, Floats, Masks
-from d2f_runtime.backends.step_plan import Layout, StepPlan, plan_step
-from d2f_runtime.kernels.attention import TILE_FIELDS, rows_per_tile
+from d2f_runtime.backends.step_plan import StepPlan, plan_step
+from d2f_runtime.backends.step_shape import StepShape
 from d2f_runtime.kernels.compilation import CompilationLog
 from d2f_runtime.models.facts import ModelInfo
-from d2f_runtime.models.fast_transformer import FastTransformer, StepTensors
+from d2f_runtime.models.fast_transformer import FastTransformer
 
 __all__ = ["FastRunner"]
 
@@ -36,54 +36,6 @@ logger = logging.getLogger("d2f_stream.fast_runner")
 MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
 BESIDE: Final = 16  # sessions that share a step
 EAGER_MULTIPLE: Final = 64  # rows outside of graphs are padded to this, so few shapes occur
-
-
-class _Shape:
-    """The buffers of one static shape, and its graphs once they are captured.
-
-    Attributes:
-        layout: of the integers.
-        per_tile: rows of an attention tile.
-        sent: the integers, page-locked; they must stay as they are until a step has ended.
-        host: the same, to be written.
-        fetched: the same on the device, during a step.
-        found: [4, M] answers, page-locked.
-        states: [M, D] final states that predict masks; set by a forward.
-        greedy_graph: a whole greedy step, the copies to and from the device included.
-        body_graph: the same without the head: of wide steps, and where something is sampled.
-    """
-
-    def __init__(self, bucket: Bucket, group: int, device: torch.device) -> None:
-        self.per_tile = rows_per_tile(bucket.rows, group)
-        self.layout = Layout(bucket.rows, bucket.num_tiles(self.per_tile), bucket.sessions)
-        pinned = device.type == "cuda"
-        self.sent = torch.zeros(self.layout.size, dtype=torch.int32, pin_memory=pinned)
-        self.host = self.sent.numpy().data
-        self.fetched = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
-        parts = torch.split(self.fetched, list(self.layout.sizes))
-        tokens, positions, places, visible, self.head, drafts, *rest = parts
-        tiles, self.last_from, self.last_to = rest
-        tiles = tiles.view(-1, TILE_FIELDS)
-        self.tensors = StepTensors(tokens, positions, places, visible, tiles, drafts)
-        self.found = torch.zeros((4, bucket.rows), pin_memory=pinned)
-        self._answers: Floats = self.found.numpy()
-        self._geometry: tuple[object, ...] | None = None
-        self.states: Tensor | None = None
-        self.greedy_graph: torch.cuda.CUDAGraph | None = None
-        self.body_graph: torch.cuda.CUDAGraph | None = None
-
-    def fill(self, plan: StepPlan) -> None:
-        """Write a step's integers; most steps of a stream differ from the last in tokens alone."""
-        geometry = plan.geometry
-        same = geometry == self._geometry
-        plan.fill(self.host, self.layout, self.per_tile, same_geometry=same)
-        self._geometry = geometry
-
-    def answers(self, number: int) -> Floats:
-        """Wait for the device; return a view of the first `number` columns that it found."""
-        if self.fetched.is_cuda:
-            torch.cuda.current_stream(self.fetched.device).synchronize()
-        return self._answers[:, :number]
 
 
 class _Piece(NamedTuple):
@@ -117,7 +69,7 @@ class FastRunner:
         self._group = config.num_heads // config.num_kv_heads
         self._device = pool.store.device
         self._use_graphs = use_graphs and self._device.type == "cuda"
-        self._shapes: dict[Bucket, _Shape] = {}
+        self._shapes: dict[Bucket, StepShape] = {}
         self._is_warm = False
         self._compilations = CompilationLog()
         self._graph_pool: Any = None  # torch gives the handle no public type
@@ -142,7 +94,7 @@ class FastRunner:
         with self._current():
             for bucket in buckets:
                 self._shape(bucket)
-            long = _Shape(Bucket(1, MAX_ROWS + EAGER_MULTIPLE), self._group, self._device)
+            long = StepShape(Bucket(1, MAX_ROWS + EAGER_MULTIPLE), self._group, self._device)
             self._run_empty(long, 0)
             torch.cuda.synchronize(self._device)
         self._is_warm = True
@@ -202,7 +154,7 @@ class FastRunner:
         return shape.answers(plan.num_masks)
 
     @torch.inference_mode()
-    def _sample(self, piece: _Piece, shape: _Shape) -> Floats:
+    def _sample(self, piece: _Piece, shape: StepShape) -> Floats:
         """Run the layers as ever, and the head with torch."""
         plan = piece.plan
         if shape.greedy_graph is not None and shape.body_graph is None:
@@ -224,20 +176,20 @@ class FastRunner:
         return out
 
     @torch.inference_mode()
-    def _greedy(self, shape: _Shape, num_masks: int) -> None:
+    def _greedy(self, shape: StepShape, num_masks: int) -> None:
         """Run a whole step, of whose answers the first `num_masks` matter."""
         self._launch(shape)
         assert shape.states is not None
         self._head(shape.states, num_masks, shape.found)
 
-    def _launch(self, shape: _Shape) -> None:
+    def _launch(self, shape: StepShape) -> None:
         """Run what `_body` does, by its graph if there is one."""
         if shape.body_graph is None:
             self._body(shape)
         else:
             shape.body_graph.replay()
 
-    def _body(self, shape: _Shape) -> None:
+    def _body(self, shape: StepShape) -> None:
         """Run the layers; set the states that predict masks, and keep the slots' last ones."""
         self._model.ops.fetch(shape.sent, shape.fetched)
         hidden = self._model.forward(shape.tensors, self._pool.store)
@@ -264,26 +216,26 @@ class FastRunner:
             found[:, piece].copy_(self._model.best_tokens(states[piece]), non_blocking=True)
 
     @torch.inference_mode()
-    def _eager_shape(self, plan: StepPlan) -> _Shape:
+    def _eager_shape(self, plan: StepPlan) -> StepShape:
         """Return buffers of about the plan's size, for a step that no bucket holds."""
         rows = max(plan.num_rows, plan.num_masks)
         rows += -rows % EAGER_MULTIPLE
-        return _Shape(Bucket(plan.num_runs, rows), self._group, self._device)
+        return StepShape(Bucket(plan.num_runs, rows), self._group, self._device)
 
-    def _shape(self, bucket: Bucket) -> _Shape:
+    def _shape(self, bucket: Bucket) -> StepShape:
         shape = self._shapes.get(bucket)
         if shape is None:
             shape = self._shapes[bucket] = self._new_shape(bucket)
         return shape
 
     @torch.inference_mode()
-    def _new_shape(self, bucket: Bucket) -> _Shape:
-        shape = _Shape(bucket, self._group, self._device)
+    def _new_shape(self, bucket: Bucket) -> StepShape:
+        shape = StepShape(bucket, self._group, self._device)
         if self._use_graphs:
             self._capture(bucket, shape)
         return shape
 
-    def _capture(self, bucket: Bucket, shape: _Shape) -> None:
+    def _capture(self, bucket: Bucket, shape: StepShape) -> None:
         began = time.perf_counter()
         self._run_empty(shape, bucket.rows)  # compiles the kernels
         torch.cuda.synchronize(self._device)
@@ -301,7 +253,7 @@ class FastRunner:
             *(time.perf_counter() - began, self.graph_bytes[bucket]),
         )
 
-    def _run_empty(self, shape: _Shape, num_masks: int) -> None:
+    def _run_empty(self, shape: StepShape, num_masks: int) -> None:
         """Run a step without rows, which writes nothing that anybody reads."""
         shape.fill(plan_step([], [], self._info))
         self._greedy(shape, num_masks)
