@@ -1,8 +1,9 @@
 """The command line: what `d2f-stream` does, command by command.
 
-Owns output and exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads the
-output. Arguments are those of terminal/arguments.py; generation is left to the SDK, output to
-terminal/views.py and canvas.py, serving to server/command.py, diagnosis to terminal/doctor.py.
+Owns output and exit codes: 0 done, 1 failed, 2 bad input (what was typed: an option, a value, the
+prompt, a model that there is not), 130 interrupted, 141 nobody reads the output. Arguments are
+those of terminal/arguments.py; generation is left to the SDK, output to terminal/views.py and
+canvas.py, serving to server/command.py, diagnosis to terminal/doctor.py.
 """
 
 import argparse
@@ -19,11 +20,13 @@ from typing import Final
 
 import msgspec
 
+from d2f_runtime.models.hub import NotFetched
 from d2f_stream.core.errors import (
     D2FError,
     InvalidPrompt,
     InvalidRequest,
     MissingExtra,
+    ModelNotFound,
     NoChatTemplate,
 )
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
@@ -89,12 +92,18 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         return asyncio.run(_generate(args, _prompt(args.prompt), load or default_load()))
     except D2FError as exc:
         _complain(str(exc))
-        return BAD_INPUT if isinstance(exc, InvalidRequest) else FAILED
+        return _status(exc)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         _discard_output()
         return BROKEN_PIPE
+
+
+def _status(error: D2FError) -> int:
+    """Return the exit code of an error: what was typed is wrong, or something else is."""
+    is_misnamed = isinstance(error, ModelNotFound) and not isinstance(error, NotFetched)
+    return BAD_INPUT if is_misnamed or isinstance(error, InvalidRequest) else FAILED
 
 
 def _run_elsewhere(command: str, arguments: list[str]) -> int:
@@ -103,7 +112,7 @@ def _run_elsewhere(command: str, arguments: list[str]) -> int:
         return getattr(importlib.import_module(module), function)(arguments) or 0
     except D2FError as exc:
         _complain(str(exc))
-        return BAD_INPUT if isinstance(exc, InvalidRequest) else FAILED
+        return _status(exc)
     except BrokenPipeError:
         _discard_output()
         return BROKEN_PIPE

@@ -10,8 +10,10 @@ __all__ = ["add_loading", "check_unset"]
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument(
+        "-m",
         "--model",
-        help="a folder, a .gguf file or a hub id (default: smollm2-135m-d2f, or word-problems)",
+        help="a name, a folder, a .gguf file or a hub id (default: smollm2-135m-d2f, or "
+        "word-problems)",
     )
     parser.add_argument("--adapter", help="folder or hub id of a LoRA adapter to merge")
     parser.add_argument(

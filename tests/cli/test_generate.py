@@ -15,6 +15,7 @@ import pytest
 
 from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
 from d2f_runtime.engine import LocalEngine
+from d2f_runtime.models.hub import NotFetched
 from d2f_stream.core.errors import MissingExtra, ModelNotFound, NoChatTemplate
 from d2f_stream.core.events import (
     Block,
@@ -127,16 +128,20 @@ def test_max_new_tokens_cuts_the_answer(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [ModelNotFound("no model\nat nowhere"), MissingExtra("backend 'onnx'", "onnxruntime", "edge")],
+    ("error", "status"),
+    [
+        (ModelNotFound("no model\nat nowhere"), 2),
+        (NotFetched("no hub"), 1),
+        (MissingExtra("backend 'onnx'", "onnxruntime", "edge"), 1),
+    ],
 )
-def test_model_that_cannot_be_opened_is_one_line_and_exit_code_1(
-    error: Exception, capsys: Capture
+def test_model_that_cannot_be_opened_is_one_line(
+    error: Exception, status: int, capsys: Capture
 ) -> None:
     def load(model: str | None = None, **options: object) -> Any:
         raise error
 
-    assert generate("?", load=load) == 1
+    assert generate("?", load=load) == status
     assert capsys.readouterr().err == f"d2f-stream: error: {' '.join(str(error).split())}\n"
 
 

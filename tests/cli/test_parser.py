@@ -54,6 +54,15 @@ def test_help_has_an_example_and_explains_every_argument(parser: argparse.Argume
         assert empty not in shown
 
 
+@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.prog)
+def test_model_has_its_short_form_wherever_it_is_taken(parser: argparse.ArgumentParser) -> None:
+    forms = [action.option_strings for action in parser._actions]
+    assert [names for names in forms if "--model" in names or "-m" in names] in (
+        [],
+        [["-m", "--model"]],
+    )
+
+
 @pytest.mark.parametrize("parser", PARSERS[:-1], ids=lambda parser: parser.prog)
 def test_example_of_the_help_parses(parser: argparse.ArgumentParser) -> None:
     command, *rest = example_of(parser)
@@ -137,11 +146,13 @@ def test_beginnings_of_options_and_dashes_in_texts_are_taken(arguments: str) -> 
         ("d2f-lada:8b", "d2f-llada:8b"),
     ],
 )
-@pytest.mark.parametrize("command", ["generate hi -m", "models show", "models rm"])
+@pytest.mark.parametrize(
+    "command", ["generate hi -m", "serve --port 0 -m", "models show", "models rm", "models pull"]
+)
 def test_misspelt_model_is_answered_with_those_like_it(
     command: str, name: str, meant: str, capsys: Capture
 ) -> None:
-    assert cli.main([*command.split(), name]) == 1
+    assert cli.main([*command.split(), name]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"d2f-stream: error: there is no model called '{name}'; did you mean ")
     assert meant in error

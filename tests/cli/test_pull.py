@@ -78,23 +78,23 @@ def test_connection_that_breaks_amid_a_file_goes_on_in_its_middle(
 
 
 @pytest.mark.parametrize(
-    ("repo", "sentence"),
+    ("repo", "status", "sentence"),
     [
-        ("org/private", "does not let you read org/private (status 401); log in with `hf auth"),
-        ("org/secret", "neither a folder nor a public repository org/secret; for a private one"),
-        ("zzz", "nothing is known of zzz; `d2f-stream models list` shows the names"),
-        ("sdar:3b", "there is no model called 'sdar:3b'; did you mean sdar:"),
-        ("org/missing", "neither a folder nor a public repository org/missing"),
-        ("org/gated", "org/gated is gated: accept its terms on huggingface.co"),
-        (f"{REPO}@v9", f"the repository {REPO} has no revision 'v9'"),
+        ("org/private", 1, "does not let you read org/private (status 401); log in with `hf auth"),
+        ("org/secret", 2, "neither a folder nor a public repository org/secret; for a private one"),
+        ("zzz", 2, "nothing is known of zzz; `d2f-stream models list` shows the names"),
+        ("sdar:3b", 2, "there is no model called 'sdar:3b'; did you mean sdar:"),
+        ("org/missing", 2, "neither a folder nor a public repository org/missing"),
+        ("org/gated", 1, "org/gated is gated: accept its terms on huggingface.co"),
+        (f"{REPO}@v9", 2, f"the repository {REPO} has no revision 'v9'"),
     ],
 )
 def test_refusal_is_one_clear_line(
-    hub: LocalHub, repo: str, sentence: str, capsys: Capture
+    hub: LocalHub, repo: str, status: int, sentence: str, capsys: Capture
 ) -> None:
     hub.refused = {"org/private": (401, ""), "org/secret": (401, "RepoNotFound")}
     hub.refused |= {"org/gated": (403, "GatedRepo")}
-    assert cli.main(["models", "pull", repo]) == 1
+    assert cli.main(["models", "pull", repo]) == status
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1

@@ -277,7 +277,7 @@ def test_questions_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--quantize", "int3"], 2, "quantize is 'int3' but must be one of fp32, fp16, int8, int4"),
         (["--target", "device", "--window", "600"], 2, "window is 600 but must be between 1 and"),
-        (["--adapter", "/nowhere"], 1, "no adapter folder at /nowhere"),
+        (["--adapter", "/nowhere"], 2, "no adapter folder at /nowhere"),
     ],
 )
 def test_bad_settings_are_one_line(
@@ -308,15 +308,15 @@ def test_only_an_exported_model_is_replaced(
 
 
 def test_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(tmp_path / "none", tmp_path / "onnx") == 1
+    assert export(tmp_path / "none", tmp_path / "onnx") == 2
     assert "no model folder at" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert export(tmp_path / "empty", tmp_path / "onnx") == 1
+    assert export(tmp_path / "empty", tmp_path / "onnx") == 2
     assert "has no config.json; is it a model folder?" in capsys.readouterr().err
     write_model(tmp_path / "model", "llada")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     assert export(tmp_path / "model", tmp_path / "onnx") == 1
     assert "model_type 'mamba', but this build runs" in capsys.readouterr().err
-    assert verify(tiny_folder("dream", "torch")) == 1
+    assert verify(tiny_folder("dream", "torch")) == 2
     assert "no manifest.json in" in capsys.readouterr().err

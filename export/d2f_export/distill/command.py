@@ -87,4 +87,5 @@ def _add(group: "argparse._ArgumentGroup", name: str, kind: Any, default: Any) -
         parts = [getattr(part, "__origin__", part) for part in (plain, *get_args(plain))]
         kind = next((k for k in (int, float) if k in parts), str)
         options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-    group.add_argument(f"--{name.replace('_', '-')}", **options)
+    short = ("-m",) if name == "model" else ()  # as every command has it
+    group.add_argument(*short, f"--{name.replace('_', '-')}", **options)

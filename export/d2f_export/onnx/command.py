@@ -108,7 +108,10 @@ def export_parser() -> Parser:
         example="d2f-stream export --model smollm2:135m --quantize int8 --output smollm2-onnx",
     )
     parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder, a .gguf file or a hub id"
+        "-m",
+        "--model",
+        required=True,
+        help="a name, a checkpoint's folder, a .gguf file or a hub id",
     )
     parser.add_argument(
         "--adapter", help="folder or hub id of a LoRA adapter, to merge or to draft with"
@@ -149,7 +152,8 @@ def verify_parser() -> Parser:
         example="d2f-stream verify smollm2-onnx --model smollm2:135m --number 100",
     )
     parser.add_argument("artefact", type=Path, help="the exported folder")
-    parser.add_argument("--model", help="the checkpoint; without it only the files are checked")
+    text = "the checkpoint; without it only the files are checked"
+    parser.add_argument("-m", "--model", help=text)
     parser.add_argument("--adapter", help="that was exported with it")
     parser.add_argument("--family", metavar="NAME", help="that it was exported with")
     parser.add_argument(

@@ -17,7 +17,14 @@ from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.names import named
 from d2f_stream.core.errors import D2FError, MissingExtra, ModelNotFound
 
-__all__ = ["HubModel", "fetch_description", "fetch_one_by_one", "fetch_weights", "locate"]
+__all__ = [
+    "HubModel",
+    "NotFetched",
+    "fetch_description",
+    "fetch_one_by_one",
+    "fetch_weights",
+    "locate",
+]
 
 DESCRIPTION: Final = ("*.json", "*.jinja", "merges.txt")
 WEIGHTS: Final = ("model.safetensors", "adapter_model.safetensors", "model*.onnx*")
@@ -44,7 +51,11 @@ class HubModel:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
 
-class _Unreachable(ModelNotFound):
+class NotFetched(ModelNotFound):
+    """The hub does not give what it may have: it is out of reach, or wants a login."""
+
+
+class _Unreachable(NotFetched):
     """What is not in the cache does not come."""
 
     def __init__(self, model: HubModel, reason: str) -> None:
@@ -134,8 +145,8 @@ def _weights(folder: Path) -> Sequence[str]:
     return sorted({str(file) for file in index.section("weight_map").values.values()})
 
 
-def _incomplete(model: HubModel, reason: str) -> ModelNotFound:
-    return ModelNotFound(
+def _incomplete(model: HubModel, reason: str) -> NotFetched:
+    return NotFetched(
         f"the weights of {model} have not all come; files that have are kept, so fetch it again: "
         f"{reason}"
     )
@@ -170,7 +181,7 @@ def _not_found(model: HubModel, error: Exception) -> D2FError:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return ModelNotFound(
+        return NotFetched(
             f"the repository {model} is gated: accept its terms on huggingface.co, then log in "
             "with `hf auth login`"
         )
@@ -183,7 +194,7 @@ def _not_found(model: HubModel, error: Exception) -> D2FError:
         return ModelNotFound(f"the repository {model.repo} has no revision {model.revision!r}")
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403):
-        return ModelNotFound(
+        return NotFetched(
             f"the hub does not let you read {model} (status {response.status_code}); log in with "
             "`hf auth login`, as somebody who may"
         )

@@ -29,11 +29,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "low is 0.9 but must be at most high" in capsys.readouterr().err
 
 
-def test_folder_without_a_model_is_exit_code_1(
+def test_folder_without_a_model_is_bad_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["distill", "--output", str(tmp_path / "run"), "--data", "d", "--model", str(tmp_path)]
-    assert cli.main(given) == 1
+    assert cli.main(given) == 2
     assert "has no config.json; is it a model folder?" in capsys.readouterr().err
 
 
