@@ -12,6 +12,8 @@ row by what it may see: the canvas up to the end of its block.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 # (canvas up to the block's end, position) -> (token, confidence)
 Propose = Callable[[tuple[int, ...], int], tuple[int, float]]
 # (masked rows with their confidence, step of the block) -> rows to accept
@@ -74,10 +76,11 @@ def even(size: int, num_steps: int) -> list[int]:
 
 
 def linear(num_masks: int, num_steps: int) -> list[int]:
-    """The same by the linear schedule, without steps that would bring none."""
-    found = []
+    """The linear schedule in single precision, without steps that would bring none."""
+    found, single, times = [], np.float32, np.arange(num_steps + 1) / num_steps
+    masked = [single(1) - (single(1) - single(time)) for time in times]
     for t in range(num_steps, 0, -1):
-        share = min(round(num_masks * (1 - ((t - 1) / num_steps) / (t / num_steps))), num_masks)
+        share = min(round(num_masks * (1 - float(masked[t - 1] / masked[t]))), num_masks)
         num_masks -= share
         found.append(share)
     return [share for share in found if share]
@@ -90,6 +93,17 @@ def best(rows: list[tuple[int, float]], number: int) -> list[int]:
 
 def static(schedule: Sequence[int]) -> Rule:
     return lambda rows, step: best(rows, schedule[step])
+
+
+def static_by_masks(schedule: Callable[[int], list[int]]) -> Rule:
+    """The schedule of a block follows from its masks."""
+    shares: list[int] = []
+
+    def rule(rows: list[tuple[int, float]], step: int) -> list[int]:
+        shares[:] = schedule(len(rows)) if step == 0 else shares
+        return best(rows, shares[step])
+
+    return rule
 
 
 def sequential(schedule: Sequence[int]) -> Rule:

@@ -33,7 +33,7 @@ MAX_INTEGER = 2**63 - 1  # what travels to a server as an integer
 Attention = Literal["blocks", "full"]
 Commit = Literal["filled", "verify"]
 Rank = Literal["confidence", "margin", "neg_entropy", "position"]
-Schedule = Literal["even", "linear"]
+Schedule = Literal["even", "masks", "linear"]
 Stop = str | Sequence[str]
 StopAtEos = Literal["truncate", "drain"]
 Tail = Literal["cut", "drop", "whole"]
@@ -101,7 +101,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             the best by `rank`. With a threshold of 1, which nothing passes, each step accepts its
             share. 0 forces one proposal a step. No effect with `num_per_step`.
         schedule: of `steps_per_block`: "even" shares the block's size out, the remainder first;
-            "linear" takes what is left over the steps left, rounded half to even.
+            "masks" only what the prompt left of it; "linear" takes of the masks that are left what
+            falls to each of the steps left, rounded half to even.
         edit_threshold: while a block is open, a token that is set already is replaced by another
             proposal above this (strictly), in [0, 1]; None edits nothing. The block is final once
             it has no masks and a step changes nothing (LLaDA2.1). One block at a time.
@@ -172,7 +173,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         _check_choice("tail", self.tail, ("cut", "drop", "whole"))
         _check_count("num_per_step", self.num_per_step, 0, MAX_BLOCK_SIZE)
         _check_count("steps_per_block", self.steps_per_block, 0, MAX_BLOCK_SIZE)
-        _check_choice("schedule", self.schedule, ("even", "linear"))
+        _check_choice("schedule", self.schedule, ("even", "masks", "linear"))
         if self.edit_threshold is not None:
             _check_edit_threshold(self.edit_threshold)
         _check_count("max_edit_steps", self.max_edit_steps, 0, None)

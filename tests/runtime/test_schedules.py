@@ -57,7 +57,7 @@ def answer_of(window: Window, cache: list[int], loop: Loop) -> Proposals:
 
 
 CASES = st.tuples(
-    st.sampled_from(["dynamic", "static", "sequential", "best and sure"]),
+    st.sampled_from(["dynamic", "static", "masks", "linear", "sequential", "best and sure"]),
     st.integers(1, 9),  # block size
     st.integers(1, 9),  # steps
     st.integers(0, 12),  # prompt
@@ -93,6 +93,12 @@ def test_answers_and_steps_are_those_of_the_published_loops(
         case "static":
             rule = block_loops.static(schedule)
             params = params.with_overrides({"confidence_threshold": 1.0})
+        case "masks":  # zeros among the published shares are steps that are not taken
+            rule = block_loops.static_by_masks(lambda masks: block_loops.even(masks, num_steps))
+            params = params.with_overrides({"confidence_threshold": 1.0, "schedule": "masks"})
+        case "linear":
+            rule = block_loops.static_by_masks(lambda masks: block_loops.linear(masks, num_steps))
+            params = params.with_overrides({"confidence_threshold": 1.0, "schedule": "linear"})
         case "sequential":
             rule = block_loops.sequential(schedule)
             params = params.with_overrides({"confidence_threshold": 1.0, "rank": "position"})
@@ -115,21 +121,21 @@ def test_answers_and_steps_are_those_of_the_published_loops(
 def test_linear_schedules_are_the_published_ones(num_masks: int, num_steps: int) -> None:
     found = shares("linear", num_steps, 64, num_masks)
     assert sum(found) == num_masks
-    assert 0 not in found
-    exact = [n for n in _linear_in_fractions(num_masks, num_steps) if n]
-    assert list(found) == exact
+    assert list(found) == block_loops.linear(num_masks, num_steps)
 
 
-def _linear_in_fractions(num_masks: int, num_steps: int) -> list[int]:
-    """Half to even, without the rounding of floats that decides exact halves by chance."""
-    from fractions import Fraction
-
-    found = []
-    for t in range(num_steps, 0, -1):
-        share = round(Fraction(num_masks, t))
-        num_masks -= share
-        found.append(share)
-    return found
+@pytest.mark.parametrize(
+    ("num_masks", "num_steps", "wanted"),
+    [
+        (4, 3, (1, 1, 2)),  # a half in exact numbers, just below one in single precision
+        (32, 10, (3, 3, 3, 3, 3, 3, 3, 4, 3, 4)),
+        (32, 1024, (1,) * 32),
+    ],
+)
+def test_single_precision_decides_linear_halves(
+    num_masks: int, num_steps: int, wanted: tuple[int, ...]
+) -> None:
+    assert shares("linear", num_steps, 32, num_masks) == wanted
 
 
 @given(st.integers(1, 64), st.integers(1, 100))
@@ -137,6 +143,7 @@ def test_even_schedules_are_the_published_ones(size: int, num_steps: int) -> Non
     found = shares("even", num_steps, size, 3)
     assert sum(found) == size
     assert list(found) == [n for n in block_loops.even(size, num_steps) if n]
+    assert shares("masks", num_steps, 99, size) == found
 
 
 def test_schedule_counts_what_the_prompt_left_of_the_block() -> None:
@@ -148,13 +155,15 @@ def test_schedule_counts_what_the_prompt_left_of_the_block() -> None:
     assert decode(params, [10, 10, 10], loop)[1] == 2  # 2 + 3 of the five masks
     _, steps = decode(params.with_overrides({"schedule": "even"}), [10, 10, 10], loop)
     assert steps == 2  # 4 of the eight positions, and the one that is left
+    counts = [shares(schedule, 2, 4, 2) for schedule in ("even", "masks")]
+    assert counts == [(2, 2), (1, 1)]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps_per_block": -1}, "steps_per_block is -1 but must be an integer from 0"),
-        ({"schedule": "cosine"}, "schedule is 'cosine' but must be one of even, linear"),
+        ({"schedule": "cosine"}, "schedule is 'cosine' but must be one of even, masks, linear"),
         ({"tail": "open"}, "one of cut, drop, whole"),
         ({"rank": "length"}, "confidence, margin, neg_entropy, position"),
     ],

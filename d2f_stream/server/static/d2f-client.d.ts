@@ -90,7 +90,7 @@ export interface Params {
   tail?: "cut" | "drop" | "whole";
   num_per_step?: number;
   steps_per_block?: number;
-  schedule?: "even" | "linear";
+  schedule?: "even" | "masks" | "linear";
   edit_threshold?: number | null;
   max_edit_steps?: number;
   sub_block_size?: number;
