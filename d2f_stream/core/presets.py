@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.params import MAX_BLOCK_SIZE, GenerationParams
 
 __all__ = ["PRESETS"]
 
@@ -71,7 +71,11 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
         "sdar": GenerationParams(
             block_size=4, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.85
         ),
-        # The same code's other two ways: one token a step, the most confident or the leftmost.
+        # TraDo, of the same architecture, as its README calls it (Gen-Verse/dLLM-RL), but greedily.
+        "trado": GenerationParams(
+            block_size=4, add_threshold=1.0, max_active_blocks=1, confidence_threshold=0.9
+        ),
+        # SDAR's code's other two ways: one token a step, the most confident or the leftmost.
         "sdar-static": GenerationParams(
             block_size=4, add_threshold=1.0, max_active_blocks=1, num_per_step=1
         ),
@@ -141,7 +145,7 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
             add_threshold=1.0,
             max_active_blocks=1,
             confidence_threshold=math.nextafter(0.9, 0.0),
-            sub_block_size=32,
+            sub_block_size=MAX_BLOCK_SIZE,  # the whole block, but for its first token
         ),
         # Drafts in blocks, kept where the model's own next tokens agree: for models that were
         # converted from autoregressive ones, or have a draft adapter. Block size and threshold

@@ -13,7 +13,8 @@ import torch
 import d2f_stream
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.torch_backend import TorchBackend
-from d2f_runtime.decoding.window import Window
+from d2f_runtime.decoding.decoder import BlockDecoder
+from d2f_runtime.decoding.window import Proposals, Window
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_runtime.models.published import read_published
 from d2f_runtime.models.rope_scaling import YarnRope
@@ -65,8 +66,35 @@ def test_config_as_published(tmp_path: Path) -> None:
     assert (config.shift_logits, config.drafts_in_place) == (True, True)
     assert (config.native_block_size, config.max_len, config.norm_eps) == (32, 262144, 1e-5)
     assert config.rope_scaling == YarnRope(16.0, 16384, query_beta=0.1)
-    assert (defaults.block_size, defaults.sub_block_size, defaults.commit) == (32, 32, "filled")
+    assert (defaults.block_size, defaults.commit) == (32, "filled")
     assert math.nextafter(defaults.confidence_threshold, 1) == 0.9
+
+
+def test_config_of_14b(tmp_path: Path) -> None:
+    rope = LARGE["rope_parameters"] | {"rope_theta": 1e9}
+    sizes = {"hidden_size": 5120, "intermediate_size": 16384, "num_hidden_layers": 40}
+    values = LARGE | sizes | {"rope_parameters": rope, "rope_scaling": rope, "rope_theta": 1e9}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_published(tmp_path).config
+    assert (config.hidden_size, config.num_heads * config.head_dim) == (5120, 4096)
+    assert (config.rope_theta, config.rope_scaling) == (1e9, YarnRope(16.0, 16384, query_beta=0.1))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_all_of_a_block_is_open_once_its_first_token_is_there(tmp_path: Path, size: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LARGE | {"block_size": size}))
+    params = read_published(tmp_path).defaults(adapted=False)
+    decoder = BlockDecoder(
+        prompt_tokens=[7, 8], params=params, mask_id=100, eos_ids=[11], shift_logits=True,
+        prompt_attention="causal", commit_attention="causal",
+    )  # fmt: skip
+    for masks in (1, size - 1):
+        window = decoder.next_window()
+        assert window is not None
+        assert len(window.asked(100)) == masks
+        number = len(window.tokens)
+        decoder.apply(Proposals([9] * number, [0.99] * number))
+    assert decoder.num_useful_tokens == size
 
 
 def test_factors_below_one_are_read(tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_mask_that_no_file_names_is_the_published_one(tmp_path: Path, model_type
     assert read(tmp_path, config | {"mask_token_id": named}).config.mask_id == named
 
 
+@pytest.mark.parametrize(
+    ("folder", "threshold"),
+    [("TraDo-8B-Thinking", 0.9), ("models--Gen-Verse--TraDo-4B-Instruct", 0.9), ("x", 0.85)],
+)
+def test_trado_has_its_own_threshold(tmp_path: Path, folder: str, threshold: float) -> None:
+    published = read(tmp_path / folder, config_of(FAMILIES["sdar"]))
+    defaults = published.defaults(adapted=False)
+    assert (defaults.confidence_threshold, defaults.block_size) == (threshold, 4)
+    assert published.config.prompt_attention == "grid"
+
+
 def test_exactly_the_threshold_is_enough_for_stable_diffcoder() -> None:
     preset = d2f_stream.PRESETS["stable-diffcoder-threshold"]
     assert preset.confidence_threshold < 0.95

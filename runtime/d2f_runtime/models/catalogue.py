@@ -105,6 +105,8 @@ CATALOGUE: Final[tuple[Entry, ...]] = (
           3.83, 0.81, _kv(26, 8), "NVIDIA Nemotron Open Model License"),
     Entry("nemotron-diffusion:8b", "nvidia/Nemotron-Labs-Diffusion-8B", "nemotron",
           8.49, 1.07, _kv(34, 8), "NVIDIA Nemotron Open Model License"),
+    Entry("nemotron-diffusion:14b", "nvidia/Nemotron-Labs-Diffusion-14B", "nemotron",
+          13.51, 1.34, _kv(40, 8), "NVIDIA Nemotron Open Model License"),
     Entry("tiny-a2d:0.6b", "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d",
           0.6, 0.16, _kv(28, 8), "Apache-2.0"),
     Entry("opdlm:4b", "divelab/OPDLM-4B", "a2d", 4.02, 0.39, _kv(36, 8), "MIT"),

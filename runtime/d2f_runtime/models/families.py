@@ -116,6 +116,7 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         prompt_attention="grid",
         shift_logits=False,
         block_size=4,
+        variants=(Variant(named="trado", defaults="trado"),),
         mask_token="<|MASK|>",
         mask_id=151669,
         eos_tokens=_QWEN_ENDS,
