@@ -108,6 +108,11 @@ def test_converted_models_take_the_block_size_that_their_config_is_given(tmp_pat
     assert (config.native_block_size, config.max_block_size) == (16, 16)
 
 
+@pytest.mark.parametrize("model_type", ["a2d-qwen3", "qwen3", "sdar"])
+def test_heads_have_qwen3s_size_where_the_config_is_silent(tmp_path: Path, model_type: str) -> None:
+    assert read(tmp_path, model_type, head_dim=...).config.head_dim == 128
+
+
 def test_mask_is_found_by_its_text_where_the_config_lacks_it(tmp_path: Path) -> None:
     config = read(tmp_path, "sdar", mask_token_id=...).config
     assert config.mask_id == added_tokens(FAMILIES["sdar"])["<|MASK|>"]

@@ -88,11 +88,15 @@ def test_what_is_left_out_has_the_codes_defaults(tmp_path: Path) -> None:
          "score_function", "router_dtype", "norm_head"), ...,
     )  # fmt: skip
     assert read(tmp_path / "a", **left_out).config == read(tmp_path / "b").config
-    both = read(tmp_path / "c", rotary_dim=128).config
-    assert both.rotary_dim == 64, "the factor wins"
-    assert read(tmp_path / "d", partial_rotary_factor=...).config.rotary_dim == 64
-    whole = read(tmp_path / "e", partial_rotary_factor=1.0).config
-    assert whole.rotary_dim == 0
+    assert read(tmp_path / "c", rotary_dim=128).config.rotary_dim == 64, "the factor wins"
+    neither = {"partial_rotary_factor": ..., "rotary_dim": ...}
+    assert read(tmp_path / "n", **neither).config.rotary_dim == 64, "half of a head"
+    assert read(tmp_path / "d", partial_rotary_factor=..., rotary_dim=32).config.rotary_dim == 32
+    for name, share in (("rope_parameters", 0.25), ("rope_scaling", 0.75)):
+        rope = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": share}
+        nested = read(tmp_path / name, **neither, rope_theta=..., **{name: rope}).config
+        assert (nested.rotary_dim, nested.rope_theta) == (int(128 * share), 5e5)
+    assert read(tmp_path / "e", partial_rotary_factor=1.0).config.rotary_dim == 0
 
 
 @pytest.mark.parametrize(
@@ -133,6 +137,8 @@ def test_other_mixtures_are_refused_by_name(tmp_path: Path, changes: Any, messag
     ("changes", "message"),
     [
         ({"num_experts": ...}, "lacks num_experts"),
+        ({"rope_theta": ...}, "lacks rope_theta"),
+        ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
         ({"num_experts_per_tok": ...}, "lacks num_experts_per_tok"),
         ({"moe_intermediate_size": "512"}, "moe_intermediate_size is '512'"),
         ({"n_group": 7}, "256 experts make no 7 equal groups"),

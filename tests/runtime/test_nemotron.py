@@ -80,6 +80,16 @@ def test_config_of_14b(tmp_path: Path) -> None:
     assert (config.rope_theta, config.rope_scaling) == (1e9, YarnRope(16.0, 16384, query_beta=0.1))
 
 
+def test_what_is_left_out_has_the_codes_defaults(tmp_path: Path) -> None:
+    rope = {key: value for key, value in LARGE["rope_parameters"].items() if key != "rope_theta"}
+    gone = ("head_dim", "rms_norm_eps", "block_size", "mask_token_id", "dlm_paradigm")
+    values = {key: value for key, value in LARGE.items() if key not in gone}
+    for place, content in (("a", LARGE), ("b", values | {"rope_parameters": rope})):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text(json.dumps(content))
+    assert read_published(tmp_path / "a").config == read_published(tmp_path / "b").config
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_all_of_a_block_is_open_once_its_first_token_is_there(tmp_path: Path, size: int) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LARGE | {"block_size": size}))

@@ -51,6 +51,8 @@ class Family:
         qkv_bias: biases on q, k and v; None goes by the config.
         qk_norm: RMSNorm on queries and keys.
         head_dim: where the config names none; None shares the hidden size out.
+        rope_theta, norm_eps: the same; None where the published code does not agree on it, so that
+            the config must name it.
         defaults: the preset of a request that asks for nothing, for the model as it is.
         adapted: the same with a D2F adapter; None where there are none.
     """
@@ -69,6 +71,8 @@ class Family:
     qkv_bias: bool | None = None
     qk_norm: bool = False
     head_dim: int | None = None
+    rope_theta: float | None = 10_000.0
+    norm_eps: float | None = 1e-6
     defaults: str
     adapted: str | None = None
 
@@ -96,6 +100,7 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         mask_token="<|mdm_mask|>",
         mask_id=126336,
         eos_tokens={"<|endoftext|>": 126081, "<|eot_id|>": 126348},
+        norm_eps=1e-5,
         defaults="single-block",
         adapted="paper",
     ),
@@ -155,6 +160,8 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         mask_id=156895,
         eos_tokens={"<|endoftext|>": 156892, "<|role_end|>": 156900},
         qk_norm=True,
+        rope_theta=None,
+        norm_eps=None,
         defaults="llada2",
     ),
     "nemotron_labs_diffusion": Family(  # Nemotron-Labs-Diffusion-3B, -8B, -14B, -Base
@@ -167,6 +174,9 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         block_size=32,
         mask_id=100,
         eos_tokens={},
+        head_dim=128,
+        rope_theta=1e6,
+        norm_eps=1e-5,
         defaults="nemotron",
     ),
     "Fast_dLLM_Qwen": Family(
@@ -199,6 +209,7 @@ PUBLISHED: Final[Mapping[str, Family]] = {
         mask_id=151669,
         eos_tokens=_QWEN_ENDS,
         qk_norm=True,
+        head_dim=128,
         defaults="tiny-a2d",
     ),
     "a2d-qwen2": Family(  # Tiny-A2D from Qwen2.5-Coder

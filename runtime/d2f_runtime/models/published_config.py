@@ -42,7 +42,9 @@ def transformer_config(
         ModelDamaged: a key is missing or of the wrong kind, or there is no mask or no EOS.
     """
     refuse_variants(config, family)
-    sizes = _llada_sizes(config) if family.layout == "llada" else _llama_sizes(config, family)
+    sizes = (
+        _llada_sizes(config, family) if family.layout == "llada" else _llama_sizes(config, family)
+    )
     vocab_size = sizes.vocab_size
     # Tokens may have been added beyond what is embedded: a text that names one is refused.
     if vocabulary is not None and vocabulary.base_size > vocab_size:
@@ -73,7 +75,7 @@ def transformer_config(
         mask_id=_mask_id(config, generation, family, vocabulary, vocab_size),
         eos_ids=_eos_ids(config, generation, family, vocabulary, vocab_size),
         rope_theta=sizes.rope_theta,
-        norm_eps=config.number("rms_norm_eps", 1e-5 if family.layout == "llada" else 1e-6),
+        norm_eps=config.number("rms_norm_eps", family.norm_eps),
         qkv_bias=sizes.qkv_bias,
         qk_norm=sizes.qk_norm,
         tie_embeddings=sizes.tie_embeddings,
@@ -120,7 +122,7 @@ class _Sizes:
     rotary_dim: int = 0
 
 
-def _llada_sizes(config: ConfigFile) -> _Sizes:
+def _llada_sizes(config: ConfigFile, family: Family) -> _Sizes:
     hidden_size, num_heads = config.integer("d_model"), config.integer("n_heads")
     is_multi_query = config.flag("multi_query_attention", False)
     num_kv_heads = 1 if is_multi_query else num_heads
@@ -140,7 +142,7 @@ def _llada_sizes(config: ConfigFile) -> _Sizes:
         head_dim=max(1, hidden_size // num_heads),
         ffn_size=config.integer("mlp_hidden_size", config.integer("mlp_ratio", 4) * hidden_size),
         max_len=config.integer("max_sequence_length"),
-        rope_theta=config.number("rope_theta", 10_000.0),
+        rope_theta=config.number("rope_theta", family.rope_theta),
         rope_scaling=None,
         qkv_bias=config.flag("include_qkv_bias", False),
         tie_embeddings=config.flag("weight_tying", "weight_tying" not in config.nulls),
@@ -155,6 +157,7 @@ def _llama_sizes(config: ConfigFile, family: Family) -> _Sizes:
     rope = PublishedRope.read(
         config,
         head_dim=turning or head_dim,
+        theta=family.rope_theta,
         is_partial=is_partial,
         scales_queries=family.layout == "nemotron",
     )

@@ -9,9 +9,12 @@ from typing import Final
 
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.mixture_config import MixtureConfig
+from d2f_runtime.models.published_rope import rope_section
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
 __all__ = ["llada2_mixture", "qwen3_mixture", "rotary_dim"]
+
+PARTIAL: Final = "partial_rotary_factor"
 
 _ONLY_LLADA2: Final[Mapping[str, tuple[object, ...]]] = {
     "norm_head": (None, False),
@@ -80,9 +83,10 @@ def rotary_dim(config: ConfigFile, head_dim: int) -> int:
     Raises:
         ModelDamaged: more than there are, or an odd number.
     """
-    turning = config.integer("rotary_dim", head_dim)
-    if "partial_rotary_factor" in config:  # it wins where both are there
-        turning = int(head_dim * config.number("partial_rotary_factor"))
+    source = config if PARTIAL in config else rope_section(config)  # where transformers 5 has it
+    turning = int(head_dim * source.number(PARTIAL, 0.5))
+    if PARTIAL not in source:  # it wins where both are there
+        turning = config.integer("rotary_dim", turning)
     if turning % 2 or not 0 < turning <= head_dim:
         raise ModelDamaged(
             f"{config.path}: {turning} dimensions of a head of {head_dim} turn (rotary_dim, "

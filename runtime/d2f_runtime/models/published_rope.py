@@ -20,7 +20,7 @@ from d2f_runtime.models.rope_scaling import (
 )
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
-__all__ = ["PublishedRope"]
+__all__ = ["PublishedRope", "rope_section"]
 
 logger = logging.getLogger("d2f_stream.published")
 
@@ -48,6 +48,7 @@ class PublishedRope:
         config: ConfigFile,
         *,
         head_dim: int,
+        theta: float | None = 10_000.0,
         is_partial: bool = False,
         scales_queries: bool = False,
     ) -> "PublishedRope":
@@ -56,6 +57,7 @@ class PublishedRope:
         Args:
             config: of the model.
             head_dim: how many dimensions of a head there are to turn.
+            theta: base where it names none; None where it must.
             is_partial: whether the family turns a part of each head, by `partial_rotary_factor`.
             scales_queries: whether it multiplies queries, by `llama_4_scaling_beta`.
 
@@ -63,9 +65,7 @@ class PublishedRope:
             UnsupportedModel: a kind that this build does not know.
             ModelDamaged: a key is missing or of the wrong kind.
         """
-        rope = config.section(
-            "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
-        )
+        rope = rope_section(config)
         if nested := sorted(key for key, value in rope.values.items() if isinstance(value, dict)):
             raise UnsupportedModel(
                 f"{rope.path} has rotary positions of their own for {nested[0]}, but this build "
@@ -82,7 +82,7 @@ class PublishedRope:
                 f"{rope.path} has a llama_4_scaling_beta with positions of the rope_type {kind!r}, "
                 "but this build knows it with yarn"
             )
-        theta = rope.number("rope_theta", config.number("rope_theta", 10_000.0))
+        theta = (rope if "rope_theta" in rope else config).number("rope_theta", theta)
         max_len = config.integer("max_position_embeddings")
         if kind == "default":
             return cls(theta, None, max_len)
@@ -108,6 +108,12 @@ class PublishedRope:
                 scaling = _longrope(rope, trained, max_len, head_dim)
                 max_len = _trained_only(rope, trained, max_len)
         return cls(theta, scaling, max_len)
+
+
+def rope_section(config: ConfigFile) -> ConfigFile:
+    """Return what the config says of positions, empty where it has no section for them."""
+    older = "rope_scaling"
+    return config.section(older if config.values.get(older) else "rope_parameters")
 
 
 def _refuse_partial(rope: ConfigFile, config: ConfigFile) -> None:
