@@ -15,11 +15,14 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["BUCKETS", "MAX_ROWS", "Bucket", "bucket_for"]
+__all__ = ["BUCKETS", "CROWD", "MAX_ROWS", "Bucket", "bucket_for"]
 
 ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 512)
 SESSIONS: Final = (1, 4, 16, 64)
 WIDE_ROWS: Final = (640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
+CROWD: Final = 256
+"""Runs of rows where windows have branches, each of which is one: as many rows at least."""
+CROWDED_ROWS: Final = (128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 1536, 2048)
 MAX_ROWS: Final = WIDE_ROWS[-1]
 """A longer step, such as that of a prompt which cannot be cut, does enough work to hide its
 launches."""
@@ -50,6 +53,7 @@ class Bucket:
 BUCKETS: Final = (
     *(Bucket(sessions, rows) for sessions in SESSIONS for rows in ROWS),
     *(Bucket(SESSIONS[-1], rows) for rows in WIDE_ROWS),
+    *(Bucket(CROWD, rows) for rows in CROWDED_ROWS),
 )
 
 

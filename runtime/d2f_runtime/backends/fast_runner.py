@@ -20,7 +20,7 @@ from torch import Tensor
 
 from d2f_runtime.backends.answers import MAX_HEAD_ELEMENTS, answer_states, sampling_of
 from d2f_runtime.backends.base import StepRow
-from d2f_runtime.backends.buckets import BUCKETS, MAX_ROWS, Bucket, bucket_for
+from d2f_runtime.backends.buckets import BUCKETS, CROWD, MAX_ROWS, Bucket, bucket_for
 from d2f_runtime.backends.kv_pool import KVPool, Span
 from d2f_runtime.backends.rows import MAX_BRANCH_MASKS, Floats, Masks
 from d2f_runtime.backends.step_plan import StepPlan, plan_step
@@ -87,9 +87,10 @@ class FastRunner:
             return
         began = time.perf_counter()
         if buckets is None:
-            every = self._info.branches
-            buckets = [b for b in BUCKETS if every or b.sessions <= BESIDE or b.is_wide]
-            buckets = [b for b in buckets if b.rows > b.sessions // 4]
+            most = CROWD if self._info.branches else BESIDE
+            wide = [b for b in BUCKETS if b.is_wide and most < b.sessions < CROWD]
+            buckets = [b for b in BUCKETS if b.sessions <= most and b.rows > b.sessions // 4]
+            buckets += wide
             buckets.sort(key=lambda bucket: -bucket.rows)  # the others fit into their memory
         with self._current():
             for bucket in buckets:
