@@ -106,11 +106,13 @@ def _decoded_again(settings: WritingSettings, base: ArBase, *, cpu: bool) -> tup
     """Return the answers that the model gives with its draft, and counts of them as words."""
     assert settings.draft is not None
     written = Answers.joined([Answers.read(Path(path)) for path in settings.written])
+    most = int(written.prompts.max()) + settings.answer_length + settings.block_size
     backend = load(
         base.path,
         device="cpu" if cpu else "auto",
         adapter=Path(settings.draft),
         family=base.family,
+        kv_tokens=2 * settings.slots * most,  # each takes its places in one piece
     )
     backend.warm_up()
     answers = roll_out(
