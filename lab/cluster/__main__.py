@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     late = commands.add_parser("latency", help="what a block costs more than from one process")
     late.add_argument("--setup", action="append", choices=SETUPS, help="repeat; default all")
+    late.add_argument("--model", default="", help="such as word-problems; default scripted")
     late.add_argument("--loads", type=int, nargs="+", default=(1, 16, 64))
     killing = commands.add_parser("kills", help="engines and servers killed at random")
     killing.add_argument("--wait", action="store_true", help="for both engines, between two")
@@ -55,7 +56,13 @@ async def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.command == "costs":
             return await costs(folder, seconds=seconds)
         setups = arguments.setup or SETUPS
-        return await latency(folder, setups=setups, loads=arguments.loads, seconds=seconds)
+        return await latency(
+            folder,
+            setups=setups,
+            loads=arguments.loads,
+            seconds=seconds,
+            model=arguments.model,
+        )
 
 
 if __name__ == "__main__":

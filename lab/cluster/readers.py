@@ -31,8 +31,16 @@ class Reading:
     longest_pause_ms: float
 
 
-async def read_answer(engine: d2f_stream.Engine, answer: str, *, prompt: str = "hi") -> Reading:
+async def read_answer(
+    engine: d2f_stream.Engine, answer: str, *, prompt: str = "hi", max_new_tokens: int = 0
+) -> Reading:
     """Read an answer, and check it character by character and event by event.
+
+    Args:
+        engine: is asked.
+        answer: that is expected.
+        prompt: taken verbatim.
+        max_new_tokens: 0 is one for each byte, as a scripted model has them.
 
     Raises:
         RuntimeError: something is lost, doubled, reordered or wrong.
@@ -40,7 +48,8 @@ async def read_answer(engine: d2f_stream.Engine, answer: str, *, prompt: str = "
     asked_at = now = time.perf_counter()
     pause, text, offsets, next_seq = 0.0, "", [], 0
     end: StreamFinished | None = None
-    session = engine.generate(prompt, max_new_tokens=len(answer.encode()), raw=True)
+    most = max_new_tokens or len(answer.encode())
+    session = engine.generate(prompt, max_new_tokens=most, raw=True)
     async for event in session.events():
         then, now = now, time.perf_counter()
         pause = max(pause, now - then)
@@ -71,15 +80,26 @@ async def connections(url: str, number: int) -> AsyncIterator[list[d2f_stream.En
 
 
 async def keep_reading(
-    engines: Sequence[d2f_stream.Engine], answer: str, *, streams: int, until: asyncio.Event
+    engines: Sequence[d2f_stream.Engine],
+    answer: str,
+    *,
+    streams: int,
+    until: asyncio.Event,
+    prompt: str = "",
+    max_new_tokens: int = 0,
 ) -> list[Reading]:
-    """Read so many answers at a time, one after the other, until an event is set."""
+    """Read so many answers at a time, one after the other, until an event is set.
+
+    Each stream has a prompt of its own, unless one is given for all.
+    """
     readings: list[Reading] = []
 
     async def read(number: int) -> None:
         while not until.is_set():
             engine = engines[number % len(engines)]
-            readings.append(await read_answer(engine, answer, prompt=f"prompt {number}"))
+            asked = prompt or f"prompt {number}"
+            reading = await read_answer(engine, answer, prompt=asked, max_new_tokens=max_new_tokens)
+            readings.append(reading)
 
     async with asyncio.TaskGroup() as group:
         for number in range(streams):
