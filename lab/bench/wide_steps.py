@@ -23,11 +23,11 @@ import torch
 
 from d2f_runtime.backends import fast_runner
 from d2f_runtime.backends.base import Slot, StepRow
-from d2f_runtime.backends.buckets import bucket_for
+from d2f_runtime.backends.buckets import Bucket, bucket_for
 from d2f_runtime.backends.fast_runner import FastRunner
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.kernels import streamed_attention
+from d2f_runtime.kernels import attention, streamed_attention
 from d2f_runtime.models.config import TransformerConfig
 from lab.bench.library_products import library_rates
 from lab.bench.step import device_times, fill_cache, slot_of
@@ -48,6 +48,15 @@ RATES: Final = {"fp8": 1979e12}  # of the matrix units, operations a second; els
 BF16: Final = 989e12
 READ: Final = 4.8e12  # bytes a second
 BUSIEST: Final = (660, 16)
+
+ATTENTIONS: Final = {
+    "with the copy engine": ((streamed_attention, "MAX_ROWS", 2048),),
+    "2 stages": ((attention, "STAGES", 2),),
+    "8 warps": ((attention, "WARPS", 8),),
+    "blocks of 128 keys": ((attention, "BLOCK", 128),),
+    "128 queries": ((attention, "TILE", 128), (attention, "WARPS", 8)),
+}
+"""Ways to cut it: constants of its modules."""
 
 Note = Callable[[], None]
 
@@ -104,7 +113,7 @@ def time_wide_steps(
         ]
         further: list[tuple[dict[str, Any], str, Callable[[], Any]]] = [
             (found, "kernels", partial(_kernels, backend, runner, slots)),
-            (found, "streamed attention", partial(_streamed, backend, runner, slots)),
+            (found, "attentions", partial(_attentions, backend, runner, slots)),
             (found, "products", partial(library_rates, config, quantization)),
         ]
         for group, name, stage in [*stages[:2], *further, *stages[2:]]:
@@ -220,21 +229,29 @@ def _kernels(backend: TorchBackend, runner: FastRunner, slots: Sequence[Slot]) -
     }
 
 
-def _streamed(backend: TorchBackend, runner: FastRunner, slots: Sequence[Slot]) -> dict[str, Any]:
-    """Time a step with the attention that the copy engine feeds, anew and with the usual one."""
+def _attentions(backend: TorchBackend, runner: FastRunner, slots: Sequence[Slot]) -> dict[str, Any]:
+    """Time a step with attention cut otherwise, milliseconds on the device."""
     rows, bucket = _rows(backend, slots, *BUSIEST), bucket_for(*BUSIEST)
     assert bucket is not None
-    other = 0 if bucket.rows <= streamed_attention.MAX_ROWS else bucket.rows
-    found: dict[str, Any] = {"up to this many rows": other}
-    kept = runner._shapes.pop(bucket)
-    try:
-        with mock.patch.object(streamed_attention, "MAX_ROWS", other):
-            backend.step(rows)
-            found["device_ms"] = spread(device_times(lambda: runner.replay(bucket), 15))
-    finally:
+    found: dict[str, Any] = {"as it is": _replays(runner, bucket)}
+    kept = runner._shapes[bucket]
+    for name, changes in ATTENTIONS.items():
+        del runner._shapes[bucket]
+        with ExitStack() as changed:
+            for module, constant, value in changes:
+                changed.enter_context(mock.patch.object(module, constant, value))
+            try:
+                backend.step(rows)
+                found[name] = _replays(runner, bucket)
+            except Exception as failure:  # others may work
+                found[name] = repr(failure)[:300]
         runner._shapes[bucket] = kept
-    found["device_ms, usual"] = spread(device_times(lambda: runner.replay(bucket), 15))
+    found["as it is, again"] = _replays(runner, bucket)
     return found
+
+
+def _replays(runner: FastRunner, bucket: Bucket) -> dict[str, float]:
+    return spread(device_times(lambda: runner.replay(bucket), 25))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

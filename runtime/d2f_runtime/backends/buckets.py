@@ -7,8 +7,7 @@ what reading the weights costs, so that finer steps gain nothing; beyond, rows b
 
 Beyond 512 rows the device is busy for longer than a launch takes, but the launches of all layers
 take the host 10 ms and more, and whoever else runs Python beside them makes it twice that. Products
-work on 128 rows at a time there, so that padding up to that costs nothing, and so do unused tiles
-of sessions: one number of these will do.
+work on 128 or 192 rows at a time there, so that padding up to that costs little.
 """
 
 import functools
@@ -17,9 +16,10 @@ from typing import Final
 
 __all__ = ["BUCKETS", "CROWD", "MAX_ROWS", "Bucket", "bucket_for"]
 
-ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 512)
+ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SESSIONS: Final = (1, 4, 16, 64)
-WIDE_ROWS: Final = (640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
+WIDE_SESSIONS: Final = SESSIONS[2:]
+WIDE_ROWS: Final = (576, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
 CROWD: Final = 256
 """Runs of rows where windows have branches, each of which is one: as many rows at least."""
 CROWDED_ROWS: Final = (128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 1536, 2048)
@@ -52,7 +52,7 @@ class Bucket:
 
 BUCKETS: Final = (
     *(Bucket(sessions, rows) for sessions in SESSIONS for rows in ROWS),
-    *(Bucket(SESSIONS[-1], rows) for rows in WIDE_ROWS),
+    *(Bucket(sessions, rows) for sessions in WIDE_SESSIONS for rows in WIDE_ROWS),
     *(Bucket(CROWD, rows) for rows in CROWDED_ROWS),
 )
 
@@ -60,4 +60,5 @@ BUCKETS: Final = (
 @functools.lru_cache(maxsize=4096)
 def bucket_for(num_rows: int, num_sessions: int) -> Bucket | None:
     """Return the smallest bucket for so many rows of so many sessions; None where none is."""
-    return next((b for b in BUCKETS if num_sessions <= b.sessions and num_rows <= b.rows), None)
+    holding = (b for b in BUCKETS if num_sessions <= b.sessions and num_rows <= b.rows)
+    return min(holding, default=None)
