@@ -19,10 +19,10 @@ __all__ = ["BUCKETS", "CROWD", "MAX_ROWS", "Bucket", "bucket_for"]
 ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SESSIONS: Final = (1, 4, 16, 64)
 WIDE_SESSIONS: Final = SESSIONS[2:]
-WIDE_ROWS: Final = (576, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
+WIDE_ROWS: Final = (576, 640, 768, 896, 1024, 1152, 1536, 2048)
 CROWD: Final = 256
 """Runs of rows where windows have branches, each of which is one: as many rows at least."""
-CROWDED_ROWS: Final = (128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 1536, 2048)
+CROWDED_ROWS: Final = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MAX_ROWS: Final = WIDE_ROWS[-1]
 """A longer step, such as that of a prompt which cannot be cut, does enough work to hide its
 launches."""

@@ -88,9 +88,7 @@ class FastRunner:
         began = time.perf_counter()
         if buckets is None:
             most = CROWD if self._info.branches else BESIDE
-            wide = [b for b in BUCKETS if b.is_wide and most < b.sessions < CROWD]
             buckets = [b for b in BUCKETS if b.sessions <= most and b.rows > b.sessions // 4]
-            buckets += wide
             buckets.sort(key=lambda bucket: -bucket.rows)  # the others fit into their memory
         with self._current():
             for bucket in buckets:
