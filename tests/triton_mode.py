@@ -4,7 +4,10 @@ On a machine without a CUDA device they run in the interpreter, which must be sw
 TRITON_INTERPRET=1 in the environment: a process that has imported kernels without it cannot.
 """
 
+import dataclasses
+import inspect
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,5 +31,31 @@ def _mend() -> None:
     interpreter._patch_lang_tensor = patch
 
 
+def _hasten() -> None:
+    """Leave out what the interpreter does again and again and makes no use of."""
+    try:
+        from triton.language.core import is_builtin
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    builder = interpreter.interpreter_builder
+    # Each sum of integers is computed again in 64 bits; without `debug` nobody looks at that.
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    @cache
+    def builtins_of(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins_of(package):  # at each call of a function in a kernel
+            member = getattr(package, name)
+            if is_builtin(member):  # not patched yet
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtins
+
+
 if DEVICE == "cpu" and CAN_RUN:
     _mend()
+    _hasten()
