@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from installed_model import CHATS
 from lab.bench import first_questions
-
-FOLDER = Path(__file__).parents[2] / "models/smollm2-135m-d2f/smollm2_135m_d2f/model"
 
 
 def test_shipped_drafts_save_steps_and_change_no_answer(
@@ -17,7 +16,7 @@ def test_shipped_drafts_save_steps_and_change_no_answer(
     monkeypatch.setattr(first_questions, "QUESTIONS", questions)
     output = tmp_path / "record.json"
     first_questions.main(
-        ["--model", str(FOLDER), "--max-new", "12", "--repeats", "1", "--output", str(output)]
+        ["--model", str(CHATS), "--max-new", "12", "--repeats", "1", "--output", str(output)]
     )  # fmt: skip
     results = json.loads(output.read_text())["results"]
     assert results["same_answers"] == len(questions)

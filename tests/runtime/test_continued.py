@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,9 +19,9 @@ from d2f_stream.core.errors import InvalidRequest
 from d2f_stream.core.events import Block, Event, StreamFinished, StreamNames, StreamStarted, Timings
 from d2f_stream.core.params import GenerationParams
 from fakes import ANSWER, engine_over, info, params
+from installed_model import CHATS
 
 ALPHABET = "abc .\n\t<é—漢🙂\u0301"
-PACKAGED = Path(__file__).parents[2] / "models/smollm2-135m-d2f/smollm2_135m_d2f/model"
 NAMES = StreamNames("stream", "request")
 PROMPTS = st.text(ALPHABET, min_size=1, max_size=20)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -181,9 +180,9 @@ async def test_the_embedded_model_goes_on_with_the_same_text(changes: Any) -> No
             await check_model(engine, prompt, asked)
 
 
-@pytest.mark.skipif(not (PACKAGED / "manifest.json").is_file(), reason="no model is packaged")
+@pytest.mark.skipif(not (CHATS / "manifest.json").is_file(), reason="no model is packaged")
 async def test_so_does_the_model_package() -> None:
-    async with open_engine(PACKAGED) as engine:
+    async with open_engine(CHATS) as engine:
         short = engine.defaults.with_overrides({"max_new_tokens": 12})
         for asked in (short, short.with_overrides({"temperature": 0.8, "seed": 3})):
             await check_model(engine, "The capital of France is", asked)

@@ -23,13 +23,13 @@ from d2f_stream.server.http.sse import COMMENT, EventStream
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server, ServeSettings
 from fakes import ANSWER, engine_over
+from installed_model import brief_model
 from memory_network import until
 from openai_serving import Exchange, Serving, chat, serving
 
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "openai_client.py"
-CHATS = ROOT / "models" / "smollm2-135m-d2f" / "smollm2_135m_d2f" / "model"
 
 
 async def ended(served: Serving) -> None:
@@ -272,8 +272,8 @@ async def test_embedded_model_over_a_socket() -> None:
     assert "The answer is 52" in text
 
 
-async def test_example_runs() -> None:
-    async with d2f_stream.load(CHATS) as engine, listening(engine) as (server, _):
+async def test_example_runs(tmp_path: Path) -> None:
+    async with d2f_stream.load(brief_model(tmp_path)) as engine, listening(engine) as (server, _):
         environment = os.environ | {"D2F_URL": f"{server.url}/v1"}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, str(EXAMPLE)), stdout=PIPE, stderr=PIPE, env=environment
@@ -281,7 +281,7 @@ async def test_example_runs() -> None:
         output, errors = await process.communicate()
     assert errors == b""
     first, _, drafts = output.decode().partition(" tokens)\n")
-    assert "blue" in first
+    assert "scattered" in first
     shown = [ast.literal_eval(line) for line in drafts.split("\n") if line]
     assert len(shown) >= 3
     assert first.startswith(shown[-1])
