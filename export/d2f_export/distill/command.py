@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from d2f_export.distill.settings import DistillSettings, read_settings, settings_of
+from d2f_export.distill.settings import DistillSettings, build_settings, read_settings
 from d2f_stream.core.errors import MissingExtra
 from d2f_stream.parser import Parser, new_parser
 
-__all__ = ["add_settings", "build_parser", "main", "values_of"]
+__all__ = ["build_parser", "main", "values_of", "with_settings"]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "d2f-stream distill") -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "d2f-stream distill")
         return train(given, prog=prog)
     parser = build_parser(prog)
     args = parser.parse_args(given)
-    settings = settings_of(values_of(args))
+    settings = build_settings(DistillSettings, values_of(args))
     try:
         from rich.console import Console
 
@@ -47,19 +47,19 @@ def build_parser(prog: str) -> Parser:
         example=f"{prog} --model dream:7b --data answers.jsonl --output student",
         more="--from-ar MODEL --help: train a draft adapter of an autoregressive model instead.",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the run's folder; resumes")
+    return with_settings(parser, DistillSettings, output="the run's folder; resumes")
+
+
+def with_settings(parser: Parser, kind: type[msgspec.Struct], *, output: str) -> Parser:
+    """Add what every command has, and a flag for each setting, those that must be given first."""
+    parser.add_argument("--output", type=Path, required=True, help=output)
     parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
     parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
-    add_settings(parser, DistillSettings)
-    return parser
-
-
-def add_settings(parser: argparse.ArgumentParser, kind: type[msgspec.Struct]) -> None:
-    """Add a flag for each field of the settings, those that must be given first."""
     group = parser.add_argument_group("settings")
     fields = msgspec.structs.fields(kind)
     for field in sorted(fields, key=lambda field: not field.required):
         _add(group, field.name, field.type, field.default)
+    return parser
 
 
 def values_of(args: argparse.Namespace) -> dict[str, Any]:

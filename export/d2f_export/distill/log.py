@@ -4,7 +4,6 @@ A resumed run takes back the rows that a killed one wrote after its last checkpo
 """
 
 import csv
-import os
 from pathlib import Path
 from typing import Final, Self
 
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from d2f_export.distill.memory import MemoryPlan, as_text
 from d2f_export.distill.validation import Score
+from d2f_export.distill.whole_files import replacing
 
 __all__ = ["TrainingLog", "plot_loss", "show_plan"]
 
@@ -146,12 +146,10 @@ def _begin(path: Path, columns: tuple[str, ...], step: int) -> None:
     """Leave the header and the rows up to `step`."""
     rows = _read(path) if path.exists() else []
     whole = [row for row in rows if None not in row.values()]  # a kill may cut the last one
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(row for row in whole if float(row["step"]) <= step)
-    os.replace(partial, path)
 
 
 def _append(path: Path, row: list[object]) -> None:

@@ -13,7 +13,7 @@ A checkpoint and a model are written beside their name and get it when they are 
 import os
 import shutil
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,15 +23,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2f_export.distill.settings import FREE, TrainSettings, to_toml
+from d2f_export.distill.settings import FREE, TrainSettings, read_settings, to_toml
 from d2f_export.distill.student import trainable
+from d2f_export.distill.whole_files import write_text
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.text.tokenizer import token_source
 from d2f_stream.core.errors import D2FError, InvalidRequest, ModelDamaged
 
-__all__ = ["RunFolder", "RunState", "Writer", "prepare_checkpoints", "write_model"]
+__all__ = [
+    "SETTINGS_FILE",
+    "RunFolder",
+    "RunState",
+    "Writer",
+    "check_same",
+    "no_training",
+    "prepare_checkpoints",
+    "write_model",
+]
 
 Writer = Callable[[Path, dict[str, Tensor]], None]  # puts trained weights into a folder
 
@@ -103,23 +113,21 @@ class RunFolder:
             if not file.exists():
                 self.path.mkdir(parents=True, exist_ok=True)
                 if {file.name for file in self.path.iterdir()} - BEGUN:
-                    raise InvalidRequest(
-                        f"{self.path} holds something else than a training; choose a new folder"
-                    )
+                    raise no_training(self.path)
                 self._checkpoints.mkdir(exist_ok=True)
-                _write(file, to_toml(settings))
+                write_text(file, to_toml(settings))
                 return
             has_checkpoint = any(self._checkpoints.glob("step-*"))
             if has_checkpoint or self._end is not None:
-                self._compare(settings)
+                check_same(self.path, settings, free=FREE)
             if not has_checkpoint and self._end is not None:
                 raise InvalidRequest(
                     f"{self.path} holds a training that ended after {self._end.step} steps, and no "
                     "checkpoint that it could go on from; choose a new folder"
                 )
-        except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
             raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
-        _write(file, to_toml(settings))
+        write_text(file, to_toml(settings))
 
     def finished(self, settings: TrainSettings, *, patience: int = 0) -> RunState | None:
         """Return where the run ended, if these settings ask for no more than that.
@@ -130,15 +138,12 @@ class RunFolder:
         end = self._end
         if end is None or (end.progress(settings) < 1.0 and not end.is_over(patience)):
             return None
-        try:
-            self._compare(settings)
-        except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
-            raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
+        check_same(self.path, settings, free=FREE)
         return end
 
     def finish(self, state: RunState) -> None:
         """Say that the run has ended and that all of its files are there."""
-        _write(self.path / END_FILE, msgspec.json.encode(state).decode() + "\n")
+        write_text(self.path / END_FILE, msgspec.json.encode(state).decode() + "\n")
 
     @property
     def _end(self) -> RunState | None:
@@ -148,18 +153,6 @@ class RunFolder:
             return msgspec.json.decode((self.path / END_FILE).read_bytes(), type=RunState)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
-
-    def _compare(self, settings: TrainSettings) -> None:
-        """Refuse settings with which the run that is here would learn something else."""
-        old = tomllib.loads((self.path / SETTINGS_FILE).read_text(encoding="utf-8-sig"))
-        new = tomllib.loads(to_toml(settings))
-        for name in dict.fromkeys([*new, *old]):
-            before, now = old.get(name), new.get(name)
-            if before != now and name not in FREE:
-                raise InvalidRequest(
-                    f"{self.path} holds a training with {name} {before!r}, not {now!r}; go on with "
-                    "the same settings, or choose a new folder"
-                )
 
     def save(self, accelerator: Any, state: RunState) -> None:
         """Write a checkpoint; the one before it goes when this one is whole. On all processes.
@@ -213,6 +206,32 @@ class RunFolder:
                 "was begun; give the same data, or choose a new folder"
             )
         return state
+
+
+def check_same(folder: Path, settings: msgspec.Struct, *, free: Collection[str]) -> None:
+    """Compare settings with those of the run that has begun in a folder.
+
+    Args:
+        folder: of the run.
+        settings: that it is to go on with.
+        free: the names of those that may differ.
+
+    Raises:
+        InvalidRequest: the run would learn something else with them, or its file cannot be read.
+    """
+    old, new = read_settings(folder / SETTINGS_FILE), tomllib.loads(to_toml(settings))
+    for name in dict.fromkeys([*new, *old]):
+        before, now = old.get(name), new.get(name)
+        if before != now and name not in free:
+            raise InvalidRequest(
+                f"{folder} holds a training with {name} {before!r}, not {now!r}; go on with the "
+                "same settings, or choose a new folder"
+            )
+
+
+def no_training(folder: Path) -> InvalidRequest:
+    """Return the error of a folder in which something else stands than a run."""
+    return InvalidRequest(f"{folder} holds something else than a training; choose a new folder")
 
 
 def prepare_checkpoints(accelerator: Any) -> None:
@@ -272,9 +291,3 @@ def write_model(
 def _replace(folder: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)  # of an equal step: a run that was finished before
     os.replace(folder, target)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

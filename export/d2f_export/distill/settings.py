@@ -28,7 +28,6 @@ __all__ = [
     "build_settings",
     "check_values",
     "read_settings",
-    "settings_of",
     "to_toml",
 ]
 
@@ -177,11 +176,6 @@ FREE: Final = frozenset(
     }
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not change what a step learns."""
-
-
-def settings_of(values: Mapping[str, Any]) -> DistillSettings:
-    """Build a distillation's settings; see `build_settings`."""
-    return build_settings(DistillSettings, values)
 
 
 def build_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:

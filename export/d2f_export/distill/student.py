@@ -5,17 +5,15 @@ in PEFT's format under the module names of the base's own checkpoint, so that PE
 the published class and this runtime merges it (`load(model, adapter=...)`).
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2f_export.distill.whole_files import write_peft
 from d2f_runtime.models.families import Layout, published_name
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import MissingExtra
@@ -23,8 +21,6 @@ from d2f_stream.core.errors import MissingExtra
 __all__ = ["TARGETS", "adapters_off", "add_lora", "save_adapter", "trainable"]
 
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
 ADAPTER: Final = "default"  # PEFT's name of an only adapter
 
 
@@ -108,15 +104,7 @@ def save_adapter(
         base_model_name_or_path=base,
         inference_mode=True,
     ).to_dict()
-    text = json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)  # without it the folder is no adapter
-    partial = folder / f".{WEIGHTS_FILE}"
-    save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f".{CONFIG_FILE}"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / CONFIG_FILE)
+    write_peft(folder, weights, _plain(config))
 
 
 def _lora_layers(model: nn.Module) -> list[Any]:

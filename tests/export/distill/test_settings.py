@@ -5,17 +5,18 @@ from typing import Any
 import pytest
 
 from d2f_export.distill.command import build_parser, values_of
-from d2f_export.distill.settings import DistillSettings, read_settings, settings_of, to_toml
+from d2f_export.distill.settings import DistillSettings, build_settings, read_settings, to_toml
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
 
 GIVEN: dict[str, Any] = {"model": "org/model", "data": ["a.jsonl", 'b "quoted" \\ ü.jsonl']}
 
 
 def test_settings_survive_their_file() -> None:
-    settings = settings_of(
-        GIVEN | {"low": 0.1, "full": True, "score": "regex", "score_pattern": r"\d+"}
+    settings = build_settings(
+        DistillSettings,
+        GIVEN | {"low": 0.1, "full": True, "score": "regex", "score_pattern": r"\d+"},
     )
-    assert settings_of(tomllib.loads(to_toml(settings))) == settings
+    assert build_settings(DistillSettings, tomllib.loads(to_toml(settings))) == settings
 
 
 @pytest.mark.parametrize(
@@ -36,12 +37,12 @@ def test_settings_survive_their_file() -> None:
 )
 def test_bad_settings_are_refused_by_name(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidParams, match=message):
-        settings_of(GIVEN | changed)
+        build_settings(DistillSettings, GIVEN | changed)
 
 
 def test_missing_setting_says_how_to_give_it() -> None:
     with pytest.raises(InvalidRequest, match="data is missing; give --data"):
-        settings_of({"model": "org/model"})
+        build_settings(DistillSettings, {"model": "org/model"})
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
             "c",
         ]
     )
-    settings = settings_of(values_of(args))
+    settings = build_settings(DistillSettings, values_of(args))
     assert settings == DistillSettings(
         model="org/model", data=("b", "c"), lr=0.5, steps=3, checkpointing=False
     )

@@ -4,7 +4,6 @@ The random numbers of a step are a function of the seed and the step's number, s
 of them that has to be kept.
 """
 
-import os
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from d2f_export.distill.from_ar.training import Training
+from d2f_export.distill.whole_files import replacing
 from d2f_stream.core.errors import D2FError, ModelDamaged
 
 __all__ = ["Progress", "read_checkpoint", "write_checkpoint"]
@@ -49,10 +49,9 @@ def write_checkpoint(folder: Path, training: Training, progress: Progress) -> No
         "adapter": training.flat.master.detach().cpu(),
         "optimizer": {name: value.cpu() for name, value in moments.items()},
     }
-    partial = folder / f".{FILE}"
     try:
-        torch.save(content, partial)
-        os.replace(partial, folder / FILE)
+        with replacing(folder / FILE) as partial:
+            torch.save(content, partial)
     except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
         partial.unlink(missing_ok=True)
         raise D2FError(

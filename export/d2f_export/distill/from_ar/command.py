@@ -1,11 +1,8 @@
 """The arguments of `d2f-stream distill --from-ar` and `d2f-stream distill-data`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import msgspec
-
-from d2f_export.distill.command import add_settings, values_of
+from d2f_export.distill.command import values_of, with_settings
 from d2f_export.distill.from_ar.settings import DraftSettings, WritingSettings
 from d2f_export.distill.settings import build_settings
 from d2f_stream.core.errors import MissingExtra
@@ -57,7 +54,7 @@ def train_parser(prog: str = "d2f-stream distill --from-ar") -> Parser:
         "Train a draft adapter of an autoregressive model.",
         example="d2f-stream distill --from-ar smollm2:135m --data texts.npz --output draft",
     )
-    return _with_settings(parser, DraftSettings, output="the run's folder; resumes")
+    return with_settings(parser, DraftSettings, output="the run's folder; resumes")
 
 
 def write_parser() -> Parser:
@@ -67,12 +64,4 @@ def write_parser() -> Parser:
         "Let an autoregressive model write the text that its draft learns from.",
         example="d2f-stream distill-data --model smollm2:135m --output texts.npz",
     )
-    return _with_settings(parser, WritingSettings, output="the file, NAME.npz")
-
-
-def _with_settings(parser: Parser, kind: type[msgspec.Struct], *, output: str) -> Parser:
-    parser.add_argument("--output", type=Path, required=True, help=output)
-    parser.add_argument("--config", type=Path, help="settings from a TOML file; flags win over it")
-    parser.add_argument("--cpu", action="store_true", help="leave the GPUs alone")
-    add_settings(parser, kind)
-    return parser
+    return with_settings(parser, WritingSettings, output="the file, NAME.npz")

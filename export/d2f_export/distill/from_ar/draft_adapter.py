@@ -6,7 +6,6 @@ factors and a block "d2f" in the config that says what the adapter is.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from d2f_export.distill.from_ar.settings import DraftSettings
 from d2f_export.distill.from_ar.streams import AdapterLayer
+from d2f_export.distill.whole_files import write_peft
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_stream.core.errors import InvalidRequest
@@ -131,14 +131,7 @@ def write_adapter(
         "target_modules": sorted(module.rpartition(".")[2] for module, _, _ in _MODULES.values()),
         "d2f": dict(about),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").unlink(missing_ok=True)  # without it it is no adapter
-    partial = folder / ".adapter_model.safetensors"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "adapter_model.safetensors")
-    partial = folder / ".adapter_config.json"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "adapter_config.json")
+    write_peft(folder, tensors, config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Under torchrun each process runs this; the first one writes.
 import json
 import os
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,14 +26,15 @@ from d2f_export.distill.from_ar.schedule import rate_at
 from d2f_export.distill.from_ar.settings import FREE, DraftSettings
 from d2f_export.distill.from_ar.training import Training, Update
 from d2f_export.distill.log import show_plan
-from d2f_export.distill.settings import read_settings, to_toml
+from d2f_export.distill.run_folder import SETTINGS_FILE, check_same, no_training
+from d2f_export.distill.settings import to_toml
 from d2f_export.distill.trainer import available_bytes
+from d2f_export.distill.whole_files import write_text
 from d2f_runtime.models.checkpoints import load_checkpoint
 from d2f_stream.core.errors import D2FError, InvalidRequest
 
 __all__ = ["train_draft"]
 
-SETTINGS_FILE: Final = "settings.toml"
 LOG_FILE: Final = "log.jsonl"
 
 
@@ -191,24 +191,13 @@ class _Loop:
 def _claim(folder: Path, settings: DraftSettings) -> None:
     """Write the settings, or compare them with those of the run that has begun here."""
     file = folder / SETTINGS_FILE
-    new = to_toml(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            old, now = read_settings(file), tomllib.loads(new)
-            for name in dict.fromkeys([*now, *old]):
-                if name not in FREE and old.get(name) != now.get(name):
-                    raise InvalidRequest(
-                        f"{folder} holds a training with {name} {old.get(name)!r}, not "
-                        f"{now.get(name)!r}; go on with the same settings, or choose a new folder"
-                    )
+            check_same(folder, settings, free=FREE)
         elif any(folder.iterdir()):
-            raise InvalidRequest(
-                f"{folder} holds something else than a training; choose a new folder"
-            )
-        partial = folder / f".{SETTINGS_FILE}"
-        partial.write_text(new, encoding="utf-8")
-        os.replace(partial, file)
+            raise no_training(folder)
+        write_text(file, to_toml(settings))
     except OSError as error:
         raise InvalidRequest(f"{folder} cannot be the output: {error}") from error
 
