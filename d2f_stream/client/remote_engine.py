@@ -7,7 +7,6 @@ its events wait on this side, bounded by its `max_new_tokens`, and nobody pauses
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 from d2f_stream.client.remote import new_request
@@ -171,12 +170,7 @@ class RemoteEngine:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """Close the engine. Safe to cancel; the engine goes on closing."""
         await self.close()
 

@@ -65,7 +65,7 @@ class Engine:
 
     async def __del__(self) -> None:
         """Give running streams to others; called when Serve stops the replica."""
-        await self._worker.__aexit__(None, None, None)
+        await self._worker.__aexit__()
 
 
 def app(args: dict[str, object]) -> Application:

@@ -7,7 +7,6 @@ them to the log, and whoever reads does so from there (`LoggingHandleEngine`).
 
 import asyncio
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Final, Self, Unpack
 
 import msgspec
@@ -177,12 +176,7 @@ class HandleEngine:
         self._card, self._keeps_turns = told.card, told.keeps_turns
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """End all sessions. Streams of a log go on without this process."""
         self._closing = True
         for task in self._tasks:

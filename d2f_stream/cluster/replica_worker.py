@@ -7,7 +7,6 @@ the one that asked. Whatever happens to who asked, a stream of the log is brough
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from types import TracebackType
 from typing import Final, Protocol, Self, cast
 
 import msgspec
@@ -47,12 +46,7 @@ class SharedLog(StreamLog, Protocol):
 
     async def __aenter__(self) -> object: ...
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    async def __aexit__(self, *exc: object) -> None: ...
 
 
 class ReplicaWorker:
@@ -82,12 +76,7 @@ class ReplicaWorker:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """Give running streams back to the log, for others to go on with, and close the engine."""
         for work in self._works:
             work.cancel()

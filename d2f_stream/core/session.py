@@ -19,7 +19,6 @@ import contextlib
 import weakref
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 from d2f_stream.core.buffer import EventBuffer
@@ -119,12 +118,7 @@ class Engine(Protocol):
         """Wait until the model is ready."""
         ...
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """End all sessions and free what the engine holds."""
         ...
 
@@ -235,12 +229,7 @@ class Session:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """Cancel, and wait until the slot is free. Safe to cancel; it is freed all the same."""
         self.cancel()
         if self._is_here():

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import socket
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
 from d2f_stream.core.errors import EngineFailed
@@ -152,16 +151,11 @@ class Server:
         try:
             await self._uvicorn.ready.wait()
         except BaseException:
-            await self.__aexit__(None, None, None)
+            await self.__aexit__()
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """End what `shut_down` has left: streams, connections and the tasks behind them."""
         self.metrics.unwatch()
         self.gateway.announce_closing(0.0)
@@ -217,7 +211,7 @@ class Server:
 
     async def _close_log(self) -> None:
         if self._log is not None:
-            await self._log.__aexit__(None, None, None)
+            await self._log.__aexit__()
 
     def _open_mqtt(self, url: str | None) -> "MqttGateway | None":
         if url is None:

@@ -11,7 +11,6 @@ replacement cannot repeat, reorder or mix up anything.
 """
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from d2f_stream.core.errors import WorkerLost
@@ -80,12 +79,7 @@ class Work(Protocol):
 
     async def __aenter__(self) -> Self: ...
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """Give the lease back: a stream that has not ended may be worked on by others at once."""
         ...
 

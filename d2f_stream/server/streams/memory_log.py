@@ -1,7 +1,6 @@
 """MemoryLog: the streams of one server, kept in its own memory. The default."""
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Self
 
 from d2f_stream.core.errors import StreamLost
@@ -133,11 +132,6 @@ class _Work:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         if not self.is_lost:
             del self._works[self._stream.id]

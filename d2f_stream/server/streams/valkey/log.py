@@ -10,7 +10,6 @@ import logging
 import re
 import secrets
 from hashlib import blake2b
-from types import TracebackType
 from typing import Final, Self
 
 from d2f_stream.core.errors import LogUnavailable, StreamLost
@@ -110,16 +109,11 @@ class ValkeyLog:
                 self._loops.append(asyncio.create_task(loop, name="d2f-log"))
             await self._news.subscribe(self.keys.holder(self.holder))
         except BaseException:
-            await self.__aexit__(None, None, None)
+            await self.__aexit__()
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         """Send what was posted, and disconnect."""
         await end_tasks(*self._loops)
         await self._beats.close()
