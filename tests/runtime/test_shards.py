@@ -119,6 +119,17 @@ def test_buffers_of_older_versions_are_passed_over(tmp_path: Path) -> None:
     assert model.lm_head.weight.std() > 0
 
 
+def test_scales_of_a_cache_in_fp8_are_passed_over(tmp_path: Path) -> None:
+    write_model(tmp_path, "nemotron_labs_diffusion")
+    path = tmp_path / "model.safetensors"
+    scales = {f"encoder.layers.1.self_attn.{part}_scale": torch.tensor(0.5) for part in "kv"}
+    weights = load_file(path)
+    save_file(weights | scales, path)
+    model = load_checkpoint(tmp_path)
+    name = "layers.1.self_attn.k_proj.weight"
+    assert torch.equal(model.state_dict()[name], weights[f"encoder.{name}"])
+
+
 def oracle_of(folder: Path) -> Any:
     import transformers
 

@@ -27,7 +27,10 @@ INDEX_SUFFIX: Final = ".index.json"
 DTYPES: Final = ("F64", "F32", "F16", "BF16")
 ROWS_AT_ONCE: Final = 4096  # of two tensors that are compared
 QUANTIZED: Final = ("U8", "I8")  # of weights beside which bitsandbytes put what they mean
-ROTARY_BUFFER: Final = ".rotary_emb.inv_freq"  # stored by older versions of transformers
+PASSED_OVER: Final = (
+    ".rotary_emb.inv_freq",  # stored by older versions of transformers
+    ".self_attn.k_scale", ".self_attn.v_scale",  # of a cache in fp8, as Nemotron's may have them
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ class Shards:
             raise ModelDamaged(
                 f"{self.path} lacks the tensor {missing[0]:.200} ({len(missing)} in all)"
             )
-        buffers = {name for name in self.headers if name.endswith(ROTARY_BUFFER)}
+        buffers = {name for name in self.headers if name.endswith(PASSED_OVER)}
         passed_over = self._beside | buffers | set(ignored)
         if unknown := sorted(set(self.headers) - set(expected) - passed_over):
             raise ModelDamaged(
