@@ -1,11 +1,13 @@
 """Models converted by dllm: logits and answers like those of the published sampler."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import block_loops
 import d2f_stream
 from d2f_runtime.models.checkpoints import load_checkpoint
 from published_canvases import LENGTH, PROMPT, TOLERANCE, canvas_of, until_eos, whole
@@ -17,6 +19,7 @@ from tiny_checkpoints import (
     block_causal,
     oracle,
     write_checkpoint,
+    write_model,
 )
 
 pytest.importorskip("transformers")
@@ -36,12 +39,7 @@ def bd3lm_sampler(model: Any, tiny: Tiny, size: int, num_tokens: int, per_block:
     for first in range(0, num_tokens, size):
         begin, width = len(canvas), min(size, num_tokens - first)
         canvas += [mask] * width
-        m = width
-        for t in range(per_block, 0, -1):
-            number = min(round(m * (1 - ((t - 1) / per_block) / (t / per_block))), m)
-            m -= number
-            if not number:
-                continue
+        for number in block_loops.linear(width, per_block):
             blocks = torch.arange(len(canvas)) // size
             visible = blocks[None, :] <= blocks[:, None]
             visible[:, :padding] = False
@@ -96,3 +94,18 @@ def test_logits_of_converted_models_equal_those_in_fp64(tmp_path: Path, model_ty
         mask = additive(visible).double()
         wanted = theirs.double()(tokens, attention_mask=mask, use_cache=False).logits
         assert (whole(ours, tokens, visible) - wanted).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "length"), [("a2d-qwen3", 5), ("a2d-qwen2", 5), ("qwen3", 2)]
+)
+async def test_chats_open_no_thoughts(tmp_path: Path, model_type: str, length: int) -> None:
+    write_model(tmp_path, model_type)
+    path = tmp_path / "tokenizer_config.json"
+    closed = "{% if enable_thinking is defined and not enable_thinking %}!!!{% endif %}"
+    template = {"chat_template": "{{ messages[0].content }}" + closed}
+    path.write_text(json.dumps(json.loads(path.read_text()) | template))
+    async with d2f_stream.load(tmp_path, device="cpu") as engine:
+        messages = [{"role": "user", "content": "~~"}]
+        result = await engine.generate(messages, max_new_tokens=1).result()
+    assert result.usage.prompt_tokens == length

@@ -75,6 +75,7 @@ def run_verify(argv: Sequence[str]) -> int:
     _require("verify")
     from d2f_export.onnx.verification import verify_artefact
     from d2f_runtime.backends.devices import check_device
+    from d2f_runtime.models.facts import WITHOUT_THOUGHTS
     from d2f_runtime.models.manifest import read_manifest
     from d2f_runtime.text.tokenizer import Tokenizer
 
@@ -84,7 +85,11 @@ def run_verify(argv: Sequence[str]) -> int:
     manifest = read_manifest(arguments.artefact)
     if manifest.onnx is None:
         raise ModelDamaged(f"{arguments.artefact} holds no ONNX graph; there is nothing to verify")
-    codec = Tokenizer.from_folder(arguments.artefact, mask_id=manifest.mask_id)
+    codec = Tokenizer.from_folder(
+        arguments.artefact,
+        mask_id=manifest.mask_id,
+        opens_thoughts=manifest.family not in WITHOUT_THOUGHTS,
+    )
     found = verify_artefact(
         arguments.artefact,
         _questions(arguments, manifest, codec),

@@ -22,7 +22,7 @@ from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
 from d2f_runtime.models.catalogue import CATALOGUE
 from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
-from d2f_runtime.models.facts import About
+from d2f_runtime.models.facts import WITHOUT_THOUGHTS, About
 from d2f_runtime.models.files_digest import digest_of_files
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
 from d2f_runtime.models.installed import DEFAULT, EMBEDDED, find_installed
@@ -221,7 +221,11 @@ def _load(key: ModelKey) -> ModelParts:
     defaults = None if published is None else published.defaults(adapted=adapter is not None)
     codec: TextCodec = ByteCodec()
     if name != "scripted":
-        codec = Tokenizer.from_folder(path, mask_id=_mask_id(path, manifest, published, draft))
+        codec = Tokenizer.from_folder(
+            path,
+            mask_id=_mask_id(path, manifest, published, draft),
+            opens_thoughts=_family(path, manifest, published) not in WITHOUT_THOUGHTS,
+        )
     backend = open_backend(  # last, so that memory is taken for nothing that is wrong
         name,
         path,
@@ -252,6 +256,16 @@ def _about(source: Path | HubModel, path: Path) -> About:
     repo = source.repo if isinstance(source, HubModel) else None
     licences = (entry.licence for entry in CATALOGUE if entry.repo == repo)
     return About(license=next(licences, ""))
+
+
+def _family(path: Path, manifest: Manifest | None, published: Published | None) -> object:
+    """Return the label of the family, where a file tells it."""
+    if manifest is not None:
+        return manifest.family
+    if published is not None:
+        return published.config.family
+    config = ConfigFile.read(path / "config.json")
+    return None if config is None else config.values.get("family")
 
 
 def _mask_id(

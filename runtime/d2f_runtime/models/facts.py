@@ -5,13 +5,24 @@ from typing import Any, Literal
 
 from d2f_stream.core.identity import ModelIdentity
 
-__all__ = ["FAMILIES", "About", "CommitAttention", "ModelFacts", "ModelInfo", "PromptAttention"]
+__all__ = [
+    "FAMILIES",
+    "WITHOUT_THOUGHTS",
+    "About",
+    "CommitAttention",
+    "ModelFacts",
+    "ModelInfo",
+    "PromptAttention",
+]
 
 FAMILIES = (
     "a2d", "dream", "fast_dllm_v2", "llada", "llada2", "llama", "nemotron", "qwen2", "qwen3",
     "scripted", "sdar", "stable-diffcoder",
 )  # fmt: skip
 """The kinds of model that folders may name; "scripted" has no transformer."""
+
+WITHOUT_THOUGHTS = ("a2d",)
+"""Those whose chat template, their ancestor's, opens thoughts that they were not trained on."""
 
 PromptAttention = Literal["full", "causal", "grid", "prompt_grid"]
 CommitAttention = Literal["block", "causal"]

@@ -64,6 +64,7 @@ class Tokenizer:
         source: a tokenizer.json, all files of a folder, or the tokens of a GGUF file.
         chat_template: its source.
         mask_id: never what a text is read as; None where there is no mask.
+        opens_thoughts: whether the template may begin an answer with thoughts.
 
     Attributes:
         special_names: texts of bos_token, eos_token and so on, as the folder's files give them.
@@ -76,6 +77,7 @@ class Tokenizer:
         *,
         chat_template: str | None = None,
         mask_id: int | None = None,
+        opens_thoughts: bool = True,
     ) -> None:
         self.special_names: Mapping[str, str] = {}
         if isinstance(source, TokenizerFiles):
@@ -93,12 +95,16 @@ class Tokenizer:
             token.content: number for number, token in added.items() if token.special
         }
         self._mask_id = mask_id
+        # By the name that Qwen's templates have for it; what leaves it out goes by the template.
+        self._settings: Mapping[str, object] = {} if opens_thoughts else {"enable_thinking": False}
         self._render: Callable[..., str] | None = None
         if chat_template is not None:
             self._render = compile_template(chat_template, where)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, mask_id: int | None = None) -> Self:
+    def from_folder(
+        cls, folder: Path, *, mask_id: int | None = None, opens_thoughts: bool = True
+    ) -> Self:
         """Read a folder's tokenizer files and its chat template, or those that a GGUF file holds.
 
         The tokenizer is tokenizer.json or, as the Dream models publish it, vocab.json with
@@ -112,7 +118,8 @@ class Tokenizer:
             MissingExtra: tokenizers or jinja2 is not installed.
         """
         source = token_source(folder)
-        return cls(source, chat_template=source.chat_template(), mask_id=mask_id)
+        template = source.chat_template()
+        return cls(source, chat_template=template, mask_id=mask_id, opens_thoughts=opens_thoughts)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of exactly this text."""
@@ -159,6 +166,7 @@ class Tokenizer:
                 add_generation_prompt=True,
                 tools=None,
                 documents=None,
+                **self._settings,
                 **self.special_names,
             )
         except InvalidPrompt:
