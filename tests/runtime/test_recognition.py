@@ -95,12 +95,15 @@ def test_a_llama_is_a_llama(tmp_path: Path, changes: Any) -> None:
     assert read(tmp_path, DIFFCODER_8B | changes).config.family == "llama"
 
 
-def test_variants_can_be_said_too(tmp_path: Path) -> None:
+def test_variants_can_be_said_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny = FAMILIES["a2d-qwen3"]
     write_tokenizer(tmp_path, tiny)
-    for said, attention in (("opdlm", "grid"), ("mdlm", "full"), (None, "prompt_grid")):
+    for said, attention in (("opdlm", "grid"), ("mdlm", "full"), ("bd3lm", "prompt_grid")):
         found = read(tmp_path, config_of(tiny), family=said)
         assert found.config.prompt_attention == attention
+    assert not caplog.text
+    assert read(tmp_path, config_of(tiny)).config.prompt_attention == "prompt_grid"
+    assert 'it is run as bd3lm; family="mdlm" or family="opdlm"' in caplog.text
     with pytest.raises(UnsupportedModel, match="no family 'gemma'; it must be one of llada, Dream"):
         read(tmp_path, config_of(tiny), family="gemma")
 

@@ -87,6 +87,7 @@ _QWEN_ENDS: Final = {"<|endoftext|>": 151643, "<|im_end|>": 151645}
 _A2D_VARIANTS: Final = (
     Variant(named="opdlm", prompt_attention="grid", block_size=4, defaults="opdlm"),
     Variant(named="a2d-init", prompt_attention="grid", block_size=4, defaults="opdlm"),
+    Variant(named="bd3lm", defaults="tiny-a2d"),
     Variant(named="mdlm", prompt_attention="full", block_size=32, defaults="llada-vanilla"),
 )
 

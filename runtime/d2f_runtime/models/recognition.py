@@ -112,6 +112,12 @@ def _variant_of(family: Family, config: ConfigFile) -> Family:
     for variant in family.variants:
         if any(variant.named in place.lower() for place in places):
             return _as(family, variant)
+    if family.prompt_attention == "prompt_grid":
+        logger.warning(
+            "%s does not tell how the model was trained, and neither does its name: it is run as "
+            'bd3lm; family="mdlm" or family="opdlm" of load() says otherwise (--family)',
+            config.path,
+        )
     named = next((match for place in places if (match := BLOCK_IN_NAME.search(place))), None)
     if named is None or family.prompt_attention != "grid":
         return family
