@@ -36,7 +36,7 @@ from d2f_stream.server import command
 from d2f_stream.terminal import models_command
 from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, overrides_of
 from d2f_stream.terminal.config import Config, config_path, data_folder
-from d2f_stream.terminal.loader import Loader, default_load, opened_model
+from d2f_stream.terminal.loader import Loader, default_load, fetch_first, opened_model
 from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.pacing import paced
 from d2f_stream.terminal.table import width_here
@@ -87,9 +87,13 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         args.model = args.model or config.get("server") or config.get("model")
         if "://" in (args.model or ""):
             args.token = args.token or _token(args.model, config)
+        GenerationParams().with_overrides(overrides_of(args))  # complain before the model comes
+        prompt = _prompt(args.prompt) if args.command == "generate" else ""
+        if load is None:
+            fetch_first(args)
         if args.command == "chat":
             return asyncio.run(_chat(args, load or default_load()))
-        return asyncio.run(_generate(args, _prompt(args.prompt), load or default_load()))
+        return asyncio.run(_generate(args, prompt, load or default_load()))
     except D2FError as exc:
         _complain(str(exc))
         return _status(exc)
@@ -131,7 +135,6 @@ def _token(server: str, config: Config) -> str | None:
 
 async def _generate(args: argparse.Namespace, prompt: str, load: Loader) -> int:
     overrides = overrides_of(args)
-    GenerationParams().with_overrides(overrides)  # complain before the model loads
     view = _view(args, prompt)
     if not isinstance(view, TextView | JsonView):
         overrides["drafts"] = True
@@ -188,7 +191,6 @@ async def _chat(args: argparse.Namespace, load: Loader) -> int:
     except ModuleNotFoundError as error:
         raise MissingExtra("the chat", error.name or "prompt_toolkit", "chat") from error
     overrides = overrides_of(args)
-    GenerationParams().with_overrides(overrides)  # complain before the model loads
     history = data_folder(os.environ) / "history"
     read_line = line_reader(history, commands=[name.partition(" ")[0] for name in COMMANDS])
     opened, console = partial(opened_model, args, load), Console(highlight=False)

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ class LocalHub:
         fetched: names of its files that were fetched, in order; with "@START" from the middle on.
         cut: of these, the first half comes once, then the connection breaks.
         failing: these cannot be had.
+        interrupting: while one of these is fetched, this process gets a SIGINT; it never comes.
         refused: statuses and error codes of other repositories; those not named do not exist.
     """
 
@@ -32,7 +34,9 @@ class LocalHub:
     fetched: list[str] = field(default_factory=list)
     cut: set[str] = field(default_factory=set)
     failing: set[str] = field(default_factory=set)
+    interrupting: set[str] = field(default_factory=set)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     @contextmanager
     def online(self, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -50,6 +54,7 @@ class LocalHub:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setenv("NO_PROXY", "127.0.0.1")
         yield
+        self.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -97,6 +102,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if name in self.hub.failing:
                 return self.answer(b"", status=500)
             self.hub.fetched.append(f"{name}@{start}" if start else name)
+            if name in self.hub.interrupting:
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGINT)
+                self.hub.closing.wait()
         self.answer(body[start:], name, 206 if start else 200)
 
     def answer(self, body: bytes, name: str = "", status: int = 200, error: str = "") -> None:

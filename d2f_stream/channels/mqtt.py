@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, Final, cast
 
 from d2f_stream.channels.broker import BrokerAddress, LinkDown, LinkUser, Outgoing, Refused
+from d2f_stream.channels.ending import end_tasks
 from d2f_stream.core.errors import MissingExtra
 
 try:
@@ -34,7 +35,7 @@ from d2f_stream.channels.mqtt_connection import (
     properties_of,
 )
 
-__all__ = ["BrokerLink", "Sleep", "end_tasks"]
+__all__ = ["BrokerLink", "Sleep"]
 
 logger = logging.getLogger("d2f_stream.mqtt")
 
@@ -276,21 +277,6 @@ class BrokerLink:
                 self._user.on_refused(message, str(error))
             if self._outbox.get(key) is message:
                 del self._outbox[key]
-
-
-async def end_tasks(*tasks: "asyncio.Task[Any]") -> None:
-    """Cancel the tasks and wait until all have ended; a cancellation meanwhile is raised after."""
-    for task in tasks:
-        task.cancel()
-    pending, cancelled = set(tasks), None
-    while pending:
-        try:
-            _, pending = await asyncio.wait(pending)
-        except asyncio.CancelledError as error:
-            cancelled = error
-            pending = {task for task in pending if not task.done()}
-    if cancelled is not None:
-        raise cancelled
 
 
 def _is_refusal(error: Exception) -> bool:

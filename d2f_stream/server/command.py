@@ -138,6 +138,16 @@ def run(args: argparse.Namespace) -> int:
         pool_of(settings.log)
     check_address(settings.host, settings.port)
     configure_logging(args.log_level)
+    if args.engines is None:
+        from d2f_runtime.engine.opening import fetch_model
+
+        fetch_model(
+            args.model,
+            adapter=args.adapter,
+            backend=args.backend,
+            device=args.device,
+            family=args.family,
+        )
 
     async def run_engine() -> int:
         async with await _engine_of(args, settings) as engine:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from d2f_stream.core.session import Engine
 
-__all__ = ["Loader", "default_load", "opened_model"]
+__all__ = ["Loader", "default_load", "fetch_first", "opened_model"]
 
 
 class Loader(Protocol):
@@ -45,6 +45,21 @@ def opened_model(
         device=args.device,
         kv_tokens=args.kv_tokens,
         **said,
+    )
+
+
+def fetch_first(args: argparse.Namespace) -> None:
+    """Fetch the model of the arguments where the hub has it. Blocks; Ctrl-C ends it at once."""
+    if "://" in (args.model or ""):
+        return
+    from d2f_runtime.engine.opening import fetch_model
+
+    fetch_model(
+        args.model,
+        adapter=args.adapter,
+        backend=args.backend,
+        device=args.device,
+        family=args.family,
     )
 
 

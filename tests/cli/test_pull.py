@@ -8,6 +8,7 @@ import pytest
 
 from d2f_stream import cli
 from local_hub import COMMIT, REPO, LocalHub
+from tiny_checkpoints import write_model
 
 pytest.importorskip("huggingface_hub")
 
@@ -63,6 +64,22 @@ def test_pull_goes_on_where_it_was_interrupted(
     assert cli.main(["models", "pull", REPO]) == 0
     assert hub.fetched == [SHARDS[1]]
     assert pulled(tmp_path)[SHARDS[1]] == (hub.folder / SHARDS[1]).read_bytes()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "command", ["models pull", "generate hi -m", "serve --port 0 -m", "chat -m"]
+)
+def test_interrupt_ends_a_fetch_in_the_middle_of_a_file(
+    hub: LocalHub, command: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", "Dream", num_shards=2)
+    hub.folder = tmp_path / "model"
+    first, second = sorted(file.name for file in hub.folder.glob("*.safetensors"))
+    hub.interrupting = {second}
+    assert cli.main([*command.split(), REPO]) == 130
+    assert [name for name in hub.fetched if name.endswith("safetensors")] == [first, second]
+    assert first in pulled(tmp_path)
 
 
 def test_connection_that_breaks_amid_a_file_goes_on_in_its_middle(

@@ -15,7 +15,8 @@ import secrets
 import ssl
 
 from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
-from d2f_stream.channels.mqtt import BrokerLink, Sleep, end_tasks
+from d2f_stream.channels.ending import end_tasks
+from d2f_stream.channels.mqtt import BrokerLink, Sleep
 from d2f_stream.core.errors import (
     D2FError,
     InvalidRequest,

@@ -16,6 +16,7 @@ from d2f_runtime.backends import BACKENDS, check_backend, choose_backend, open_b
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.scripted import ByteCodec
 from d2f_runtime.engine.answer_params import default_params
+from d2f_runtime.engine.fetching import fetch_ahead, fetched
 from d2f_runtime.engine.local import Limits, LocalEngine
 from d2f_runtime.gguf.file import GgufFile, is_gguf
 from d2f_runtime.loaded_model import MODELS, ModelKey, ModelParts
@@ -24,7 +25,7 @@ from d2f_runtime.models.config_file import ConfigFile
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import WITHOUT_THOUGHTS, About
 from d2f_runtime.models.files_digest import digest_of_files
-from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
+from d2f_runtime.models.hub import HubModel, locate
 from d2f_runtime.models.installed import DEFAULT, EMBEDDED, find_installed
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
 from d2f_runtime.models.names import named
@@ -33,7 +34,7 @@ from d2f_runtime.text.files import holds_file
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
 from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
 
-__all__ = ["default_folder", "embedded_folder", "open_engine", "shared_engine"]
+__all__ = ["default_folder", "embedded_folder", "fetch_model", "open_engine", "shared_engine"]
 
 logger = logging.getLogger("d2f_stream.opening")
 
@@ -98,6 +99,29 @@ def open_engine(
         family=family,
     )
     return _engine(key, limits, warm_up=warm_up)
+
+
+def fetch_model(
+    model: str | Path | None,
+    *,
+    adapter: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    family: str | None = None,
+) -> None:
+    """Fetch what is not here of a model that `open_engine` is to open. Blocks.
+
+    For programs, before they open it: in the first thread Ctrl-C ends it at once.
+
+    Raises:
+        ModelError: as `open_engine` does, and its engine on entering.
+    """
+    key = _key(
+        model, backend=backend, quantization="auto", device=device, adapter=adapter, family=family
+    )
+    check_device(key.device, backend=key.backend)  # before anything is fetched
+    fetch_ahead(key.path, family=key.family)
+    fetch_ahead(key.adapter)
 
 
 def shared_engine(model: str | Path | None) -> LocalEngine:
@@ -210,8 +234,8 @@ def _engine(key: ModelKey, limits: Limits | None = None, *, warm_up: bool = Fals
 def _load(key: ModelKey) -> ModelParts:
     """Load everything. Runs on the model's device thread."""
     check_device(key.device, backend=key.backend)  # before anything is fetched
-    path = _fetched(key.path, family=key.family)
-    adapter = None if key.adapter is None else _fetched(key.adapter)
+    path = fetched(key.path, family=key.family)
+    adapter = None if key.adapter is None else fetched(key.adapter)
     draft = None if adapter is None else DraftFacts.read(adapter)
     name = choose_backend(path, key.backend, device=key.device)
     manifest = read_manifest(path) if holds_file(path / FILE_NAME) else None
@@ -281,13 +305,3 @@ def _mask_id(
     config = ConfigFile.read(path / "config.json")
     mask_id = None if config is None else config.values.get("mask_id")
     return mask_id if isinstance(mask_id, int) else None
-
-
-def _fetched(source: Path | HubModel, *, family: str | None = None) -> Path:
-    """Return the folder of a model or an adapter; refuses an unknown family before its weights."""
-    if isinstance(source, Path):
-        return source
-    folder = fetch_description(source)
-    find_published(folder, family=family)
-    fetch_weights(source, folder)
-    return folder

@@ -114,6 +114,25 @@ def fetch_weights(model: HubModel, folder: Path) -> None:
         raise _incomplete(model, error.reason) from error
 
 
+def is_cached(model: HubModel) -> bool:
+    """Whether the cache holds a repository's weights, as far as its index tells their names.
+
+    Raises:
+        ModelDamaged: the index of the shards cannot be read.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return False
+    try:
+        folder = Path(snapshot_download(model.repo, revision=model.revision, local_files_only=True))
+    except FileNotFoundError:  # the library's error is one of these
+        return False
+    names = _weights(folder)
+    found = [any(folder.glob(name)) for name in names]
+    return any(found) if names is WEIGHTS else all(found)
+
+
 def fetch_one_by_one(model: HubModel, folder: Path) -> None:
     """Fetch those weights whose names are certain, in this thread, with a bar for each file.
 

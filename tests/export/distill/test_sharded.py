@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from d2f_export.distill.corruption import BlockNoise, noise_generator
 from d2f_export.distill.feed import Batch
@@ -30,6 +30,7 @@ LAUNCHER = {  # what accelerate's launcher tells each process
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Layer",
     "MASTER_ADDR": "127.0.0.1",
     "WORLD_SIZE": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",  # there is a store already
 }
 
 
@@ -75,12 +76,11 @@ def one_micro_batch(rank: int, port: int, folder: Path) -> None:
 def test_shards_reduce_their_gradients_after_each_micro_batch(tmp_path: Path) -> None:
     """Kept until the last one, they led to wrong heads on GPUs; see open_accelerator."""
     save_checkpoint(tmp_path, tiny_model(CONFIGS["llada"]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=one_micro_batch, args=(rank, port, tmp_path)) for rank in range(2)
+        context.Process(target=one_micro_batch, args=(rank, store.port, tmp_path))
+        for rank in range(2)
     ]
     for process in processes:
         process.start()

@@ -10,10 +10,10 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from d2f_stream.channels.ending import end_tasks
 from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey import scripts
-from d2f_stream.server.streams.valkey.connecting import end_tasks
 from d2f_stream.server.streams.valkey.store import Reply
 from d2f_stream.server.streams.valkey.work import ValkeyWork
 

@@ -29,7 +29,6 @@ __all__ = [
     "ConnectionPool",
     "address_of",
     "check_server",
-    "end_tasks",
     "exceptions",
     "open_connection",
     "passing_of",
@@ -41,7 +40,6 @@ logger = logging.getLogger("d2f_stream.server")
 
 ANSWER_S: Final = 5.0
 """For the store to answer; later, the connection counts as broken."""
-CANCEL_S: Final = 0.1
 """For a task to end, until it is cancelled once more."""
 BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between attempts to connect; the last is for all later ones."""
@@ -86,15 +84,6 @@ async def open_connection(pool: ConnectionPool) -> AbstractConnection:
             await connection.disconnect(nowait=True)
         raise
     return connection
-
-
-async def end_tasks(*tasks: "asyncio.Task[None]") -> None:
-    """Cancel tasks until they have ended: a library may take a cancellation for its own timeout."""
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=CANCEL_S)
 
 
 async def check_server(connection: AbstractConnection, address: str) -> None:

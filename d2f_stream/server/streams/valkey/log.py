@@ -12,6 +12,7 @@ import secrets
 from hashlib import blake2b
 from typing import Final, Self
 
+from d2f_stream.channels.ending import end_tasks
 from d2f_stream.core.errors import LogUnavailable, StreamLost
 from d2f_stream.core.events import StreamFailed, StreamFinished
 from d2f_stream.core.identity import ModelIdentity
@@ -21,7 +22,6 @@ from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.shelf import Shelf
 from d2f_stream.server.streams.valkey import scripts
 from d2f_stream.server.streams.valkey.beats import Beats, Times
-from d2f_stream.server.streams.valkey.connecting import end_tasks
 from d2f_stream.server.streams.valkey.copies import Copies
 from d2f_stream.server.streams.valkey.keys import (
     Keys,

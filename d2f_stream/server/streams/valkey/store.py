@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
+from d2f_stream.channels.ending import end_tasks
 from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.server.streams.valkey.connecting import (
     ANSWER_S,
@@ -19,7 +20,6 @@ from d2f_stream.server.streams.valkey.connecting import (
     AbstractConnection,
     address_of,
     check_server,
-    end_tasks,
     exceptions,
     open_connection,
     passing_of,
