@@ -1,4 +1,4 @@
-"""Personas: who comes, which commands of which page install and answer. The pages hold the words."""
+"""Personas: who comes, and which commands of which page they run. The pages hold the words."""
 
 import re
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its own name
 
 from d2f_export.distill.corruption import BlockNoise, noise_generator
 from d2f_export.distill.feed import Batch
