@@ -108,6 +108,32 @@ def test_phone_never_scrolls_sideways(server: ScriptedServer, open_page: OpenPag
     assert sheet.evaluate("(sheet) => sheet.scrollWidth <= sheet.clientWidth")
 
 
+def test_remark_about_the_temperature_covers_no_button(open_page: OpenPage) -> None:
+    with ScriptedServer("A line.\n\n" * 12) as server:
+        server.gate.open()
+        page = open_page(server, viewport=PHONE)
+        ask(page)
+        expect_idle(page)
+        page.get_by_role("button", name="Regenerate").click()
+        remark = page.get_by_text("At temperature 0 the same answer comes again.")
+        expect(remark).to_be_visible()
+        expect_idle(page)
+        expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+        covered = page.evaluate(
+            "[...document.querySelectorAll('.turn:last-child .answer button')]"
+            ".filter((one) => one.getClientRects().length).filter((one) => {"
+            "  const { x, y, width, height } = one.getBoundingClientRect();"
+            "  return !one.contains(document.elementFromPoint(x + width / 2, y + height / 2));"
+            "}).map((one) => one.textContent.trim())"
+        )
+        assert covered == []
+        remark.get_by_role("button").click()
+        expect(page.locator("#settings")).to_be_visible()
+        page.keyboard.press("Escape")
+        ask(page, "And now?")
+        expect(remark).to_be_hidden()
+
+
 def test_fingers_find_every_control(server: ScriptedServer, open_page: OpenPage) -> None:
     page = open_page(server, viewport=PHONE, has_touch=True, is_mobile=True)
     expect_idle(page)

@@ -34,7 +34,6 @@ const client = new D2FClient({
 const store = new ChatStore();
 const running = new Map(); // turn id -> RunningAnswer, of every chat
 let chat = newChat(); // the one that is open
-let endHint = () => {}; // takes a hint away that is out of date
 let isStale = false; // whether it has changed elsewhere
 
 const conversation = new Conversation($("conversation"), {
@@ -83,7 +82,7 @@ function current() {
 
 function ask(question, parent = chat.leaf) {
   if (current() !== undefined) return;
-  endHint();
+  $("same-again").hidden = true;
   const before = conversation.turns.get(parent);
   const turn = newTurn({ chat: chat.id, parent, question, numLeftOut: before?.numLeftOut });
   const isNext = parent === chat.leaf;
@@ -105,9 +104,7 @@ function ask(question, parent = chat.leaf) {
 function again(turn) {
   ask(turn.question, turn.parent);
   const { temperature = client.model?.defaults.temperature } = chat.params;
-  if (temperature !== 0) return;
-  const openSettings = () => $("settings").showModal();
-  endHint = tell("At temperature 0 the same answer comes again.", "Settings", openSettings);
+  followEnd(() => ($("same-again").hidden = temperature !== 0));
 }
 
 function runAgain(turn, change) {
@@ -188,7 +185,7 @@ async function open(id, { isNew = true } = {}) {
 function show(found) {
   if (found.chat.id !== chat.id) {
     current()?.detach();
-    endHint();
+    $("same-again").hidden = true;
   }
   chat = found.chat;
   isStale = false;
@@ -271,7 +268,9 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("popstate", () => open(addressed(), { isNew: false }));
 $("new-chat").addEventListener("click", () => open(null));
-$("open-settings").addEventListener("click", () => $("settings").showModal());
+for (const id of ["open-settings", "change-settings"]) {
+  $(id).addEventListener("click", () => $("settings").showModal());
+}
 $("reset").addEventListener("click", () => settings.reset());
 $("settings").addEventListener("click", (event) => {
   if (event.target === $("settings")) $("settings").close(); // the backdrop

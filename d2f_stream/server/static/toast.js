@@ -7,7 +7,7 @@ const SHOWN_MS = 12_000;
 let timer;
 
 /**
- * Tell something; `act`, where there is one, is what `label` does. Returns what ends it early.
+ * Tell something; `act`, where there is one, is what `label` does.
  * @param {string} text
  * @param {(() => void) | null} [act]
  */
@@ -22,8 +22,6 @@ export function tell(text, label = "", act = null) {
     act?.();
   };
   timer = setTimeout(hide, SHOWN_MS);
-  const mine = timer;
-  return () => timer === mine && hide();
 }
 
 function hide() {
