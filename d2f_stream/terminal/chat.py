@@ -24,6 +24,7 @@ from d2f_stream.core.session import Engine, Session
 from d2f_stream.terminal.answer import Answer
 from d2f_stream.terminal.line_reader import ReadLine
 from d2f_stream.terminal.transcript import Transcript
+from d2f_stream.terminal.unechoed import unechoed
 
 __all__ = ["COMMANDS", "Chat"]
 
@@ -179,7 +180,7 @@ class Chat:
 
     async def _change_model(self, name: str | None) -> None:
         stack = AsyncExitStack()
-        with self._console.status("loading the model ..."):
+        with self._console.status("loading the model ..."), unechoed():
             engine = await stack.enter_async_context(self._open(name))
         await self._stack.aclose()  # only now: a model that cannot be opened leaves the old one
         self._stack.push_async_exit(stack)
@@ -234,7 +235,7 @@ class Chat:
         async with session, _interruptible(session):
             about = self._current.info.description
             drawing = Answer(self._console, about, canvas=self._canvas)
-            with drawing:
+            with drawing, unechoed():
                 async for event in session.events():
                     drawing.apply(event)
             if drawing.failure is not None:
