@@ -167,3 +167,20 @@ def test_folder_without_a_readable_script_is_refused(tmp_path: Path) -> None:
         (tmp_path / "script.json").write_text(script)
         with pytest.raises(ModelDamaged, match=r"script\.json"):
             ScriptedBackend.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("hi", "hello"),
+        ("user: hi\nassistant: ", "hello"),
+        ("user: x\nassistant: y\nuser: hi\nassistant: ", "hello"),
+        ("user: ho\nassistant: ", "The script has no answer to 'ho'."),
+    ],
+)
+def test_conversation_gets_the_answer_to_its_last_question(prompt: str, answer: str) -> None:
+    backend, tokens = ScriptedBackend({"hi": "hello"}), tuple(prompt.encode())
+    length = len(tokens) + len(answer)
+    window = Window(0, (*tokens, *[MASK_ID] * len(answer)), len(tokens), (len(tokens), length))
+    (proposals,) = backend.step([row(backend.open_slot(length), window)])
+    assert bytes(proposals.tokens[len(tokens) :]).decode() == answer

@@ -125,8 +125,8 @@ class ScriptedBackend:
     """Proposes the tokens of a script; a confidence schedule decides how fast they are accepted.
 
     Attributes:
-        answers: one text for all prompts, a text per prompt text, or a function from prompt ids to
-            answer ids. The EOS follows the answer by itself.
+        answers: one text for all prompts, a text per prompt or last question of a conversation, or
+            a function from prompt ids to answer ids. The EOS follows the answer by itself.
         info: what the backend claims to be.
         tokens_per_step: so many leading masks of the window get confidence 1.0, the others 0.0.
         confidence: (answer position, step of the session) -> confidence; overrides tokens_per_step.
@@ -288,7 +288,7 @@ class ScriptedBackend:
         elif isinstance(self.answers, str):
             state.answer = tuple(self.answers.encode())
         else:
-            state.answer = tuple(self.answers[ByteCodec().decode(prompt)].encode())
+            state.answer = tuple(_answer_to(ByteCodec().decode(prompt), self.answers).encode())
 
     def _check(self, state: _SlotState, row: StepRow) -> None:
         window, mask_id = row.window, self.info.mask_id
@@ -316,3 +316,10 @@ class ScriptedBackend:
 
     def _note_call(self) -> None:
         self.threads.add(threading.current_thread().name)
+
+
+def _answer_to(prompt: str, answers: Mapping[str, str]) -> str:
+    """Return a prompt's text, or that of a conversation's last question; a sentence for neither."""
+    question = prompt.removesuffix("\nassistant: ").rpartition("user: ")[2]
+    unknown = f"The script has no answer to {question!r}."  # an error would end all sessions
+    return answers.get(prompt, answers.get(question, unknown))
