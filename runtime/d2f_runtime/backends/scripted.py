@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Self, get_args
 
 from d2f_runtime.backends.base import Slot, StepRow
+from d2f_runtime.backends.step_gate import StepGate
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals
 from d2f_runtime.models.facts import ModelInfo, PromptAttention
 from d2f_runtime.text.files import read_object
@@ -64,44 +65,6 @@ class ByteCodec:
         """Return one line per message, then the beginning of the assistant's."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         return "".join(lines) + "assistant: "
-
-
-class StepGate:
-    """Holds each step of a ScriptedBackend until it is let through, for tests without sleeping."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._num_entered = 0
-        self._num_allowed: float = 0
-
-    def let_through(self, num_steps: float = 1) -> None:
-        """Let that many more steps run."""
-        with self._changed:
-            self._num_allowed += num_steps
-            self._changed.notify_all()
-
-    def open(self) -> None:
-        """Hold no step any more."""
-        self.let_through(float("inf"))
-
-    def wait_entered(self, num_steps: int = 1, timeout_s: float = 10.0) -> None:
-        """Wait until that many steps have begun in all. Blocks: call it by asyncio.to_thread.
-
-        Raises:
-            TimeoutError: they have not.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._num_entered >= num_steps, timeout_s):
-                raise TimeoutError(
-                    f"{self._num_entered} of {num_steps} steps began in {timeout_s} s"
-                )
-
-    def pass_through(self) -> None:
-        """Wait for permission to run a step; called by the backend."""
-        with self._changed:
-            self._num_entered += 1
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._num_allowed >= self._num_entered)
 
 
 def load(path: Path, *, device: str, quantization: str) -> "ScriptedBackend":

@@ -13,16 +13,21 @@ import atexit
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-import d2f_stream
 from d2f_runtime.engine.local import LocalEngine
+from d2f_runtime.evaluation.lm_eval_settings import (
+    answers_at_a_time,
+    cut_at,
+    overrides_of,
+    overrides_of_task,
+    preset_of,
+    stop_strings,
+)
 from d2f_runtime.evaluation.samples import Question, Sample, answer_all, opened
-from d2f_stream.core.errors import InvalidParams, MissingExtra
-from d2f_stream.core.nearest import one_of
+from d2f_stream.core.errors import MissingExtra
 from d2f_stream.core.params import GenerationParams, ParamOverrides
 from d2f_stream.core.session import Engine, Prompt
 
@@ -38,9 +43,7 @@ __all__ = ["ChatPrompt", "D2FStreamLM"]
 
 logger = logging.getLogger("d2f_stream.evaluation")
 
-AUTO_BATCH_SIZE: Final = 16
 MAX_STOP_STRINGS: Final = 16  # of an engine; further ones are cut from the finished text
-LENGTH_NAMES: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 NO_SCORES: Final = (
     "d2f_stream decodes answers and gives no log-likelihoods, which task {task!r} asks for; choose "
     "a variant of the task whose output_type is generate_until"
@@ -113,12 +116,12 @@ class D2FStreamLM(LM):  # type: ignore[misc]  # lm-eval is untyped
     ) -> None:
         super().__init__()
         self._model = model
-        self._concurrency = _batch_size(batch_size, max_batch_size)
+        self._concurrency = answers_at_a_time(batch_size, max_batch_size)
         self._local = {"device": device, "backend": backend, "quantization": quantization}
         self._adapter = adapter
         self._token = token
-        self._preset = None if preset is None else _preset(preset)
-        self._fixed = _overrides(params)
+        self._preset = None if preset is None else preset_of(preset)
+        self._fixed = overrides_of(params)
         GenerationParams().with_overrides(self._fixed)  # complain before the model loads
         self._prefix = prompt_prefix
         self._escapes = escape_until
@@ -152,7 +155,7 @@ class D2FStreamLM(LM):  # type: ignore[misc]  # lm-eval is untyped
         with tqdm(total=len(requests), desc="d2f_stream", disable=disable_tqdm) as bar:
 
             def note(number: int, sample: Sample) -> None:
-                texts[number] = _cut(sample.text, prepared[number].until)
+                texts[number] = cut_at(sample.text, prepared[number].until)
                 self._note(requests[number], sample)
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
                 bar.update()
@@ -252,8 +255,8 @@ class D2FStreamLM(LM):  # type: ignore[misc]  # lm-eval is untyped
 
     def _prepare(self, request: Instance, number: int) -> _Request:
         context, settings = request.args
-        task = _task_overrides(settings)
-        until = () if self._escapes else _until(settings.get("until"))
+        task = overrides_of_task(settings)
+        until = () if self._escapes else stop_strings(settings.get("until"))
         params = (self._preset or self._engine.defaults).with_overrides(
             cast(ParamOverrides, {**task, "stop": until[:MAX_STOP_STRINGS], **self._fixed})
         )
@@ -271,54 +274,3 @@ class D2FStreamLM(LM):  # type: ignore[misc]  # lm-eval is untyped
             self._output.parent.mkdir(parents=True, exist_ok=True)
             with self._output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _batch_size(value: int | str, bound: int | None) -> int:
-    if str(value).startswith("auto"):
-        return AUTO_BATCH_SIZE if bound is None else min(AUTO_BATCH_SIZE, bound)
-    number = int(value)
-    if number < 1:
-        raise InvalidParams("batch_size", value, 'an integer of at least 1, or "auto"')
-    return number
-
-
-def _preset(name: str) -> GenerationParams:
-    if name not in d2f_stream.PRESETS:
-        raise InvalidParams("preset", name, one_of(name, sorted(d2f_stream.PRESETS)))
-    return d2f_stream.PRESETS[name]
-
-
-def _overrides(values: Mapping[str, Any]) -> ParamOverrides:
-    """Read fields as lm-eval parses them from a command line: a whole number for a share, say."""
-    chosen = dict(values)
-    if isinstance(stop := chosen.get("stop"), str | list):
-        chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if chosen.get("max_active_blocks") in ("None", "none"):
-        chosen["max_active_blocks"] = None
-    return cast(ParamOverrides, chosen)
-
-
-def _task_overrides(settings: Mapping[str, Any]) -> ParamOverrides:
-    """Translate a task's generation_kwargs; without do_sample the answer is greedy."""
-    chosen = {k: v for k, v in settings.items() if k not in ("until", "do_sample", *LENGTH_NAMES)}
-    lengths = [settings[name] for name in LENGTH_NAMES if settings.get(name) is not None]
-    if lengths:
-        chosen["max_new_tokens"] = int(lengths[0])
-    if settings.get("do_sample") is False:
-        chosen["temperature"] = 0.0
-    if "temperature" in chosen:
-        chosen["temperature"] = float(chosen["temperature"])
-    if not chosen.get("temperature"):
-        chosen.pop("top_p", None)  # greedy: without effect, and not every backend has it
-    return _overrides(chosen)
-
-
-def _until(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    given = [value] if isinstance(value, str) else list(value or ())
-    return tuple(dict.fromkeys(text for text in given if text))
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    for stop in until:
-        text = text.split(stop, 1)[0]
-    return text
