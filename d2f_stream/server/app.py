@@ -122,7 +122,9 @@ async def _no_route(request: Request, error: Exception) -> Response:
         sentence = f"{path} does not take {method}; it takes {allowed}"
         headers = {"Allow": allowed}
         return error_response(405, "method_not_allowed", sentence, headers=headers)
-    sentence = f"there is nothing at {method} {path}; the API of this server is below /v1"
+    sentence = (
+        f"there is nothing at {method} {path}; the APIs of this server are below /v1 and /api"
+    )
     return error_response(404, "not_found", sentence)
 
 

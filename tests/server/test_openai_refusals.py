@@ -160,6 +160,14 @@ async def test_empty_stop_is_none(stop: Any) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "abc"
 
 
+async def test_empty_body_is_told_in_words() -> None:
+    async with serving(ScriptedBackend()) as served, served.http() as http:
+        headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+        empty = await http.post("/v1/chat/completions", content=b"", headers=headers)
+    assert empty.status_code == 400
+    assert empty.json()["error"]["message"] == "the request cannot be read: it has no body"
+
+
 async def test_unknown_model_is_not_found() -> None:
     async with serving(ScriptedBackend("hello")) as served:
         client = served.openai()

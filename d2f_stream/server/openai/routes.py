@@ -275,6 +275,8 @@ class _Api:
 
 
 def _decode(body: bytes, kind: type[AnswerRequest]) -> AnswerRequest:
+    if not body:
+        raise MalformedBody("it has no body")
     try:
         values = msgspec.json.decode(body)
         if isinstance(values, dict):
