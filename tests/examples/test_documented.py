@@ -40,7 +40,7 @@ ANSWERS = {
 
 PAST = {"open-text.md"}  # the record of an experiment whose code is gone
 ELSEWHERE = {"simple_evaluate": "fetches a data set"}
-HEAVY = ("litellm",)  # too large for the tests' environment; run where it is installed
+HEAVY = ("litellm",)  # 190 MB, 44 s to install on busy cores; run where it is installed
 FILLED_IN = (
     (r"d2f_stream\.load\([^)]*\)", "d2f_stream.load()"),
     (r"//127\.0\.0\.1:8000", "//127.0.0.1:{port}"),
