@@ -12,6 +12,7 @@ from d2f_export.distill.from_ar.command import train_parser, write_parser
 from d2f_export.onnx.command import export_parser, verify_parser
 from d2f_runtime.evaluation.__main__ import EXAMPLE, completed, eval_parser
 from d2f_runtime.evaluation.humaneval import humaneval_parser
+from d2f_runtime.models.installed import DEFAULT
 from d2f_runtime.models.names import find, suggest
 from d2f_stream import cli
 from d2f_stream.core.nearest import did_you_mean
@@ -157,6 +158,14 @@ def test_misspelt_model_is_answered_with_those_like_it(
     assert error.startswith(f"d2f-stream: error: there is no model called '{name}'; did you mean ")
     assert meant in error
     assert error.count("\n") == 1
+
+
+def test_package_that_is_not_installed_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("d2f_runtime.models.names.installed_names", list)
+    assert cli.main(["models", "show", DEFAULT]) == 2
+    assert f"pip install ./models/{DEFAULT}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["student", "./sdar", "runs/sdar", "word-problems", "my/sdar"])

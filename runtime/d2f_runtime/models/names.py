@@ -1,7 +1,7 @@
 """Names: what people type for a model, and which one was probably meant by what is none."""
 
 from d2f_runtime.models.catalogue import CATALOGUE, Entry
-from d2f_runtime.models.installed import EMBEDDED, installed_names
+from d2f_runtime.models.installed import DEFAULT, EMBEDDED, installed_names
 from d2f_stream.core.errors import ModelNotFound
 from d2f_stream.core.nearest import did_you_mean
 
@@ -38,4 +38,6 @@ def suggest(name: str) -> str:
 
 def _near(name: str) -> str:
     known = [*(entry.name for entry in CATALOGUE), *installed_names(), EMBEDDED]
+    if name == DEFAULT and name not in known:
+        return f"it is a package, which the checkout has: pip install ./models/{DEFAULT}"
     return "" if name in known else did_you_mean(name, known)
