@@ -116,6 +116,8 @@ def fetch_model(
     Raises:
         ModelError: as `open_engine` does, and its engine on entering.
     """
+    if model is None and adapter is None:
+        return  # the default one is installed
     key = _key(
         model, backend=backend, quantization="auto", device=device, adapter=adapter, family=family
     )
