@@ -185,7 +185,6 @@ def test_log_keeps_every_event_once_whoever_works_and_whoever_reads(
             max_examples=60 if kind == "memory" else 25,
             phases=[Phase.generate],
             stateful_step_count=30,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

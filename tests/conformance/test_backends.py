@@ -35,7 +35,6 @@ def test_cached_steps_equal_a_recompute(rig: Rig, edges: tuple[int, ...]) -> Non
 
 @settings(
     max_examples=15,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 @given(

@@ -65,7 +65,7 @@ def test_renewing_leases_takes_the_store_time_that_blocks_wait_for() -> None:
     assert found.late_ms[1] > found.late_ms[0]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     server_answer=st.floats(100, 2_000),
     server_block=st.floats(50, 500),

@@ -185,7 +185,7 @@ def test_no_answer_is_found_in_other_text(text: str) -> None:
     assert extract_answer(text) is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text())
 def test_any_text_may_be_searched_for_an_answer(text: str) -> None:
     extract_answer(f"The answer is {text}")

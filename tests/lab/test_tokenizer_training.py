@@ -1,7 +1,7 @@
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -30,7 +30,6 @@ def test_the_vocabulary_has_1024_entries_and_begins_with_the_specials(
     assert tokenizer.token_to_id(MASK) == 1
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text

@@ -65,7 +65,7 @@ messages = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(messages, max_size=25))
 def test_no_message_breaks_a_gateway(batch: list[Incoming]) -> None:
     async def feed() -> None:

@@ -34,7 +34,7 @@ def rate(parts: list[Part], chosen: list[int], cost: StepCost) -> float:
     return sum(gain.tokens for gain in gains) / cost.ms(rows, len(gains))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     parts=st.lists(st.builds(Part, concave_choices(), st.integers(0, 300)), max_size=4),
     cost=COSTS,

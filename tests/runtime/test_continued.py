@@ -124,7 +124,7 @@ def check_cuts(backend: ScriptedBackend, prompt: str, asked: GenerationParams) -
     asyncio.run(run())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     prompt=PROMPTS,
     answer=st.text(ALPHABET, max_size=60),
@@ -148,7 +148,7 @@ def test_a_cut_answer_goes_on_as_if_it_had_not_been_cut(
     check_cuts(backend, prompt, asked)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompt=PROMPTS,
     answer=st.text(ALPHABET, max_size=60),

@@ -88,7 +88,7 @@ def test_seeded_cases_take_the_reference_loop_step_by_step(seed: int) -> None:
 
 
 @given(cases)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_decoder_takes_the_reference_loop_step_by_step(case: Case) -> None:
     check_parity(case)
 
@@ -99,19 +99,19 @@ def test_seeded_truncated_text_is_the_drained_text_cut_at_the_first_eos() -> Non
 
 
 @given(cases)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_truncated_text_is_the_drained_text_cut_at_the_first_eos(case: Case) -> None:
     check_truncation(case)
 
 
 @given(cases, st.lists(st.integers(0, 4) | st.none(), max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_narrowed_at_any_step_still_finish(case: Case, bounds: list[int | None]) -> None:
     checked_run(case, bound=lambda step: dict(enumerate(bounds, 1)).get(step))
 
 
 @given(cases)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_block_size_one_on_a_causal_prompt_is_autoregression(case: Case) -> None:
     case = case.with_params(block_size=1, stop_at_eos="truncate", rank="confidence")
     run = checked_run(Case(case.prompt, case.params, case.model, case.eos_ids, "causal"))
@@ -126,7 +126,7 @@ def test_block_size_one_on_a_causal_prompt_is_autoregression(case: Case) -> None
 
 
 @given(cases, st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_fixed_count_fills_one_block_after_the_other(case: Case, num_per_step: int) -> None:
     case = case.with_params(max_active_blocks=1, stop_at_eos="drain", sub_block_size=0)
     policy = FixedCountPolicy(num_per_step)

@@ -105,7 +105,7 @@ def check(decode: Decode, tokens: list[int], sizes: list[int], stop: list[str]) 
 
 
 @given(byte_tokens, cuts, stops)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_byte_level_texts_add_up_to_the_full_decode(
     tokens: list[int], sizes: list[int], stop: list[str]
 ) -> None:
@@ -115,7 +115,7 @@ def test_byte_level_texts_add_up_to_the_full_decode(
 @pytest.mark.parametrize("decode", [word_decode, stripping_decode])
 @given(tokens=word_tokens, sizes=cuts, stop=stops)
 @example(tokens=[0, 2, 10, 11, 1, 2, 2, 0], sizes=[1] * 30, stop=[])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_sentencepiece_texts_add_up_to_the_full_decode(
     decode: Decode, tokens: list[int], sizes: list[int], stop: list[str]
 ) -> None:
@@ -123,7 +123,7 @@ def test_sentencepiece_texts_add_up_to_the_full_decode(
 
 
 @given(valid_tokens, cuts, stops)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_strict_byte_fallback_adds_up_where_bytes_are_valid(
     tokens: list[int], sizes: list[int], stop: list[str]
 ) -> None:

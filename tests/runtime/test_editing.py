@@ -108,7 +108,7 @@ def answer_of(window: Window, cache: list[int], propose: block_loops.Propose) ->
     eos_share=st.sampled_from([0.0, 0.03, 0.3]),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_answers_and_steps_are_those_of_the_published_loop(
     size: int,
     num_prompt: int,
@@ -180,7 +180,7 @@ TEXTS = st.text("abc .é漢🙂", min_size=1, max_size=40)
     most=st.integers(0, 20),
     drafts=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_announced_is_final(texts: list[str], size: int, most: int, drafts: bool) -> None:
     answers = {f"prompt {i}": text for i, text in enumerate(texts)}
     backend = Wavering(

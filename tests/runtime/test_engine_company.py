@@ -73,7 +73,7 @@ def ask_scripted(asked: GenerationParams, num_others: int, limits: Limits) -> ob
     return events
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     asked=ASKED,
     max_rows=st.sampled_from([1, 3, 16]),

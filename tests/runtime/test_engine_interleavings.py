@@ -167,7 +167,7 @@ def check(reader: Reader, *, closed: bool) -> None:
         assert end.usage.steps == blocks[-1].steps
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     actions=st.lists(ACTIONS, min_size=3, max_size=25),
     tokens_per_step=st.integers(1, 12),

@@ -67,7 +67,7 @@ def check_events(events: list[Event], result: Result, answer: str, asked: Genera
     assert asked.drafts or len(durable) == len(events)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     requests=st.lists(st.tuples(TEXTS, REQUESTS), min_size=1, max_size=4),
     tokens_per_step=st.integers(1, 12),

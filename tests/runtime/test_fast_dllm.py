@@ -35,7 +35,7 @@ def fast_dllm(**changes: Any) -> GenerationParams:
     level=st.integers(1, LEVELS),
     eos_share=st.sampled_from([0.0, 0.02, 0.2]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_step_is_the_published_one(
     seed: int,
     num_prompt: int,

@@ -40,7 +40,7 @@ def run(case: Case) -> tuple[list[Window], list[Committed], BlockDecoder]:
     return windows, commits, decoder
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 2**32))
 def test_every_window_is_the_whole_canvas_to_come(seed: int) -> None:
     case = full_case(random.Random(seed))
@@ -60,7 +60,7 @@ def test_every_window_is_the_whole_canvas_to_come(seed: int) -> None:
     assert [c.start for c in commits] == [0, *(c.stop for c in commits[:-1])]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 2**32))
 def test_truncated_text_is_the_drained_one_up_to_its_first_eos(seed: int) -> None:
     case = full_case(random.Random(seed))

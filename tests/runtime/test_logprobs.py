@@ -26,7 +26,7 @@ from transformers_oracle import Oracle, oracle_model
 
 
 @given(st.randoms(use_true_random=False).map(random_case))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_token_has_the_probability_of_the_step_that_accepted_it(case: Case) -> None:
     decoder, logprobs = case.decoder(), TokenLogprobs(len(case.prompt))
     cache: list[int] = []

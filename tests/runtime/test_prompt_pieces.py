@@ -77,7 +77,7 @@ async def ask_all(
     return found
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     asked=st.lists(
         st.tuples(

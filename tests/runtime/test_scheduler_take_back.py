@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from d2f_runtime.engine.prompt_cuts import PromptCuts
@@ -17,7 +17,6 @@ ACTIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     sessions=SESSIONS, actions=ACTIONS, max_rows=st.integers(1, 4), max_sessions=st.integers(1, 5)
 )

@@ -69,7 +69,7 @@ CASES = st.tuples(
 
 
 @given(case=CASES, whole=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_answers_and_steps_are_those_of_the_published_loops(
     case: tuple[str, int, int, int, int, int, float, int], whole: bool
 ) -> None:

@@ -19,7 +19,7 @@ def affine(rows: int, sessions: int) -> float:
     return 4.0 + 0.03 * rows + 0.1 * (sessions - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(timed=STEPS, learned=STEPS, shape=SHAPES, more_rows=st.integers(0, 500))
 def test_more_rows_or_sessions_never_cost_less(
     timed: list[TimedStep], learned: list[TimedStep], shape: tuple[int, int], more_rows: int
@@ -110,7 +110,7 @@ def test_step_alone_says_nothing_of_what_others_cost() -> None:
     assert cost.ms(8, 16) - cost.ms(8, 1) == pytest.approx(others_ms)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(learned=STEPS, shape=SHAPES, times=st.floats(3.0, 1000.0))
 def test_one_step_that_takes_far_too_long_changes_nothing(
     learned: list[TimedStep], shape: tuple[int, int], times: float
@@ -125,7 +125,7 @@ def test_one_step_that_takes_far_too_long_changes_nothing(
     assert after == before
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @example([TimedStep(1, 1, 1.0), TimedStep(1, 2, 2.0)], [TimedStep(2, 1, 1.0)], 2)
 @given(timed=STEPS, learned=STEPS, num_sessions=st.integers(2, 64))
 def test_a_further_session_costs_no_more_than_a_step_of_its_own(

@@ -48,7 +48,7 @@ def run(plan: Scheduler[str], ms: Callable[[int], float]) -> tuple[Batch[str], i
     return batch, prompts, rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     per_row_ms=st.floats(0.005, 5.0),
     base_ms=st.floats(0.5, 50.0),

@@ -185,7 +185,7 @@ def run(
 
 
 @given(verified_cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_verified_answer_is_the_autoregressive_one(case: Verified) -> None:
     answer, windows, _ = run(case)
     assert answer == case.expected()
@@ -205,7 +205,7 @@ def lone(skill: int, **changes: object) -> tuple[int, int]:
 
 
 @given(verified_cases(), st.lists(st.integers(0, 40), min_size=1, max_size=12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_an_answer_does_not_depend_on_how_wide_its_windows_are(
     case: Verified, turns: list[int]
 ) -> None:
@@ -216,7 +216,7 @@ def test_an_answer_does_not_depend_on_how_wide_its_windows_are(
 
 
 @given(verified_cases())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_narrowest_windows_are_autoregressive_steps(case: Verified) -> None:
     answer, windows, _ = run(case, [Width(max_drafts=1)])
     assert len(windows) == len(answer)

@@ -60,7 +60,7 @@ def backend() -> TorchBackend:
     block_size=st.sampled_from((2, 5, 8, 16)),
     drafts=st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_texts_are_those_of_one_token_after_the_other(
     prompts: list[str], stop: list[str], block_size: int, drafts: bool
 ) -> None:

@@ -131,7 +131,6 @@ def requests(draw: st.DrawFn) -> tuple[list[int], GenerationParams]:
 @given(requests(), st.sampled_from((4, 10, 1000)))
 @settings(
     max_examples=15,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 def test_a_verified_answer_is_the_models_own_next_tokens(
@@ -146,7 +145,6 @@ def test_a_verified_answer_is_the_models_own_next_tokens(
 @given(st.lists(st.integers(4, NUM_TOKENS - 1), min_size=1, max_size=9), st.integers(0, 2**40))
 @settings(
     max_examples=5,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 def test_a_sampled_verified_answer_is_the_one_of_block_size_one(

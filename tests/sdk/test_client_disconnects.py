@@ -42,7 +42,7 @@ def check_computed_once(net: Network, num_requests: int) -> None:
     assert set(net.notes.started.values()) == {1}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     cuts=st.lists(st.integers(1, 12), max_size=30),
@@ -97,7 +97,7 @@ def test_a_thousand_disconnects_at_random_moments() -> None:
     asyncio.run(run())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     moments=st.lists(st.integers(0, 60), min_size=1, max_size=6),
     cuts=st.lists(st.integers(1, 12), max_size=20),

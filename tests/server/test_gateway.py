@@ -155,7 +155,7 @@ async def test_connection_that_sends_nonsense_is_closed() -> None:
     assert "could not be read" in reason
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     messages=st.lists(
         st.one_of(

@@ -99,7 +99,7 @@ async def check_nothing_left(server: Server, tasks: set["asyncio.Task[Any]"]) ->
         await fakes.turn()
 
 
-PROPERTY = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+PROPERTY = settings(max_examples=20, suppress_health_check=list(HealthCheck))
 
 
 def test_malformed_messages_are_refused_and_leave_nothing_behind() -> None:

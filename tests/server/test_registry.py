@@ -234,4 +234,4 @@ class Readers(RuleBasedStateMachine):
 TestReaders = Readers.TestCase
 
 
-TestReaders.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestReaders.settings = settings(max_examples=60, stateful_step_count=30)
