@@ -14,6 +14,7 @@ from d2f_export.onnx.artefact import Description, write_artefact
 from d2f_export.onnx.graph_builder import GraphBuilder
 from d2f_export.onnx.packed import Packing
 from d2f_export.onnx.quantize import Linear
+from d2f_export.onnx.weights import Checkpoint
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.decoding.window import Window
@@ -38,8 +39,8 @@ def run(
     ]
     model = graph.model([], outputs)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    (weights,) = graph.weights
-    for stored, array in zip(weights.stored, arrays, strict=True):
+    every = [stored for weights in graph.weights for stored in weights.stored]
+    for stored, array in zip(every, arrays, strict=True):
         assert stored.shape == array.shape
         assert stored.dtype == str(array.dtype)
         tensors[stored.name].raw_data = array.tobytes()
@@ -71,17 +72,64 @@ def test_weights_are_within_half_a_code_and_two_levels(bits: int, num_in: int) -
 def test_smoothed_weights_are_the_products_with_the_factors() -> None:
     weight = torch.randn(24, 50, generator=torch.Generator().manual_seed(0))
     factor = torch.rand(50, generator=torch.Generator().manual_seed(1)) * 3 + 0.1
+    factor = factor.half().float()
     graph = GraphBuilder()
     levels, scale = Packing(4).store(graph, "w", ["w"], (24, 50), smooth="s")
-    (weights,) = graph.weights
-    assert weights.sources == ("w", "s")
-    found_levels, found_scale = run(graph, levels, scale, weights.pack(weight, factor))
+    plain_weights, factors = graph.weights
+    assert (plain_weights.sources, factors.sources) == (("w",), ("s",))
+    arrays = [*plain_weights.pack(weight), *factors.pack(factor)]
+    found_levels, found_scale = run(graph, levels, scale, arrays)
     plain_levels, plain_scale = unpacked(Packing(4), weight)
     plain = (plain_levels.astype(np.float32) - 128) * plain_scale  # [K, N]
     found = (found_levels.astype(np.float32) - 128) * found_scale
     allowed = plain_scale * factor.numpy()[:, None] + found_scale
     assert (np.abs(found - plain * factor.numpy()[:, None]) <= allowed).all()
     assert np.abs(found_levels.astype(int) - 128).max() <= 127
+
+
+def test_codes_of_six_bits_stand_between_the_ends_that_a_session_has() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(7))
+    levels, scale = unpacked(Packing(6), weight)
+    found = (levels.astype(np.float32) - 128).T  # [N, K]
+    exact = weight.numpy() / scale[:, None]
+    blocks = exact.reshape(64, 3, 32)
+    code = (np.ceil(blocks.max(2)) - np.floor(blocks.min(2))) / 63
+    assert (np.abs(found - exact) <= np.repeat(code / 2, 32, axis=1) + 0.501).all()
+
+
+def test_a_product_of_what_rounding_cut_off_is_added() -> None:
+    rng = np.random.default_rng(2)
+    weight = torch.from_numpy(rng.standard_normal((40, 64)).astype(np.float32))
+    x = rng.standard_normal((1, 5, 64)).astype(np.float32)
+    x[:, :, 3] = 60  # beside which the others are a few levels
+    levels, scale = unpacked(Packing(4), weight)
+    exact = x[0] @ ((levels.astype(np.float32) - 128) * scale)
+    errors = []
+    for twice in (False, True):
+        graph = GraphBuilder()
+        out = Linear(graph, "int4-int8")("x", "w", ["w"], (40, 64), twice=twice)
+        x_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "rows", 64])
+        info = helper.make_tensor_value_info(out, TensorProto.FLOAT, None)
+        model = graph.model([x_info], [info])
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        arrays = graph.weights[0].pack(weight)
+        for stored, array in zip(graph.weights[0].stored, arrays, strict=True):
+            tensors[stored.name].raw_data = array.tobytes()
+        (found,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+        errors.append(float(np.abs(found[0] - exact).max()))
+    assert errors[1] < errors[0] / 50
+
+
+def test_up_projections_are_divided_by_what_down_projections_are_multiplied_with() -> None:
+    checkpoint = Checkpoint(tiny_folder("llada", "torch"))
+    for layer in range(checkpoint.config.num_layers):
+        path = f"layers.{layer}.mlp"
+        names = [f"divided.{path}.up_proj.weight", f"smooth.{path}.down_proj"]
+        divided, factors = checkpoint(names)
+        (rows,) = checkpoint([f"{path}.up_proj.weight"])
+        torch.testing.assert_close(divided * factors[:, None], rows.float())
+        assert factors.max() > factors.min()
+        assert factors.half().float().equal(factors)
 
 
 def test_what_had_four_bits_keeps_its_codes() -> None:

@@ -42,6 +42,7 @@ from d2f_export.onnx.graph_builder import OPSET, GraphBuilder, Stored, Value, We
 from d2f_export.onnx.graph_layers import Draft, Sight, add_layer, norm
 from d2f_export.onnx.graph_sampler import add_sampler
 from d2f_export.onnx.quantize import QUANTIZATIONS, Linear, Quantization
+from d2f_export.onnx.smoothing import FINAL
 from d2f_runtime.kernels.sampling import FORBIDDEN
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.rope_scaling import YarnRope
@@ -240,7 +241,8 @@ class _Step:
             doubt: [B, 1, 1] of the whole window.
         """
         config, graph, dtype = self.config, self.graph, self.linear.dtype
-        hidden = norm(graph, x, "norm", config, dtype)  # [B, R, D]
+        smooth = f"smooth.{FINAL}" if self.linear.smooths and config.mixture is None else None
+        hidden = norm(graph, x, FINAL, config, dtype, smooth=smooth)  # [B, R, D]
         if config.shift_logits:
             is_first = graph.op("Equal", "head_rows", graph.constant(0))
             is_first = graph.op("Unsqueeze", is_first, graph.constant([2]))
@@ -252,7 +254,8 @@ class _Step:
         tied = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
         shape = (config.vocab_size, config.hidden_size)
         doubt = graph.op("Add", doubt, self._doubt(hidden, [2]))  # [B, R, 1]
-        logits = self.linear(hidden, "lm_head.weight", [tied], shape, exact=True)
+        inputs = hidden, "lm_head.weight", [tied], shape
+        logits = self.linear(*inputs, exact=True, smooth=smooth)
         logits = graph.op("Cast", logits, to=1) if dtype != "float32" else logits
         lowest = graph.constant(FORBIDDEN, "float32")
         logits = graph.op("Where", self._forbidden(), lowest, logits)

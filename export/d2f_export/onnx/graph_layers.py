@@ -24,7 +24,7 @@ from d2f_export.onnx.graph_builder import (
 )
 from d2f_export.onnx.graph_mixture import add_mixture
 from d2f_export.onnx.quantize import Linear
-from d2f_export.onnx.smoothing import NORMS
+from d2f_export.onnx.smoothing import DOWN, NORMS
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import PARENTS, product_shapes
 
@@ -89,8 +89,9 @@ class _Layer:
         return normed, total
 
     def smooth(self, name: str) -> str | None:
-        """Return the name of the factors that a norm's channels are divided by."""
-        smooths = self.linear.smooths and name in NORMS and self.config.mixture is None
+        """Return the name of the factors that channels are divided by, of a norm or before DOWN."""
+        can_be = name in NORMS or name == DOWN
+        smooths = self.linear.smooths and can_be and self.config.mixture is None
         return f"smooth.{self.path(name)}" if smooths else None
 
     def product(self, x: Value, joined: str, parts: Sequence[str], *, after: str = "") -> Value:
@@ -100,25 +101,29 @@ class _Layer:
             x: the activations.
             joined: name of the joined matrix.
             parts: the products, such as "gate".
-            after: the norm that returned the activations.
+            after: the norm that returned the activations, or DOWN.
         """
         smooth = self.smooth(after)
+        twice = after == DOWN and self.index == 0
         names = [self.path(f"{PARENTS[f'{part}_proj']}.{part}_proj") for part in parts]
         shapes = [product_shapes(self.config)[f"{part}_proj"] for part in parts]
         sizes = [num_out for num_out, _ in shapes]
         num_in = shapes[0][1]
-        weights = [f"{name}.weight" for name in names]
+        divided = "divided." if "up" in parts and self.smooth(DOWN) is not None else ""
+        prefixes = [divided if part == "up" else "" for part in parts]
+        weights = [f"{prefix}{name}.weight" for prefix, name in zip(prefixes, names, strict=True)]
         draft = self.draft
         if draft is None or not any(name in draft.ranks for name in names):
             shape = (sum(sizes), num_in)
-            return self.linear(x, self.path(joined), weights, shape, smooth=smooth)
+            return self.linear(x, self.path(joined), weights, shape, smooth=smooth, twice=twice)
         ranks = [draft.ranks.get(name, 0) for name in names]
         downs = [f"draft.{n}.down" for n, rank in zip(names, ranks, strict=True) if rank]
         shape = (sum(sizes) + sum(ranks), num_in)
-        both = self.linear(x, self.path(joined), [*weights, *downs], shape, smooth=smooth)
+        sources = [*weights, *downs]
+        both = self.linear(x, self.path(joined), sources, shape, smooth=smooth, twice=twice)
         parts_of = self.graph.constant([sum(sizes), sum(ranks)])
         out, narrow = self.graph.ops("Split", 2, both, parts_of, axis=2)
-        ups = [f"draft.{name}.up" for name in names]
+        ups = [f"{prefix}draft.{name}.up" for prefix, name in zip(prefixes, names, strict=True)]
         factors = list(zip(sizes, ranks, strict=True))
         return self.graph.op("Add", out, self.linear.by_parts(narrow, ups, factors, draft.rows))
 
@@ -154,7 +159,7 @@ class _Layer:
         both = self.product(normed, "mlp.gate_up_proj", ["gate", "up"], after=after)
         gate, up = graph.ops("Split", 2, both, axis=2, num_outputs=2)
         gate = graph.op("Mul", gate, graph.op("Sigmoid", gate))
-        return x, self.product(graph.op("Mul", gate, up), "mlp.down_proj", ["down"])
+        return x, self.product(graph.op("Mul", gate, up), DOWN, ["down"], after=DOWN)
 
 
 def add_layer(

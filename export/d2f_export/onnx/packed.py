@@ -27,7 +27,7 @@ from torch import Tensor
 from d2f_export.onnx.graph_builder import Array, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.matrix_rows import by_rows
 
-__all__ = ["BYTE_ZERO", "Packing"]
+__all__ = ["BYTE_ZERO", "Packing", "smoothed"]
 
 BLOCK: Final = 32
 HALF: Final = BLOCK // 2
@@ -68,8 +68,7 @@ class Packing:
             name: of the stored matrix.
             parameters: [N_i, K] of the model.
             shape: N and K.
-            smooth: name of factors [K] that a session multiplies the inputs' weights with; with 4
-                bits.
+            smooth: name of factors [K] that the inputs' weights are multiplied with.
 
         Returns:
             Levels around 128, [K, N] uint8, and the scales, [N] fp32.
@@ -87,22 +86,16 @@ class Packing:
             stored.append(Stored(f"{name}.high", "uint8", size))
         sources = tuple(parameters)
 
-        def pack(*tensors: Tensor) -> Sequence[Array]:
-            return self.pack(tensors) if smooth is None else self.smoothed(*tensors)
-
-        if smooth is not None:
-            sources = (*sources, smooth)
-            stored.append(Stored(f"{name}.factor", "float32", (num_blocks, BLOCK, 1)))
-            stored.append(Stored(f"{name}.ratio", "float32", (num_out,)))
-        low, base, span, scale, *more = graph.store(Weights(sources, tuple(stored), pack))
-        high = more[: bool(self.high)]
-        codes = self._codes(graph, low, high)
-        levels = self._levels(graph, codes, base, span, more[bool(self.high) :])
+        weights = Weights(sources, tuple(stored), lambda *tensors: self.pack(tensors))
+        low, base, span, scale, *high = graph.store(weights)
+        levels = self._levels(graph, self._codes(graph, low, high), base, span)
         levels = graph.op("Reshape", levels, graph.constant([-1, num_out]))
         if num_blocks * BLOCK > num_in:
             ends = (graph.constant([end]) for end in (0, num_in, 0))
             levels = graph.op("Slice", levels, *ends)
-        return levels, scale
+        if smooth is not None:
+            return smoothed(graph, levels, scale, smooth, num_in)
+        return in_bytes(graph, levels), scale
 
     def pack(self, matrices: Sequence[Tensor]) -> list[Array]:
         """Return low, base, span and scale of matrices [N_i, K], and high where there is one."""
@@ -119,13 +112,14 @@ class Packing:
             padding = num_blocks * BLOCK - num_in
             levels = np.pad(rows / scale[outputs, None], ((0, 0), (0, padding)), mode="edge")
             levels = levels.reshape(len(rows), num_blocks, BLOCK)
-            lowest = levels.min(axis=2, keepdims=True)
-            width = levels.max(axis=2, keepdims=True) - lowest
-            rounded = np.rint(width)
+            lowest, highest = (end(axis=2, keepdims=True) for end in (levels.min, levels.max))
+            if self.high:  # codes between the ends as a session has them; of 4 bits they are given
+                lowest, highest = np.floor(lowest), np.ceil(highest)
+            width = highest - lowest
             found = (levels - lowest) * self.codes / np.where(width > 0, width, 1)
             codes[:, :, outputs] = np.rint(found).transpose(1, 2, 0)
             base[:, :, outputs] = (np.rint(lowest) + BYTE_ZERO).transpose(1, 2, 0)
-            span[:, :, outputs] = rounded.transpose(1, 2, 0)
+            span[:, :, outputs] = np.rint(width).transpose(1, 2, 0)
 
         by_rows(matrices, convert)
         low = codes & 15
@@ -133,24 +127,6 @@ class Packing:
         if self.high:
             arrays.append(self._high(codes >> 4))
         return arrays
-
-    def smoothed(self, *tensors: Tensor) -> list[Array]:
-        """Return the arrays, the factors, and what makes an output's largest level 126 again.
-
-        Args:
-            tensors: matrices [N_i, K], and the factors [K].
-        """
-        *matrices, factor = tensors
-        arrays = self.pack(matrices)
-        low, base, span, scale = arrays[:4]
-        codes = np.concatenate([low & 15, low >> 4], axis=1).astype(np.float32)
-        factors = np.ones((len(low), BLOCK, 1), np.float32)
-        factors.reshape(-1)[: len(factor)] = factor.float().numpy()
-        levels = codes * (span.astype(np.float32) / self.codes) + (base.astype(np.float32) - 128)
-        largest = np.abs(levels * factors).max(axis=(0, 1))
-        ratio = LEVEL_MAX / np.where(largest > 0, largest, LEVEL_MAX).astype(np.float32)
-        arrays[3] = scale / ratio
-        return [*arrays, factors, ratio]
 
     def _high(self, bits: Array) -> Array:
         """Join the higher bits of codes, [G, 32, N], to whole bytes."""
@@ -178,23 +154,40 @@ class Packing:
         bits = graph.op("Concat", *(graph.op("BitwiseAnd", p, only) for p in parts), axis=1)
         return graph.op("BitwiseOr", codes, shifted(bits, 4, "LEFT"))
 
-    def _levels(
-        self, graph: GraphBuilder, codes: Value, base: Value, span: Value, smooth: Sequence[Value]
-    ) -> Value:
-        """Return [G, 32, N] uint8 levels around 128; `smooth` is nothing, or factor and ratio."""
+    def _levels(self, graph: GraphBuilder, codes: Value, base: Value, span: Value) -> Value:
+        """Return [G, 32, N] fp32 levels around 0, not rounded yet."""
         step = graph.op("Cast", span, to=1)
         step = graph.op("Mul", step, graph.constant(1 / self.codes, "float32"))
         start = graph.op("Cast", base, to=1)
-        above = 0.5  # the cast cuts off
-        if smooth:
-            start = graph.op("Sub", start, graph.constant(float(BYTE_ZERO), "float32"))
-            above += BYTE_ZERO
-        else:
-            start = graph.op("Add", start, graph.constant(above, "float32"))
-        levels = graph.op("Mul", graph.op("Cast", codes, to=1), step)
-        levels = graph.op("Add", levels, start)
-        if smooth:
-            for factor in smooth:
-                levels = graph.op("Mul", levels, factor)
-            levels = graph.op("Add", levels, graph.constant(above, "float32"))
-        return graph.op("Cast", levels, to=2)
+        start = graph.op("Sub", start, graph.constant(float(BYTE_ZERO), "float32"))
+        return graph.op("Add", graph.op("Mul", graph.op("Cast", codes, to=1), step), start)
+
+
+def smoothed(
+    graph: GraphBuilder, levels: Value, scale: Value, smooth: str, num_in: int
+) -> tuple[Value, Value]:
+    """Multiply inputs' weights with factors, and make the largest level of an output 126 again.
+
+    Args:
+        graph: that grows.
+        levels: [K, N] fp32 around 0.
+        scale: [N].
+        smooth: name of the factors [K], of which fp16 holds each exactly.
+        num_in: K.
+
+    Returns:
+        Levels around 128, uint8, and their scales.
+    """
+    stored = (Stored(f"{levels}.factor", "float16", (num_in, 1)),)
+    weights = Weights((smooth,), stored, lambda factor: [factor[:, None].half().numpy()])
+    levels = graph.op("Mul", levels, graph.op("Cast", *graph.store(weights), to=1))
+    largest = graph.op("ReduceMax", graph.op("Abs", levels), graph.constant([0]), keepdims=0)
+    largest = graph.op("Max", largest, graph.constant(1.0, "float32"))  # of zeros, too
+    shrink = graph.op("Div", largest, graph.constant(LEVEL_MAX, "float32"))  # [N]
+    return in_bytes(graph, graph.op("Div", levels, shrink)), graph.op("Mul", scale, shrink)
+
+
+def in_bytes(graph: GraphBuilder, levels: Value) -> Value:
+    """Round fp32 levels around 0 to uint8 ones around 128."""
+    above = graph.constant(BYTE_ZERO + 0.5, "float32")  # the cast cuts off
+    return graph.op("Cast", graph.op("Add", levels, above), to=2)

@@ -26,7 +26,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 
 from d2f_export.onnx.graph_builder import MICROSOFT, GraphBuilder, Stored, Value, Weights
-from d2f_export.onnx.packed import BYTE_ZERO, Packing
+from d2f_export.onnx.packed import BYTE_ZERO, Packing, smoothed
 from d2f_export.onnx.whole_matrices import INT4_BLOCK, joined, pack_int4, pack_int8, transposed
 
 __all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization"]
@@ -85,6 +85,7 @@ class Linear:
         *,
         exact: bool = False,
         smooth: str | None = None,
+        twice: bool = False,
     ) -> Value:
         """Multiply [..., K] with matrices [N_i, K], joined to N outputs: [..., N].
 
@@ -95,10 +96,15 @@ class Linear:
             shape: N and K.
             exact: leave out 4 bits, which are too coarse for some matrices.
             smooth: name of the factors that `x` was divided by; see `smoothing`.
+            twice: where rows are rounded to bytes, multiply what that cuts off, too.
         """
         if self.in_bytes:
             matrix = self._matrix(name, parameters, shape, exact=exact, smooth=smooth)
-            return self._product(x, matrix, shape[1])
+            out = self._product(x, matrix, shape[1])
+            if twice and self.smooths:
+                rest = self._rest(x, shape[1])
+                out = self.graph.op("Add", out, self._product(rest, matrix, shape[1]))
+            return out
         fits = self.dtype == "float32" or shape[1] % FUSED_INPUTS == 0
         if self.quantization.startswith("int4") and fits and not exact:
             return self._int4(x, name, parameters, shape)
@@ -195,7 +201,8 @@ class Linear:
         graph, (num_out, num_in) = self.graph, shape
         if self.quantization == "int4-int8":
             if exact:
-                return self._table(parameters[0], shape)
+                table = self._table(parameters[0], shape)
+                return table if smooth is None else self._smoothed(table, smooth, num_in)
             return LAYERS.store(graph, name, parameters, shape, smooth=smooth)
         stored = (
             Stored(f"{name}.int8", "int8", (num_in, num_out)),
@@ -203,6 +210,15 @@ class Linear:
         )
         matrix, scale = graph.store(Weights(tuple(parameters), stored, lambda *w: pack_int8(w)))
         return matrix, scale
+
+    def _smoothed(
+        self, table: tuple[Value, Value], smooth: str, num_in: int
+    ) -> tuple[Value, Value]:
+        """Return a table's levels and scales once more, of which a head has another copy."""
+        graph, (levels, scale) = self.graph, table
+        zero = graph.constant(float(BYTE_ZERO), "float32")
+        levels = graph.op("Sub", graph.op("Cast", levels, to=1), zero)
+        return smoothed(graph, levels, scale, smooth, num_in)
 
     def _product(
         self, x: Value, matrix: tuple[Value, Value], num_in: int, *, only: Value = ""
@@ -232,6 +248,13 @@ class Linear:
             levels = graph.op("QuantizeLinear", x, step, zeros, axis=-1, block_size=num_in)
             self._quantized[x, only] = levels, step
         return self._quantized[x, only]
+
+    def _rest(self, x: Value, num_in: int) -> Value:
+        """Return what rounding cuts off rows."""
+        graph, (levels, step) = self.graph, self._rows(x, num_in, "")
+        zero = graph.constant(float(ROW_ZERO), "float32")
+        levels = graph.op("Sub", graph.op("Cast", levels, to=1), zero)
+        return graph.op("Sub", x, graph.op("Mul", levels, step))
 
     def _share(self, only: Value) -> Value:
         """Return what part of a row's largest value a level is; 0 in rows that are not wanted."""

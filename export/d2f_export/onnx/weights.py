@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2f_export.onnx.graph import StepGraph
 from d2f_export.onnx.graph_builder import Array, Stored
-from d2f_export.onnx.smoothing import smoothing_of
+from d2f_export.onnx.smoothing import DOWN, smoothing_of
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import DraftAdapter
 from d2f_runtime.models.draft_facts import DraftFacts
@@ -74,7 +74,8 @@ class Checkpoint:
         """Read parameters by our names, dense where they are quantised, adapter merged in.
 
         Those of a draft adapter begin with "draft.": its mask_embedding, and down and up of a
-        product. Those that begin with "smooth." are the factors behind a norm.
+        product. Those that begin with "smooth." are the factors behind a norm, or before a down
+        projection; "divided." are the rows of an up projection divided by the latter.
 
         Raises:
             ModelDamaged: one holds a value that is no number.
@@ -84,6 +85,11 @@ class Checkpoint:
         for name in names:
             if name.startswith("smooth."):
                 tensors.append(self._factors(name.removeprefix("smooth.")))
+                continue
+            if name.startswith("divided."):
+                (rows,) = self([name.removeprefix("divided.")])
+                layer = name[name.index("layers.") :].partition(".mlp.")[0]
+                tensors.append(rows.float() / self._factors(f"{layer}.{DOWN}")[:, None])
                 continue
             if name == "draft.mask_embedding" and not self._has_mask:
                 (table,) = self(["embed_tokens.weight"])
@@ -109,11 +115,11 @@ class Checkpoint:
             tensors.append(tensor)
         return tensors
 
-    def _factors(self, norm: str) -> Tensor:
-        """Return the factors behind a norm; the first call runs the model."""
+    def _factors(self, name: str) -> Tensor:
+        """Return factors by the name that `smoothing_of` gives; the first call runs the model."""
         if self._smoothing is None:
             self._smoothing = smoothing_of(self._folder, family=self._family)
-        return self._smoothing[norm]
+        return self._smoothing[name]
 
 
 def write_graphs(
