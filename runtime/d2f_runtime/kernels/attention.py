@@ -21,7 +21,7 @@ from d2f_runtime.kernels.language import (
     power_of_2,
     tl,
 )
-from d2f_runtime.kernels.streamed_attention import can_stream, empty_parts, streamed_attention
+from d2f_runtime.kernels.streamed_attention import can_stream, part_dtype, streamed_attention
 
 __all__ = ["TILE_FIELDS", "attend", "attend_reference", "rows_per_tile", "tile_size"]
 
@@ -111,8 +111,6 @@ def attend(
         )  # fmt: skip
     else:
         parts, weights = _parts(query, keys, values, visible, tiles, num_splits)
-    if num_splits == 1 and not quantise:
-        return Activation(parts[0].flatten(1))  # the only part is the whole
     dtype = FP8 if quantise else query.dtype
     rows = torch.empty((num_rows, num_heads * size), device=query.device, dtype=dtype)
     scale = torch.empty(num_rows, device=query.device, dtype=torch.float32) if quantise else None
@@ -146,7 +144,7 @@ def _parts(
     num_kv = keys.shape[1]
     group = num_heads // num_kv
     shape = (num_splits, num_rows, num_heads)
-    parts = empty_parts(query, num_splits)
+    parts = torch.empty((*shape, size), device=query.device, dtype=part_dtype(query, num_splits))
     weights = torch.empty(shape, device=query.device, dtype=torch.float32)
     pdl = overlaps(query.device)
     _attend[(tiles.shape[0], num_kv, num_splits)](
@@ -172,8 +170,6 @@ def _attend(
     # what the host sent does not come from the kernel before
     tile = tiles + tl.program_id(0) * 5
     first_row, count = tl.load(tile), tl.load(tile + 1)
-    if (count == 0) & (tl.program_id(0) > 0):
-        return  # shapes have room for many sessions: what is not used must be gone at once
     offset = tl.load(tile + 2).to(tl.int64)
     border = tl.load(tile + 3)
     elsewhere = tl.load(tile + 4).to(tl.int64)

@@ -29,7 +29,7 @@ from d2f_runtime.kernels.language import (
     power_of_2,
 )
 
-__all__ = ["can_stream", "empty_parts", "streamed_attention"]
+__all__ = ["can_stream", "part_dtype", "streamed_attention"]
 
 KEYS = 64  # of a block
 QUERIES = 64  # of a program: the rows of a matrix instruction
@@ -50,17 +50,13 @@ def can_stream(query: Tensor) -> bool:
     )
 
 
-def empty_parts(query: Tensor, num_splits: int) -> Tensor:
-    """Return [S, M, H, hd] for what programs that share keys find, given queries [M, H, hd].
+def part_dtype(query: Tensor, num_splits: int) -> torch.dtype:
+    """Return what parts are stored in.
 
     Several are fp32: rounded each, they would make a row's result depend on how many programs its
-    keys are shared by, and so on what else is in the step. A single one is the result, and zero in
-    rows that are in no tile.
+    keys are shared by, and so on what else is in the step.
     """
-    shape = (num_splits, *query.shape)
-    if num_splits == 1:
-        return torch.zeros(shape, device=query.device, dtype=query.dtype)
-    return torch.empty(shape, device=query.device, dtype=torch.float32)
+    return query.dtype if num_splits == 1 else torch.float32
 
 
 def streamed_attention(
@@ -88,7 +84,7 @@ def streamed_attention(
     num_rows, num_heads, size = query.shape
     num_kv = keys.shape[1]
     shape = (num_splits, num_rows, num_heads)
-    parts = empty_parts(query, num_splits)
+    parts = torch.empty((*shape, size), device=query.device, dtype=part_dtype(query, num_splits))
     weights = torch.empty(shape, device=query.device, dtype=torch.float32)
     num_programs = tiles.shape[0] * num_kv * num_splits
     _attend[(tiles.shape[0], num_kv, num_splits)](
