@@ -71,5 +71,6 @@ def smoothing_of(folder: Path, *, family: str | None = None) -> dict[str, Tensor
 
 def _factors(name: str, largest: Tensor) -> Tensor:
     share = DOWN_SHARE if name.endswith(DOWN) else SHARE
+    largest = torch.where(largest.isfinite(), largest, 1.0)  # of weights that are no numbers
     factors = largest.clamp(min=SMALLEST) ** share
     return (factors / factors.mean()).half().float()
