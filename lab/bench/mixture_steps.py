@@ -18,7 +18,7 @@ from d2f_runtime.backends.fast_runner import FastRunner
 from d2f_runtime.backends.torch_backend import QUANTIZED, TorchBackend
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.kernels.routing import Routes
-from lab.bench.step import device_times, fill_cache, slot_of
+from lab.bench.step import device_times, fill_cache, kernel_times, slot_of
 from lab.bench.step_models import SHAPES, random_model
 from lab.records import spread
 
@@ -123,7 +123,7 @@ def time_mixture(
                 f"{bucket.rows} rows": round(size / 1e6, 1)
                 for bucket, size in runner.graph_bytes.items()
             }
-            found["us_by_kernel, 32 rows"] = _breakdown(runner, Bucket(1, 32))
+            found["us_by_kernel, 32 rows"] = kernel_times(lambda: runner.replay(Bucket(1, 32)))
     finally:
         backend.close()
         if is_cuda:
@@ -190,20 +190,3 @@ def _count(runner: FastRunner, step: Callable[[], object]) -> list[int]:
     finally:
         model.ops, runner._shapes, runner._use_graphs = usual, shapes, captures
     return [int(count) for count in counts]
-
-
-def _breakdown(runner: FastRunner, bucket: Bucket) -> dict[str, Any]:
-    """Return microseconds per step of each kernel, of the last step of a shape."""
-    number = 5
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(number):
-            runner.replay(bucket)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    return {
-        event.key[:80]: {
-            "total": round(event.device_time_total / number, 1),
-            "launches": event.count // number,
-        }
-        for event in events[:20]
-    }

@@ -21,7 +21,7 @@ from lab.bench.step_engine import time_engine
 from lab.bench.step_models import SHAPES, floor_bytes, random_model
 from lab.records import spread
 
-__all__ = ["StepSettings", "device_times", "fill_cache", "slot_of", "time_steps"]
+__all__ = ["StepSettings", "device_times", "fill_cache", "kernel_times", "slot_of", "time_steps"]
 
 WIDTHS = (1, 16, 32, 64, 128, 160, 256)
 BLOCK = 32
@@ -228,32 +228,36 @@ def device_times(launch: Callable[[], object], number: int = 50) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
+def kernel_times(run: Callable[[], object], *, number: int = 5) -> dict[str, dict[str, float]]:
+    """Return microseconds per run of each kernel, the longest first, and its launches.
+
+    Launches wait inside for the kernel before, so they overlap.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(number):
+            run()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+    return {
+        event.key[:120]: {
+            "total": round(event.device_time_total / number, 1),
+            "launches": event.count // number,
+            "each": round(event.device_time_total / max(1, event.count), 2),
+        }
+        for event in events[:24]
+    }
+
+
 def _breakdown(backend: TorchBackend, width: int, cached: int) -> dict[str, Any]:
-    """Return microseconds per step of each kernel; launches wait inside, so they overlap."""
+    """Return microseconds per step of each kernel."""
     runner = backend._runner
     bucket = bucket_for(width, 1)
     if not isinstance(runner, FastRunner) or bucket is None:
         return {}
-    number = 5
     with slot_of(backend, cached + width + 1) as slot:
         fill_cache(backend, slot, cached)
         backend.step([_row(backend, slot, width, cached)])
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(number):
-                runner.replay(bucket)
-            torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    return {
-        "width": width,
-        "us_per_step": {
-            event.key[:90]: {
-                "total": round(event.device_time_total / number, 1),
-                "launches": event.count // number,
-                "each": round(event.device_time_total / max(1, event.count), 2),
-            }
-            for event in events[:24]
-        },
-    }
+        return {"width": width, "us_per_step": kernel_times(lambda: runner.replay(bucket))}
 
 
 def _prefill(backend: TorchBackend, number: int) -> dict[str, Any]:

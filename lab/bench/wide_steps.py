@@ -30,7 +30,7 @@ from d2f_runtime.decoding.window import Window
 from d2f_runtime.kernels import attention, streamed_attention
 from d2f_runtime.models.config import TransformerConfig
 from lab.bench.library_products import library_rates
-from lab.bench.step import device_times, fill_cache, slot_of
+from lab.bench.step import device_times, fill_cache, kernel_times, slot_of
 from lab.bench.step_models import SHAPES, floor_bytes
 from lab.bench.stream_shapes import shape_backend
 from lab.records import command_of, spread, write_record
@@ -112,7 +112,7 @@ def time_wide_steps(
             for rows, sessions in CASES
         ]
         further: list[tuple[dict[str, Any], str, Callable[[], Any]]] = [
-            (found, "kernels", partial(_kernels, backend, runner, slots)),
+            (found, "kernels", partial(_kernels, backend, slots)),
             (found, "attentions", partial(_attentions, backend, runner, slots)),
             (found, "products", partial(library_rates, config, quantization)),
         ]
@@ -211,22 +211,11 @@ def _beside_python() -> Iterator[None]:
         thread.join()
 
 
-def _kernels(backend: TorchBackend, runner: FastRunner, slots: Sequence[Slot]) -> dict[str, Any]:
-    """Return the kernels of a step, those that take most first, microseconds."""
-    made, number = _rows(backend, slots, *BUSIEST), 3
-    backend.step(made)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(number):
-            backend.step(made)
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
-    return {
-        event.key[:120]: {
-            "total_us": round(event.device_time_total / number, 1),
-            "launches": event.count // number,
-        }
-        for event in events[:15]
-    }
+def _kernels(backend: TorchBackend, slots: Sequence[Slot]) -> dict[str, dict[str, float]]:
+    """Return the kernels of a step, head included."""
+    rows = _rows(backend, slots, *BUSIEST)
+    backend.step(rows)
+    return kernel_times(lambda: backend.step(rows), number=3)
 
 
 def _attentions(backend: TorchBackend, runner: FastRunner, slots: Sequence[Slot]) -> dict[str, Any]:
