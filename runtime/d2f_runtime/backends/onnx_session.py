@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.settled_memory import settled_memory
+from d2f_runtime.backends.unpacked_graph import open_unpacked
 from d2f_runtime.cpus import num_cpus
 from d2f_runtime.models.manifest import FixedWindow, Manifest, OnnxInfo
 from d2f_runtime.text.files import holds_file
@@ -116,7 +117,10 @@ def _open(
     # NOTE: spinning stays on; stopping it after each run costs 1 ms to wake the threads.
     try:
         with settled_memory():
-            session = ort.InferenceSession(str(graph), options, providers=providers)
+            if manifest.onnx is not None and manifest.onnx.quantization == "int4-int8":
+                session = open_unpacked(graph, options, providers)
+            else:
+                session = ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as exc:  # onnxruntime's errors have no common base but this
         raise ModelDamaged(f"{graph} cannot be loaded: {exc}") from exc
     if providers != [CPU] and CUDA not in session.get_providers():  # it falls back silently
