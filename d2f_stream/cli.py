@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from functools import partial
 from typing import Final
 
 import msgspec
@@ -36,7 +35,7 @@ from d2f_stream.server import command
 from d2f_stream.terminal import models_command
 from d2f_stream.terminal.arguments import ELSEWHERE, build_parser, overrides_of
 from d2f_stream.terminal.config import Config, config_path, data_folder
-from d2f_stream.terminal.loader import Loader, default_load, fetch_first, opened_model
+from d2f_stream.terminal.loader import Loader, default_load, fetch_first, for_another, opened_model
 from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.pacing import paced
 from d2f_stream.terminal.table import width_here
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         if load is None:
             fetch_first(args)
         if args.command == "chat":
-            return asyncio.run(_chat(args, load or default_load()))
+            return asyncio.run(_chat(args, config, load or default_load()))
         return asyncio.run(_generate(args, prompt, load or default_load()))
     except D2FError as exc:
         _complain(str(exc))
@@ -182,7 +181,7 @@ async def _answer(
             yield event
 
 
-async def _chat(args: argparse.Namespace, load: Loader) -> int:
+async def _chat(args: argparse.Namespace, config: Config, load: Loader) -> int:
     try:
         from rich.console import Console
 
@@ -190,14 +189,22 @@ async def _chat(args: argparse.Namespace, load: Loader) -> int:
         from d2f_stream.terminal.line_reader import line_reader
     except ModuleNotFoundError as error:
         raise MissingExtra("the chat", error.name or "prompt_toolkit", "chat") from error
-    overrides = overrides_of(args)
-    history = data_folder(os.environ) / "history"
-    read_line = line_reader(history, commands=[name.partition(" ")[0] for name in COMMANDS])
-    opened, console = partial(opened_model, args, load), Console(highlight=False)
+
+    def arguments(model: str | None) -> argparse.Namespace:
+        return args if model is None else for_another(args, model, _token(model, config))
+
     chat = Chat(
-        opened, read_line, console=console, overrides=overrides, system=args.system,
+        lambda model: opened_model(arguments(model), load),
+        line_reader(
+            data_folder(os.environ) / "history",
+            commands=[name.partition(" ")[0] for name in COMMANDS],
+        ),
+        fetch=lambda model: fetch_first(arguments(model)),
+        console=Console(highlight=False),
+        overrides=overrides_of(args),
+        system=args.system,
         canvas=args.canvas,
-    )  # fmt: skip
+    )
     await chat.run(None)
     return 0
 

@@ -51,6 +51,17 @@ def generate(*arguments: str, load: cli.Loader | None = None) -> int:
     return cli.main(["generate", *arguments], load=load or ScriptedLoad())
 
 
+def chat(*lines: str, options: Sequence[str] = (), load: cli.Loader | None = None) -> int:
+    """Run `d2f-stream chat` in this process, with these lines typed; return its exit code."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("".join(f"{line}\r" for line in (*lines, "/quit")))
+        return cli.main(["chat", *options], load=load or ScriptedLoad())
+
+
 @dataclass(slots=True)
 class PacedBackend(ScriptedBackend):
     """A scripted model with steps as long as a small model's; so its answer lasts for long."""

@@ -4,10 +4,7 @@ Owns the loop of questions and answers. Lines are read by prompt_toolkit, answer
 needs both, so that the command line imports this module on demand.
 """
 
-import asyncio
-import contextlib
-import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -20,8 +17,9 @@ from rich.text import Text
 from d2f_stream.core.errors import D2FError, InvalidRequest, PromptTooLong
 from d2f_stream.core.nearest import did_you_mean, one_of
 from d2f_stream.core.params import ParamOverrides
-from d2f_stream.core.session import Engine, Session
+from d2f_stream.core.session import Engine
 from d2f_stream.terminal.answer import Answer
+from d2f_stream.terminal.interrupts import interruptible, on_interrupt, raising_interrupts
 from d2f_stream.terminal.line_reader import ReadLine
 from d2f_stream.terminal.transcript import Transcript
 from d2f_stream.terminal.unechoed import unechoed
@@ -29,6 +27,7 @@ from d2f_stream.terminal.unechoed import unechoed
 __all__ = ["COMMANDS", "Chat"]
 
 Open = Callable[[str | None], AbstractAsyncContextManager[Engine]]
+Fetch = Callable[[str], None]
 
 COMMANDS: Final = {
     "/new": "begin a new chat; the system prompt stays",
@@ -47,7 +46,8 @@ class Chat:
     """One person, one terminal, one model at a time.
 
     Args:
-        open_model: opens a model by its name; None is the default one.
+        open_model: opens a model by its name; None is that of the start.
+        fetch: gets what is not here of another model, before it is opened; blocks.
         read_line: gives the next line; raises EOFError at the end, KeyboardInterrupt to discard.
         console: what is drawn on.
         overrides: decoding parameters given at the start.
@@ -60,12 +60,14 @@ class Chat:
         open_model: Open,
         read_line: ReadLine,
         *,
+        fetch: Fetch,
         console: Console,
         overrides: ParamOverrides | None = None,
         system: str = "",
         canvas: bool = False,
     ) -> None:
         self._open = open_model
+        self._fetch = fetch
         self._read_line = read_line
         self._console = console
         self._overrides: ParamOverrides = overrides or {}
@@ -116,7 +118,7 @@ class Chat:
             case "/system":
                 self._set_system(rest)
             case "/model":
-                await (self._change_model(rest) if rest else self._show_model())
+                await (self._switch(rest) if rest else self._show_model())
             case "/set":
                 self._set(rest)
             case "/canvas":
@@ -178,6 +180,15 @@ class Chat:
         assert self._engine is not None
         return self._engine
 
+    async def _switch(self, name: str) -> None:
+        try:
+            with raising_interrupts():  # blocks, which is all that goes on in a chat
+                self._fetch(name)
+            with interruptible():
+                await self._change_model(name)
+        except KeyboardInterrupt:
+            self._say(f"stopped; {self._current.info.name} stays")
+
     async def _change_model(self, name: str | None) -> None:
         stack = AsyncExitStack()
         with self._console.status("loading the model ..."), unechoed():
@@ -232,10 +243,10 @@ class Chat:
         if self._canvas:
             overrides["drafts"] = True
         session = self._current.generate(self._transcript.messages, **overrides)
-        async with session, _interruptible(session):
+        async with session:
             about = self._current.info.description
             drawing = Answer(self._console, about, canvas=self._canvas)
-            with drawing, unechoed():
+            with on_interrupt(session.cancel), drawing, unechoed():
                 async for event in session.events():
                     drawing.apply(event)
             if drawing.failure is not None:
@@ -247,21 +258,6 @@ class Chat:
 
     def _complain(self, text: str) -> None:
         self._console.print(Text(f"error: {text}", style="red"))
-
-
-@contextlib.asynccontextmanager
-async def _interruptible(session: Session) -> AsyncIterator[None]:
-    """Make Ctrl-C cancel the session, not the program."""
-    loop = asyncio.get_running_loop()
-    try:
-        loop.add_signal_handler(signal.SIGINT, session.cancel)
-    except (NotImplementedError, RuntimeError, ValueError):  # no such handlers here
-        yield
-        return
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
 
 
 def _value(text: str) -> object:

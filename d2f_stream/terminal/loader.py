@@ -6,7 +6,7 @@ from typing import Protocol
 
 from d2f_stream.core.session import Engine
 
-__all__ = ["Loader", "default_load", "fetch_first", "opened_model"]
+__all__ = ["Loader", "default_load", "fetch_first", "for_another", "opened_model"]
 
 
 class Loader(Protocol):
@@ -28,17 +28,12 @@ class Loader(Protocol):
         ...
 
 
-def opened_model(
-    args: argparse.Namespace, load: Loader, model: str | None = None
-) -> AbstractAsyncContextManager[Engine]:
-    """Return the engine of the arguments, or of another model with the same options.
-
-    The token goes to the server of the arguments alone.
-    """
+def opened_model(args: argparse.Namespace, load: Loader) -> AbstractAsyncContextManager[Engine]:
+    """Return the engine of the arguments."""
     said = {} if args.family is None else {"family": str(args.family)}
     return load(
-        model or args.model,
-        token=args.token if model in (None, args.model) else None,
+        args.model,
+        token=args.token,
         adapter=args.adapter,
         backend=args.backend,
         quantization=args.quantization,
@@ -46,6 +41,25 @@ def opened_model(
         kv_tokens=args.kv_tokens,
         **said,
     )
+
+
+def for_another(args: argparse.Namespace, model: str, token: str | None) -> argparse.Namespace:
+    """Return the arguments as they are for a model that is named later.
+
+    Adapter, family and token belong to the first model; a server has a machine of its own.
+
+    Args:
+        args: of the command line.
+        model: as `--model` takes it.
+        token: of the model, if that is a server.
+    """
+    if model == args.model:
+        return args
+    given = {**vars(args), "model": model, "token": None, "adapter": None, "family": None}
+    if "://" in model:
+        auto = dict.fromkeys(("backend", "quantization", "device"), "auto")
+        given |= {**auto, "token": token, "kv_tokens": None}
+    return argparse.Namespace(**given)
 
 
 def fetch_first(args: argparse.Namespace) -> None:

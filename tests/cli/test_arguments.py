@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from d2f_stream import __version__, cli
-from scripted_cli import ScriptedLoad, generate
+from scripted_cli import ScriptedLoad, chat, generate
 
 Capture = pytest.CaptureFixture[str]
 
@@ -51,6 +51,26 @@ def test_token_reaches_a_server_and_nothing_else(
     load = ScriptedLoad()
     assert generate("?", *arguments, load=load) == 0
     assert load.tokens == [token]
+
+
+def test_another_model_of_a_chat_takes_what_the_options_say_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("prompt_toolkit")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("D2F_TOKEN", "kept")
+    load = ScriptedLoad()
+    options = ["--model", ".", "--adapter", "draft", "--backend", "torch", "--kv-tokens", "9000"]
+    lines = ["/model word-problems", f"/model {ADDRESS}", "/model ."]
+    assert chat(*lines, options=options, load=load) == 0
+    first = (".", "draft", "torch", "auto", "auto", 9000)
+    assert load.asked == [
+        first,
+        ("word-problems", None, "torch", "auto", "auto", 9000),
+        (ADDRESS, None, "auto", "auto", "auto", None),
+        first,
+    ]
+    assert load.tokens == [None, None, "kept", None]
 
 
 @pytest.mark.parametrize(("model", "token"), [(None, "secret"), ("ws://another", None)])

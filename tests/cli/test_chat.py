@@ -1,6 +1,8 @@
 """The terminal chat: what a person types, what is asked of the model, what is shown."""
 
+import asyncio
 import io
+import signal
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,7 +16,7 @@ from rich.console import Console
 from d2f_runtime.backends.scripted import SCRIPTED_INFO, ByteCodec, ScriptedBackend
 from d2f_runtime.engine import LocalEngine
 from d2f_stream import Engine, ModelNotFound
-from d2f_stream.terminal.chat import Chat
+from d2f_stream.terminal.chat import Chat, Fetch
 from d2f_stream.terminal.markdown_stream import MarkdownStream
 from d2f_stream.terminal.transcript import Transcript
 
@@ -43,8 +45,15 @@ class Recorded(ByteCodec):
         return super().render(messages)
 
 
+def nothing_to_fetch(model: str) -> None:
+    """Every model is here."""
+
+
 async def talk(
-    *lines: str | type[BaseException], backend: ScriptedBackend | None = None, system: str = ""
+    *lines: str | type[BaseException],
+    backend: ScriptedBackend | None = None,
+    system: str = "",
+    fetch: Fetch = nothing_to_fetch,
 ) -> tuple[str, Recorded]:
     codec = Recorded()
     running = backend or ScriptedBackend("It is **eight**.\n")
@@ -53,11 +62,15 @@ async def talk(
     async def opened(model: str | None) -> AsyncIterator[Engine]:
         if model == "missing":
             raise ModelNotFound("there is no model named missing")
+        if model == "slow":
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.Event().wait()
         async with LocalEngine.over(running, codec) as engine:
             yield engine
 
     console = Console(file=io.StringIO(), width=100, force_terminal=False)
-    await Chat(opened, Typed(lines), console=console, system=system).run(None)
+    chat = Chat(opened, Typed(lines), fetch=fetch, console=console, system=system)
+    await chat.run(None)
     assert isinstance(console.file, io.StringIO)
     assert not running.open_slots
     return console.file.getvalue(), codec
@@ -120,6 +133,28 @@ async def test_mistake_is_told_and_the_chat_goes_on(line: str, said: str) -> Non
     shown, codec = await talk(line, KeyboardInterrupt, "Still there?")
     assert f"error: {said}" in shown or said in shown
     assert len(codec.asked) == 1
+
+
+async def test_interrupt_while_a_model_loads_keeps_the_one_before() -> None:
+    shown, codec = await talk("/model slow", "Still there?")
+    assert f"stopped; {SCRIPTED_INFO.name} stays" in shown
+    assert shown.count("It is eight.") == len(codec.asked) == 1
+
+
+async def test_interrupt_while_a_model_is_fetched_keeps_the_one_before() -> None:
+    def fetch(model: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError(f"{model} was fetched")
+
+    shown, codec = await talk("/model other", "Still there?", fetch=fetch)
+    assert f"stopped; {SCRIPTED_INFO.name} stays" in shown
+    assert shown.count("It is eight.") == len(codec.asked) == 1
+
+
+async def test_interrupt_at_an_answer_means_what_it_did_before_it() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    await talk("Six and two?", "/model other", "/model slow")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 async def test_full_context_leaves_the_oldest_turns_out_and_says_so() -> None:

@@ -8,9 +8,11 @@ import pytest
 
 from d2f_stream import cli
 from local_hub import COMMIT, REPO, LocalHub
+from scripted_cli import chat
 from tiny_checkpoints import write_model
 
 pytest.importorskip("huggingface_hub")
+pytest.importorskip("prompt_toolkit")
 
 SHARDS = ["model-1.safetensors", "model-2.safetensors"]
 Capture = pytest.CaptureFixture[str]
@@ -80,6 +82,22 @@ def test_interrupt_ends_a_fetch_in_the_middle_of_a_file(
     assert cli.main([*command.split(), REPO]) == 130
     assert [name for name in hub.fetched if name.endswith("safetensors")] == [first, second]
     assert first in pulled(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_interrupt_of_another_model_in_a_chat_ends_its_fetch_alone(
+    hub: LocalHub, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    write_model(tmp_path / "model", "Dream", num_shards=2)
+    hub.folder = tmp_path / "model"
+    first, second = sorted(file.name for file in hub.folder.glob("*.safetensors"))
+    hub.interrupting = {second}
+    assert chat(f"/model {REPO}", "Six and two?") == 0
+    assert first in pulled(tmp_path)
+    told = capsys.readouterr().out
+    assert "stopped; " in told
+    assert "The answer is 8." in told
 
 
 def test_connection_that_breaks_amid_a_file_goes_on_in_its_middle(
