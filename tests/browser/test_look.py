@@ -40,6 +40,8 @@ def test_theme_follows_the_system_until_it_is_chosen(
     assert background(page) < BRIGHT
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_role("radio", name="Dark")).to_be_checked()
+    for choice in page.get_by_role("dialog").get_by_role("group").all():
+        expect(choice).to_have_css("background-image", "none")  # no shades of what scrolls
     page.get_by_role("radio", name="System").check()
     assert background(page) > BRIGHT
 

@@ -191,7 +191,7 @@ def test_settings_begin_with_the_models_own_and_are_sent(
     page.get_by_label("Active blocks").fill("")
     expect(size).to_have_attribute("aria-invalid", "false")
     page.get_by_label("Longest answer").fill("0")
-    expect(page.get_by_text("A number from 1 to 4096")).to_be_visible()
+    expect(page.get_by_text("Enter a number from 1 to 4096")).to_be_visible()
     page.get_by_label("Longest answer").fill("64")
     page.get_by_label("Stop strings").fill("whole\ntokens")
     page.get_by_label("System prompt").fill("Be brief.")

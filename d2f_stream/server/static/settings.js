@@ -212,6 +212,6 @@ function tell(input) {
 function sentence({ validity, validationMessage, min, max }) {
   if (validity.customError) return validationMessage;
   const range = `from ${min} to ${max}`;
-  if (validity.stepMismatch) return `A whole number ${range}.`;
-  return `A number ${range}; the model’s own holds until then.`;
+  const number = validity.stepMismatch ? "a whole number" : "a number";
+  return `Enter ${number} ${range}; until then, the model’s default applies.`;
 }

@@ -111,9 +111,8 @@ export class Conversation {
     if (numLeftOut === 0) return "";
     const maxLen = this.#act.maxLen();
     const room = maxLen ? `The model’s context of ${numbers.format(maxLen)} tokens` : "The context";
-    const which = numLeftOut === 1 ? "oldest question" : `${numLeftOut} oldest questions`;
-    const were = numLeftOut === 1 ? "answer was" : "answers were";
-    return `${room} is full: the ${which} and ${were} left out.`;
+    const which = numLeftOut === 1 ? "question and answer" : `${numLeftOut} questions and answers`;
+    return `${room} is full: the oldest ${which} were left out.`;
   }
 
   #addActions(turn, view) {
