@@ -38,6 +38,7 @@ from d2f_stream.terminal.config import Config, config_path, data_folder
 from d2f_stream.terminal.loader import Loader, default_load, fetch_first, for_another, opened_model
 from d2f_stream.terminal.losses import tell_of_losses
 from d2f_stream.terminal.pacing import paced
+from d2f_stream.terminal.system_errors import sentence_of
 from d2f_stream.terminal.table import width_here
 from d2f_stream.terminal.views import JsonView, TextView, View, about_silence
 
@@ -57,8 +58,28 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
         load: opens the model; None is `d2f_stream.load`.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in ELSEWHERE:  # their arguments are their own
-        return _run_elsewhere(given[0], given[1:])
+    try:
+        if given and given[0] in ELSEWHERE:  # their arguments are their own
+            module, _, function = ELSEWHERE[given[0]].partition(":")
+            return getattr(importlib.import_module(module), function)(given[1:]) or 0
+        status = _run(given, load)
+        sys.stdout.flush()  # here, where a full disk can be told
+        return status
+    except D2FError as exc:
+        _complain(str(exc))
+        return _status(exc)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except OSError as exc:  # such as a full disk
+        _complain(sentence_of(exc))
+        _discard_output()
+        return FAILED
+
+
+def _run(given: Sequence[str], load: Loader | None) -> int:
     parser = build_parser()
     args = parser.parse_args(given)
     # what the SDK logs comes back as an error, which is one line here
@@ -67,63 +88,37 @@ def main(argv: Sequence[str] | None = None, *, load: Loader | None = None) -> in
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
-    try:
-        if args.command == "doctor":
-            return _doctor(as_json=args.json)
-        if args.command is None:
-            parser.print_help()
-            return 0
-        if args.command == "completion":
-            return _completion(args.shell, parser)
-        config = Config(config_path(os.environ))
-        if args.command == "models":
-            return _models(args, config)
-        if args.command == "config":
-            return _config(args, config)
-        if args.command == "serve":
-            args.model = args.model or config.get("model")
-            return command.run(args)
-        args.model = args.model or config.get("server") or config.get("model")
-        if "://" in (args.model or ""):
-            args.token = args.token or _token(args.model, config)
-        GenerationParams().with_overrides(overrides_of(args))  # complain before the model comes
-        prompt = _prompt(args.prompt) if args.command == "generate" else ""
-        if load is None:
-            fetch_first(args)
-        if args.command == "chat":
-            return asyncio.run(_chat(args, config, load or default_load()))
-        return asyncio.run(_generate(args, prompt, load or default_load()))
-    except D2FError as exc:
-        _complain(str(exc))
-        return _status(exc)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        _discard_output()
-        return BROKEN_PIPE
+    if args.command == "doctor":
+        return _doctor(as_json=args.json)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if args.command == "completion":
+        return _completion(args.shell, parser)
+    config = Config(config_path(os.environ))
+    if args.command == "models":
+        return _models(args, config)
+    if args.command == "config":
+        return _config(args, config)
+    if args.command == "serve":
+        args.model = args.model or config.get("model")
+        return command.run(args)
+    args.model = args.model or config.get("server") or config.get("model")
+    if "://" in (args.model or ""):
+        args.token = args.token or _token(args.model, config)
+    GenerationParams().with_overrides(overrides_of(args))  # complain before the model comes
+    prompt = _prompt(args.prompt) if args.command == "generate" else ""
+    if load is None:
+        fetch_first(args)
+    if args.command == "chat":
+        return asyncio.run(_chat(args, config, load or default_load()))
+    return asyncio.run(_generate(args, prompt, load or default_load()))
 
 
 def _status(error: D2FError) -> int:
     """Return the exit code of an error: what was typed is wrong, or something else is."""
     is_misnamed = isinstance(error, ModelNotFound) and not isinstance(error, NotFetched)
     return BAD_INPUT if is_misnamed or isinstance(error, InvalidRequest) else FAILED
-
-
-def _run_elsewhere(command: str, arguments: list[str]) -> int:
-    module, _, function = ELSEWHERE[command].partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)(arguments) or 0
-    except D2FError as exc:
-        _complain(str(exc))
-        return _status(exc)
-    except BrokenPipeError:
-        _discard_output()
-        return BROKEN_PIPE
-    except OSError as exc:  # such as a full disk
-        _complain(str(exc))
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def _token(server: str, config: Config) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 
 from d2f_stream.channels.broker import BrokerAddress, LinkDown, LinkUser, Outgoing, Refused
 from d2f_stream.channels.ending import end_tasks
+from d2f_stream.channels.unreachable import reason_of
 from d2f_stream.core.errors import MissingExtra
 
 try:
@@ -252,7 +253,7 @@ class BrokerLink:
 
     def _note_lost(self, error: Exception) -> None:
         self._num_failed += 1
-        reason = str(error) or type(error).__name__
+        reason = reason_of(error)
         level = logging.WARNING if self._num_failed == 1 else logging.INFO
         text = "no connection to the broker at %s: %s; trying again"
         logger.log(level, text, self.address, reason)

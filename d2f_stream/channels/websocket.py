@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from d2f_stream.channels import ChannelClosed
+from d2f_stream.channels.unreachable import reason_of
 from d2f_stream.core.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -169,7 +170,7 @@ async def open_websocket(url: str, *, token: str | None = None) -> WebSocketChan
     except InvalidHandshake as error:
         raise ProtocolError(f"{_host(url)} does not speak the protocol: {error}") from error
     except (OSError, EOFError, WebSocketException) as error:
-        raise ConnectionLost(f"{_host(url)} cannot be reached: {error or repr(error)}") from error
+        raise ConnectionLost(f"{_host(url)} cannot be reached: {reason_of(error)}") from error
     codec = SUBPROTOCOLS.get(socket.subprotocol or "")
     if codec is None:
         await socket.close()

@@ -21,6 +21,7 @@ from d2f_stream.core.session import Engine
 from d2f_stream.terminal.answer import Answer
 from d2f_stream.terminal.interrupts import interruptible, on_interrupt, raising_interrupts
 from d2f_stream.terminal.line_reader import ReadLine
+from d2f_stream.terminal.system_errors import sentence_of
 from d2f_stream.terminal.transcript import Transcript
 from d2f_stream.terminal.unechoed import unechoed
 
@@ -106,7 +107,7 @@ class Chat:
         except D2FError as error:
             self._complain(str(error))
         except OSError as error:
-            self._complain(f"{error.strerror}: {error.filename}")
+            self._complain(sentence_of(error))
 
     async def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")

@@ -13,6 +13,7 @@ from typing import Final
 
 from d2f_stream.core.errors import InvalidParams, InvalidRequest
 from d2f_stream.core.nearest import one_of
+from d2f_stream.terminal.system_errors import sentence_of
 from d2f_stream.terminal.table import wrapped
 
 __all__ = ["KEYS", "Config", "config_path", "data_folder"]
@@ -66,7 +67,9 @@ class Config:
                 file.write(lines)
             os.replace(file.name, self.path)
         except OSError as error:
-            raise InvalidParams("config file", str(self.path), f"writable ({error})") from error
+            raise InvalidParams(
+                "config file", str(self.path), f"writable ({sentence_of(error)})"
+            ) from error
         self._values = kept
 
     def describe(self, *, width: int | None = None) -> str:

@@ -27,6 +27,8 @@ BRINGS: Final = {
     "client": "connect() to a server's websocket",
     "chat": "d2f-stream chat, shell completion",
     "mqtt": "servers and clients behind an MQTT broker",
+    "log": "several servers over one log (d2f-stream serve --log)",
+    "cluster": "engines on a Ray cluster (d2f-stream serve --engines)",
     "eval": "d2f-stream eval: tasks of lm-evaluation-harness",
 }
 RELATED: Final = ("transformers", "bitsandbytes")  # told where installed

@@ -9,6 +9,7 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from d2f_stream.core.errors import InvalidParams
+from d2f_stream.terminal.system_errors import sentence_of
 
 __all__ = ["ReadLine", "line_reader"]
 
@@ -28,9 +29,8 @@ def line_reader(history: Path, *, commands: Iterable[str]) -> ReadLine:
     try:
         history.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidParams(
-            "history", str(history), f"a file that can be written ({error})"
-        ) from error
+        allowed = f"a file that can be written ({sentence_of(error)})"
+        raise InvalidParams("history", str(history), allowed) from error
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
@@ -42,6 +42,12 @@ def line_reader(history: Path, *, commands: Iterable[str]) -> ReadLine:
         key_bindings=keys,
         completer=WordCompleter(list(commands), sentence=True),
         complete_while_typing=False,
-        prompt_continuation="... ",
+        prompt_continuation=_continuation,
     )
     return lambda: session.prompt_async(">>> ")
+
+
+def _continuation(width: int, line_number: int, wrap_count: int) -> str:
+    """Return what stands before a line that was begun, or before the rest of one that is long."""
+    del line_number
+    return " " * width if wrap_count else "... "

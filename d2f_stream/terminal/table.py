@@ -1,5 +1,6 @@
 """Table: rows of text in columns, within the width of a terminal. Pure, save `width_here`."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -13,8 +14,9 @@ LEAST: Final = 12  # characters that the second of two columns is narrowed to, w
 
 
 def width_here() -> int | None:
-    """Return the columns of the terminal that is written to; None where it is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    """Return the columns of the terminal that is written to, or what COLUMNS says; else None."""
+    is_bounded = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return shutil.get_terminal_size().columns if is_bounded else None
 
 
 def table(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str:

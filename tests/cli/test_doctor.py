@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from d2f_stream.terminal import doctor
 from d2f_stream.terminal.doctor import Report, describe, examine
 from d2f_stream.terminal.trial import Trial
 
+ROOT = Path(__file__).resolve().parents[2]
 BARE = {"d2f-stream": "0.1.0", "msgspec": "0.22.0"}
 EDGE = {
     **BARE,
@@ -67,6 +70,12 @@ def test_complete_extra_lacks_nothing_and_others_say_what_they_lack() -> None:
     assert extras["torch"].command == "pip install 'd2f-stream[torch]'"
 
 
+def test_every_extra_for_users_is_told() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = {extra.name for extra in examined(EDGE).extras}
+    assert told == set(project["optional-dependencies"]) - {"dev", "docs"}
+
+
 def test_both_onnxruntime_wheels_are_a_problem() -> None:
     report = examined({**EDGE, "onnxruntime-gpu": "1.31.1"})
     assert "both installed" in report.problems[0]
@@ -90,11 +99,6 @@ def test_gpu_wheel_alone_is_tried_and_is_no_problem() -> None:
 def test_checkout_that_is_not_installed_is_a_problem() -> None:
     report = examined({"msgspec": "0.22.0"})
     assert "pip install -e '.[edge]'" in describe(report)
-
-
-def test_every_extra_of_the_project_but_dev_is_described() -> None:
-    declared = {group for package in examined(BARE).packages for group in package.extras}
-    assert declared == set(doctor.BRINGS)
 
 
 @pytest.mark.parametrize(("try_backend", "code"), [(working, 0), (broken, 1)])

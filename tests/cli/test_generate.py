@@ -178,6 +178,15 @@ def test_reader_that_goes_away_ends_the_command_silently() -> None:
     assert done.returncode == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, str(SCRIPTED_CLI), "generate", "hello"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert done.stderr == b"d2f-stream: error: No space left on device\nopen slots: 0\n"
+    assert done.returncode == 1
+
+
 def test_prompt_goes_through_the_chat_template_unless_it_is_raw(capsys: Capture) -> None:
     templated = "system: Be brief.\nuser: How many?\nassistant: "
     load = ScriptedLoad(ScriptedBackend({templated: "Eight.", "How many?": "Raw."}))

@@ -1,9 +1,10 @@
 """Tables within the width of a terminal."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2f_stream.terminal.table import table, wrapped
+from d2f_stream.terminal.table import table, width_here, wrapped
 
 ROWS = [("name", "size", "from"), ("sdar:4b", "4.41 B", "JetLM/SDAR-4B-Chat, which chats a lot")]
 
@@ -61,3 +62,12 @@ def test_two_columns_stay_columns_and_names_are_not_cut_at_hyphens() -> None:
         "repository  JetLM/SDAR-4B",
         "            -Chat",
     ]
+
+
+def test_width_is_that_of_columns_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert width_here() is None
+    monkeypatch.setenv("COLUMNS", "50")
+    assert width_here() == 50

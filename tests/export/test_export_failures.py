@@ -65,7 +65,7 @@ def test_a_file_that_cannot_grow_leaves_nothing(tmp_path: Path) -> None:
         env=environment(),
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("d2f-stream: error: [Errno 27] File too large")
+    assert done.stderr.startswith("d2f-stream: error: File too large")
     assert len(done.stderr.splitlines()) == 1
     assert list(out.iterdir()) == []
 

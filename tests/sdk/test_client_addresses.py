@@ -1,7 +1,10 @@
 """The client over real sockets: addresses, and servers that are not there or refuse."""
 
 import asyncio
+import errno
+import os
 import socket
+import ssl
 import sys
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import d2f_stream
 from d2f_stream.api import connect
 from d2f_stream.channels import ChannelClosed
+from d2f_stream.channels.unreachable import reason_of
 from d2f_stream.channels.websocket import check_url, open_websocket
 from d2f_stream.core.errors import (
     ConnectionLost,
@@ -81,9 +85,27 @@ async def test_nobody_listens() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, and not listening
         port = taken.getsockname()[1]
-        with pytest.raises(ConnectionLost, match=f"127.0.0.1:{port} cannot be reached"):
+        with pytest.raises(
+            ConnectionLost, match=f"127.0.0.1:{port} cannot be reached: nothing listens"
+        ):
             async with connect(f"ws://127.0.0.1:{port}"):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "no host of that name is known"),
+        (ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 1)"), "nothing listens"),
+        (OSError(f"Multiple exceptions: [Errno {errno.ECONNREFUSED}] ..."), "nothing listens"),
+        (OSError(errno.EHOSTUNREACH, "Connect call failed"), os.strerror(errno.EHOSTUNREACH)),
+        (ssl.SSLError(1, "certificate verify failed"), "certificate verify failed"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_why_nothing_answers_is_told_in_words(error: Exception, told: str) -> None:
+    assert told in reason_of(error)
+    assert "Connect call" not in reason_of(error)
 
 
 async def test_load_passes_the_token_on() -> None:

@@ -7,12 +7,12 @@ import asyncio
 import contextlib
 import logging
 import re
-import socket
 import urllib.parse
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from d2f_stream.channels.unreachable import reason_of
 from d2f_stream.core.errors import InvalidRequest, LogUnavailable, MissingExtra
 
 try:
@@ -65,8 +65,6 @@ PASSING: Final = MappingProxyType(
 
 CLUSTERDOWN and TRYAGAIN are of clusters, which are refused.
 """
-REFUSED: Final = "Errno 111"
-"""In what asyncio says where each address of a host refused."""
 
 
 async def open_connection(pool: ConnectionPool) -> AbstractConnection:
@@ -171,13 +169,8 @@ def sentence_of(error: Exception) -> str:
         return "what answers there is no Valkey or Redis"
     if (passing := passing_of(error)) is not None:
         return passing
-    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
-    if isinstance(cause, socket.gaierror):
-        return "no host of that name is known; check the URL"
-    if isinstance(cause, ConnectionRefusedError) or (cause is not None and REFUSED in str(cause)):
-        return "nothing listens there; start it, or check host and port"
-    sentence, _, _ = str(error).partition(" script: ")  # of ours, and its hash
-    return sentence.rstrip(".") or type(error).__name__
+    sentence, _, _ = reason_of(error).partition(" script: ")  # of ours, and its hash
+    return sentence.rstrip(".")
 
 
 def passing_of(error: Exception) -> str | None:
