@@ -87,6 +87,11 @@ def generate(
         from d2f_runtime.engine.opening import shared_engine
 
         model = shared_engine(model)
+    elif not hasattr(type(model), "generate") or not hasattr(type(model), "__aenter__"):
+        raise InvalidRequest(
+            f"the model is {model!r:.100} but must be a name, a folder, a server's address or an "
+            "engine, such as that of `async with d2f_stream.load(...) as engine`"
+        )
     session = model.generate(prompt, params, raw=raw, **overrides)
     return session if feed is None else feed.follow(session)
 
@@ -217,7 +222,9 @@ def _check_loop() -> None:
 def _remote_engine(
     url: str, *, token: str | None = None, reconnect_timeout_s: float = 30.0
 ) -> "SharedEngine":
-    scheme = url.partition("://")[0]
+    scheme, is_address, _ = str(url).partition("://")
+    if not is_address:
+        raise InvalidRequest(f"{url} is no address of a server; http://{url} would be one")
     if scheme in ("mqtt", "mqtts"):
         from d2f_stream.client.mqtt_line import connect_mqtt
 

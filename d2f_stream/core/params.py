@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 import msgspec
 
 from d2f_stream.core.errors import InvalidParams
+from d2f_stream.core.nearest import one_of
 from d2f_stream.core.printable import is_encodable
 
 __all__ = [
@@ -195,7 +196,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """
         unknown = sorted(set(overrides) - set(self.__struct_fields__))
         if unknown:
-            allowed = "one of " + ", ".join(sorted(self.__struct_fields__))
+            allowed = one_of(unknown[0], sorted(self.__struct_fields__))
             raise InvalidParams("parameter", unknown[0], allowed)
         return msgspec.structs.replace(self, **overrides)
 
@@ -244,7 +245,7 @@ def _check_edit_threshold(value: float) -> None:
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InvalidParams(name, value, "one of " + ", ".join(allowed))
+        raise InvalidParams(name, value, one_of(str(value), allowed))
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:

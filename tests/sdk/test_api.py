@@ -8,6 +8,7 @@ import pytest
 
 import d2f_stream
 from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_stream import sync
 from d2f_stream.core.errors import (
     EngineClosed,
     InvalidParams,
@@ -110,6 +111,22 @@ async def test_address_of_no_known_kind_lists_the_known(url: str) -> None:
     with pytest.raises(InvalidRequest, match="ws, wss, http, https, mqtt, mqtts"):
         async with d2f_stream.load(url):
             pass
+
+
+async def test_address_without_a_scheme_is_told_with_one() -> None:
+    with pytest.raises(InvalidRequest, match="http://localhost:8000 would be one"):
+        d2f_stream.connect("localhost:8000")
+    with pytest.raises(ModelNotFound, match="give its whole address: http://localhost:8000"):
+        d2f_stream.generate("hi", model="localhost:8000")
+
+
+async def test_model_that_is_no_engine_is_refused_with_what_would_be_one(folder: Path) -> None:
+    with sync.load(folder) as other:
+        for wrong in (d2f_stream.load(folder), other, 3):
+            with pytest.raises(
+                InvalidRequest, match=r"async with d2f_stream.load\(...\) as engine"
+            ):
+                d2f_stream.generate("hi", model=wrong)  # type: ignore[arg-type]
 
 
 async def test_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:

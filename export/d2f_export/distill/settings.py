@@ -241,5 +241,5 @@ def _check(name: str, value: object, kind: Any) -> None:
         choices = get_args(get_args(kind)[0]) if get_origin(kind) is Annotated else ()
         allowed = str(error).removeprefix("Expected ").partition(", got")[0].replace("`", "")
         if choices and all(isinstance(choice, str) for choice in choices):
-            allowed = "one of " + ", ".join(choices)
+            allowed = one_of(str(value), choices)
         raise InvalidParams(name, value, allowed.partition(" - at")[0]) from error

@@ -33,6 +33,8 @@ def find(name: str) -> Entry | None:
 
 def suggest(name: str) -> str:
     """Return the end of a sentence that proposes the names most like this one."""
+    if name.rpartition(":")[2].isdecimal():  # a port
+        return f"if it is a server, give its whole address: http://{name}"
     return _near(name) or "`d2f-stream models list` shows the names"
 
 
