@@ -126,7 +126,7 @@ async def load(
         kv_tokens: how many tokens all sessions together may hold (prompts and answers), which is
             taken from the device's memory (torch only). By default 1 GiB of them; where one request
             of the model's full length needs more, that, but at most half of what is free once the
-            weights are loaded.
+            weights are loaded; on a GPU 65,536 tokens, if those are an eighth of that at most.
         family: which family a published model is of, by its model_type in docs/models.md, where its
             own files do not tell or tell a wrong one (torch only).
         limits: how much the engine takes on at once, and whether the windows of its sessions may

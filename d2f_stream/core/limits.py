@@ -16,7 +16,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         max_sessions: sessions that hold a slot.
         max_tokens: tokens that all slots together have room for.
-        max_rows: sessions that share a step.
+        max_rows: sessions that share a step; None are as many as the model's steps are made for.
         max_step_tokens: bound of the window tokens of a step, pieces of prompts included; within
             it, what pays decides.
         max_prompt_tokens: of one request; None leaves it to the model.
@@ -27,18 +27,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         InvalidParams: on construction, for the first number that is not positive.
     """
 
-    max_sessions: int = 32
+    max_sessions: int = 64
     max_tokens: int = 2**31
-    max_rows: int = 16
+    max_rows: int | None = None
     max_step_tokens: int = 1024
     max_prompt_tokens: int | None = None
     may_narrow: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_sessions", "max_tokens", "max_rows", "max_step_tokens"):
+        for name in ("max_sessions", "max_tokens", "max_step_tokens"):
             _check_positive(name, getattr(self, name))
-        if self.max_prompt_tokens is not None:
-            _check_positive("max_prompt_tokens", self.max_prompt_tokens)
+        for name in ("max_rows", "max_prompt_tokens"):
+            if (number := getattr(self, name)) is not None:
+                _check_positive(name, number)
         if not isinstance(self.may_narrow, bool):
             raise InvalidParams("may_narrow", self.may_narrow, "True or False")
 

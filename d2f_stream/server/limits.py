@@ -52,7 +52,7 @@ class ServeLimits:
     max_streams: int = 1024
     max_streams_per_client: int | None = 512
     max_streams_per_connection: int = 64
-    max_running: int = 32
+    max_running: int = 64
     max_running_per_client: int | None = None
     max_sockets: int = 2048
     max_connections: int = 1024

@@ -235,7 +235,7 @@ class _Found:
             "device": self._engine.info.device,
             "quantization": self._engine.info.quantization,
             "ready_s": round(self._ready_s, 2),
-            "max_rows": self._limits.max_rows,
+            "max_rows": self._limits.max_rows or self._engine.info.step_sessions,
             "captured_after_ready": self._captured.late,
             "loads": loads,
             "ratios": {load: _ratios(of_load) for load, of_load in loads.items()},

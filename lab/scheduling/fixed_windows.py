@@ -52,13 +52,13 @@ class SteeredScheduler(Scheduler[StreamId]):
 
 def steer(engine: LocalEngine, limits: Limits) -> SteeredScheduler:
     """Return the scheduler that an engine has from now on; it knows what warming up has timed."""
+    streams = engine._steps._streams  # the benchmark's own engine, before its first request
     scheduler = SteeredScheduler(
         max_sessions=limits.max_sessions,
         capacity_tokens=limits.max_tokens,
-        max_rows=limits.max_rows,
+        max_rows=streams.scheduler.max_rows,
         max_step_tokens=limits.max_step_tokens,
     )
-    streams = engine._steps._streams  # the benchmark's own engine, before its first request
     scheduler._cost = streams.scheduler._cost
     streams.scheduler = scheduler
     return scheduler

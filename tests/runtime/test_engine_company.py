@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from d2f_stream.core.limits import Limits
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.core.presets import PRESETS
 from d2f_stream.core.session import Engine
-from fakes import check_clean
+from fakes import check_clean, engine_over
 
 PROMPT = "Ben has 34 books. He buys 18 more books. How many books does he have now?"
 OTHERS = GenerationParams(block_size=8, max_new_tokens=96, add_threshold=0.1)
@@ -105,6 +106,17 @@ async def test_engine_s_limits_decide_for_requests_that_do_not_say() -> None:
         assert engine.defaults.may_narrow
     async with LocalEngine.over(ScriptedBackend("hello"), ByteCodec()) as engine:
         assert not engine.defaults.may_narrow
+
+
+@pytest.mark.parametrize(("max_rows", "together"), [(None, 5), (3, 3), (9, 9)])
+async def test_as_many_share_a_step_as_the_model_is_made_for(
+    max_rows: int | None, together: int
+) -> None:
+    backend = ScriptedBackend("hello", capacity=10_000)
+    backend.info = replace(backend.info, step_sessions=5)
+    async with engine_over(backend, limits=Limits(max_rows=max_rows)) as engine:
+        await asyncio.gather(*(engine.generate("hi").result() for _ in range(20)))
+        assert max(map(len, backend.batches)) == together
 
 
 @pytest.mark.parametrize("active", [1, 4, None])

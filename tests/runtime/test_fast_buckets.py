@@ -3,7 +3,15 @@ from hypothesis import strategies as st
 
 import triton_mode  # noqa: F401  # isort: skip  # before the kernels
 
-from d2f_runtime.backends.buckets import BUCKETS, CROWD, MAX_ROWS, Bucket, bucket_for
+from d2f_runtime.backends.buckets import (
+    BUCKETS,
+    CROWD,
+    CROWD_TOKENS,
+    MAX_ROWS,
+    Bucket,
+    bucket_for,
+    sessions_beside,
+)
 from d2f_runtime.kernels.attention import rows_per_tile, tile_size
 
 
@@ -39,6 +47,13 @@ def test_one_session_needs_no_tile_to_spare() -> None:
     assert Bucket(1, 128).num_tiles(64) == 2
     assert Bucket(4, 128).num_tiles(64) == 4 + (128 - 4) // 64
     assert Bucket(16, 1).num_tiles(16) == 1
+
+
+@given(tokens=st.integers(1, 2 * CROWD_TOKENS))
+def test_as_many_sessions_share_a_step_as_a_shape_of_it_holds(tokens: int) -> None:
+    sessions = sessions_beside(tokens)
+    assert sessions in {bucket.sessions for bucket in BUCKETS}
+    assert sessions == (64 if tokens >= 32_768 else 16)
 
 
 @given(rows=st.integers(1, MAX_ROWS), runs=st.integers(1, CROWD))

@@ -9,7 +9,7 @@ import torch
 from triton_mode import CAN_RUN, DEVICE  # isort: skip  # before the kernels
 
 from d2f_runtime.backends.base import Backend, StepRow
-from d2f_runtime.backends.buckets import Bucket
+from d2f_runtime.backends.buckets import CROWD, Bucket
 from d2f_runtime.backends.fast_runner import FastRunner
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.decoder import BlockDecoder
@@ -26,14 +26,21 @@ NEEDS_CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 PROMPT = [10 + (7 * i) % 100 for i in range(11)]
 
 
-def backend(family: str, runner: str, *, device: str = "cpu", graphs: str = "lazy") -> TorchBackend:
+def backend(
+    family: str,
+    runner: str,
+    *,
+    device: str = "cpu",
+    graphs: str = "lazy",
+    max_tokens: int = 256,
+) -> TorchBackend:
     return TorchBackend(
         tiny_model(CONFIGS[family]),
         name=runner,
         device=device,
         runner="fast" if runner == "fast" else "plain",
         graphs="lazy" if graphs == "lazy" else "off",
-        max_tokens=256,
+        max_tokens=max_tokens,
     )
 
 
@@ -136,6 +143,20 @@ def test_long_steps_run_without_a_bucket() -> None:
             StepRow(tested.open_slot(4), Window(0, (9, MASK), 0, (2,))) for _ in range(9)
         ] + rows
         answers.append(tested.step(rows))  # 17 sessions
+    assert_equal(*answers)
+
+
+def test_more_sessions_than_a_shape_holds_run_in_two_steps() -> None:
+    answers = []
+    for runner in ("fast", "plain"):
+        tested = backend("llada", runner, max_tokens=4 * (CROWD + 1))
+        tokens = [(10 + i % 100, MASK) for i in range(CROWD + 1)]
+        answers.append(
+            tested.step([StepRow(tested.open_slot(4), Window(0, each, 0, (2,))) for each in tokens])
+        )
+        if isinstance(tested._runner, FastRunner):
+            assert all(shape.sessions <= CROWD for shape in tested._runner._shapes)
+            assert tested._runner._shapes, "none without a graph"
     assert_equal(*answers)
 
 

@@ -41,6 +41,12 @@ def test_pool_has_room_for(
     assert pool_tokens(max_positions, bytes_per_token, free) == wanted
 
 
+def test_pool_has_room_for_a_crowd_where_memory_is_plenty() -> None:
+    assert pool_tokens(4096, LLADA, 60 * GIB, crowd=10_000) == 10_000
+    assert pool_tokens(4096, LLADA, 40 * GIB, crowd=65_536) == 5 * GIB // LLADA, "an eighth"
+    assert pool_tokens(4096, LLADA, GIB, crowd=65_536) == pool_tokens(4096, LLADA, GIB)
+
+
 def test_free_memory_of_a_cpu_is_a_number_or_unknown() -> None:
     free = free_bytes(torch.device("cpu"))
     assert free is None or free > 1 << 20

@@ -14,7 +14,15 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["BUCKETS", "CROWD", "MAX_ROWS", "Bucket", "bucket_for"]
+__all__ = [
+    "BUCKETS",
+    "CROWD",
+    "CROWD_TOKENS",
+    "MAX_ROWS",
+    "Bucket",
+    "bucket_for",
+    "sessions_beside",
+]
 
 ROWS: Final = (1, 16, 32, 64, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 SESSIONS: Final = (1, 4, 16, 64)
@@ -26,6 +34,8 @@ CROWDED_ROWS: Final = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MAX_ROWS: Final = WIDE_ROWS[-1]
 """A longer step, such as that of a prompt which cannot be cut, does enough work to hide its
 launches."""
+CROWD_TOKENS: Final = 1024 * SESSIONS[-1]
+"""Of K/V, for as many sessions as share a step at most."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -55,6 +65,11 @@ BUCKETS: Final = (
     *(Bucket(sessions, rows) for sessions in WIDE_SESSIONS for rows in WIDE_ROWS),
     *(Bucket(CROWD, rows) for rows in CROWDED_ROWS),
 )
+
+
+def sessions_beside(num_tokens: int) -> int:
+    """Return how many sessions share a step, whose K/V take so many tokens together."""
+    return SESSIONS[-1] if 2 * num_tokens >= CROWD_TOKENS else SESSIONS[-2]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -34,7 +34,6 @@ __all__ = ["FastRunner"]
 logger = logging.getLogger("d2f_stream.fast_runner")
 
 MAX_ROWS_AT_ONCE: Final = 8192  # bounds the memory of activations
-BESIDE: Final = 16  # sessions that share a step
 EAGER_MULTIPLE: Final = 64  # rows outside of graphs are padded to this, so few shapes occur
 
 
@@ -80,14 +79,14 @@ class FastRunner:
         """Capture shapes beforehand, and run one step that is too long to be captured.
 
         Args:
-            buckets: None are all that occur: of so many sessions as share a step, and of more runs
+            buckets: None are all that occur: of as many sessions as share a step, and of more runs
                 where the windows of these may have branches.
         """
         if not self._use_graphs:
             return
         began = time.perf_counter()
         if buckets is None:
-            most = CROWD if self._info.branches else BESIDE
+            most = CROWD if self._info.branches else self._info.step_sessions
             buckets = [b for b in BUCKETS if b.sessions <= most and b.rows > b.sessions // 4]
             buckets.sort(key=lambda bucket: -bucket.rows)  # the others fit into their memory
         with self._current():
@@ -131,10 +130,11 @@ class FastRunner:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _pieces(self, rows: Sequence[StepRow], spans: Sequence[Span]) -> list[_Piece]:
-        """Plan the rows, in halves where they need too much at once."""
+        """Plan the rows, in halves where they are too much at once."""
         plan = plan_step(rows, spans, self._info, scratch=self._pool.scratch)
         fits = plan.num_rows <= MAX_ROWS_AT_ONCE and plan.num_branch_masks <= MAX_BRANCH_MASKS
-        if fits or len(rows) == 1:
+        # Of more runs there is no graph, and a step without one takes longer than two that have.
+        if len(rows) == 1 or (fits and plan.num_runs <= CROWD):
             return [_Piece(rows, spans, plan)]
         half = len(rows) // 2
         return self._pieces(rows[:half], spans[:half]) + self._pieces(rows[half:], spans[half:])

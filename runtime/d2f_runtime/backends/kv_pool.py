@@ -29,6 +29,7 @@ __all__ = ["MAX_SLOTS", "KVPool", "PooledPast", "Span", "free_bytes", "pool_toke
 MAX_SLOTS = 1024
 DEFAULT_BYTES: Final = 1 << 30
 MAX_SHARE: Final = 0.5  # of the memory that is free once the weights are loaded
+CROWD_SHARE: Final = 1 / 8  # of it, for the sessions that share a step
 
 
 @dataclass(slots=True)
@@ -140,18 +141,23 @@ class KVPool:
         return places.clamp(max=self.store.shape[1] - 1)
 
 
-def pool_tokens(max_positions: int, bytes_per_token: int, free: int | None) -> int:
+def pool_tokens(
+    max_positions: int, bytes_per_token: int, free: int | None, *, crowd: int = 0
+) -> int:
     """Return how many tokens a pool has room for.
 
     Those of 1 GiB; where one request of the model's full length needs more than that, so many, but
-    of the free memory no more than half.
+    of the free memory no more than half; where a crowd does, so many, but no more than an eighth.
 
     Args:
         max_positions: of the model.
         bytes_per_token: of K/V.
         free: bytes of memory, see `free_bytes`; None is unknown, and bounds nothing.
+        crowd: tokens of the sessions that are to share a step.
     """
-    at_least = DEFAULT_BYTES // bytes_per_token
+    if free is not None:
+        crowd = min(crowd, int(free * CROWD_SHARE) // bytes_per_token)
+    at_least = max(crowd, DEFAULT_BYTES // bytes_per_token)
     affordable = max_positions if free is None else int(free * MAX_SHARE) // bytes_per_token
     return max(at_least, min(max_positions, affordable))
 

@@ -14,6 +14,7 @@ from typing import Final, Literal
 import torch
 
 from d2f_runtime.backends.base import Slot, StepRow
+from d2f_runtime.backends.buckets import CROWD_TOKENS, sessions_beside
 from d2f_runtime.backends.choice import (
     QUANTIZATIONS,
     DeviceFacts,
@@ -96,14 +97,19 @@ class TorchBackend:
         )
         if max_tokens is None:
             free = free_bytes(self._device)
-            max_tokens = pool_tokens(config.max_len, info.kv_bytes_per_token, free)
+            crowd = CROWD_TOKENS if self._device.type == "cuda" else 0
+            size = info.kv_bytes_per_token
+            max_tokens = pool_tokens(config.max_len, size, free, crowd=crowd)
             if max_tokens < config.max_len:
                 logger.warning(
                     "%s holds K/V of %s tokens, not of its %s positions: that is half of the %.1f "
                     "GiB of memory that are free; kv_tokens= of load() chooses another number",
                     *(name, max_tokens, config.max_len, (free or 0) / 2**30),
                 )
-        self.info = replace(info, max_len=min(config.max_len, max_tokens))
+        info = replace(info, max_len=min(config.max_len, max_tokens))
+        if self.choice.name == "fast":
+            info = replace(info, step_sessions=sessions_beside(max_tokens))
+        self.info = info
         scratch = MAX_BRANCH_MASKS if info.branches and self.choice.name == "fast" else 0
         self._pool = KVPool(config, max_tokens, self._device, dtype, num_scratch=scratch)
         self._runner: Runner | None

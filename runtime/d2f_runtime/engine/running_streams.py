@@ -63,7 +63,7 @@ class RunningStreams:
         self.scheduler: Scheduler[StreamId] = Scheduler(
             max_sessions=limits.max_sessions,
             capacity_tokens=limits.max_tokens,
-            max_rows=limits.max_rows,
+            max_rows=limits.max_rows or 1,  # which the model will say
             max_step_tokens=limits.max_step_tokens,
         )
         self._model = model

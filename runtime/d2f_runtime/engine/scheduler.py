@@ -202,6 +202,15 @@ class Scheduler(Generic[Id]):
         self._running = {**led, **self._running}
         self._was_long = batch.after_long
 
+    @property
+    def max_rows(self) -> int:
+        """How many sessions may share a step."""
+        return self._bounds.sessions
+
+    def share_among(self, max_rows: int) -> None:
+        """Let so many sessions share a step from now on."""
+        self._bounds = self._bounds._replace(sessions=max_rows)
+
     def begin_with(self, timed: Iterable[TimedStep]) -> None:
         """Take steps into account that were timed beforehand."""
         self._cost = StepCost(timed)

@@ -83,6 +83,8 @@ class StepLoop:
         """
         if self.parts is None:
             self.parts = await self._model.device.call(self._model.do_load)
+            if self.limits.max_rows is None:
+                self._streams.scheduler.share_among(self.parts.info.step_sessions)
         return self.parts
 
     async def time_steps(self, params: GenerationParams) -> None:
@@ -93,7 +95,8 @@ class StepLoop:
         Raises:
             Exception: what the backend raised.
         """
-        do_time = partial(do_time_steps, params=params, max_sessions=self.limits.max_rows)
+        max_sessions = min(self.limits.max_sessions, self._streams.scheduler.max_rows)
+        do_time = partial(do_time_steps, params=params, max_sessions=max_sessions)
         timed = await self._model.device.call(do_time, self._model, self)
         self._streams.scheduler.begin_with(timed)
 

@@ -104,6 +104,7 @@ class ModelInfo(ModelFacts):
         spare_rows: about how many rows of a step cost as much as all else of it, so that drafts
             cost little below that.
         branches: whether steps may hold `Branch`es.
+        step_sessions: how many sessions may share a step, of whose shapes it is made ready for.
         identity: what tells it from others, once it is loaded with its tokenizer.
     """
 
@@ -117,6 +118,7 @@ class ModelInfo(ModelFacts):
     window_scaled: bool = False
     spare_rows: int = 10
     branches: bool = False
+    step_sessions: int = 16
     identity: ModelIdentity | None = None
 
     @property
