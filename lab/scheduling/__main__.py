@@ -76,7 +76,7 @@ def _simulate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _curve(arguments: argparse.Namespace) -> dict[str, Any]:
-    timed = asyncio.run(
+    timed, one_by_one = asyncio.run(
         measure_curve(
             arguments.model,
             adapter=arguments.adapter,
@@ -85,7 +85,8 @@ def _curve(arguments: argparse.Namespace) -> dict[str, Any]:
             turns=arguments.turns,
         )
     )
-    return {"steps": [[step.rows, step.sessions, round(step.ms, 3)] for step in timed]}
+    steps = [[step.rows, step.sessions, round(step.ms, 3)] for step in timed]
+    return {"one_by_one": one_by_one, "steps": steps}
 
 
 def _engine(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,9 +22,13 @@ SINGLE: Final = Width(max_drafts=1)
 DRAFTED: Final = Drafted(PRESETS["verified"], 0.72, spare_rows=256)
 """Drafts of 8 of which each is right as often as SmolLM2's adapter's, behind every place."""
 
+SHORT: Final = PRESETS["verified"].with_overrides({"block_size": 3, "max_active_blocks": 1})
+"""As the SmolLM2 package's own on CPUs."""
+
 WORKLOADS: Final[dict[str, Workload]] = {
     "drafts": DRAFTED,
     "drafts-cpu": Drafted(PRESETS["verified"], 0.72, spare_rows=8),
+    "drafts-of-3": Drafted(SHORT, 0.72, spare_rows=10),
     "d2f-2.9": Filled(GenerationParams(), 0.6, 4),
     "d2f-10": Filled(GenerationParams(), 0.97, 12),
     "d2f-10-of-16": Filled(GenerationParams(block_size=16), 0.97, 12),
@@ -70,12 +74,18 @@ def _rows(
     for num_clients in loads:
         load = _Load(num_clients, seed)
         timed = curve.warm(random.Random(seed))
-        pays = load.run(Paying(workload, timed, num_clients), workload, curve)
+        apart = curve.one_by_one
+        planner = Paying(workload, timed, num_clients, one_by_one=apart)
+        pays = load.run(planner, workload, curve)
         fixed = {
-            _name(width): load.run(Fixed(workload, timed, num_clients, width), workload, curve)
+            _name(width): load.run(
+                Fixed(workload, timed, num_clients, width, one_by_one=apart), workload, curve
+            )
             for width in widths
         }
-        single = load.run(Fixed(DRAFTED, timed, num_clients, SINGLE), DRAFTED, curve)
+        single = load.run(
+            Fixed(DRAFTED, timed, num_clients, SINGLE, one_by_one=apart), DRAFTED, curve
+        )
         best = max(fixed.values(), key=lambda outcome: outcome.tokens_per_s)
         yield {
             "clients": num_clients,

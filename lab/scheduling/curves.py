@@ -13,7 +13,11 @@ from d2f_runtime.engine.step_cost import TimedStep
 
 __all__ = ["CURVES", "StepCurve"]
 
-WARM: Final = ((1, 1), (32, 1), (128, 1), (512, 1), (16, 16), (512, 8))
+WARM: Final = (
+    *((rows, 1) for rows in (1, 2, 4, 8, 16, 32, 128, 512)),
+    (16, 16),
+    (512, 8),
+)
 """Rows and sessions of the steps that an engine times when it warms up."""
 
 
@@ -36,14 +40,16 @@ class StepCurve:
     @classmethod
     def read(cls, path: Path) -> "StepCurve":
         """Return the curve of a record of `python -m lab.scheduling curve`."""
-        steps = json.loads(path.read_text(encoding="utf-8"))["results"]["steps"]
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        steps, one_by_one = results["steps"], results.get("one_by_one", False)
         alone = sorted((rows, ms) for rows, sessions, ms in steps if sessions == 1)
         for number in reversed(range(len(alone) - 1)):  # fewer rows take no more: that was noise
             rows, ms = alone[number]
             alone[number] = rows, min(ms, alone[number + 1][1])
         flat = cls(alone, 0.0, path.name)
         extra = [(ms - flat._alone_ms(rows)) / (n - 1) for rows, n, ms in steps if n > 1]
-        return cls(alone, max(0.0, statistics.median(extra or [0.0])), path.name)
+        session_ms = max(0.0, statistics.median(extra or [0.0]))
+        return cls(alone, session_ms, path.name, one_by_one)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for a record."""
@@ -59,6 +65,12 @@ class StepCurve:
         if self.one_by_one:
             return sessions * self._alone_ms(rows / sessions)
         return self._alone_ms(rows) + self.session_ms * (sessions - 1)
+
+    def ms_of(self, each: Sequence[int]) -> float:
+        """Return what a step takes, of so many rows of each session."""
+        if self.one_by_one:
+            return sum(map(self._alone_ms, each))
+        return self.ms(sum(each), len(each))
 
     def _alone_ms(self, rows: float) -> float:
         places = [place for place, _ in self.points]

@@ -27,11 +27,15 @@ async def measure_curve(
     shapes: Sequence[tuple[int, int]],
     block_size: int,
     turns: int,
-) -> list[TimedStep]:
-    """Return a step of each shape: (rows in all, sessions), of blocks of masks."""
+) -> tuple[list[TimedStep], bool]:
+    """Return a step of each shape: (rows in all, sessions), of blocks of masks.
+
+    Also whether sessions run one after another there.
+    """
     async with open_engine(model, adapter=adapter) as engine:
         loaded = engine._model  # the benchmark's own engine, between its requests
-        return await loaded.device.call(_do_measure, loaded, shapes, block_size, turns)
+        timed = await loaded.device.call(_do_measure, loaded, shapes, block_size, turns)
+        return timed, engine.info.one_by_one
 
 
 def _do_measure(

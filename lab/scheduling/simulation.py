@@ -59,13 +59,21 @@ def kind_of(workload: Workload) -> RequestKind:
 class Paying:
     """The engine's own scheduler."""
 
-    def __init__(self, workload: Workload, timed: Sequence[TimedStep], max_sessions: int) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        timed: Sequence[TimedStep],
+        max_sessions: int,
+        *,
+        one_by_one: bool = False,
+    ) -> None:
         self._scheduler: Scheduler[int] = Scheduler(
             max_sessions=max_sessions,
             capacity_tokens=1 << 30,
             max_rows=MAX_ROWS,
             max_step_tokens=MAX_STEP_TOKENS,
         )
+        self._scheduler.share_steps(MAX_ROWS, one_by_one=one_by_one)
         self._scheduler.begin_with(timed)
         self._kind = kind_of(workload)
 
@@ -101,9 +109,15 @@ class Fixed(Paying):
     """The same scheduler, but all windows are of one width."""
 
     def __init__(
-        self, workload: Workload, timed: Sequence[TimedStep], max_sessions: int, width: Width
+        self,
+        workload: Workload,
+        timed: Sequence[TimedStep],
+        max_sessions: int,
+        width: Width,
+        *,
+        one_by_one: bool = False,
     ) -> None:
-        super().__init__(workload, timed, max_sessions)
+        super().__init__(workload, timed, max_sessions, one_by_one=one_by_one)
         self._width = width
 
     def plan(self) -> Sequence[tuple[int, Width, Piece | None]]:
@@ -191,9 +205,9 @@ def simulate(
         run = planner.plan()
         parts = [clients[name].begin(width, piece) for name, width, piece in run]
         rows = [_rows_of(window, workload) for window in parts]
-        ms = curve.ms(sum(rows), len(run)) * noise.uniform(0.97, 1.03)
+        ms = curve.ms_of(rows) * noise.uniform(0.97, 1.03)
         clock += ms
-        steps.append(TimedStep(sum(rows), len(run), ms))
+        steps.append(TimedStep(sum(rows), len(run), ms, rows))
         planner.learn_step(steps[-1])
         for (name, width, piece), window, num_rows in zip(run, parts, rows, strict=True):
             client = clients[name]

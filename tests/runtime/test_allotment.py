@@ -53,13 +53,33 @@ def test_no_other_widths_bring_more_per_millisecond(parts: list[Part], cost: Ste
     parts=st.lists(st.builds(Part, concave_choices(), st.integers(0, 300)), min_size=1, max_size=8),
     cost=COSTS,
     max_rows=st.integers(400, 900),
+    one_by_one=st.booleans(),
 )
-def test_widenings_keep_within_the_step(parts: list[Part], cost: StepCost, max_rows: int) -> None:
+def test_widenings_keep_within_the_step(
+    parts: list[Part], cost: StepCost, max_rows: int, one_by_one: bool
+) -> None:
+    cost.one_by_one = one_by_one
     chosen = allot(parts, cost, max_rows=max_rows)
     taking = list(zip(parts, chosen, strict=False))
     least = sum(part.choices[0].rows + part.prompt_rows for part, _ in taking)
     rows = sum(part.choices[choice].rows + part.prompt_rows for part, choice in taking)
     assert rows <= max(least, max_rows)
+
+
+@given(
+    parts=st.lists(st.builds(Part, concave_choices(), st.integers(0, 300)), min_size=1, max_size=8),
+    fixed=st.floats(0.1, 20.0),
+    row=st.floats(0.0, 0.2),
+)
+def test_sessions_that_run_one_by_one_are_as_wide_as_they_are_alone(
+    parts: list[Part], fixed: float, row: float
+) -> None:
+    cost = StepCost((TimedStep(n, 1, fixed + row * n) for n in (1, 4096)), one_by_one=True)
+    chosen = allot(parts, cost, max_rows=10_000)
+    assert chosen == [allot([part], cost, max_rows=10_000)[0] for part in parts]
+    for part, choice in zip(parts, chosen, strict=True):
+        best = max(rate([part], [other], cost) for other in range(len(part.choices)))
+        assert rate([part], [choice], cost) == best
 
 
 def test_sessions_beyond_what_pays_wait() -> None:

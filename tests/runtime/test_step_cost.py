@@ -63,6 +63,41 @@ def test_a_device_that_slows_down_does_so_for_shapes_that_do_not_occur_too() -> 
     assert cost.ms(8, 1) > 1.1 * before
 
 
+def stairs(rows: int) -> float:
+    """One session's step, of which the first four rows cost as much as one."""
+    return 4.0 + max(0, rows - 4)
+
+
+@given(steps=st.lists(st.lists(st.sampled_from([1, 4, 8, 64]), min_size=1, max_size=16)))
+def test_sessions_that_run_one_by_one_cost_what_each_does_alone(steps: list[list[int]]) -> None:
+    shapes = (1, 4, 8, 16, 64)
+    cost = StepCost((TimedStep(rows, 1, stairs(rows)) for rows in shapes), one_by_one=True)
+    for each in steps:  # of prompts and windows alike
+        cost.learn(TimedStep(sum(each), len(each), sum(map(stairs, each)), each))
+    for rows in shapes:
+        assert cost.ms(rows, 1) == pytest.approx(stairs(rows))
+        assert cost.ms(9 * rows, 9) == pytest.approx(9 * stairs(rows))
+
+
+@pytest.mark.parametrize("times", [0.5, 3.0])
+def test_steps_of_sessions_one_by_one_tell_how_fast_the_device_is_now(times: float) -> None:
+    cost = StepCost((TimedStep(rows, 1, stairs(rows)) for rows in (1, 4, 8, 64)), one_by_one=True)
+    for each in ([64, 4, 4, 4], [4, 4, 4, 4]) * 100:  # one of them with a prompt
+        cost.learn(TimedStep(sum(each), 4, times * sum(map(stairs, each)), each))
+    assert cost.ms(4, 1) == pytest.approx(times * stairs(4), rel=0.1)
+    assert cost.ms(64, 1) == pytest.approx(times * stairs(64), rel=0.1)
+
+
+@given(more_ms=st.floats(0.0, 100.0), sessions=st.integers(1, 16))
+def test_a_prompt_s_piece_beside_sessions_one_by_one_is_its_own_step(
+    more_ms: float, sessions: int
+) -> None:
+    cost = StepCost((TimedStep(rows, 1, stairs(rows)) for rows in (1, 4, 64, 128)), one_by_one=True)
+    rows = cost.rows_within(more_ms, rows=4 * sessions, sessions=sessions, most=100)
+    assert rows == 0 or stairs(rows) <= more_ms + 1e-6
+    assert rows == 100 or stairs(rows + 1) > more_ms - 1e-6
+
+
 def test_a_compiler_s_pause_says_little() -> None:
     cost = StepCost([TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512)])
     cost.learn(TimedStep(100, 1, 2300.0))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from d2f_runtime.backends.scripted import ByteCodec, ScriptedBackend
@@ -20,6 +22,17 @@ async def test_steps_are_timed_before_the_engine_is_ready() -> None:
         assert len(widths) > 2, "windows of several widths"
         assert not backend.open_slots
         assert (await engine.generate("hi").result()).text == "abcdefgh" * 8
+    check_clean(backend)
+
+
+async def test_of_sessions_that_run_one_by_one_one_is_timed() -> None:
+    backend = ScriptedBackend("abcdefgh" * 8)
+    backend.info = replace(backend.info, one_by_one=True)
+    limits = Limits(may_narrow=True, max_rows=4)
+    async with LocalEngine.over(
+        backend, ByteCodec(), defaults=PIPELINE, limits=limits, warm_up=True
+    ):
+        assert {len(batch) for batch in backend.batches} == {1}
     check_clean(backend)
 
 

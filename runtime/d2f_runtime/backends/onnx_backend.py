@@ -261,4 +261,5 @@ def _model_info(manifest: Manifest, session: StepSession) -> ModelInfo:
         device=kind if kind == "cpu" else f"{kind}:{index}",
         quantization=quantization,
         window_scaled=quantization == "int8",
+        one_by_one=True,
     )

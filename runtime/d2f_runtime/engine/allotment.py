@@ -1,6 +1,7 @@
 """How many rows each session of a step gets: those that bring most tokens per millisecond.
 
-Pure arithmetic on what windows bring and what steps take. Every session of the step gets its
+Pure arithmetic on what windows bring and what steps take. Where sessions run one after another,
+each gets what is best for it alone. Elsewhere every session of the step gets its
 narrowest window first, in order, as long as rows become no dearer by it; then the widenings that
 bring most tokens for their rows, as long as they raise what the whole step brings per millisecond.
 A prompt's rows are owed whatever width is chosen; they weigh in the budget, and in what further
@@ -41,6 +42,8 @@ def allot(parts: Sequence[Part], cost: StepCost, *, max_rows: int) -> list[int]:
         cost: of steps.
         max_rows: of the step, prompts' included; its first session may exceed it by itself.
     """
+    if cost.one_by_one:
+        return _allot_apart(parts, cost, max_rows)
     num_sessions = _num_sessions(parts, cost)
     chosen = [0] * num_sessions
     widenings = [
@@ -74,6 +77,27 @@ def allot(parts: Sequence[Part], cost: StepCost, *, max_rows: int) -> list[int]:
     for number, choice in taken[:best]:
         chosen[number] = choice
     return chosen
+
+
+def _allot_apart(parts: Sequence[Part], cost: StepCost, max_rows: int) -> list[int]:
+    """Return the choices where no session makes another one's rows dearer."""
+    chosen: list[int] = []
+    room = max_rows - sum(part.choices[0].rows + part.prompt_rows for part in parts)
+    for part in parts:
+        least = part.choices[0]
+        fitting = [
+            number
+            for number, gain in enumerate(part.choices)
+            if number == 0 or gain.rows - least.rows <= room
+        ]
+        best = max(fitting, key=lambda number: _rate(part.choices[number], cost))
+        room -= part.choices[best].rows - least.rows
+        chosen.append(best)
+    return chosen
+
+
+def _rate(gain: Gain, cost: StepCost) -> float:
+    return gain.tokens / cost.ms(gain.rows, 1)
 
 
 def _num_sessions(parts: Sequence[Part], cost: StepCost) -> int:

@@ -196,11 +196,11 @@ class RunningStreams:
 
     def _learn(self, step: PlannedStep, result: StepResult) -> None:
         """Tell the scheduler what a step took, and what it brought to whom."""
-        widths, rows = dict(step.batch.run), 0
+        widths, each = dict(step.batch.run), []
         for stream, progress in zip(step.streams, result.progress, strict=True):
             if isinstance(progress, Exception):
                 continue
-            rows += progress.num_rows
+            each.append(progress.num_rows)
             piece = step.batch.prompts.get(stream.id)
             if piece is None or piece.is_last:
                 self.scheduler.learn(
@@ -209,7 +209,8 @@ class RunningStreams:
                     rows=progress.num_rows - progress.num_prompt_rows,
                     tokens=sum(block.stop - block.start for block in progress.committed),
                 )
-        self.scheduler.learn_step(TimedStep(rows, result.num_rows, 1e3 * result.wall_s))
+        wall_ms = 1e3 * result.wall_s
+        self.scheduler.learn_step(TimedStep(sum(each), result.num_rows, wall_ms, each))
 
     def _show(self, joined: Joined) -> None:
         for stream, blocks in joined:

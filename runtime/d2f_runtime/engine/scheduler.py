@@ -207,13 +207,19 @@ class Scheduler(Generic[Id]):
         """How many sessions may share a step."""
         return self._bounds.sessions
 
-    def share_among(self, max_rows: int) -> None:
-        """Let so many sessions share a step from now on."""
+    def share_steps(self, max_rows: int, *, one_by_one: bool = False) -> None:
+        """Let so many sessions share a step; before the first one.
+
+        Args:
+            max_rows: how many.
+            one_by_one: whether they run one after another, so that they share nothing but it.
+        """
         self._bounds = self._bounds._replace(sessions=max_rows)
+        self._cost = StepCost(one_by_one=one_by_one)
 
     def begin_with(self, timed: Iterable[TimedStep]) -> None:
         """Take steps into account that were timed beforehand."""
-        self._cost = StepCost(timed)
+        self._cost = StepCost(timed, one_by_one=self._cost.one_by_one)
 
     def learn_step(self, step: TimedStep) -> None:
         """Take what a step took into account."""

@@ -1,13 +1,15 @@
 """StepCost: what a step takes by its rows and sessions, milliseconds.
 
-A curve over rows that never falls, and something for each session beyond the first. Fitted to steps
-that were timed beforehand, and moved by the times of all that follow: a device that is shared or
-warm changes its speed as a whole, and the shapes that really occur are known best. Pure; the times
-come in as arguments.
+A curve over rows that never falls, and something for each session beyond the first; where sessions
+run one after another, what the curve says of each one's rows. Fitted to steps that were timed
+beforehand, and moved by the times of all that follow: a device that is shared or warm changes its
+speed as a whole, and the shapes that really occur are known best. Pure; the times come in as
+arguments.
 """
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -39,21 +41,28 @@ class TimedStep(NamedTuple):
         rows: positions that ran through the model, of all sessions together.
         sessions: that took part.
         ms: milliseconds.
+        each: the rows of each session; () is as many of each.
     """
 
     rows: int
     sessions: int
     ms: float
+    each: Sequence[int] = ()
 
 
 class StepCost:
     """Predicts a step's time; not known at all, it guesses the shape, which the first step scales.
 
+    Attributes:
+        one_by_one: whether the sessions of a step run one after another.
+
     Args:
         timed: steps of one session each, and some of several; () knows nothing.
+        one_by_one: see the attribute.
     """
 
-    def __init__(self, timed: Iterable[TimedStep] = ()) -> None:
+    def __init__(self, timed: Iterable[TimedStep] = (), *, one_by_one: bool = False) -> None:
+        self.one_by_one = one_by_one
         self._session_ms = 0.0
         self._knots_ms = [math.sqrt(rows) for rows in KNOTS]
         self._seen = [0] * len(KNOTS)  # steps that told something of a knot
@@ -63,6 +72,8 @@ class StepCost:
 
     def ms(self, rows: float, sessions: int) -> float:
         """Return the milliseconds that a step should take; beyond the last knot, by its slope."""
+        if self.one_by_one and sessions > 1:
+            return sessions * self.ms(rows / sessions, 1)
         index = self._segment(rows)
         first, last = KNOTS[index], KNOTS[index + 1]
         low, high = self._knots_ms[index], self._knots_ms[index + 1]
@@ -85,11 +96,15 @@ class StepCost:
             sessions: of the step.
             most: that are asked for.
         """
-        limit_ms = self.ms(rows, sessions) + more_ms
+        limit_ms = more_ms if self.one_by_one else self.ms(rows, sessions) + more_ms
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self._cautious_ms(rows + middle, sessions + 1) <= limit_ms:
+            if self.one_by_one:
+                ms = self._cautious_ms(middle, 1)
+            else:
+                ms = self._cautious_ms(rows + middle, sessions + 1)
+            if ms <= limit_ms:
                 low = middle
             else:
                 high = middle - 1
@@ -105,6 +120,18 @@ class StepCost:
         """Take a step's time into account."""
         if step.rows < 1 or step.ms <= 0.0:
             return
+        if not self.one_by_one:
+            self._learn(step, 1.0)
+            return
+        # Nobody knows whose part took longer than thought: all did, as much as they are thought to.
+        each = Counter(step.each or [max(1, step.rows // step.sessions)] * step.sessions)
+        expected = {rows: self.ms(rows, 1) for rows in each}
+        times = step.ms / sum(number * expected[rows] for rows, number in each.items())
+        for rows, number in each.items():
+            part = TimedStep(rows, 1, times * expected[rows])
+            self._learn(part, number * part.ms / step.ms)
+
+    def _learn(self, step: TimedStep, weight: float) -> None:
         expected = self.ms(step.rows, step.sessions)
         if not any(self._seen):
             self._knots_ms = [ms * step.ms / expected for ms in self._knots_ms]
@@ -116,12 +143,12 @@ class StepCost:
         ratio = min(2.0, max(0.5, step.ms / expected))
         is_known = min(self._seen[index : index + 2]) >= ENOUGH
         if is_known:  # it is the device that has changed
-            factor = ratio**SCALE
+            factor = ratio ** (SCALE * weight)
             self._knots_ms = [ms * factor for ms in self._knots_ms]
             if step.sessions > 1:  # one alone says nothing of what others cost
                 self._session_ms *= factor
             expected *= factor
-        error_ms = (LOCAL if is_known else FRESH) * (ratio - 1.0) * expected
+        error_ms = (LOCAL if is_known else FRESH) * weight * (ratio - 1.0) * expected
         self._correct(step, error_ms, others=(step.sessions - 1) / SESSIONS if is_known else 0.0)
 
     def _correct(self, step: TimedStep, error_ms: float, *, others: float) -> None:

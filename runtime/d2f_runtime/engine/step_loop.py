@@ -83,8 +83,10 @@ class StepLoop:
         """
         if self.parts is None:
             self.parts = await self._model.device.call(self._model.do_load)
-            if self.limits.max_rows is None:
-                self._streams.scheduler.share_among(self.parts.info.step_sessions)
+            info = self.parts.info
+            self._streams.scheduler.share_steps(
+                self.limits.max_rows or info.step_sessions, one_by_one=info.one_by_one
+            )
         return self.parts
 
     async def time_steps(self, params: GenerationParams) -> None:

@@ -55,7 +55,7 @@ def do_time_steps(
     timed: list[TimedStep] = []
     began = time.perf_counter()
     longest_s = 10 * LONGEST_S if compiles else LONGEST_S
-    for num_sessions, width in _shapes(kind, max_sessions):
+    for num_sessions, width in _shapes(kind, 1 if info.one_by_one else max_sessions):
         for is_timed in (False, True) if compiles else (True,):
             if time.perf_counter() - began < longest_s:
                 steps = _do_round(model, owner, params, width, num_sessions)
@@ -118,7 +118,8 @@ def _do_steps(
         progress = [stream.apply(each) for stream, each in zip(streams, answers, strict=True)]
         wall_ms = 1e3 * (time.perf_counter() - began)
         if number:
-            timed.append(TimedStep(sum(each.num_rows for each in progress), len(rows), wall_ms))
+            each = [made.num_rows for made in progress]
+            timed.append(TimedStep(sum(each), len(rows), wall_ms, each))
         streams = [
             begun() if each.reason else stream
             for stream, each in zip(streams, progress, strict=True)

@@ -104,7 +104,9 @@ class ModelInfo(ModelFacts):
         spare_rows: about how many rows of a step cost as much as all else of it, so that drafts
             cost little below that.
         branches: whether steps may hold `Branch`es.
-        step_sessions: how many sessions may share a step, of whose shapes it is made ready for.
+        step_sessions: how many sessions may share a step, whose shapes warming up makes ready.
+        one_by_one: whether the sessions of a step run one after another, so that each takes what it
+            takes alone.
         identity: what tells it from others, once it is loaded with its tokenizer.
     """
 
@@ -119,6 +121,7 @@ class ModelInfo(ModelFacts):
     spare_rows: int = 10
     branches: bool = False
     step_sessions: int = 16
+    one_by_one: bool = False
     identity: ModelIdentity | None = None
 
     @property
