@@ -1,5 +1,6 @@
 """Codec: the two encodings of the protocol, JSON and msgpack. Knows values and bytes."""
 
+import re
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
@@ -9,13 +10,24 @@ from d2f_stream.core.errors import InvalidRequest, ProtocolError
 from d2f_stream.core.printable import printable
 from d2f_stream.wire.protocol import VERSION, Operation, ServerMessage
 
-__all__ = ["JSON", "MSGPACK", "SUBPROTOCOLS", "UNREADABLE", "Codec"]
+__all__ = ["JSON", "MSGPACK", "SUBPROTOCOLS", "UNREADABLE", "Codec", "problem_of"]
 
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeError, RecursionError)
 """What msgspec raises for data that it cannot read: the last is for values that nest too deeply."""
 
 _OPERATION_TAGS: Final = {kind.__struct_config__.tag for kind in get_args(Operation)}
 _MESSAGE_TAGS: Final = {kind.__struct_config__.tag for kind in get_args(ServerMessage)}
+_HALF: Final = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD])")
+
+
+def problem_of(error: Exception, data: bytes | str) -> str:
+    """Return what is wrong with data that msgspec could not read, as one of UNREADABLE tells it.
+
+    Half of a surrogate pair near the end of JSON is data cut short to msgspec.
+    """
+    if "truncated" in str(error) and _HALF.search(_bytes(data)):
+        return "a string holds half of a surrogate pair, which is no character"
+    return printable(error)
 
 
 class _Tag(Struct):
@@ -72,7 +84,8 @@ class Codec:
                 raise InvalidRequest(problem) from error
             raise ProtocolError(f"no operation of this protocol: {problem}") from error
         except UNREADABLE as error:
-            raise ProtocolError(f"a message is not {self.name}: {printable(error)}") from error
+            problem = problem_of(error, data)
+            raise ProtocolError(f"a message is not {self.name}: {problem}") from error
         return operation
 
     def decode_message(self, data: bytes | str) -> ServerMessage | None:
@@ -90,7 +103,8 @@ class Codec:
             problem = printable(error)
             raise ProtocolError(f"a message of the server cannot be read: {problem}") from error
         except UNREADABLE as error:
-            raise ProtocolError(f"a message is not {self.name}: {printable(error)}") from error
+            problem = problem_of(error, data)
+            raise ProtocolError(f"a message is not {self.name}: {problem}") from error
         return message
 
     def names_of(self, data: bytes | str) -> tuple[str | None, str | None]:

@@ -23,8 +23,7 @@ from msgspec import Struct
 
 from d2f_stream.core.errors import InvalidRequest, ProtocolError
 from d2f_stream.core.events import StreamFailed, StreamFinished
-from d2f_stream.core.printable import printable
-from d2f_stream.wire.codec import JSON, MSGPACK, UNREADABLE, Codec
+from d2f_stream.wire.codec import JSON, MSGPACK, UNREADABLE, Codec, problem_of
 from d2f_stream.wire.protocol import ServerHello, check_request_id
 
 __all__ = [
@@ -262,4 +261,5 @@ def decode(data: bytes, kind: type[Payload], codec: Codec = JSON) -> Payload:
             return msgspec.json.decode(data, type=kind)
         return msgspec.msgpack.decode(data, type=kind)
     except UNREADABLE as error:
-        raise ProtocolError(f"a {kind.__name__} cannot be read: {printable(error)}") from error
+        problem = problem_of(error, data)
+        raise ProtocolError(f"a {kind.__name__} cannot be read: {problem}") from error

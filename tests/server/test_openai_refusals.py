@@ -160,12 +160,23 @@ async def test_empty_stop_is_none(stop: Any) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "abc"
 
 
-async def test_empty_body_is_told_in_words() -> None:
+HALF = rb'{"messages": [{"role": "user", "content": "\ud800"}]}'
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "it has no body"),
+        (HALF, "a string holds half of a surrogate pair, which is no character"),
+        (HALF.replace(rb"\ud800", rb"\ud83d\ude00")[:-1], "Input data was truncated"),
+    ],
+)
+async def test_body_that_cannot_be_read_is_told_in_words(body: bytes, told: str) -> None:
     async with serving(ScriptedBackend()) as served, served.http() as http:
         headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
-        empty = await http.post("/v1/chat/completions", content=b"", headers=headers)
-    assert empty.status_code == 400
-    assert empty.json()["error"]["message"] == "the request cannot be read: it has no body"
+        answer = await http.post("/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"the request cannot be read: {told}"
 
 
 async def test_unknown_model_is_not_found() -> None:

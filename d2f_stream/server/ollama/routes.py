@@ -32,7 +32,7 @@ from d2f_stream.server.openai.errors import error_headers, status_of
 from d2f_stream.server.openai.reader import AnswerReader
 from d2f_stream.server.openai.routes import MODEL_ALIAS, HttpObserver
 from d2f_stream.server.streams.registry import StreamRegistry
-from d2f_stream.wire.codec import UNREADABLE
+from d2f_stream.wire.codec import UNREADABLE, problem_of
 from d2f_stream.wire.protocol import Generate, WirePrompt
 
 __all__ = ["ollama_routes"]
@@ -245,7 +245,8 @@ class _Api:
             async with self._reading_large:  # one in each turn of the event loop
                 return decode(body, kind)
         except UNREADABLE as error:
-            raise InvalidRequest(f"the request cannot be read: {printable(error)}") from error
+            problem = problem_of(error, body)
+            raise InvalidRequest(f"the request cannot be read: {problem}") from error
 
     def _refuse(self, error: D2FError) -> Response:
         if self._observer is not None:

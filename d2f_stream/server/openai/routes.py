@@ -23,7 +23,6 @@ from starlette.routing import Route
 
 from d2f_stream.core.errors import D2FError, ModelNotFound, SlowConsumer
 from d2f_stream.core.events import Event
-from d2f_stream.core.printable import printable
 from d2f_stream.server.auth import Auth, asker_of
 from d2f_stream.server.http.login import client_of
 from d2f_stream.server.http.middleware import request_id_of
@@ -44,7 +43,7 @@ from d2f_stream.server.openai.responses import ResponsesRequest
 from d2f_stream.server.openai.shapes import Model, ModelList
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.streams.registry import StreamRegistry
-from d2f_stream.wire.codec import UNREADABLE
+from d2f_stream.wire.codec import UNREADABLE, problem_of
 from d2f_stream.wire.protocol import WirePrompt
 
 __all__ = ["HttpObserver", "openai_routes"]
@@ -284,7 +283,7 @@ def _decode(body: bytes, kind: type[AnswerRequest]) -> AnswerRequest:
             kind.check(values)
         return msgspec.convert(values, kind)
     except UNREADABLE as error:
-        raise MalformedBody(printable(error)) from error
+        raise MalformedBody(problem_of(error, body)) from error
 
 
 def _json(body: Struct) -> Response:

@@ -84,7 +84,7 @@ class LoadedModel:
             except Exception as error:
                 self._failure = error
                 raise
-            info = self._parts.backend.info
+            info = self._parts.info
             # With both, what follows the prompt is predicted from a state that is not kept.
             is_lost = info.prompt_attention == "full" and info.shift_logits
             # And no answer may depend on whether somebody asked something like it before.
@@ -92,7 +92,7 @@ class LoadedModel:
                 self.prefixes = PrefixCache(
                     info.prompt_attention, info.native_block_size, max_kept=self._max_kept
                 )
-            logger.info("loaded %s on %s as %s", self.name, info.device, info.quantization)
+            logger.info("loaded %s on %s as %s", info.name, info.device, info.quantization)
         return self._parts
 
     def do_warm_up(self) -> None:
