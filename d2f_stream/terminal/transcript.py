@@ -18,11 +18,13 @@ class Transcript:
         system: the system prompt; empty is none, which leaves the model's template its own.
         turns: questions and answers in order; a question without an answer only at the end.
         num_forgotten: messages left out from the beginning, since the context was full.
+        withdrawn: the last question, where it got no answer.
     """
 
     system: str = ""
     turns: list[Message] = field(default_factory=list)
     num_forgotten: int = 0
+    withdrawn: str = ""
 
     @property
     def messages(self) -> list[Message]:
@@ -33,22 +35,25 @@ class Transcript:
     def ask(self, question: str) -> None:
         """Add a question."""
         self.turns.append({"role": "user", "content": question})
+        self.withdrawn = ""
 
     def answer(self, text: str) -> None:
         """Add the answer to the last question."""
         self.turns.append({"role": "assistant", "content": text})
 
     def withdraw(self) -> None:
-        """Take a question back that got no answer."""
+        """Take a question back that got no answer; `retry` has it."""
         if self.turns and self.turns[-1]["role"] == "user":
-            self.turns.pop()
+            self.withdrawn = self.turns.pop()["content"]
 
     def retry(self) -> str:
-        """Drop the last answer, and its question too; return the question.
+        """Return the last question, dropped with its answer if it has one.
 
         Raises:
             InvalidRequest: nothing was asked yet.
         """
+        if self.withdrawn:
+            return self.withdrawn
         if self.turns and self.turns[-1]["role"] == "assistant":
             self.turns.pop()
         if not self.turns:
@@ -68,6 +73,7 @@ class Transcript:
         """Begin anew; the system prompt stays."""
         self.turns.clear()
         self.num_forgotten = 0
+        self.withdrawn = ""
 
     def to_json(self) -> str:
         """Return all messages, forgotten ones too, as a JSON list that other tools read."""

@@ -180,6 +180,16 @@ async def test_empty_answer_is_told() -> None:
     assert "the model ended its answer at once" in shown
 
 
+async def test_question_that_got_no_answer_is_the_one_that_is_asked_again() -> None:
+    script = {
+        "user: One?\nassistant: ": "A.",
+        "user: One?\nassistant: A.\nuser: Two?\nassistant: ": "",
+    }
+    _, codec = await talk("One?", "Two?", "/retry", backend=ScriptedBackend(script))
+    assert [asked[-1]["content"] for asked in codec.asked] == ["One?", "Two?", "Two?"]
+    assert codec.asked[1] == codec.asked[2]
+
+
 async def test_chat_is_saved_as_json(tmp_path: Path) -> None:
     await talk("Six and two?", f"/save {tmp_path / 'chat.json'}")
     assert '"content": "Six and two?"' in (tmp_path / "chat.json").read_text()

@@ -51,8 +51,10 @@ class Shelf:
         """
         stream = self._streams.get(stream_id)
         if stream is None or stream.client != client:
-            kept = f"streams are kept for {self._limits.resume_ttl_s:g} s after their end"
-            raise StreamLost(f"there is no stream {stream_id[:64]!r}; {kept}")
+            raise StreamLost(
+                f"the server has no stream {stream_id[:64]!r}: it was restarted, or the stream ended "
+                f"more than {self._limits.resume_ttl_s:g} s ago; ask again"
+            )
         return stream
 
     def retain(self, stream: ServedStream) -> None:
