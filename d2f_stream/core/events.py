@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
+"""Why an answer ended: the model ended it, max_new_tokens, a stop string, or its reader."""
 
 
 class StreamNames(NamedTuple):
@@ -43,7 +44,13 @@ class StreamNames(NamedTuple):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stream consumed; `completion_tokens` are the useful ones, up to the first EOS."""
+    """What a stream consumed.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, the chat template's included.
+        completion_tokens: the useful tokens of the answer, up to and including the first EOS.
+        steps: forwards of the model in which the stream's blocks took part.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -56,14 +63,28 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Wall times of a stream, in milliseconds from the request's admission to the step loop."""
+    """Wall times of a stream, in milliseconds from the request's admission to the step loop.
+
+    Attributes:
+        first_block_ms: until the first block was final; None where none was.
+        total_ms: until the end.
+    """
 
     first_block_ms: float | None
     total_ms: float
 
 
 class StreamStarted(msgspec.Struct, frozen=True, kw_only=True, tag="stream.started"):
-    """The first event of every stream."""
+    """The first event of every stream.
+
+    Attributes:
+        stream: id of the stream.
+        seq: position among the stream's durable events: 0.
+        request_id: the request's own name, as whoever asked gave it.
+        model: name of the model that answers.
+        block_size: of the answer's blocks, tokens.
+        prompt_tokens: tokens of the prompt, the chat template's included.
+    """
 
     stream: str
     seq: int
@@ -112,8 +133,14 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, tag="block.draft"):
 
     The first of a block comes when it joins and shows nothing but masks. One without any position
     says that the block has left the canvas, with all that it showed.
-    `filled` tells which positions hold a token (the others are still masked); `texts` holds one
-    decoded piece per position, empty at masks, for canvases that draw position by position.
+
+    Attributes:
+        stream: id of the stream.
+        index: number of the block in the answer, from 0.
+        text: the pieces together.
+        filled: [positions] which of them hold a token; the others are still masked.
+        texts: [positions] the decoded piece of each, empty at masks, for canvases that draw
+            position by position.
     """
 
     stream: str
@@ -124,7 +151,16 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, tag="block.draft"):
 
 
 class StreamFinished(msgspec.Struct, frozen=True, kw_only=True, tag="stream.finished"):
-    """The stream ended well. `text_length` is the length of the final text, in characters."""
+    """The stream ended well.
+
+    Attributes:
+        stream: id of the stream.
+        seq: position among the stream's durable events.
+        reason: why it ended.
+        text_length: length of the final text, characters.
+        usage: tokens and steps.
+        timings: milliseconds.
+    """
 
     stream: str
     seq: int
@@ -135,7 +171,14 @@ class StreamFinished(msgspec.Struct, frozen=True, kw_only=True, tag="stream.fini
 
 
 class StreamFailed(msgspec.Struct, frozen=True, kw_only=True, tag="stream.failed"):
-    """The stream ended because something broke; `code` is that of the error class."""
+    """The stream ended because something broke.
+
+    Attributes:
+        stream: id of the stream.
+        seq: position among the stream's durable events.
+        code: that of the error class, such as "engine_failed".
+        message: what happened, in a sentence.
+    """
 
     stream: str
     seq: int
@@ -144,3 +187,4 @@ class StreamFailed(msgspec.Struct, frozen=True, kw_only=True, tag="stream.failed
 
 
 Event = StreamStarted | Block | Draft | StreamFinished | StreamFailed
+"""What `Session.events()` yields: a start, blocks, drafts where asked for, and an end."""

@@ -160,4 +160,11 @@ PRESETS: Final[Mapping[str, GenerationParams]] = MappingProxyType(
         "autoregressive": GenerationParams(block_size=1, add_threshold=1.0, max_active_blocks=1),
     }
 )
-"""Settings by name; a request starts from one with params=PRESETS[name]."""
+"""Settings by name; a request starts from one with params=PRESETS[name].
+
+- "paper", "reference", "single-block", "d2f-demo", "d2f-llada-gsm8k" and others by model and task:
+  D2F as its paper and its authors' code have it.
+- "llada-vanilla", "dream-vanilla": these models without D2F.
+- "sdar", "sdar-static", "sdar-sequential", "trado", "llada2", ...: as these families are published.
+- "verified", "autoregressive": for models made from autoregressive ones.
+"""

@@ -38,6 +38,7 @@ from d2f_stream.core.params import GenerationParams, ParamOverrides
 __all__ = ["Engine", "EngineInfo", "Prompt", "Result", "Session"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A string, token ids, or chat messages: `[{"role": "user", "content": "..."}]`."""
 
 
 class EngineInfo(Protocol):
@@ -125,7 +126,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A whole answer. `token_ids` ends with the EOS where one ended it; `text` never holds it."""
+    """A whole answer.
+
+    Attributes:
+        text: the texts of its blocks together.
+        token_ids: of all its blocks; the EOS is included where one ended it.
+        reason: why it ended.
+        usage: tokens and steps.
+        timings: milliseconds.
+    """
 
     text: str
     token_ids: tuple[int, ...]

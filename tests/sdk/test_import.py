@@ -51,3 +51,15 @@ def test_engine_loads_nothing_heavy() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'genrate'"):
         _ = d2f_stream.genrate  # type: ignore[attr-defined]
+
+
+def test_every_field_of_a_public_value_is_explained() -> None:
+    silent = [
+        f"{name}.{field}"
+        for name in d2f_stream.__all__
+        if isinstance(value := getattr(d2f_stream, name), type)
+        for fields in ("__struct_fields__", "__dataclass_fields__")
+        for field in getattr(value, fields, ())
+        if f" {field}: " not in (value.__doc__ or "")
+    ]
+    assert silent == []

@@ -52,8 +52,8 @@ class Shelf:
         stream = self._streams.get(stream_id)
         if stream is None or stream.client != client:
             raise StreamLost(
-                f"the server has no stream {stream_id[:64]!r}: it was restarted, or the stream ended "
-                f"more than {self._limits.resume_ttl_s:g} s ago; ask again"
+                f"the server has no stream {stream_id[:64]!r}: it was restarted, or the stream "
+                f"ended more than {self._limits.resume_ttl_s:g} s ago; ask again"
             )
         return stream
 
