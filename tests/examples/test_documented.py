@@ -1,6 +1,7 @@
 """What README, docs, docstrings and --help tell people to run does run, and is answered.
 
-Python examples run as they stand, with what they leave open filled in below: addresses lead to a
+Python examples run as they stand, one after another in a process that keeps the model loaded, with
+what they leave open filled in below: addresses lead to a
 server and a broker of the test's own, and models whose weights are elsewhere are replaced by the
 default one: the package of the repository where it is asked something, else the embedded one. Shell
 commands that ask a model or set something are run here, and their kinds in `RUN_BY` by the tests
@@ -25,13 +26,13 @@ import pytest
 
 from brokers import Mosquitto
 from d2f_stream.terminal.arguments import QUESTION
+from example_reader import PROBLEM, Reader
 from installed_model import python_path
 from requirements import require_module
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = [ROOT / "d2f_stream", ROOT / "runtime" / "d2f_runtime"]
-PROBLEM = "Ben has 34 books. He buys 18 more. How many has he now?"
 ANSWERS = {
     "What is the capital of France?": "Paris",
     "Why is the sky blue?": "scattered",
@@ -54,37 +55,6 @@ RUN_BY = {  # what is documented without a model of its own
 }
 NEEDY = r"--(adapter|engines|log|mqtt|device)\b|--model (?!word-problems)|models pull|[ =]sdar"
 NEEDS = re.compile(r"^\*(?:Commands|Some commands) here need [^*]+\.\*$", re.MULTILINE)
-RUN = """
-import ast, asyncio, inspect, re, sys
-import d2f_stream
-from d2f_runtime.engine.opening import embedded_folder
-from d2f_stream.client.mqtt_line import connect_mqtt
-
-names = dict(globals(), folder=embedded_folder(), password="secret", question=sys.argv[1])
-names["prompt"] = names["question"]
-names["messages"] = [{"role": "user", "content": names["question"]}]
-code = compile(sys.argv[2], "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-
-if "openai." in sys.argv[2]:
-    import openai
-    names["openai"] = openai
-
-async def main():
-    running = eval(code, names)
-    if inspect.iscoroutine(running):
-        await running
-
-async def main_with_engine():
-    async with d2f_stream.load() as names["engine"]:
-        await main()
-
-if "asyncio.run(" in sys.argv[2]:
-    exec(code, names)
-elif re.search(r"engine\\b", sys.argv[2]) and "as engine" not in sys.argv[2]:
-    asyncio.run(main_with_engine())
-else:
-    asyncio.run(main())
-"""
 SHELL_BLOCKS = [
     block
     for page in PAGES
@@ -162,6 +132,18 @@ def server() -> Iterator[int]:
         yield int(found[1])
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    with Reader(python_path(tmp_path_factory.mktemp("package"))) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def small_reader() -> Iterator[Reader]:
+    with Reader(os.environ.get("PYTHONPATH", "")) as process:
+        yield process
+
+
 class Served:
     """A server over the embedded model, ready, in a process of its own."""
 
@@ -196,8 +178,9 @@ def test_python_example_runs(
             elif "{broker}" in replacement:
                 replacement = replacement.format(broker=request.getfixturevalue("broker"))
             code = re.sub(pattern, replacement, code)
-    models = models_for(code, tmp_path)
-    output = run([sys.executable, "-W", "ignore", "-c", RUN, PROBLEM, code], tmp_path, **models)
+    small = answer_to(code) == ANSWERS[PROBLEM]
+    reader: Reader = request.getfixturevalue("small_reader" if small else "reader")
+    output = reader.run(code, tmp_path)
     if "print(" in code:
         assert answer_to(code) in output
 
