@@ -34,10 +34,13 @@ QUESTIONS = [
     "Write an email to my boss about a day off.",
 ]
 
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "manifest.json").is_file(),
-    reason="the model package holds no model; models/smollm2-135m-d2f/build makes it",
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_core"),
+    pytest.mark.skipif(
+        not (FOLDER / "manifest.json").is_file(),
+        reason="the model package holds no model; models/smollm2-135m-d2f/build makes it",
+    ),
+]
 
 
 class Answers(NamedTuple):

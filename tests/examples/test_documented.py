@@ -55,6 +55,9 @@ RUN_BY = {  # what is documented without a model of its own
 }
 NEEDY = r"--(adapter|engines|log|mqtt|device)\b|--model (?!word-problems)|models pull|[ =]sdar"
 NEEDS = re.compile(r"^\*(?:Commands|Some commands) here need [^*]+\.\*$", re.MULTILINE)
+pytestmark = pytest.mark.usefixtures("one_core")
+
+DOCSTRING = r'(?s)""".*?"""'
 SHELL_BLOCKS = [
     block
     for page in PAGES
@@ -68,7 +71,10 @@ def python_examples() -> Iterator[tuple[str, str]]:
         fences = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
         yield from ((f"{page.name}-{number}", code) for number, code in enumerate(fences, 1))
     for path in (path for package in PACKAGES for path in sorted(package.rglob("*.py"))):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        text = path.read_text("utf-8")
+        if not any(re.search(r"\ba(sync|wait) ", doc) for doc in re.findall(DOCSTRING, text)):
+            continue
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 for block in re.findall(
                     r"(?<=\n\n)(?: {4,}.*\n)+", (ast.get_docstring(node) or "") + "\n"
