@@ -274,6 +274,7 @@ def test_keyboard_alone_asks_stops_and_sets(server: ScriptedServer, open_page: O
     expect(page.get_by_label("Your question")).to_be_focused()
 
 
+@pytest.mark.usefixtures("one_core")
 def test_embedded_model_answers_its_own_example(open_page: OpenPage) -> None:
     with PageServer(lambda: d2f_stream.load()) as server:
         page = open_page(server)

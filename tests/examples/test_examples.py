@@ -47,6 +47,7 @@ def test_many_questions_answers_each_of_them(tmp_path: Path) -> None:
         assert "The answer is" in " ".join(blocks)
 
 
+@pytest.mark.usefixtures("one_core")
 def test_websocket_client_gets_its_answer_from_the_websocket_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from tiny_checkpoints import FAMILIES, oracle, write_adapter, write_checkpoint, 
 from tiny_families import Tiny
 from tiny_models import tiny_folder
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_core")]
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "export/checkpoints/word-problems"

@@ -9,6 +9,7 @@ from installed_model import CHATS
 from lab.bench import first_questions
 
 
+@pytest.mark.usefixtures("one_core")
 def test_shipped_drafts_save_steps_and_change_no_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

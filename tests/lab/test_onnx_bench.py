@@ -7,7 +7,7 @@ import pytest
 
 from lab.onnx_bench.__main__ import main
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_core")]
 
 ROOT = Path(__file__).parents[2]
 

@@ -41,6 +41,7 @@ def test_no_affine_device_makes_verified_windows_slower_than_single_tokens(
     assert found["pays_to_best_fixed"] > 0.9
 
 
+@pytest.mark.usefixtures("one_core")
 def test_engine_is_measured_beside_a_long_prompt() -> None:
     bench = LongPrompts(
         model="word-problems",
@@ -58,6 +59,7 @@ def test_engine_is_measured_beside_a_long_prompt() -> None:
     assert found["whole"][0]["first_block_ms_of_the_prompt"] > 0.0
 
 
+@pytest.mark.usefixtures("one_core")
 def test_engine_is_measured_under_load() -> None:
     bench = EngineLoads(
         model=None,

@@ -181,6 +181,7 @@ async def test_the_embedded_model_goes_on_with_the_same_text(changes: Any) -> No
 
 
 @pytest.mark.skipif(not (CHATS / "manifest.json").is_file(), reason="no model is packaged")
+@pytest.mark.usefixtures("one_core")
 async def test_so_does_the_model_package() -> None:
     async with open_engine(CHATS) as engine:
         short = engine.defaults.with_overrides({"max_new_tokens": 12})

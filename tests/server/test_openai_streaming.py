@@ -272,6 +272,7 @@ async def test_embedded_model_over_a_socket() -> None:
     assert "The answer is 52" in text
 
 
+@pytest.mark.usefixtures("one_core")
 async def test_example_runs(tmp_path: Path) -> None:
     async with d2f_stream.load(brief_model(tmp_path)) as engine, listening(engine) as (server, _):
         environment = os.environ | {"D2F_URL": f"{server.url}/v1"}
