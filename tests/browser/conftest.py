@@ -43,7 +43,7 @@ class OpenPage(Protocol):
     ) -> Page: ...
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
     # Not for the whole session: while Playwright is open, no other event loop runs on this thread.
     from browser.chromium import sync_playwright
