@@ -94,7 +94,7 @@ def run(code: str) -> None:
 
 def names_for(code: str) -> dict[str, object]:
     import d2f_stream
-    from d2f_runtime.engine.opening import embedded_folder
+    from d2f_runtime.models.installed import embedded_folder
     from d2f_stream.client.mqtt_line import connect_mqtt
 
     names: dict[str, object] = {

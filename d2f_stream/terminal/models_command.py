@@ -99,7 +99,7 @@ def listed(entries: Iterable[Entry], here: Sequence[Kept], local: Mapping[str, M
 
 def installed() -> dict[str, Manifest]:
     """Return the models that run without being fetched, by name; broken ones are left out."""
-    from d2f_runtime.engine.opening import embedded_folder  # not at each start
+    from d2f_runtime.models.installed import embedded_folder  # not at each start
 
     found: dict[str, Manifest] = {}
     for name in installed_names():

@@ -12,8 +12,8 @@ import d2f_stream
 from d2f_export.onnx.verify import compare_backends, compare_logits
 from d2f_runtime.backends import open_backend
 from d2f_runtime.backends.onnx_backend import load
-from d2f_runtime.engine.opening import embedded_folder
 from d2f_runtime.models.checkpoints import load_checkpoint
+from d2f_runtime.models.installed import embedded_folder
 from d2f_runtime.models.manifest import read_manifest
 from d2f_runtime.quantization.int8 import Int8Weight
 from d2f_runtime.quantization.stored import quantise

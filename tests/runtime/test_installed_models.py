@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from d2f_runtime.engine.opening import _key, default_folder, embedded_folder, open_engine
-from d2f_runtime.models.installed import DEFAULT, find_installed, installed_names
+from d2f_runtime.engine.opening import _key, open_engine
+from d2f_runtime.models.installed import (
+    DEFAULT,
+    default_folder,
+    embedded_folder,
+    find_installed,
+    installed_names,
+)
 from d2f_stream.core.errors import ModelNotFound
 from scripted_folder import write_model
 

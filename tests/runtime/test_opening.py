@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 import d2f_runtime.models
-from d2f_runtime.engine.opening import _key, embedded_folder, open_engine, shared_engine
+from d2f_runtime.engine.opening import _key, open_engine, shared_engine
+from d2f_runtime.models.installed import embedded_folder
 from d2f_stream.core.errors import ModelDamaged, ModelNotFound
 from scripted_folder import SCRIPT, write_model
 

@@ -5,13 +5,11 @@ tokenizer.
 """
 
 import asyncio
-import logging
 import os
 import threading
 from pathlib import Path
 from typing import Final
 
-import d2f_runtime.models
 from d2f_runtime.backends import BACKENDS, check_backend, choose_backend, open_backend
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.scripted import ByteCodec
@@ -26,17 +24,20 @@ from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.facts import WITHOUT_THOUGHTS, About
 from d2f_runtime.models.files_digest import digest_of_files
 from d2f_runtime.models.hub import HubModel, locate
-from d2f_runtime.models.installed import DEFAULT, EMBEDDED, find_installed
+from d2f_runtime.models.installed import (
+    EMBEDDED,
+    default_folder,
+    embedded_folder,
+    find_installed,
+)
 from d2f_runtime.models.manifest import FILE_NAME, Manifest, read_manifest, verify_files
 from d2f_runtime.models.names import named
 from d2f_runtime.models.published import Published, find_published
 from d2f_runtime.text.files import holds_file
 from d2f_runtime.text.tokenizer import TextCodec, Tokenizer
-from d2f_stream.core.errors import InvalidParams, ModelNotFound, UnsupportedModel
+from d2f_stream.core.errors import InvalidParams, UnsupportedModel
 
-__all__ = ["default_folder", "embedded_folder", "fetch_model", "open_engine", "shared_engine"]
-
-logger = logging.getLogger("d2f_stream.opening")
+__all__ = ["fetch_model", "open_engine", "shared_engine"]
 
 MAX_HASH_BYTES: Final = 1 << 28  # larger files take longer to hash than to load
 
@@ -149,37 +150,6 @@ def shared_engine(model: str | Path | None) -> LocalEngine:
         if engine is None:
             engine = engines[key] = _engine(key)
         return engine
-
-
-def default_folder() -> Path:
-    """Return the folder of the model that is meant where none is named.
-
-    That is the installed package's, where there is one, else the embedded one.
-
-    Raises:
-        ModelNotFound: this installation has neither.
-    """
-    try:
-        folder = find_installed(DEFAULT)
-    except ModelNotFound as error:
-        logger.warning("%s; until then %s answers, which solves word problems", error, EMBEDDED)
-        folder = None
-    return embedded_folder() if folder is None else folder
-
-
-def embedded_folder() -> Path:
-    """Return the folder of the model that ships with the package.
-
-    Raises:
-        ModelNotFound: this installation has none.
-    """
-    folder = Path(d2f_runtime.models.__path__[0]) / "embedded"
-    if not (folder / FILE_NAME).is_file():
-        raise ModelNotFound(
-            f"the embedded model is not part of this installation ({folder} lacks {FILE_NAME}); "
-            "pass a model folder as model="
-        )
-    return folder
 
 
 def _key(
