@@ -77,7 +77,8 @@ def test_shards_reduce_their_gradients_after_each_micro_batch(tmp_path: Path) ->
     """Kept until the last one, they led to wrong heads on GPUs; see open_accelerator."""
     save_checkpoint(tmp_path, tiny_model(CONFIGS["llada"]))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["d2f_export.distill.run", "peft", "torch.distributed.fsdp"])
     processes = [
         context.Process(target=one_micro_batch, args=(rank, store.port, tmp_path))
         for rank in range(2)
