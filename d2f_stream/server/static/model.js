@@ -17,7 +17,7 @@ export function showModel(model, ask) {
   $("model-name").textContent = name;
   $("model-description").textContent = description || `Answers come from ${name}.`;
   const context = `Context of ${numbers.format(max_len)} tokens`;
-  const facts = [name, license ? `Licence: ${license}` : "Licence: not told", context];
+  const facts = [name, license ? `Licence: ${license}` : "Licence: not stated", context];
   $("model-facts").textContent = facts.join(" · ");
   $("about-model").textContent = [description || `Family: ${family}.`, facts.join(" · ")].join("\n");
   const questions = model.examples?.length ? model.examples : USUAL;

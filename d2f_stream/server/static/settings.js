@@ -32,14 +32,14 @@ const FIELDS = [
   {
     name: "top_p",
     label: "Top p",
-    about: "The likeliest tokens that together have this probability are drawn from.",
+    about: "Tokens are drawn from the likeliest ones that together have this probability.",
     kind: "range",
     bounds: () => ({ min: 0.05, max: 1, step: 0.05 }),
   },
   {
     name: "confidence_threshold",
     label: "Confidence threshold",
-    about: "Surer tokens are accepted at once. Lower is faster, higher is safer.",
+    about: "Tokens surer than this are accepted at once. Lower is faster, higher is safer.",
     kind: "range",
     bounds: () => ({ min: 0.05, max: 1, step: 0.05 }),
   },
@@ -53,14 +53,14 @@ const FIELDS = [
   {
     name: "max_active_blocks",
     label: "Active blocks",
-    about: "In work at once. Empty: no bound.",
+    about: "Written at once. Empty: no limit.",
     isOptional: true,
     bounds: () => ({ min: 1, max: 64, step: 1 }),
   },
   {
     name: "seed",
     label: "Seed",
-    about: "Of the sampling. Empty: a new one.",
+    about: "For sampling. Empty: a new one each time.",
     isOptional: true,
     bounds: () => ({ min: Number.MIN_SAFE_INTEGER, max: Number.MAX_SAFE_INTEGER, step: 1 }),
   },
@@ -82,7 +82,7 @@ export class Settings {
     this.#root = root;
     this.#onChange = onChange;
     this.#system = textField("system", "System prompt", "What the model is told before the chat.", 4);
-    const aboutStop = "One a line; each ends the answer where it would stand.";
+    const aboutStop = "One per line; each ends the answer where it would appear.";
     this.#stop = textField("stop", "Stop strings", aboutStop, 2);
     for (const field of [this.#system, this.#stop]) {
       field.input.addEventListener("input", () => this.#changed());

@@ -28,6 +28,7 @@ from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import D2FError, EngineClosed, EngineFailed
 from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.printable import printable
 
 __all__ = ["StepLoop"]
 
@@ -222,10 +223,17 @@ class StepLoop:
     def _note_failure(self, error: Exception) -> None:
         MODELS.discard(self._model)
         name, loaded = self._model.name, self.parts is not None
-        logger.error("model %s failed %s", name, "in use" if loaded else "to load", exc_info=error)
+        where = "in use" if loaded else "to load"
+        logger.error("model %s failed %s", name, where, exc_info=error)
         if isinstance(error, EngineFailed) or (isinstance(error, D2FError) and not loaded):
             self.failure = error
         else:
-            self.failure = EngineFailed(f"the backend failed: {error!r}")
+            self.failure = EngineFailed(f"the model failed {where}: {_first_line(error)}")
             self.failure.__cause__ = error
         self.failed.set()
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error's kind and the beginning of what it says; the log has all of it."""
+    said, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {printable(said)}" if said else type(error).__name__
