@@ -14,6 +14,7 @@ from d2f_stream.core.nearest import did_you_mean, one_of
 __all__ = ["Parser", "add_command", "new_parser"]
 
 BAD_INPUT: Final = 2
+NUMBERS: Final[dict[Any, str]] = {int: "a whole number", float: "a number"}
 
 
 class HelpText(argparse.RawDescriptionHelpFormatter):
@@ -68,6 +69,15 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(option, known) or f"{self.prog} --help lists the options"
             self.error(f"there is no option {option}; {hint}")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in NUMBERS:
+                raise
+            must = f"must be {NUMBERS[action.type]}"
+            self.error(f"{_told(action)} is {arg_string!r} but {must}")
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
@@ -75,8 +85,7 @@ class Parser(argparse.ArgumentParser):
         if isinstance(action, argparse._SubParsersAction):
             hint = did_you_mean(value, choices) or f"{self.prog} --help lists the commands"
             self.error(f"there is no command {value!r}; {hint}")
-        name = "/".join(action.option_strings) or _name(action)
-        self.error(f"{name} is {value!r} but must be {one_of(str(value), choices)}")
+        self.error(f"{_told(action)} is {value!r} but must be {one_of(str(value), choices)}")
 
 
 def new_parser(prog: str, description: str, *, example: str, more: str = "") -> Parser:
@@ -106,6 +115,10 @@ def add_command(
         name, help=text, description=made.description, epilog=made.epilog,
         formatter_class=HelpText,
     )  # fmt: skip
+
+
+def _told(action: argparse.Action) -> str:
+    return "/".join(action.option_strings) or _name(action)
 
 
 def _name(action: argparse.Action) -> str:

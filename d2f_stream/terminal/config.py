@@ -52,10 +52,13 @@ class Config:
         """Write a value, or take it out; the file is replaced whole, readable by its owner only.
 
         Raises:
-            InvalidParams: there is no such key, or the file cannot be written.
+            InvalidParams: there is no such key, the server is no address, or the file cannot be
+                written.
         """
         if key not in KEYS:
             raise InvalidParams("key", key, one_of(key, KEYS))
+        if key == "server" and value is not None and "://" not in value:
+            raise InvalidParams(key, value, f"a whole address, such as http://{value}")
         values = {**self._values, key: value}
         kept = {name: text for name, text in values.items() if text is not None}
         lines = "".join(f"{name} = {json.dumps(kept[name])}\n" for name in sorted(kept))

@@ -188,7 +188,8 @@ def test_default_model_is_that_of_the_config_file(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert cli.main(["config", "set", "model", "some/model"]) == 0
     assert cli.main(["config", "set", "token", "secret"]) == 0
-    capsys.readouterr()
+    assert cli.main(["config", "set", "server", "localhost:8000"]) == 2
+    assert "such as http://localhost:8000" in capsys.readouterr().err
     cli.main(["config", "show"])
     shown = capsys.readouterr().out
     assert "some/model" in shown

@@ -110,6 +110,8 @@ def test_every_command_of_the_help_is_looked_at() -> None:
         ("config set modle x", "KEY is 'modle' but must be one of model, server, token; did you"),
         ("completion bsh", "SHELL is 'bsh' but must be one of bash, zsh, tcsh; did you mean bash"),
         ("generate hi --commit verfy", "--commit is 'verfy'"),
+        ("generate hi --temperature hot", "--temperature is 'hot' but must be a number"),
+        ("serve --port http", "--port is 'http' but must be a whole number"),
         ("generate two words", "no place for 'words'; a text with spaces needs quotes"),
         ("generate -x", "no option -x"),
         ("distill --modle x --output y", "no option --modle; did you mean --model?"),

@@ -7,6 +7,7 @@ before its weights are on their way. Never code, never pickles.
 
 import contextlib
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,4 +218,18 @@ def _not_found(model: HubModel, error: Exception) -> D2FError:
             f"the hub does not let you read {model} (status {response.status_code}); log in with "
             "`hf auth login`, as somebody who may"
         )
-    return _Unreachable(model, " ".join(str(error).split()) or type(error).__name__)
+    return _Unreachable(model, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """Return why the hub's library got nothing, without its advice where the cause is plain."""
+    from huggingface_hub import constants, errors
+
+    root: BaseException = error
+    while (below := root.__cause__ or root.__context__) is not None:
+        root = below
+    if isinstance(root, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, which forbids it"
+    if isinstance(root, socket.gaierror | ConnectionError | TimeoutError):
+        return f"{constants.ENDPOINT} cannot be reached ({root.strerror or type(root).__name__})"
+    return " ".join(str(error).split()) or type(error).__name__
