@@ -110,7 +110,10 @@ def _open(
     options.intra_op_num_threads = _num_threads(manifest)
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if providers != [CPU]:
+    if providers == [CPU]:
+        # It plans memory by the inputs' shapes, which are new ones in every step of an answer.
+        options.enable_mem_pattern = False
+    else:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # else it makes 16 bits of int4 first, in every step of more than 16 rows
         options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
