@@ -15,8 +15,9 @@ from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.kernels.sampling import forbid, propose, temper
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
+from d2f_runtime.models.masks import block_causal_mask
 from d2f_runtime.models.mixture_config import MixtureConfig
-from d2f_runtime.models.transformer import Transformer, block_causal_mask
+from d2f_runtime.models.transformer import Transformer
 
 Stored = Literal["torch", "fp32", "fp16", "int8", "int4", "int4-fp16", "int4-int8", "device"]
 

@@ -100,11 +100,7 @@ class Conversation:
             self._changed()
 
     def cancel(self, request_id: str) -> None:
-        """Give a request up. Idempotent.
-
-        The server ends it where it can be told. Otherwise it ends here and now, and the server is
-        told later.
-        """
+        """Give a request up: the server ends it, or we do here and tell it later. Idempotent."""
         asked = self._requests.get(request_id)
         if asked is None or asked.cancelled:
             return

@@ -23,7 +23,8 @@ from d2f_stream.cluster.orders import (
     encode,
     refusal,
 )
-from d2f_stream.core.errors import D2FError, EngineFailed, InvalidRequest, error_from
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import D2FError, EngineFailed, InvalidRequest
 from d2f_stream.core.events import Block, Event, StreamFailed
 from d2f_stream.core.params import ParamOverrides
 from d2f_stream.core.session import Prompt

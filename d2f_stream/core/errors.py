@@ -34,7 +34,7 @@ the offending value, the limit and the way out.
         └── ProtocolError                one side sent what the other cannot read
 """
 
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from d2f_stream.core.printable import shown
 
@@ -68,7 +68,6 @@ __all__ = [
     "Unauthorized",
     "UnsupportedModel",
     "WorkerLost",
-    "error_from",
 ]
 
 
@@ -291,25 +290,3 @@ class ProtocolError(RemoteError):
     """A message that cannot be read, or that has no place where it came."""
 
     code = "protocol_error"
-
-
-def error_from(code: str, message: str) -> D2FError:
-    """Return the error of a code that came over the wire; of an unknown one, a D2FError with it.
-
-    Errors that are made of values come back as their parent, since only the sentence crosses; the
-    code is kept.
-    """
-    kind = _BY_CODE.get(code, D2FError)
-    while "__init__" in vars(kind):
-        kind = next(base for base in kind.__bases__ if issubclass(base, D2FError))
-    error = kind(message)
-    if error.code != code:
-        error.code = code  # type: ignore[misc]  # the class's stands for all others
-    return error
-
-
-def _with_subclasses(kind: type[D2FError]) -> list[type[D2FError]]:
-    return [kind, *(found for child in kind.__subclasses__() for found in _with_subclasses(child))]
-
-
-_BY_CODE: Final = {kind.code: kind for kind in _with_subclasses(D2FError)}

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Protocol, Self, Unpack
 
 from d2f_stream.core.buffer import EventBuffer
-from d2f_stream.core.errors import D2FError, EngineClosed, error_from
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import D2FError, EngineClosed
 from d2f_stream.core.events import (
     Block,
     Event,

@@ -1,4 +1,4 @@
-"""Metrics: what the server does, for Prometheus. The only place that knows prometheus_client.
+"""Metrics: what the server does, for Prometheus. Knows prometheus_client, as engine_load.py does.
 
 Counts are made from what the registry tells its observer; what the engine and the gateway know
 anyway is read when Prometheus asks. Labels are outcomes and error codes, of which there are few;
@@ -7,7 +7,7 @@ never clients, streams or texts.
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,10 +16,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from d2f_stream.core.errors import D2FError, Unauthorized, error_from
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import D2FError, Unauthorized
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.core.session import Engine
 from d2f_stream.server.auth import Auth
+from d2f_stream.server.engine_load import MeasuredEngine, read_load
 from d2f_stream.server.http.login import LastFailedLogin, client_of
 from d2f_stream.server.http.middleware import error_response
 from d2f_stream.server.logins import FailedLogins
@@ -38,54 +40,6 @@ STEP_SECONDS: Final = (
 WAIT_SECONDS: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 TOKENS_PER_STEP: Final = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
-
-
-@runtime_checkable
-class MeasuredEngine(Protocol):
-    """An engine that runs its steps in this process, so that it can say more."""
-
-    @property
-    def current_load(self) -> "EngineLoad":
-        """What it does at this moment."""
-        ...
-
-    def on_step(self, observe: Callable[[float, int], None]) -> Callable[[], None]:
-        """Call `observe` after each step with its wall time, seconds, and its rows."""
-        ...
-
-
-class EngineLoad(Protocol):
-    """What an engine does at one moment."""
-
-    @property
-    def num_running(self) -> int:
-        """Sessions that hold a slot."""
-        ...
-
-    @property
-    def num_waiting(self) -> int:
-        """Sessions in the queue."""
-        ...
-
-    @property
-    def kept_tokens(self) -> int:
-        """Tokens of storage that is kept for prompts that begin like earlier ones."""
-        ...
-
-    @property
-    def reused_tokens(self) -> int:
-        """Prompt tokens so far that needed no computing."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of running sessions' prompts that are still to be computed."""
-        ...
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the open slots have room for."""
-        ...
 
 
 class Metrics:
@@ -164,7 +118,7 @@ class Metrics:
         self.registry.register(_Readings(self._read_connections))
         if isinstance(engine, MeasuredEngine):
             self._unwatch = engine.on_step(self._note_step)
-            self.registry.register(_Readings(lambda: _read_load(engine.current_load)))
+            self.registry.register(_Readings(lambda: read_load(engine.current_load)))
 
     def unwatch(self) -> None:
         """Take nothing more from the engine's steps. Idempotent."""
@@ -285,17 +239,3 @@ class _Readings(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return self._read()
-
-
-def _read_load(load: EngineLoad) -> Iterator[Metric]:
-    readings = (
-        ("d2f_sessions_running", "Sessions of the engine that hold a slot", load.num_running),
-        ("d2f_sessions_waiting", "Sessions of the engine that wait for a slot", load.num_waiting),
-        ("d2f_kv_tokens", "Tokens that the engine's open slots have room for", load.kv_tokens),
-        ("d2f_kept_tokens", "Tokens of storage kept for prompts to come", load.kept_tokens),
-        ("d2f_prompt_tokens", "Prompt tokens still to be computed", load.prompt_tokens),
-    )
-    for name, meaning, value in readings:
-        yield GaugeMetricFamily(name, meaning, value)
-    meaning = "Prompt tokens that needed no computing, since their K/V were kept"
-    yield CounterMetricFamily("d2f_reused_prompt_tokens", meaning, load.reused_tokens)

@@ -20,13 +20,8 @@ from typing import Final, Literal, Self
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from d2f_stream.core.errors import (
-    D2FError,
-    InvalidPrompt,
-    InvalidRequest,
-    LimitExceeded,
-    error_from,
-)
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import D2FError, InvalidPrompt, InvalidRequest, LimitExceeded
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.core.params import (
     Attention,

@@ -21,7 +21,8 @@ from d2f_runtime.kernels.language import HAS_TRITON
 from d2f_runtime.models.checkpoints import load_checkpoint, save_checkpoint
 from d2f_runtime.models.draft_facts import DraftFacts
 from d2f_runtime.models.fast_transformer import KERNELS, REFERENCES, FastTransformer, StepTensors
-from d2f_runtime.models.transformer import Transformer, block_causal_mask
+from d2f_runtime.models.masks import block_causal_mask
+from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from d2f_stream.core.params import GenerationParams
 from tiny_drafts import PRODUCTS, draft_adapter, write_draft_adapter

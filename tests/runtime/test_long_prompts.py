@@ -11,7 +11,7 @@ from d2f_runtime.backends import plain_runner
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.torch_backend import TorchBackend
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.models.transformer import MaskRows, block_causal_mask
+from d2f_runtime.models.masks import MaskRows, block_causal_mask
 from tiny_models import CONFIGS, MASK, recompute, tiny_model
 
 pytestmark = pytest.mark.torch

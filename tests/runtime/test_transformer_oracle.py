@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2f_runtime.decoding.window import Window
-from d2f_runtime.models.transformer import block_causal_mask
+from d2f_runtime.models.masks import block_causal_mask
 from tiny_models import CONFIGS, MASK, tiny_model
 
 pytest.importorskip("transformers")

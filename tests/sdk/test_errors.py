@@ -1,6 +1,7 @@
 import pytest
 
 from d2f_stream.core import errors
+from d2f_stream.core.error_codes import error_from
 from d2f_stream.core.errors import (
     ConnectionLost,
     D2FError,
@@ -11,7 +12,6 @@ from d2f_stream.core.errors import (
     ModelNotFound,
     PromptTooLong,
     Unauthorized,
-    error_from,
 )
 
 ALL: list[type[D2FError]] = [

@@ -20,7 +20,6 @@ def test_public_names_are_those_of_the_modules() -> None:
 
     modules = (api, errors, events, limits, session)
     names = {name for module in modules for name in module.__all__}
-    names -= {"error_from"}
     names |= {"GenerationParams", "PRESETS", "ParamOverrides", "__version__", "sync"}
     assert set(params.__all__) >= {"GenerationParams", "ParamOverrides"}
     assert set(d2f_stream.__all__) == names

@@ -5,7 +5,8 @@ from itertools import count
 import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
-from d2f_stream.core.errors import D2FError, Unauthorized, error_from
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import D2FError, Unauthorized
 from d2f_stream.server.auth import Auth
 from d2f_stream.server.metrics import Metrics
 from d2f_stream.server.streams.gateway import Gateway

@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
-from d2f_stream.core.errors import D2FError, ServerShuttingDown, error_from
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import D2FError, ServerShuttingDown
 from d2f_stream.core.events import Block, Event, StreamFailed, StreamFinished
 from d2f_stream.server.openai.requests import AnswerRequest
 from d2f_stream.server.streams.registry import StreamRegistry

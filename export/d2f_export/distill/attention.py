@@ -13,8 +13,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import LayerDraft
+from d2f_runtime.models.masks import MaskRows
 from d2f_runtime.models.rotary import Rope
-from d2f_runtime.models.transformer import Attention, KeyValue, MaskRows, Transformer
+from d2f_runtime.models.transformer import Attention, KeyValue, Transformer
 
 __all__ = ["FlexAttention", "Mask", "block_mask", "use_flex"]
 

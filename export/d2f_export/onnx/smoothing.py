@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d2f_runtime.models.checkpoints import load_checkpoint
-from d2f_runtime.models.transformer import block_causal_mask
+from d2f_runtime.models.masks import block_causal_mask
 
 __all__ = ["DOWN", "FINAL", "NORMS", "smoothing_of"]
 

@@ -17,7 +17,8 @@ from d2f_runtime.backends.rows import num_forwarded
 from d2f_runtime.decoding.window import NO_TOKEN, Proposals, Window
 from d2f_runtime.engine.denoiser import Decoder, decoder_of
 from d2f_runtime.models.facts import ModelInfo
-from d2f_runtime.models.transformer import Transformer, block_causal_mask
+from d2f_runtime.models.masks import block_causal_mask
+from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.params import GenerationParams
 
 __all__ = ["Comparison", "LogitsComparison", "compare_backends", "compare_logits"]

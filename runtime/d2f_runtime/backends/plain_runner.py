@@ -20,7 +20,8 @@ from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.kv_pool import KVPool, PooledPast, Span, ranges
 from d2f_runtime.backends.rows import Floats, Ints, Masks, num_forwarded, shifted_positions
 from d2f_runtime.models.facts import ModelInfo
-from d2f_runtime.models.transformer import MaskRows, Transformer, block_causal_mask, branched_mask
+from d2f_runtime.models.masks import MaskRows, block_causal_mask, branched_mask
+from d2f_runtime.models.transformer import Transformer
 
 __all__ = ["PlainRunner", "groups"]
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Final
 
 from d2f_stream.channels.ending import end_tasks
-from d2f_stream.core.errors import LogUnavailable, StreamLost, error_from
+from d2f_stream.core.error_codes import error_from
+from d2f_stream.core.errors import LogUnavailable, StreamLost
 from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey.keys import Keys, decoded, events_of
