@@ -150,18 +150,19 @@ class Chat:
         name, _, value = text.partition(" ")
         current = msgspec.structs.asdict(self._current.defaults.with_overrides(self._overrides))
         if not name:
-            self._console.print(_table(current))
+            self._console.print(_table({field: _told(current[field]) for field in current}))
             return
         if name not in current:
             near = did_you_mean(name, current) or f"there are {', '.join(current)}"
             raise InvalidRequest(f"there is no parameter {name!r}; {near}")
         if not value:
-            self._say(f"{name} = {current[name]}")
+            self._say(f"{name} = {_told(current[name])}")
             return
-        given: ParamOverrides = {**self._overrides, name: _value(value)}  # type: ignore[misc]
+        read = _value(value)
+        given: ParamOverrides = {**self._overrides, name: read}  # type: ignore[misc]
         self._current.defaults.with_overrides(given)  # refuses what does not fit
         self._overrides = given
-        self._say(f"{name} = {value}")
+        self._say(f"{name} = {_told(read)}")
 
     def _set_canvas(self, text: str) -> None:
         if text not in ("", "on", "off"):
@@ -270,11 +271,16 @@ def _value(text: str) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _table(rows: Mapping[str, object]) -> Table:
+def _told(value: object) -> str:
+    """Return a parameter's value as `_value` takes it."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _table(rows: Mapping[str, str]) -> Table:
     """Return names and what is said of them in columns, each wrapped in its own."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(style="dim")
     for name, told in rows.items():
-        table.add_row(Text(name), Text(str(told)))
+        table.add_row(Text(name), Text(told))
     return table
