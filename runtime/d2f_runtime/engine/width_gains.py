@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from d2f_runtime.decoding.width import MAX_DRAFTS, UNBOUNDED_BLOCKS, Width
+from d2f_runtime.engine.fill_laws import BlocksLaw, DraftsLaw, FillLaw
 
 __all__ = ["Gain", "Span", "WidthGains"]
 
@@ -28,6 +29,8 @@ HOPE: Final = 1.25
 ERROR: Final = 0.35
 """How far a span is thought to be off the mean, before that is seen; so many spans' mean is nearer
 by their root."""
+LUCK: Final = 0.5
+"""Of that error of a mean, how much a width may have had bad luck by and is tried on."""
 ERROR_SPANS: Final = 32
 """Spans that tell how far they are off."""
 DOUBT: Final = 0.97
@@ -84,12 +87,13 @@ class WidthGains:
         if verifies:
             own = min(blocks * block_size, MAX_DRAFTS)
             masks = [width.max_drafts or own for width in widths]
-            self._guesses = [_guess_verified(count) for count in masks]
+            self._laws: Sequence[FillLaw] = [DraftsLaw(count) for count in masks]
         else:
-            self._guesses = [
-                _guess_filled(width.max_active_blocks or blocks, width.part_size, block_size)
+            self._laws = [
+                BlocksLaw(width.max_active_blocks or blocks, width.part_size or block_size)
                 for width in widths
             ]
+        self._guesses = [Gain(law.tokens(law.usual), law.rows) for law in self._laws]
         self._unit = 1.0  # what the next span weighs: all before it weigh less in turn
         self._weights = [0.0] * len(widths)
         self._steps = [0.0] * len(widths)
@@ -172,13 +176,12 @@ class WidthGains:
         return Gain(tokens + (guess.tokens - tokens) * prior, rows + (guess.rows - rows) * prior)
 
     def _guess(self, index: int, other: int) -> Gain:
-        """Return the guess for a width, stretched by what is known of another one."""
-        guess = self._guesses[index]
+        """Return the guess for a width, by the speed at which another one fills."""
+        law, base, steps = self._laws[index], self._laws[other], self._steps[other]
         if self._weights[other] < SEEN * self._unit:
-            return guess
-        steps, base = self._steps[other], self._guesses[other]
-        tokens = guess.tokens * self._tokens[other] / (steps * base.tokens)
-        return Gain(tokens, guess.rows * self._rows[other] / (steps * base.rows))
+            return self._guesses[index]
+        speed = base.speed(self._tokens[other] / steps)
+        return Gain(law.tokens(speed), law.rows * self._rows[other] / (steps * base.rows))
 
     def _hope(self, index: int) -> Gain:
         """Return what a width may well bring: where it is unknown, the most that others allow.
@@ -191,7 +194,7 @@ class WidthGains:
             return gain
         if self.known(index):
             spans = self._weights[index] / self._unit
-            return Gain(gain.tokens * (1.0 + (self._square_error / spans) ** 0.5), gain.rows)
+            return Gain(gain.tokens * (1.0 + LUCK * (self._square_error / spans) ** 0.5), gain.rows)
         wider = [other for other in range(index + 1, len(self._guesses)) if self.known(other)]
         tokens = gain.tokens * HOPE
         if wider:  # which brings no less
@@ -199,18 +202,3 @@ class WidthGains:
             is_new = self._weights[index] < SEEN * self._unit
             tokens = most if is_new else min(tokens, most)
         return Gain(max(tokens * DOUBT, gain.tokens), gain.rows)
-
-
-def _guess_verified(num_drafts: int) -> Gain:
-    # One draft is what the model says next: its row is never run, and it is never wrong.
-    if num_drafts == 1:
-        return Gain(1.0, 1.0)
-    return Gain(1.0 + 0.4 * (num_drafts.bit_length() - 1), 1.5 * num_drafts)
-
-
-def _guess_filled(num_blocks: int, part_size: int | None, block_size: int) -> Gain:
-    if part_size == 1 or block_size == 1:
-        return Gain(1.0, 1.0)
-    if part_size is not None:
-        return Gain(2.0 * (part_size / block_size) ** 0.2, 1.5 * part_size)
-    return Gain(min(block_size, 2.0 * num_blocks**0.5), block_size * (num_blocks + 0.5))
