@@ -134,8 +134,10 @@ class RunningSession:
     def _note_speed(self, choice: int, span: Span) -> None:
         if not (self.narrows and self.gains.known(choice)):
             return
+        if self.kind.verifies and choice == 0:
+            return  # a single draft brings one token, whatever its request is
         floor = span.steps if self.kind.verifies else 0
-        expected = self.gains.expected[choice].tokens * span.steps - floor
+        expected = self.gains.seen_tokens(choice) * span.steps - floor
         if expected > 0:
             self._tokens += max(0, span.tokens - floor)
             self._expected += expected

@@ -125,10 +125,17 @@ class WidthGains:
         """Whether a width need not be tried any longer."""
         return self._weights[index] >= ENOUGH * self._unit
 
+    def seen_tokens(self, index: int) -> float:
+        """Return what steps of a width have brought, which must have run, whatever is guessed.
+
+        Each session asks after each span, so this is the cheap answer.
+        """
+        return self._tokens[index] / self._steps[index]
+
     def note(self, index: int, span: Span) -> None:
         """Take a span of a width into account."""
-        if self.known(index):
-            error = span.tokens / (span.steps * self.expected[index].tokens) - 1.0
+        if self.known(index) and self._tokens[index]:
+            error = span.tokens / (span.steps * self.seen_tokens(index)) - 1.0
             self._square_error += (min(1.0, error**2) - self._square_error) / ERROR_SPANS
         self._unit *= 1.0 + FORGET
         self._weights[index] += self._unit
