@@ -98,6 +98,19 @@ def test_a_prompt_s_piece_beside_sessions_one_by_one_is_its_own_step(
     assert rows == 100 or stairs(rows + 1) > more_ms - 1e-6
 
 
+@pytest.mark.parametrize("rows", [128, 130, 150])
+def test_rows_that_were_dear_for_a_while_are_so_no_longer(rows: int) -> None:
+    """Steps of a knot's own rows tell nothing of the next one, which must not stay as it was."""
+    shapes = (1, 32, 128, 192, 256, 512)
+    cost = StepCost(TimedStep(known, 1, affine(known, 1)) for known in shapes)
+    for _ in range(20):
+        cost.learn(TimedStep(192, 1, 100 * affine(192, 1)))
+    assert cost.ms(192, 1) > 2 * affine(192, 1)
+    for _ in range(300):
+        cost.learn(TimedStep(rows, 1, affine(rows, 1)))
+    assert cost.ms(192, 1) < 1.15 * affine(192, 1)
+
+
 def test_a_compiler_s_pause_says_little() -> None:
     cost = StepCost([TimedStep(rows, 1, affine(rows, 1)) for rows in (1, 128, 512)])
     cost.learn(TimedStep(100, 1, 2300.0))

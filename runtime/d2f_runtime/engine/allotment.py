@@ -46,12 +46,14 @@ def allot(parts: Sequence[Part], cost: StepCost, *, max_rows: int) -> list[int]:
         return _allot_apart(parts, cost, max_rows)
     num_sessions = _num_sessions(parts, cost)
     chosen = [0] * num_sessions
-    widenings = [
-        widening
-        for number, part in enumerate(parts[:num_sessions])
-        if len(part.choices) > 1
-        for widening in _widenings(number, part.choices)
-    ]
+    widenings: list[tuple[float, int, int, Gain]] = []
+    hulls: dict[int, Sequence[_Widening]] = {}  # sessions that are alike share their choices
+    for number, part in enumerate(parts[:num_sessions]):
+        if len(part.choices) > 1:
+            hull = hulls.get(id(part.choices))
+            if hull is None:
+                hull = hulls[id(part.choices)] = _widenings(part.choices)
+            widenings += [(slope, number, choice, more) for slope, choice, more in hull]
     if not widenings:
         return chosen
     widenings.sort(key=itemgetter(0), reverse=True)  # stable: those in front first
@@ -131,22 +133,30 @@ def _last_near_best(rates: Sequence[float]) -> int:
     return max((number for number, rate in enumerate(rates, 1) if rate >= enough), default=0)
 
 
-def _widenings(number: int, choices: Sequence[Gain]) -> list[tuple[float, int, int, Gain]]:
-    """Return (tokens a row, number, choice, difference) of the steps along the choices' hull."""
-    found: list[tuple[float, int, int, Gain]] = []
+class _Widening(NamedTuple):
+    """A step along the hull of a session's choices: what it brings for a row, and in all."""
+
+    slope: float
+    choice: int
+    more: Gain
+
+
+def _widenings(choices: Sequence[Gain]) -> Sequence[_Widening]:
+    """Return the steps along the choices' hull, the best ones first."""
+    found: list[_Widening] = []
     at = 0
     while at + 1 < len(choices):
         here = choices[at]
-        best: tuple[float, int, int, Gain] | None = None
+        best: _Widening | None = None
         for choice in range(at + 1, len(choices)):
             there = choices[choice]
             more = Gain(there.tokens - here.tokens, max(there.rows - here.rows, 1e-6))
             slope = more.tokens / more.rows
-            if best is None or slope >= best[0]:
-                best = slope, number, choice, more
+            if best is None or slope >= best.slope:
+                best = _Widening(slope, choice, more)
         assert best is not None
-        if best[0] <= 0.0:
+        if best.slope <= 0.0:
             break
         found.append(best)
-        at = best[2]
+        at = best.choice
     return found

@@ -11,6 +11,8 @@ __all__ = ["RunningSession"]
 
 OTHERS: Final = 64.0
 """Tokens of its kind that a request's own stand against, until it has more."""
+SPEEDS: Final = 16
+"""Speeds that are told from each other, of those up to that of the kind."""
 
 
 class RunningSession:
@@ -23,6 +25,8 @@ class RunningSession:
         width: number of the width that it keeps for now; None where that is to be decided.
         narrows: whether its windows may be narrower than its request's own.
         probes: whether it tries a width of which too little is known.
+        speed: how many times as much as its kind its windows bring, roughly, so that many sessions
+            have one in common.
 
     Args:
         kind: of its request.
@@ -51,6 +55,7 @@ class RunningSession:
         self._last_width: Width | None = None  # of its last step
         self._begun_tokens = 0  # that may be in work since windows had another width
         self._span = Span(0, 0, 0)
+        self.speed = 1.0
         self._tokens = self._expected = OTHERS
 
     def begin_at(self, num_cached: int) -> None:
@@ -84,12 +89,11 @@ class RunningSession:
     def gain(self, choice: int, *, hopes: bool) -> Gain:
         """Return what a step of the width brings: as its kind does, or more, as it did before."""
         gain = (self.gains.hoped if hopes else self.gains.expected)[choice]
-        if not self.narrows:
+        if self.speed == 1.0:
             return gain
-        factor = self._tokens / self._expected
         if self.kind.verifies:  # a step brings a token in any case
-            return Gain(1.0 + max(0.0, gain.tokens - 1.0) * factor, gain.rows)
-        return Gain(gain.tokens * factor, gain.rows)
+            return Gain(1.0 + max(0.0, gain.tokens - 1.0) * self.speed, gain.rows)
+        return Gain(gain.tokens * self.speed, gain.rows)
 
     def next_rows(self, choice: int) -> float:
         """Return the rows of its next window: those of the last one, if it has its width."""
@@ -144,3 +148,4 @@ class RunningSession:
         if self._expected > 4 * OTHERS:  # older spans count less
             self._tokens = (self._tokens + OTHERS) / 2
             self._expected = (self._expected + OTHERS) / 2
+        self.speed = max(1, round(SPEEDS * self._tokens / self._expected)) / SPEEDS

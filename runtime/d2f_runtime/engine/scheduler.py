@@ -87,9 +87,8 @@ class Scheduler(Generic[Id]):
     ) -> None:
         """Queue a session under an id that is not in use.
 
-        `capacity_tokens` is the K/V storage it needs at most, `prompt` is what its first steps
-        store, `kind` is its request's, `may_narrow` whether others may narrow its windows; those of
-        verified answers always may be narrowed.
+        `capacity_tokens` is the K/V storage it needs at most, `prompt` what its first steps store,
+        `may_narrow` whether others may narrow its windows, as they may those of verified answers.
 
         Raises:
             OutOfCapacity: it could not be admitted even alone.
@@ -208,12 +207,7 @@ class Scheduler(Generic[Id]):
         return self._bounds.sessions
 
     def share_steps(self, max_rows: int, *, one_by_one: bool = False) -> None:
-        """Let so many sessions share a step; before the first one.
-
-        Args:
-            max_rows: how many.
-            one_by_one: whether they run one after another, so that they share nothing but it.
-        """
+        """Let so many sessions share a step, one by one or at once; before the first step."""
         self._bounds = self._bounds._replace(sessions=max_rows)
         self._cost = StepCost(one_by_one=one_by_one)
 

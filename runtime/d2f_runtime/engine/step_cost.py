@@ -170,24 +170,30 @@ class StepCost:
         if knots[index] > knots[index + 1]:
             knots[index] = knots[index + 1] = (knots[index] + knots[index + 1]) / 2
         self._guess_unseen()
-        self._remember(index)
+        self._remember(index, along)
         for below in range(index):
             knots[below] = min(knots[below], knots[index])
         for above in range(index + 2, len(knots)):
             knots[above] = max(knots[above], knots[index + 1])
 
-    def _remember(self, index: int) -> None:
-        """Let all but one segment return to the shape that was timed, at the speed of that one.
+    def _remember(self, index: int, along: float) -> None:
+        """Let knots of which a step told nothing return to the shape that was timed, at its speed.
 
         What was found dear for a while would else never be tried again.
+
+        Args:
+            index: of the segment that the step was in.
+            along: how far, from 0 to 1; at either end it told nothing of the other one.
         """
         if not self._warm_ms:
             return
         knots, warm = self._knots_ms, self._warm_ms
-        speed = (knots[index] + knots[index + 1]) / (warm[index] + warm[index + 1])
+        told = {index: 1.0 - along, index + 1: along}
+        speed = sum(share * knots[knot] for knot, share in told.items())
+        speed /= sum(share * warm[knot] for knot, share in told.items())
         for knot in range(len(knots)):
-            if knot not in (index, index + 1):
-                knots[knot] += RETURN * (warm[knot] * speed - knots[knot])
+            rate = RETURN * (1.0 - told.get(knot, 0.0))
+            knots[knot] += rate * (warm[knot] * speed - knots[knot])
 
     def _keep_known(self, index: int, sessions: int) -> None:
         """Let a step of many sessions make none of fewer rows cheaper than it is known to be.
@@ -211,7 +217,7 @@ class StepCost:
         seen = [knot for knot, times in enumerate(self._seen) if times]
         first, last = seen[0], seen[-1]
         for knot in range(first):
-            self._knots_ms[knot] = self._knots_ms[first] * (KNOTS[knot] / KNOTS[first]) ** 0.5
+            self._knots_ms[knot] = self._knots_ms[first] * (KNOTS[knot] / KNOTS[first]) ** 0.75
         for knot in range(last + 1, len(KNOTS)):
             self._knots_ms[knot] = self._knots_ms[last] * (KNOTS[knot] / KNOTS[last]) ** 0.25
 

@@ -63,6 +63,16 @@ class Place(NamedTuple, Generic[Id]):
     piece: Piece | None
 
 
+class _Like(NamedTuple):
+    """What decides what a session's windows bring; many sessions have it in common."""
+
+    gains: WidthGains
+    speed: float
+    hopes: bool
+    choice: int
+    num_choices: int
+
+
 def line_up(
     ready: Sequence[tuple[Id, RunningSession]],
     cost: StepCost,
@@ -86,7 +96,7 @@ def line_up(
     line: list[Place[Id]] = []
     room: float = bounds.rows
     num_skipped = 0
-    alike: dict[WidthGains, Part] = {}  # what sessions without a choice bring
+    alike: dict[_Like, Sequence[Gain]] = {}
     for session_id, session in ready:
         hopes, choices = False, _choices(session, is_alone=is_alone)
         piece = prompts.next_piece(session, choices[0]) if session.prompt_rows else None
@@ -108,14 +118,13 @@ def line_up(
             asked.add(session.kind)
         if piece is not None:
             prompts.take(piece, rows)
-        has_alike = piece is None and not session.narrows
-        part = alike.get(session.gains) if has_alike else None
-        if part is None:
-            gains = [session.gain(choice, hopes=hopes) for choice in choices] or NOTHING
-            part = Part(gains, prompt_rows)
-        if has_alike:
-            alike[session.gains] = part
-        line.append(Place(session_id, choices, part, hopes, piece))
+        gains: Sequence[Gain] = NOTHING
+        if choices:
+            like = _Like(session.gains, session.speed, hopes, choices[0], len(choices))
+            if like not in alike:
+                alike[like] = [session.gain(choice, hopes=hopes) for choice in choices]
+            gains = alike[like]
+        line.append(Place(session_id, choices, Part(gains, prompt_rows), hopes, piece))
         if len(line) == bounds.sessions:
             break
     if not line and ready and was_long:
