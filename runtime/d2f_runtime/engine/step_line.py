@@ -63,16 +63,6 @@ class Place(NamedTuple, Generic[Id]):
     piece: Piece | None
 
 
-class _Like(NamedTuple):
-    """What decides what a session's windows bring; many sessions have it in common."""
-
-    gains: WidthGains
-    speed: float
-    hopes: bool
-    choice: int
-    num_choices: int
-
-
 def line_up(
     ready: Sequence[tuple[Id, RunningSession]],
     cost: StepCost,
@@ -96,7 +86,7 @@ def line_up(
     line: list[Place[Id]] = []
     room: float = bounds.rows
     num_skipped = 0
-    alike: dict[_Like, Sequence[Gain]] = {}
+    alike: dict[tuple[WidthGains, float, bool, int, int], Sequence[Gain]] = {}
     for session_id, session in ready:
         hopes, choices = False, _choices(session, is_alone=is_alone)
         piece = prompts.next_piece(session, choices[0]) if session.prompt_rows else None
@@ -120,7 +110,7 @@ def line_up(
             prompts.take(piece, rows)
         gains: Sequence[Gain] = NOTHING
         if choices:
-            like = _Like(session.gains, session.speed, hopes, choices[0], len(choices))
+            like = session.gains, session.speed, hopes, choices[0], len(choices)
             if like not in alike:
                 alike[like] = [session.gain(choice, hopes=hopes) for choice in choices]
             gains = alike[like]

@@ -159,36 +159,38 @@ class WidthGains:
         numbers = range(len(self._guesses))
         by_weight = sorted(numbers, key=self._weights.__getitem__, reverse=True)
         best, *others = by_weight
-        second = others[0] if others else best
+        pace, other_pace = self._pace(best), self._pace(others[0] if others else best)
         self._expected = tuple(
-            [self._expect(index, second if index == best else best) for index in numbers]
+            [self._expect(index, other_pace if index == best else pace) for index in numbers]
         )
         self._hoped = tuple(map(self._hope, numbers))
 
-    def _expect(self, index: int, other: int) -> Gain:
+    def _expect(self, index: int, pace: Gain | None) -> Gain:
         """Return what was seen; the less that is, the more what the others let guess.
 
         Args:
             index: of the width.
-            other: that of the others of which most is known; itself where it is the only one.
+            pace: of that of the others of which most is known; its own where it is the only one.
         """
         weight = self._weights[index] / self._unit
         if self._is_single(index):
             return self._guesses[index]
-        guess = self._guess(index, other)
+        guess = self._guesses[index]
+        if pace is not None:
+            guess = Gain(self._laws[index].tokens(pace.tokens), guess.rows * pace.rows)
         if weight < SEEN:
             return guess
         steps, prior = self._steps[index], GUESS / (weight + GUESS)
         tokens, rows = self._tokens[index] / steps, self._rows[index] / steps
         return Gain(tokens + (guess.tokens - tokens) * prior, rows + (guess.rows - rows) * prior)
 
-    def _guess(self, index: int, other: int) -> Gain:
-        """Return the guess for a width, by the speed at which another one fills."""
-        law, base, steps = self._laws[index], self._laws[other], self._steps[other]
-        if self._weights[other] < SEEN * self._unit:
-            return self._guesses[index]
-        speed = base.speed(self._tokens[other] / steps)
-        return Gain(law.tokens(speed), law.rows * self._rows[other] / (steps * base.rows))
+    def _pace(self, index: int) -> Gain | None:
+        """Return the speed that a width fills at, and its rows by the guess; None if unknown."""
+        if self._weights[index] < SEEN * self._unit:
+            return None
+        steps = self._steps[index]
+        speed = self._laws[index].speed(self._tokens[index] / steps)
+        return Gain(speed, self._rows[index] / (steps * self._guesses[index].rows))
 
     def _hope(self, index: int) -> Gain:
         """Return what a width may well bring: where it is unknown, the most that others allow.
