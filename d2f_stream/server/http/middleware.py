@@ -207,8 +207,9 @@ class OriginGuard:
 
     def _refusal(self, host: str, origin: str | None) -> str | None:
         try:
-            if self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts:
-                return f"this server is not known as {host[:100]!r}; start it with --allowed-host"
+            name = urlsplit(f"//{host}").hostname
+            if self._hosts is not None and name not in self._hosts:
+                return f"this server is not known as {name!r:.100}; allow it with --allowed-host"
             if not self._auth.allows_origin(origin, host):
                 return f"pages of {origin!r:.100} may not connect; start the server with --origin"
         except ValueError:  # of urlsplit
