@@ -19,6 +19,7 @@ from d2f_runtime.decoding.answer_decoder import AnswerDecoder
 from d2f_runtime.decoding.blocks import Accepted, Block, BlockView, Committed, Edited
 from d2f_runtime.decoding.continuation import check_committed
 from d2f_runtime.decoding.editing import Editing
+from d2f_runtime.decoding.open_blocks import OpenBlocks
 from d2f_runtime.decoding.partition import Partition, PromptAttention
 from d2f_runtime.decoding.policy import AcceptancePolicy
 from d2f_runtime.decoding.width import OWN, Width
@@ -41,12 +42,7 @@ class BlockDecoder(AnswerDecoder):
         eos_ids: every id that ends the answer.
         shift_logits: whether row i-1 predicts position i; such a model cannot fill position 0. The
             schedule is the same either way, save for sub-blocks.
-        prompt_attention: how the prompt is cut into attention blocks: "full" is one block, "causal"
-            one per position; answer blocks of `params.block_size` follow from P on. With "grid"
-            all blocks, of attention and of decoding, lie on multiples of `native_block_size`
-            (`params.block_size` plays no part): the prompt's whole blocks are cached, the rest
-            stands filled at the head of the first answer block. "prompt_grid" is a grid that ends
-            with the prompt, whose first block may be shorter.
+        prompt_attention: how the prompt is cut into attention blocks; see `Partition.of`.
         commit_attention: "block" caches answer blocks as they were denoised, "causal" by rows that
             see what is before them alone.
         native_block_size: of the grid; unused otherwise.
@@ -93,9 +89,8 @@ class BlockDecoder(AnswerDecoder):
             self._num_prompt, params, prompt_attention, native_block_size
         )
         self._given: deque[tuple[int, ...]] = deque()  # blocks that are final and not on the canvas
-        self._blocks: list[Block] = []  # from the first unfilled one to the end of the canvas
+        self._blocks = OpenBlocks(params, self._partition, self._acceptance)
         self._eos: int | None = None  # canvas position of the first EOS so far
-        self._part_stops: list[int] = []  # of parts of blocks that joined by themselves, uncached
 
     def go_on(
         self, committed: Sequence[Committed], *, num_steps: int, at_once: bool = True
@@ -146,7 +141,9 @@ class BlockDecoder(AnswerDecoder):
         """
         if self._pending is None and not self.finished:
             if self._may_append(width.max_active_blocks):
-                self._append_block(width.part_size)
+                length = len(self._canvas)
+                stop = self._blocks.join(length, None if self._given else width.part_size)
+                self._canvas.extend([self._mask_id] * (stop - length))
             self._pending = self._window()
         return self._pending
 
@@ -163,9 +160,9 @@ class BlockDecoder(AnswerDecoder):
         accepted: list[Accepted] = []
         window = self._end_step(proposals)
         self._num_cached += window.num_to_cache
-        self._part_stops = [stop for stop in self._part_stops if stop > self._num_cached]
+        self._blocks.note_cached(self._num_cached)
         if self._given:
-            given, block = self._given.popleft(), self._blocks.pop()
+            given, block = self._given.popleft(), self._blocks.retire()
             self._canvas[block.stop - len(given) : block.stop] = given
             self._num_steps -= 1  # it was taken where the block was committed
             return []
@@ -179,7 +176,8 @@ class BlockDecoder(AnswerDecoder):
             if block.masked:
                 self._accept(block, proposals, window.start, activated, accepted)
             if self._drops and self._eos is not None and self._eos < block.stop:
-                self._drop_after(block)
+                del self._canvas[block.stop :]
+                self._blocks.drop_after(block)
                 break
         return [*accepted, *self._commit()]
 
@@ -232,41 +230,18 @@ class BlockDecoder(AnswerDecoder):
             return False
         if (self._editing is not None or self._given) and self._blocks:
             return False  # what is filled may change
-        if not self._blocks:
-            return True  # whatever the bound: every window must hold a mask
-        if self._blocks[-1].progress < self._params.add_threshold:
-            return False
-        num_unfilled = sum(1 for block in self._blocks if block.masked)
-        bounds = (self._params.max_active_blocks, max_active_blocks)
-        return all(bound is None or num_unfilled < bound for bound in bounds)
-
-    def _append_block(self, part_size: int | None) -> None:
-        length = len(self._canvas)
-        index, start, stop = self._partition.block_at(length)  # on a grid it may hold prompt too
-        if length > self._num_prompt:
-            start = length  # amid a block where a part of it has joined
-        if part_size is not None and stop > length + part_size and not self._given:
-            stop = length + part_size
-            self._part_stops.append(stop)
-        masked = list(range(length - start, stop - start))
-        due = self._acceptance.shares_of(self._partition.block_size, len(masked))
-        self._blocks.append(Block(index, start, stop, masked, due))
-        self._canvas.extend([self._mask_id] * (stop - length))
+        return self._blocks.lets_join(max_active_blocks)
 
     def _window(self) -> Window:
         if self._sees_all:
             end = self._partition.end
             masks = [self._mask_id] * (end - len(self._canvas))
             return Window(0, (*self._canvas, *masks), 0, (end,))
-        start, last = self._num_cached, self._blocks[-1]
+        start, last = self._num_cached, self._blocks.last
         stop = last.start + 1 if self._acceptance.awaits_first(last) else last.stop
-        clean = self._blocks[0].start
-        block_stops = self._partition.stops(
-            start, stop, causal_until=clean if self._commits_causally else 0
-        )
-        if self._part_stops:
-            parts = (part for part in self._part_stops if part < stop)
-            block_stops = tuple(sorted({*block_stops, *parts}))
+        clean = self._blocks.first.start
+        causal_until = clean if self._commits_causally else 0
+        block_stops = self._blocks.stops(start, stop, causal_until=causal_until)
         tokens = tuple(self._canvas[start:stop])
         num_to_edit = stop - max(last.start, self._num_prompt) if self._editing is not None else 0
         return Window(start, tokens, clean - start, block_stops, num_to_edit=num_to_edit)
@@ -289,7 +264,7 @@ class BlockDecoder(AnswerDecoder):
         self, editing: Editing, proposals: Proposals, start: int, accepted: list[Accepted]
     ) -> list[Edited]:
         """Accept into the open block and edit what was set before, by the same proposals."""
-        block = self._blocks[0]
+        block = self._blocks.first
         first, stop, had_masks = block.start - start, block.stop - start, bool(block.masked)
         tokens = proposals.tokens[first:stop]
         offsets = editing.offsets(
@@ -321,30 +296,21 @@ class BlockDecoder(AnswerDecoder):
             self._eos = position
         accepted.append(Accepted(position - self._num_prompt, token))
 
-    def _drop_after(self, block: Block) -> None:
-        if len(self._canvas) > block.stop:
-            del self._canvas[block.stop :]
-            del self._blocks[self._blocks.index(block) + 1 :]
-
     def _commit(self) -> list[Committed]:
         committed: list[Committed] = []
-        final = self._first_mask
-        if self._editing is not None and self._blocks and not self._blocks[0].is_left:
+        final = self._blocks.first_mask
+        if final is None:
+            final = len(self._canvas)
+        if self._editing is not None and self._blocks and not self._blocks.first.is_left:
             return committed
-        while self._blocks and self._blocks[0].stop <= final:
-            block = self._blocks.pop(0)
+        while self._blocks and self._blocks.first.stop <= final:
+            block = self._blocks.retire()
             is_whole = block.stop == self._partition.block_at(block.stop - 1)[2]
             if is_whole or (self._eos is not None and self._eos < block.stop):
                 self._announce(block, committed)
         if self._blocks and self._eos is not None and self._eos < final:
-            self._announce(self._blocks[0], committed)
+            self._announce(self._blocks.first, committed)
         return committed
-
-    @property
-    def _first_mask(self) -> int:
-        """Canvas position of the first mask; without any, where the canvas ends."""
-        masks = (block.start + block.masked[0] for block in self._blocks if block.masked)
-        return next(masks, len(self._canvas))
 
     def _announce(self, block: Block, committed: list[Committed]) -> None:
         if self._has_ended:

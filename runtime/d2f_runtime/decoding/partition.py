@@ -46,6 +46,17 @@ class Partition:
     ) -> "Partition":
         """Lay out a prompt and the answer that `params` allow.
 
+        Args:
+            num_prompt: its length, P.
+            params: of the request.
+            prompt_attention: how the prompt is cut into attention blocks: "full" is one block,
+                "causal" one per position; answer blocks of `params.block_size` follow from P on.
+                With "grid" all blocks, of attention and of decoding, lie on multiples of
+                `native_block_size` (`params.block_size` plays no part): the prompt's whole blocks
+                are cached, the rest stands filled at the head of the first answer block.
+                "prompt_grid" is a grid that ends with the prompt, whose first block may be shorter.
+            native_block_size: of the grid; unused otherwise.
+
         Raises:
             InvalidParams: no whole block fits and `tail` is "drop".
         """
