@@ -17,15 +17,23 @@ class Replicas:
     def __init__(self, workers: Sequence[ReplicaWorker]) -> None:
         self._living = list(workers)
         self._calls: dict[asyncio.Future[object], ReplicaWorker] = {}
+        self.frozen: list[ReplicaWorker] = []  # take calls and never answer
         self.methods: list[str] = []
         self.conversations: list[str] = []  # of answers, one for each call
 
-    async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
-        worker = self._next(method, conversation)
-        if method == "facts":
-            return worker.facts()
-        answer = worker.encode(data) if method == "encode" else worker.work(data)
-        return await self._bound(worker, answer)
+    async def call(self, method: str, data: bytes) -> bytes:
+        worker = self._next(method)
+        return (
+            worker.facts() if method == "facts" else await self._bound(worker, worker.encode(data))
+        )
+
+    async def work(self, data: bytes, *, conversation: str = "", doubts: bool = False) -> bytes:
+        worker = self._next("work", conversation)
+        while doubts and worker in self.frozen:
+            worker = self._next("work", conversation)
+        if worker in self.frozen:
+            await asyncio.Event().wait()
+        return await self._bound(worker, worker.work(data))
 
     async def stream(
         self, method: str, data: bytes, *, conversation: str = ""

@@ -17,7 +17,7 @@ class Calls(Protocol):
     is there and has not much more to do than others.
     """
 
-    async def call(self, method: str, data: bytes, *, conversation: str = "") -> bytes:
+    async def call(self, method: str, data: bytes) -> bytes:
         """Call a method of a `ReplicaWorker`. Safe to cancel.
 
         Raises:
@@ -28,6 +28,19 @@ class Calls(Protocol):
 
     def stream(self, method: str, data: bytes, *, conversation: str = "") -> AsyncIterator[bytes]:
         """Call one that yields. Closing it early ends it there too; raises as `call`."""
+        ...
+
+    async def work(self, data: bytes, *, conversation: str = "", doubts: bool = False) -> bytes:
+        """Call `ReplicaWorker.work`; raises as `call`. Safe to cancel, which ends nothing there.
+
+        A replica whose machine vanishes may never break off: the caller sees that from the log.
+
+        Args:
+            data: a `WorkOrder`.
+            conversation: the key of one.
+            doubts: whether a replica may be gone that did not say so: only one that answers now
+                gets the call.
+        """
         ...
 
     async def close(self) -> None:

@@ -14,8 +14,10 @@ import msgspec
 
 from d2f_stream.core.session import Prompt
 
-__all__ = ["ReadPrompt", "beginning_of", "home_of", "key_of"]
+__all__ = ["IN_DOUBT", "ReadPrompt", "beginning_of", "home_of", "key_of"]
 
+IN_DOUBT: Final = "?"
+"""Instead of a key: goes to a replica that answers now, since one may be gone without a word."""
 MAX_LOAD: Final = 1.25
 """Of a home, in parts of the mean, so that company makes no step much longer than elsewhere."""
 MAX_MORE: Final = 1

@@ -46,9 +46,12 @@ class Engine:
         """Read a prompt."""
         return await self._worker.encode(data)
 
-    async def work(self, data: bytes) -> bytes:
-        """Bring a stream of the log to its end."""
-        return await self._worker.work(data)
+    async def work(self, data: bytes) -> AsyncIterator[bytes]:
+        """Bring a stream of the log to its end; yields once.
+
+        It yields, since only then Serve knows at once whether a replica has taken it.
+        """
+        yield await self._worker.work(data)
 
     async def answer(self, data: bytes) -> AsyncIterator[bytes]:
         """Answer a request."""

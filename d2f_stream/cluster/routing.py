@@ -9,7 +9,7 @@ import random
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from d2f_stream.cluster.conversations import home_of
+from d2f_stream.cluster.conversations import IN_DOUBT, home_of
 
 __all__ = ["ConversationRouter"]
 
@@ -33,7 +33,10 @@ class ConversationRouter(RequestRouter):  # type: ignore[misc]  # Ray has no typ
             return [by_load]
         pending_request.routing_context.should_backoff = True  # or Serve asks again without a pause
         key = pending_request.metadata.session_id
-        if not key:
+        if key == IN_DOUBT:
+            for replica in candidate_replicas:  # Serve asks those of which it knows nothing
+                self.replica_queue_len_cache.invalidate_key(replica.replica_id)
+        if key in ("", IN_DOUBT):
             return [by_load]
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         # What this process has not heard of for 10 s counts as idle; Serve asks before it sends.

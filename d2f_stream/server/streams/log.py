@@ -10,7 +10,7 @@ only. The log takes each `seq` once and without a gap, so a worker that was thou
 replacement cannot repeat, reorder or mix up anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, Self, runtime_checkable
 
 from d2f_stream.core.errors import WorkerLost
@@ -172,6 +172,8 @@ class StreamLog(Protocol):
     async def wait_free(self, stream: ServedStream) -> None:
         """Wait until the stream has ended here, or nobody holds its lease any more. Safe to cancel.
 
+        One that was made here and has had no worker yet is free once none has taken it for long.
+
         Raises:
             StreamLost: the log has forgotten it.
             LogUnavailable: the log could not be reached for too long.
@@ -195,12 +197,24 @@ class LoggingEngine(Protocol):
     """
 
     async def work(
-        self, names: StreamNames, asked: Measured, *, max_prompt_tokens: int | None
+        self,
+        names: StreamNames,
+        asked: Measured,
+        *,
+        max_prompt_tokens: int | None,
+        is_deserted: Callable[[], Awaitable[bool]],
     ) -> None:
         """Have a worker bring the stream to its end, from where the log has it. Safe to cancel.
 
         The worker reads the prompt and takes the stream's lease by `StreamLog.work`. Returns once
         the stream has ended or another worker has it; where a worker is lost, takes another one.
+
+        Args:
+            names: of the stream.
+            asked: the request.
+            max_prompt_tokens: that the server takes.
+            is_deserted: waits until the stream has ended (False), or until a worker that had its
+                lease has it no more (True).
 
         Raises:
             D2FError: no worker takes it, and nothing was appended for the last one.

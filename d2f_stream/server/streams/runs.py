@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from d2f_stream.core.errors import D2FError, LogUnavailable, ServerShuttingDown
@@ -215,8 +216,17 @@ class Runs:
         stream.leave(pump.cancel)
         await self._log.follow(stream)
         names = StreamNames(stream.id, stream.request_id, stream.client)
-        await engine.work(names, asked, max_prompt_tokens=self._limits.max_prompt_tokens)
+        await engine.work(
+            names,
+            asked,
+            max_prompt_tokens=self._limits.max_prompt_tokens,
+            is_deserted=partial(self._is_deserted, stream),
+        )
         return stream.has_terminal
+
+    async def _is_deserted(self, stream: ServedStream) -> bool:
+        await self._log.wait_free(stream)
+        return not (stream.has_terminal or stream.ended)
 
     async def _append(self, stream: ServedStream, events: Callable[[], Iterable[Event]]) -> None:
         """Append what no engine says, unless a worker that the stream has ends it."""

@@ -121,10 +121,11 @@ class Beats:
             raise LogUnavailable(f"the log at {log.store.address} answers {answers!r:.100}")
         for work, answer in zip(works, answers, strict=False):
             self._note_work(work, answer)
+        is_settled = log.store.healthy_s * 1000 > log.times.lease_ms
         for stream_id, answer in zip(kept, answers[len(works) :], strict=False):
+            log.copies.note_kept(stream_id, has_worker=answer == 0, is_settled=is_settled)
             if answer == 2 and (stream := log.kept.get(stream_id)) is not None:
                 stream.cancel_here()
-        is_settled = log.store.healthy_s * 1000 > log.times.lease_ms
         for stream_id, answer in zip(followed, answers[len(works) + len(kept) :], strict=True):
             log.copies.note_look(stream_id, answer, is_settled=is_settled)
 

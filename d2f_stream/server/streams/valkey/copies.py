@@ -23,6 +23,8 @@ __all__ = ["Copies"]
 
 FREE_LOOKS: Final = 2
 """In a row that find no worker, before one is looked for: it may just have ended its lease."""
+CLAIM_LOOKS: Final = 6
+"""That find no worker yet, before one made here counts as free; twice as many each time."""
 LOST_LOOKS: Final = 6
 """In a row that do not find the stream: whoever works for it puts it back where it got lost."""
 PATIENCE_S: Final = 5.0
@@ -79,6 +81,8 @@ class Copies:
             StreamLost: the log does not know it any more.
         """
         await self.follow(stream)
+        if (copy := self._copies.get(stream.id)) is not None:
+            copy.num_unclaimed = 0
         while (copy := self._copies.get(stream.id)) is not None:
             await copy.changed.wait()
             copy.changed.clear()
@@ -87,6 +91,9 @@ class Copies:
                 raise StreamLost(f"the log at {self._store.address} has lost the stream; ask again")
             if copy.num_free >= FREE_LOOKS:
                 copy.num_free = 0
+                return
+            if copy.is_deserted:
+                copy.note_deserted()
                 return
 
     def note_message(self, stream_id: str, data: bytes) -> None:
@@ -124,6 +131,28 @@ class Copies:
         if (number if number >= 0 else -1 - number) > len(copy.stream.log):
             self._catch_up(copy)
         if copy.num_free >= FREE_LOOKS or copy.num_lost >= LOST_LOOKS:
+            copy.changed.set()
+
+    def note_kept(self, stream_id: str, *, has_worker: bool, is_settled: bool) -> None:
+        """Take what the store says of a stream that this process keeps until it has a worker.
+
+        One that had a worker and is this process's again has lost it; whom none takes may have
+        been given to one that is gone.
+
+        Args:
+            stream_id: which.
+            has_worker: whether it has one.
+            is_settled: as for `note_look`.
+        """
+        copy = self._copies.get(stream_id)
+        if copy is None:
+            return
+        if has_worker:
+            copy.had_worker = True
+            copy.num_unclaimed = 0
+        elif is_settled:
+            copy.num_unclaimed += 1
+        if copy.is_deserted:
             copy.changed.set()
 
     def note_back(self) -> None:
@@ -180,5 +209,18 @@ class _Copy:
     def __init__(self, stream: ServedStream) -> None:
         self.stream = stream
         self.changed = asyncio.Event()
-        self.num_free = self.num_lost = 0
+        self.num_free = self.num_lost = self.num_unclaimed = 0
+        self.claim_looks = CLAIM_LOOKS
+        self.had_worker = False
         self.is_read = self.is_reading = self.has_missed = False
+
+    @property
+    def is_deserted(self) -> bool:
+        """Whether this process keeps it, and its worker is gone or none comes."""
+        return self.num_unclaimed >= (FREE_LOOKS if self.had_worker else self.claim_looks)
+
+    def note_deserted(self) -> None:
+        """Wait for another worker; one that only waits for room must not lose its place often."""
+        self.claim_looks = self.claim_looks if self.had_worker else 2 * self.claim_looks
+        self.num_unclaimed = 0
+        self.had_worker = False
