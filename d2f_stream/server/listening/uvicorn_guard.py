@@ -18,6 +18,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 
+from d2f_stream.server.listening.gathered_writes import GatheredWrites
 from d2f_stream.server.listening.sockets import Sockets
 from d2f_stream.server.peer_log import PeerLog
 from d2f_stream.server.settings import Timeouts
@@ -152,10 +153,12 @@ class _GuardedWebSocket(WebSocketsSansIOProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._connected = self.transport
+        self.transport = GatheredWrites(self._connected)
         self._abort_timer.start(self.timeouts.request_s, self.transport)  # until it is accepted
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.sockets.discard(self.transport)
+        self.sockets.discard(self._connected)
         self._abort_timer.stop()
         super().connection_lost(exc)
 

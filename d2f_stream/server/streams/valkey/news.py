@@ -50,7 +50,8 @@ class News:
         self._on_back = on_back
         self._connection: AbstractConnection | None = None
         self._channels: dict[str, asyncio.Event] = {}  # set once the store has confirmed it
-        self._unsent: list[tuple[str, str]] = []
+        self._unsent: list[tuple[str, ...]] = []
+        self._is_silent = True  # since it was looked at last
         self._sending = asyncio.Event()
 
     async def subscribe(self, channel: str) -> None:
@@ -93,8 +94,12 @@ class News:
             try:
                 async with asyncio.TaskGroup() as group:
                     sending = group.create_task(self._keep_sending(connection))
-                    await self._read_until_lost(connection)
-                    sending.cancel()
+                    asking = group.create_task(self._ask_until_silent())
+                    reading = group.create_task(self._read_until_lost(connection))
+                    ends = asyncio.FIRST_COMPLETED
+                    await asyncio.wait((reading, asking), return_when=ends)
+                    for task in (sending, asking, reading):
+                        task.cancel()
             finally:
                 with contextlib.suppress(*LOST):
                     await connection.disconnect(nowait=True)
@@ -104,9 +109,9 @@ class News:
                 await asyncio.sleep(BACKOFF_S[min(number, len(BACKOFF_S) - 1)])
                 number += 1
 
-    def _send(self, command: str, channel: str) -> None:
+    def _send(self, *command: str) -> None:
         if self._connection is not None:
-            self._unsent.append((command, channel))
+            self._unsent.append(command)
             self._sending.set()
 
     async def _keep_sending(self, connection: AbstractConnection) -> None:
@@ -118,6 +123,20 @@ class News:
                 if commands:
                     packed = connection.pack_commands(commands)
                     await connection.send_packed_command(packed, check_health=False)
+
+    async def _ask_until_silent(self) -> None:
+        """Ask whether the store is there where it says nothing; return once it says nothing then.
+
+        Beside the reader: a time limit for each message costs as much as reading it.
+        """
+        is_asked = False
+        while True:
+            self._is_silent = True
+            await asyncio.sleep(PING_S)
+            if self._is_silent and is_asked:
+                return
+            if is_asked := self._is_silent:
+                self._send("PING")
 
     async def _read_until_lost(self, connection: AbstractConnection) -> None:
         try:
@@ -131,16 +150,9 @@ class News:
                 confirmed.clear()
 
     async def _read(self, connection: AbstractConnection) -> None:
-        is_asked = False
         while True:
-            answer = await connection.read_response(timeout=PING_S)
-            if answer is None:
-                if is_asked:
-                    raise exceptions.TimeoutError("the store does not answer")
-                is_asked = True
-                await connection.send_command("PING", check_health=False)
-                continue
-            is_asked = False
+            answer = await connection.read_response()
+            self._is_silent = False
             match answer:
                 case [b"message", bytes(channel), bytes(data)]:
                     self._on_message(channel.decode(), data)

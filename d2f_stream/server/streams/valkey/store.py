@@ -8,6 +8,7 @@ command here may run twice.
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -62,6 +63,9 @@ class Store:
         self._task: asyncio.Task[None] | None = None
         self._problem = "cannot be reached: no answer yet"
         self._connected_at: float | None = None
+        self._asked: set[_Call] = set()  # whose answers somebody waits for
+        self._looks_at_s = math.inf
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def database(self) -> int:
@@ -111,15 +115,18 @@ class Store:
             LogFull: the store has no room.
             LogUnavailable: it did not answer for so long, or refuses.
         """
-        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        call = _Call(command, answer)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Reply] = loop.create_future()
+        call = _Call(command, answer, due_s=loop.time() + patience_s)
         self._waiting.append(call)
         self._wake.set()
+        self._asked.add(call)
+        if call.due_s < self._looks_at_s:
+            self._look_at(call.due_s)
         try:
-            async with asyncio.timeout(patience_s):
-                return await answer
-        except TimeoutError:
-            raise LogUnavailable(f"the log at {self.address} {self._problem}") from None
+            return await answer
+        finally:
+            self._asked.discard(call)
 
     def post(self, *command: Argument, is_lossy: bool = False) -> None:
         """Send a command whose answer nobody needs; a lossy one only while the store answers."""
@@ -134,6 +141,22 @@ class Store:
     async def script(self, script: Script, *arguments: Argument, patience_s: float) -> Reply:
         """Return what a script answers; as `run`."""
         return await self.run("EVALSHA", script.sha, 0, *arguments, patience_s=patience_s)
+
+    def _look_at(self, then_s: float) -> None:
+        """Look then for calls that are due: a timer for each costs as much as all the rest."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks_at_s = then_s
+        self._timer = asyncio.get_running_loop().call_at(then_s, self._refuse_what_is_due)
+
+    def _refuse_what_is_due(self) -> None:
+        now_s = self._looks_at_s
+        self._timer, self._looks_at_s = None, math.inf
+        for call in self._asked:
+            if call.due_s <= now_s:
+                call.refuse(LogUnavailable(f"the log at {self.address} {self._problem}"))
+        if left := [call.due_s for call in self._asked if not call.is_over]:
+            self._look_at(min(left))
 
     async def _serve(self) -> None:
         while True:
@@ -232,10 +255,14 @@ class Store:
 
 
 class _Call:
-    __slots__ = ("answer", "packed")
+    __slots__ = ("answer", "due_s", "packed")
 
     def __init__(
-        self, command: tuple[Argument, ...], answer: "asyncio.Future[Reply] | None"
+        self,
+        command: tuple[Argument, ...],
+        answer: "asyncio.Future[Reply] | None",
+        *,
+        due_s: float = math.inf,
     ) -> None:
         # Packed here: what cannot be is the caller's error, not that of all who share a batch. The
         # library's own way takes four times as long.
@@ -243,6 +270,7 @@ class _Call:
         pieces = (b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
         self.packed = b"*%d\r\n%b" % (len(parts), b"".join(pieces))
         self.answer = answer
+        self.due_s = due_s
 
     @property
     def is_over(self) -> bool:
