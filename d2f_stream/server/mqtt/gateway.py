@@ -248,7 +248,9 @@ class MqttGateway:
         self._publications.publish(stream, client, codec, after_seq=-1, drafts=drafts)
 
     async def _resume(self, operation: Resume, client: str, request_id: str, codec: Codec) -> None:
-        stream = await self.registry.resume(operation.stream, client=_principal(client))
+        stream = await self.registry.resume(
+            operation.stream, client=_principal(client), after_seq=operation.after_seq
+        )
         if stream.request_id != request_id:
             raise InvalidRequest("the stream belongs to another request than the topic names")
         after_seq, drafts = operation.after_seq, operation.drafts

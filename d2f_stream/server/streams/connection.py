@@ -239,7 +239,9 @@ class Connection:
 
     async def _resume(self, operation: Resume) -> None:
         assert self.client is not None
-        stream = await self._registry.resume(operation.stream, client=self.client)
+        stream = await self._registry.resume(
+            operation.stream, client=self.client, after_seq=operation.after_seq
+        )
         if not self._outgoing.reads(stream_id=operation.stream):
             self._check_room()
         self._outgoing.follow(stream, after_seq=operation.after_seq, drafts=operation.drafts)

@@ -6,6 +6,7 @@ so that whoever lost a connection can read on.
 """
 
 import asyncio
+import contextlib
 import logging
 from typing import Final
 
@@ -29,6 +30,8 @@ logger = logging.getLogger("d2f_stream.server")
 
 
 GRACE_S: Final = 5.0
+RESTORE_S: Final = 5.0
+"""For a worker to give the log what that has lost; one that is gone is replaced as fast."""
 
 
 class StreamRegistry:
@@ -143,14 +146,26 @@ class StreamRegistry:
                 self._observer.on_refused(error)
             raise
 
-    async def resume(self, stream_id: str, *, client: str) -> ServedStream:
+    async def resume(self, stream_id: str, *, client: str, after_seq: int = -1) -> ServedStream:
         """Return a stream of the client's. Safe to cancel.
+
+        Args:
+            stream_id: which.
+            client: whose it must be.
+            after_seq: the last event that the reader has. A shared log that has lost it may get it
+                back from the stream's worker, which is waited for.
 
         Raises:
             StreamLost: there is none of that id.
         """
         stream = await self._log.find(stream_id, client=client)
         self._stand_by.watch(stream)
+        if self._log.outlives:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESTORE_S):
+                    # A reader would count as one, and its leaving might cancel the stream.
+                    while after_seq >= len(stream.log) and not stream.has_terminal:  # noqa: ASYNC110
+                        await asyncio.sleep(RESTORE_S / 50)
         if self._observer is not None:
             self._observer.on_resume(stream)
         return stream

@@ -222,7 +222,7 @@ class Runs:
             max_prompt_tokens=self._limits.max_prompt_tokens,
             is_deserted=partial(self._is_deserted, stream),
         )
-        return stream.has_terminal
+        return stream.has_terminal or stream.ended
 
     async def _is_deserted(self, stream: ServedStream) -> bool:
         await self._log.wait_free(stream)

@@ -219,7 +219,9 @@ class ServedStream:
         return True
 
     def end(self, error: D2FError | None = None) -> None:
-        """Put nothing more; `error` says why, where the last event does not."""
+        """Put nothing more; `error` says why, where the last event does not. Idempotent."""
+        if self.ended:
+            return
         self.error = error
         self.ended = True
         self.request = self.observe = self._cancel = self._withdraw_here = None

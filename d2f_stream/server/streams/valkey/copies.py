@@ -12,7 +12,15 @@ from typing import Final
 from d2f_stream.channels.ending import end_tasks
 from d2f_stream.core.error_codes import error_from
 from d2f_stream.core.errors import LogUnavailable, StreamLost
-from d2f_stream.core.events import Block, Draft, StreamFailed, StreamFinished, StreamStarted
+from d2f_stream.core.events import (
+    Block,
+    Draft,
+    Event,
+    StreamFailed,
+    StreamFinished,
+    StreamStarted,
+)
+from d2f_stream.server.streams.log import diverged
 from d2f_stream.server.streams.served_stream import ServedStream
 from d2f_stream.server.streams.valkey.keys import Keys, decoded, events_of
 from d2f_stream.server.streams.valkey.news import News
@@ -105,7 +113,8 @@ class Copies:
             case Draft() as draft:
                 copy.stream.append(draft)
             case StreamStarted() | Block() | StreamFinished() | StreamFailed() as event:
-                if not copy.stream.append(event) and event.seq > len(copy.stream.log):
+                self._take(copy, event)
+                if event.seq > len(copy.stream.log):
                     self._catch_up(copy)
                 self._note_end(copy)
             case RequestRejected() as refusal:
@@ -191,8 +200,14 @@ class Copies:
             patience_s=PATIENCE_S,
         )
         for event in events_of(answer):
-            stream.append(event)
+            self._take(copy, event)
         self._note_end(copy)
+
+    def _take(self, copy: "_Copy", event: Event) -> None:
+        """Take an event, unless readers have another one: the store had lost that one."""
+        stream = copy.stream
+        if not stream.append(event) and _contradicts(stream, event):
+            self._end(copy, lambda: stream.end(diverged(event)))
 
     def _note_end(self, copy: "_Copy") -> None:
         if copy.stream.has_terminal:
@@ -203,6 +218,17 @@ class Copies:
             last()
         self.leave(copy.stream.id)
         copy.changed.set()
+
+
+def _contradicts(stream: ServedStream, event: Event) -> bool:
+    """Whether its readers were told something else than this event says."""
+    if isinstance(event, Draft) or not 0 <= event.seq < len(stream.log):
+        return False
+    known = stream.log[event.seq]
+    if isinstance(event, Block) and isinstance(known, Block):
+        told, tells = ((one.start, one.text, one.token_ids) for one in (known, event))
+        return told != tells
+    return type(event) is not type(known)
 
 
 class _Copy:
