@@ -63,7 +63,7 @@ async def read_answer(
         elif isinstance(event, StreamFinished):
             end = event
     if end is None or text != answer or end.text_length != len(answer):
-        raise RuntimeError(f"an answer of {len(answer)} characters came as {text!r:.200}, {end}")
+        raise RuntimeError(f"an answer of {len(answer)} characters came as {text!r:.200}, {event}")
     return Reading(
         num_blocks=len(offsets),
         added_ms=1000 * (now - asked_at) - end.timings.total_ms,

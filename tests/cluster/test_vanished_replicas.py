@@ -46,7 +46,7 @@ async def test_stream_of_a_replica_that_vanishes_goes_on_at_another_one(
         await log.follow(stream)
 
         async def is_deserted() -> bool:
-            await log.wait_free(stream)
+            await log.wait_free(stream, is_given=True)
             return not stream.has_terminal
 
         work = asyncio.create_task(
@@ -89,7 +89,7 @@ async def test_call_that_waits_for_room_is_given_up_less_and_less_often(
         stream, _ = await log.create(request, client="ann", asker="ann", clamp=False)
         await log.follow(stream)
         for patience in (CLAIM_LOOKS, 2 * CLAIM_LOOKS, 4 * CLAIM_LOOKS):
-            waiting = asyncio.create_task(log.wait_free(stream))
+            waiting = asyncio.create_task(log.wait_free(stream, is_given=True))
             await asyncio.sleep(0)
             for look in range(patience):
                 assert not waiting.done(), look

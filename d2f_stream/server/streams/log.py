@@ -169,10 +169,12 @@ class StreamLog(Protocol):
         """
         ...
 
-    async def wait_free(self, stream: ServedStream) -> None:
+    async def wait_free(self, stream: ServedStream, *, is_given: bool = False) -> None:
         """Wait until the stream has ended here, or nobody holds its lease any more. Safe to cancel.
 
-        One that was made here and has had no worker yet is free once none has taken it for long.
+        Args:
+            stream: which.
+            is_given: whether a worker was called, who may take a while to begin.
 
         Raises:
             StreamLost: the log has forgotten it.

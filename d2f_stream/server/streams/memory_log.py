@@ -83,7 +83,7 @@ class MemoryLog:
     async def follow(self, stream: ServedStream) -> None:
         """Nothing to do: there is one copy."""
 
-    async def wait_free(self, stream: ServedStream) -> None:
+    async def wait_free(self, stream: ServedStream, *, is_given: bool = False) -> None:
         """Wait until the stream has ended. Safe to cancel."""
         await stream.wait_terminal()
 

@@ -225,7 +225,7 @@ class Runs:
         return stream.has_terminal or stream.ended
 
     async def _is_deserted(self, stream: ServedStream) -> bool:
-        await self._log.wait_free(stream)
+        await self._log.wait_free(stream, is_given=True)
         return not (stream.has_terminal or stream.ended)
 
     async def _append(self, stream: ServedStream, events: Callable[[], Iterable[Event]]) -> None:

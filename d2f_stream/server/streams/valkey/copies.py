@@ -32,7 +32,7 @@ __all__ = ["Copies"]
 FREE_LOOKS: Final = 2
 """In a row that find no worker, before one is looked for: it may just have ended its lease."""
 CLAIM_LOOKS: Final = 6
-"""That find no worker yet, before one made here counts as free; twice as many each time."""
+"""As many, where a worker was called; twice as many after each time."""
 LOST_LOOKS: Final = 6
 """In a row that do not find the stream: whoever works for it puts it back where it got lost."""
 PATIENCE_S: Final = 5.0
@@ -82,26 +82,30 @@ class Copies:
         if self._copies.pop(stream_id, None) is not None:
             self._news.unsubscribe(self._keys.news(stream_id))
 
-    async def wait_free(self, stream: ServedStream) -> None:
+    async def wait_free(self, stream: ServedStream, *, is_given: bool) -> None:
         """Wait until the stream has ended, or nobody works for it. Safe to cancel.
+
+        Args:
+            stream: which.
+            is_given: whether a worker was called, who may take a while to begin.
 
         Raises:
             StreamLost: the log does not know it any more.
         """
         await self.follow(stream)
-        if (copy := self._copies.get(stream.id)) is not None:
-            copy.num_unclaimed = 0
+        if is_given and (copy := self._copies.get(stream.id)) is not None:
+            copy.num_free, copy.has_worker = 0, False
         while (copy := self._copies.get(stream.id)) is not None:
             await copy.changed.wait()
             copy.changed.clear()
             if copy.num_lost >= LOST_LOOKS:
                 self.leave(stream.id)
                 raise StreamLost(f"the log at {self._store.address} has lost the stream; ask again")
-            if copy.num_free >= FREE_LOOKS:
+            is_awaited = is_given and not copy.has_worker
+            if copy.num_free >= (copy.claim_looks if is_awaited else FREE_LOOKS):
                 copy.num_free = 0
-                return
-            if copy.is_deserted:
-                copy.note_deserted()
+                if is_awaited:  # a call that only waits for room must not lose its place often
+                    copy.claim_looks *= 2
                 return
 
     def note_message(self, stream_id: str, data: bytes) -> None:
@@ -136,33 +140,25 @@ class Copies:
         is_lost = not isinstance(answer, int)
         copy.num_lost = copy.num_lost + 1 if is_lost and is_settled else 0
         number = answer if isinstance(answer, int) else 0
-        copy.num_free = copy.num_free + 1 if number < 0 and is_settled else 0
+        if not copy.is_kept:  # else its lease is this process's, and says nothing
+            copy.note_worker(number >= 0, is_settled=is_settled)
         if (number if number >= 0 else -1 - number) > len(copy.stream.log):
             self._catch_up(copy)
-        if copy.num_free >= FREE_LOOKS or copy.num_lost >= LOST_LOOKS:
+        if copy.num_lost >= LOST_LOOKS:
             copy.changed.set()
+        copy.is_kept = False
 
     def note_kept(self, stream_id: str, *, has_worker: bool, is_settled: bool) -> None:
-        """Take what the store says of a stream that this process keeps until it has a worker.
-
-        One that had a worker and is this process's again has lost it; whom none takes may have
-        been given to one that is gone.
+        """Take what the store says of a stream that this process keeps while nobody works for it.
 
         Args:
             stream_id: which.
-            has_worker: whether it has one.
+            has_worker: whether somebody does.
             is_settled: as for `note_look`.
         """
-        copy = self._copies.get(stream_id)
-        if copy is None:
-            return
-        if has_worker:
-            copy.had_worker = True
-            copy.num_unclaimed = 0
-        elif is_settled:
-            copy.num_unclaimed += 1
-        if copy.is_deserted:
-            copy.changed.set()
+        if (copy := self._copies.get(stream_id)) is not None:
+            copy.is_kept = True
+            copy.note_worker(has_worker, is_settled=is_settled)
 
     def note_back(self) -> None:
         """Read anew what may have been missed."""
@@ -235,18 +231,14 @@ class _Copy:
     def __init__(self, stream: ServedStream) -> None:
         self.stream = stream
         self.changed = asyncio.Event()
-        self.num_free = self.num_lost = self.num_unclaimed = 0
+        self.num_free = self.num_lost = 0
         self.claim_looks = CLAIM_LOOKS
-        self.had_worker = False
+        self.has_worker = self.is_kept = False
         self.is_read = self.is_reading = self.has_missed = False
 
-    @property
-    def is_deserted(self) -> bool:
-        """Whether this process keeps it, and its worker is gone or none comes."""
-        return self.num_unclaimed >= (FREE_LOOKS if self.had_worker else self.claim_looks)
-
-    def note_deserted(self) -> None:
-        """Wait for another worker; one that only waits for room must not lose its place often."""
-        self.claim_looks = self.claim_looks if self.had_worker else 2 * self.claim_looks
-        self.num_unclaimed = 0
-        self.had_worker = False
+    def note_worker(self, is_there: bool, *, is_settled: bool) -> None:
+        """Count the looks that find no worker."""
+        self.has_worker = self.has_worker or is_there
+        self.num_free = self.num_free + 1 if is_settled and not is_there else 0
+        if self.num_free >= FREE_LOOKS:
+            self.changed.set()

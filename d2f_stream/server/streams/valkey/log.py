@@ -221,9 +221,9 @@ class ValkeyLog:
         if stream.id not in self.works or self.works[stream.id].copy is not stream:
             await self.copies.follow(stream)
 
-    async def wait_free(self, stream: ServedStream) -> None:
+    async def wait_free(self, stream: ServedStream, *, is_given: bool = False) -> None:
         """Wait until the stream has ended, or nobody holds its lease any more. Safe to cancel."""
-        await self.copies.wait_free(stream)
+        await self.copies.wait_free(stream, is_given=is_given)
 
     def retain(self, stream: ServedStream) -> None:
         """Keep this process's copy of a stream that has ended: the store has it anyway."""
