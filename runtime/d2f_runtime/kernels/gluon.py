@@ -15,11 +15,13 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    # all threads of a program wait for each other; Triton 3.7 gave it another name
+    thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     HAS_GLUON = True
 except ImportError:
     HAS_GLUON = False
     gluon = gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = None
-    TensorDescriptor = None
+    TensorDescriptor = thread_barrier = None
 
 __all__ = [
     "HAS_GLUON",
@@ -28,6 +30,7 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "thread_barrier",
     "tma",
     "warpgroup_mma",
     "warpgroup_mma_wait",

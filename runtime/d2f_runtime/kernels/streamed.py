@@ -30,6 +30,7 @@ from d2f_runtime.kernels.gluon import (
     gl,
     gluon,
     mbarrier,
+    thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -207,7 +208,7 @@ if HAS_GLUON:
             else:
                 total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
             # every warp has ended the product before this one: its tiles' places can be filled
-            gl.thread_barrier()
+            thread_barrier()
             wanted = (step > 0) & (step - 1 + STAGES < all_steps)
             free = (step + STAGES - 1) % STAGES
             feature = begin + later_k * FEATURES

@@ -17,6 +17,7 @@ from d2f_runtime.kernels.gluon import (
     gl,
     gluon,
     mbarrier,
+    thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -184,7 +185,7 @@ if HAS_GLUON:
         asked = gl.load(query + at + dim[None, :], mask=(item_of < count * G)[:, None], other=0.0)
         state.store(asked)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         highest = gl.full((QUERIES,), -1e30, gl.float32, gl.SliceLayout(1, by_score))
         total = gl.zeros((QUERIES,), gl.float32, gl.SliceLayout(1, by_score))
         out = gl.zeros((QUERIES, HD), gl.float32, by_out)
@@ -218,13 +219,13 @@ if HAS_GLUON:
                 place_of = first + gl.arange(0, KEYS, gl.SliceLayout(1, by_row))
                 value = value_ring.index(stage).load(by_row)
                 value = gl.where((place_of < limit)[:, None], value, gl.zeros_like(value))
-                gl.thread_barrier()
+                thread_barrier()
                 value_ring.index(stage).store(value)
                 fence_async_shared()
-                gl.thread_barrier()
+                thread_barrier()
             out = warpgroup_mma(left, value_ring.index(stage), out, is_async=True)
             out, _ = warpgroup_mma_wait(num_outstanding=0, deps=(out, left))
-            gl.thread_barrier()
+            thread_barrier()
             later = block + STAGES
             place = gl.where(
                 later < num_near, offset + begin + later * KEYS,

@@ -20,6 +20,7 @@ from d2f_runtime.kernels.gluon import (
     gl,
     gluon,
     mbarrier,
+    thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -218,7 +219,7 @@ if HAS_GLUON:
     ):
         """Ask for the rows that take the place of a tile that every warp has done with."""
         STAGES: gl.constexpr = ring.shape[0]
-        gl.thread_barrier()
+        thread_barrier()
         later = number + STAGES
         _ask(
             rows, more_rows, ring, more_ring, ready, first_tile + later, number % STAGES,
