@@ -260,17 +260,19 @@ def _choose(
             kept |= now
             best = tl.where(now, -float("inf"), best)
         ranking = tl.where(kept[:, None], ranking, -float("inf"))
-    ranking = tl.reshape(ranking, (ALL_GROUPS * GROUP,))
-    score = tl.reshape(score, (ALL_GROUPS * GROUP,))
-    at = tl.arange(0, ALL_GROUPS * GROUP)
     number = tl.arange(0, WIDTH)
     found = num_experts + number - C
     weight = tl.where(number < C, 0.0, 1.0)
     for choice in tl.static_range(C):
-        best_at = tl.argmax(ranking, axis=0)
-        found = tl.where(number == choice, best_at // GROUP * group + best_at % GROUP, found)
-        weight = tl.where(number == choice, tl.sum(tl.where(at == best_at, score, 0.0)), weight)
-        ranking = tl.where(at == best_at, -float("inf"), ranking)
+        # the first of the best by its number: argmax of reshaped values gave a wrong place on GPUs
+        best = tl.max(tl.max(ranking, axis=1), axis=0)
+        of_best = tl.where(ranking == best, expert, num_experts)
+        best_at = tl.min(tl.min(of_best, axis=1), axis=0)
+        mine = expert == best_at
+        found = tl.where(number == choice, best_at, found)
+        its_score = tl.sum(tl.sum(tl.where(mine & inside, score, 0.0), axis=1), axis=0)
+        weight = tl.where(number == choice, its_score, weight)
+        ranking = tl.where(mine, -float("inf"), ranking)
     if NORMALISED:
         total = tl.sum(tl.where(number < C, weight, 0.0))
         if SIGMOID:
