@@ -10,6 +10,7 @@ import os
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +30,20 @@ def _mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        # a comparison of tensors and one of scalars make int64 together, which 3.9 refuses
+        return interpreter.TensorHandle(np.asarray(mask.data).astype(bool), interpreter.tl.int1)
+
+    def masked_load(at: Any, mask: Any, *rest: Any, **given: Any) -> Any:
+        return load(at, as_bool(mask), *rest, **given)
+
+    def masked_store(at: Any, value: Any, mask: Any, *rest: Any, **given: Any) -> Any:
+        return store(at, value, as_bool(mask), *rest, **given)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
 
 
 def _hasten() -> None:
