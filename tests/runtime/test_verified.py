@@ -221,6 +221,10 @@ def test_the_narrowest_windows_are_autoregressive_steps(case: Verified) -> None:
     answer, windows, _ = run(case, [Width(max_drafts=1)])
     assert len(windows) == len(answer)
     assert {window.num_to_cache for window in windows[1:]} <= {1}
+    for window in windows:  # nothing runs, and nothing is asked, for the sake of drafts
+        assert window.num_forwarded(MASK, shift_logits=True) == window.num_to_cache
+        assert len(window.asked(MASK)) == 1
+        assert not window.branches and not window.num_to_verify
 
 
 def test_right_drafts_take_fewer_steps_than_tokens() -> None:
