@@ -13,7 +13,7 @@ import pytest
 import fakes
 from d2f_stream import cli
 from d2f_stream.core.errors import InvalidRequest
-from d2f_stream.server.command import settings_of, tokens_of
+from d2f_stream.server.command import run, settings_of, tokens_of
 from d2f_stream.server.settings import ServeSettings
 from serving import ALICE, Address, Peer, check_whole, request
 
@@ -188,6 +188,16 @@ def test_missing_extra_says_what_to_install(
     error = capsys.readouterr().err
     assert f"serving needs {missing}" in error
     assert "pip install 'd2f-stream[serve]'" in error
+
+
+def test_the_device_s_thread_waits_less_for_the_event_loop_s_than_python_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[float] = []
+    monkeypatch.setattr(sys, "setswitchinterval", chosen.append)
+    monkeypatch.setattr(asyncio, "run", lambda work: work.close() or 0)
+    assert run(cli.build_parser().parse_args(["serve", "--model", "word-problems"])) == 0
+    assert chosen == [0.0005]
 
 
 def test_other_commands_import_nothing_of_the_extra() -> None:
