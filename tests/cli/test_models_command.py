@@ -25,6 +25,12 @@ from serving import ALICE, TWO_CLIENTS, serving, url_of
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give tables room for a line a row, whatever the tests are run in."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def test_names_are_unique_and_lower_case_and_what_they_name_exists() -> None:
     assert len({entry.name for entry in CATALOGUE}) == len(CATALOGUE)
     for entry in CATALOGUE:

@@ -224,7 +224,8 @@ def test_the_narrowest_windows_are_autoregressive_steps(case: Verified) -> None:
     for window in windows:  # nothing runs, and nothing is asked, for the sake of drafts
         assert window.num_forwarded(MASK, shift_logits=True) == window.num_to_cache
         assert len(window.asked(MASK)) == 1
-        assert not window.branches and not window.num_to_verify
+        assert not window.branches
+        assert not window.num_to_verify
 
 
 def test_right_drafts_take_fewer_steps_than_tokens() -> None:

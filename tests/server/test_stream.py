@@ -6,11 +6,13 @@ import pytest
 
 import fakes
 from d2f_runtime.backends.scripted import ScriptedBackend
+from d2f_runtime.engine import LocalEngine
 from d2f_stream.core.events import Block, Draft, StreamFinished
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.wire.codec import JSON, MSGPACK, Codec
 from d2f_stream.wire.protocol import Cancel
 from fakes import held
+from memory_network import until
 from serving import Peer, check_whole, request, serving, text_of
 
 
@@ -113,11 +115,18 @@ async def test_stream_can_be_resumed_after_its_end_and_is_forgotten_later() -> N
 async def test_stream_goes_on_without_its_connection_unless_asked_otherwise() -> None:
     backend, gate = held()
     async with serving(backend) as server:
+        engine = server.registry.engine
+        assert isinstance(engine, LocalEngine)
         async with Peer.to(server) as peer:
             await peer.hello()
-            await peer.send(request(), request(on_disconnect="cancel"))
-            gate.let_through(1)  # the second may come when a step has begun
-            kept, ended = await peer.started(), await peer.started()
+            kept = await peer.generate()
+            await asyncio.to_thread(gate.wait_entered)
+            await peer.send(request(on_disconnect="cancel"))
+            await until(
+                lambda: engine.current_load.num_waiting
+            )  # while the first one's step is held
+            gate.let_through(1)
+            ended = await peer.started()
         while server.gateway.num_connections:
             await fakes.turn()
         gate.open()
