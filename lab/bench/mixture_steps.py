@@ -29,7 +29,7 @@ __all__ = ["floors", "time_mixture"]
 
 BYTES: Final = {"bf16": 2.0, "fp8": 1.0, "nf4": 4.25 / 8}
 POOL: Final = 4096  # tokens of K/V
-APART: Final = 5000.0  # times as large are embeddings, far more than what layers add to them
+APART: Final = 5000.0  # by which embeddings are multiplied, above all that layers add
 
 
 def floors(settings: "MixtureSettings") -> dict[str, Any]:
