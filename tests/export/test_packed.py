@@ -1,7 +1,6 @@
 """Matrices of 4 to 6 bits on disk: what a session unpacks, and that rows are computed alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from d2f_export.onnx.artefact import Description, write_artefact
 from d2f_export.onnx.graph_builder import GraphBuilder
 from d2f_export.onnx.packed import Packing
 from d2f_export.onnx.quantize import Linear
@@ -20,12 +18,11 @@ from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.decoding.window import Window
 from d2f_runtime.evaluation.answers import decode_all
 from d2f_stream.core.params import GenerationParams
-from tiny_drafts import write_draft_adapter
-from tiny_models import CONFIGS, tiny_folder
+from tiny_models import tiny_folder
+from tiny_packed import MASK, write_packed
 
 pytestmark = pytest.mark.torch
 
-MASK = 160
 PROMPTS = [[5, 9, 12, 40], [70, 71], list(range(20, 60)), [33] * 7]
 
 
@@ -162,17 +159,7 @@ def test_products_are_those_of_the_unpacked_matrix() -> None:
 
 @pytest.fixture(scope="module")
 def drafting(tmp_path_factory: pytest.TempPathFactory) -> OnnxBackend:
-    root: Path = tmp_path_factory.mktemp("packed")
-    write_draft_adapter(root / "adapter", CONFIGS["llama"], mask_id=MASK)
-    (root / "tokenizer.json").write_text("{}")
-    write_artefact(
-        tiny_folder("llama", "torch"),
-        root / "artefact",
-        Description(name="tiny", tokenizer=root / "tokenizer.json"),
-        quantization="int4-int8",
-        adapter=root / "adapter",
-    )
-    return load(root / "artefact", device="cpu")
+    return load(write_packed(tmp_path_factory.mktemp("packed")), device="cpu")
 
 
 @pytest.mark.parametrize("cached", [0, 1, 31, 40, 70])

@@ -12,13 +12,11 @@ import onnxruntime as ort
 import pytest
 
 import d2f_export.onnx.artefact as artefact
-from d2f_export.onnx.artefact import Description, write_artefact
 from d2f_runtime.backends.onnx_backend import load
 from d2f_runtime.backends.protobuf import fields_of
 from d2f_runtime.backends.unpacked_graph import open_unpacked
 from d2f_stream.core.errors import ModelDamaged
-from tiny_drafts import write_draft_adapter
-from tiny_models import CONFIGS, tiny_folder
+from tiny_packed import write_packed
 
 pytestmark = pytest.mark.torch
 
@@ -28,21 +26,12 @@ CPU = ["CPUExecutionProvider"]
 @pytest.fixture(scope="module", params=["in the graph", "in a file"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("packed")
-    write_draft_adapter(root / "adapter", CONFIGS["llama"], mask_id=160)
-    (root / "tokenizer.json").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in a file":
             patch.setattr(artefact, "INLINE_BYTES", 0)
-        write_artefact(
-            tiny_folder("llama", "torch"),
-            root / "artefact",
-            Description(name="tiny", tokenizer=root / "tokenizer.json"),
-            quantization="int4-int8",
-            adapter=root / "adapter",
-        )
-    is_apart = (root / "artefact/model.onnx.data").exists()
-    assert is_apart == (request.param == "in a file")
-    return root / "artefact"
+        written = write_packed(root)
+    assert (written / "model.onnx.data").exists() == (request.param == "in a file")
+    return written
 
 
 def inputs(session: ort.InferenceSession, window: int) -> dict[str, Any]:
