@@ -1,6 +1,5 @@
 """A store that comes back, or is replaced by its replica, without the last events of a stream."""
 
-import asyncio
 import time
 
 import msgspec
@@ -68,8 +67,10 @@ async def test_reader_ahead_of_the_log_waits_until_that_has_its_events_again(
         ValkeyLog(store.url, ServeLimits()) as log,
         serving(log=store.url) as server,
         Peer.to(server) as peer,
+        Peer.to(server) as other,
     ):
         await peer.hello()
+        await other.hello()
         stream, _ = await log.create(request("ahead"), client=LOCAL, asker=LOCAL, clamp=False)
         work = await log.work(stream.id)
         assert work is not None
@@ -79,7 +80,8 @@ async def test_reader_ahead_of_the_log_waits_until_that_has_its_events_again(
                 assert await work.append(event)
             began_s = time.monotonic()
             await peer.resume(stream.id, after_seq=LOST)
-            await asyncio.sleep(0.2)  # long enough for a refusal
+            await other.send(request())
+            await other.answer()  # over the same log: a refusal of the first would be long there
             for event in events[LOST:]:
                 assert await work.append(event)
             assert await peer.receive() == events[LOST + 1]
