@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
 from d2f_stream.core.events import StreamFailed, StreamFinished
 from d2f_stream.core.identity import ModelIdentity
 from d2f_stream.server.auth import LOCAL
@@ -98,3 +100,30 @@ async def test_limits_are_those_of_the_server_that_took_the_request(store: Valke
             assert await work.append(last)
         for key in (keys.record(stream.id), keys.events(stream.id)):  # one byte is not enough
             assert await worker.store.run("EXISTS", key, patience_s=5.0) == 0
+
+
+@pytest.mark.parametrize("renewal", ["append", "beat"])
+async def test_worker_that_was_late_goes_on_unless_another_has_the_stream(
+    store: ValkeyServer, renewal: str
+) -> None:
+    async with log_of(store) as server, log_of(store) as worker:
+        name = f"late-{renewal}"
+        stream, _ = await server.create(request(name), client=LOCAL, asker=LOCAL, clamp=False)
+        work = await worker.work(stream.id)
+        assert work is not None
+        lease = f"{worker.keys.prefix}:l:{stream.id}"
+        first, second, third, *_ = events_of(stream.id)
+        async with work:
+            assert await work.append(first)
+            waits = f"?{server.holder}"  # as the server says once a lease has run out
+            await server.store.run("SET", lease, waits, "PX", 60_000, patience_s=5.0)
+            if renewal == "append":
+                assert await work.append(second)
+            async with asyncio.timeout(20.0):
+                while await server.store.run("GET", lease, patience_s=5.0) == waits.encode():
+                    await asyncio.sleep(worker.times.beat_s)
+            assert await server.store.run("GET", lease, patience_s=5.0) == worker.holder.encode()
+            assert not work.is_lost
+            await server.store.run("SET", lease, "another", "PX", 60_000, patience_s=5.0)
+            assert not await work.append(third)
+            assert work.is_lost

@@ -7,6 +7,7 @@ import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend, StepGate
 from d2f_stream.cluster.logging_handle_engine import LoggingHandleEngine
+from d2f_stream.cluster.replica_worker import ReplicaWorker
 from d2f_stream.core.events import Block, StreamNames
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.admission import measured
@@ -49,19 +50,20 @@ async def test_stream_of_a_replica_that_vanishes_goes_on_at_another_one(
             await log.wait_free(stream, is_given=True)
             return not stream.has_terminal
 
-        work = asyncio.create_task(
-            engine.work(
-                StreamNames(stream.id, stream.request_id, stream.client),
-                measured(request, engine, limits, clamp=False),
-                max_prompt_tokens=None,
-                is_deserted=is_deserted,
-            )
-        )
+        async def bring_to_its_end() -> None:
+            while not stream.has_terminal:  # else another worker has it, who may be the frozen one
+                await engine.work(
+                    StreamNames(stream.id, stream.request_id, stream.client),
+                    measured(request, engine, limits, clamp=False),
+                    max_prompt_tokens=None,
+                    is_deserted=is_deserted,
+                )
+
+        work = asyncio.create_task(bring_to_its_end())
         if has_begun:
             await until(lambda: num_blocks(stream) >= 2)
-            freeze(logs[0], calls)
+            freeze(logs[0], workers[0], calls)
         await work
-        assert stream.has_terminal
         assert "".join(event.text for event in stream.log if isinstance(event, Block)) == ANSWER
         assert second.num_opened == 1
         gate.open()
@@ -71,9 +73,9 @@ def num_blocks(stream: ServedStream) -> int:
     return sum(isinstance(event, Block) for event in stream.log)
 
 
-def freeze(log: object, calls: Replicas) -> None:
+def freeze(log: object, worker: ReplicaWorker, calls: Replicas) -> None:
     """Let a replica say nothing any more, as one whose machine is gone: its steps hang already."""
-    calls.frozen.append(next(worker for worker in calls._calls.values()))
+    calls.frozen.append(worker)
     log._loops[1].cancel()  # type: ignore[attr-defined]  # its beats
 
 

@@ -7,7 +7,7 @@ answers the same. Keys, behind the prefix P of the database:
     P:r:CLIENT:REQUEST_ID  the id of the stream that the request started
     P:e:ID                 stream: the events; the entry of seq n is (n + 1)-0
     P:l:ID                 the lease: who works for it; with "?" before it, who has yet to find a
-                           worker, who may take it
+                           worker: any may take it, also the one whose lease has run out
     P:o:CLIENT             sorted set: the client's streams that have ended, by time
     P:sizes                hash: bytes of those, by client; their sum is P:size
     P:w:ID                 sorted set: servers with readers of it, by when they last said so
@@ -107,12 +107,12 @@ local events, lease = P .. ':e:' .. id, P .. ':l:' .. id
 seq = tonumber(seq)
 local n = redis.call('XLEN', events)
 local now = redis.call('GET', lease)
+if now and now ~= holder and string.sub(now, 1, 1) ~= '?' then return -1 end
 if n > seq then
   local entry = redis.call('XRANGE', events, (seq + 1) .. '-0', (seq + 1) .. '-0')[1]
-  if entry and entry[2][2] == event and (not now or now == holder) then return n end
+  if entry and entry[2][2] == event then return n end
   return -1
 end
-if now and now ~= holder then return -1 end
 if redis.call('EXISTS', P .. ':s:' .. id) == 0 then return -2 end
 if n < seq then return -3 - n end
 redis.call('XADD', events, (seq + 1) .. '-0', 'e', event)
@@ -173,7 +173,8 @@ for i = 8, #ARGV do
   local now, answer = redis.call('GET', lease), 1
   if number <= works + kept then
     local mine = number <= works and holder or '?' .. holder
-    if now and now ~= mine then
+    local waits = now and number <= works and string.sub(now, 1, 1) == '?'
+    if now and now ~= mine and not waits then
       answer = 0
     elseif redis.call('EXISTS', record) == 0 then
       answer = 3
