@@ -1,7 +1,7 @@
 """The line for a step: who may take part, in order, and how much of their prompts runs in it.
 
 Prompts are worked off beside the windows of others, in pieces that keep these from waiting: a step
-becomes longer by DELAY_MS at most for the sake of prompts, or by DELAY_SHARE of what it takes
+becomes longer by about DELAY_MS at most for the sake of prompts, or by DELAY_SHARE of what it takes
 without them where that is more, as on CPUs. What fits is a question of what steps cost, see
 `StepCost.rows_within`. Where nobody waits for a window, the bound of a step's rows is the only one.
 
@@ -25,7 +25,8 @@ __all__ = ["DELAY_MS", "DELAY_SHARE", "LEAST_PIECE", "Place", "StepBounds", "lin
 
 Id = TypeVar("Id", bound=Hashable)
 
-DELAY_MS: Final = 10.0
+DELAY_MS: Final = 8.0
+"""Allowed for by what steps cost on average; where 10 were, the slowest step took 12 ms more."""
 DELAY_SHARE: Final = 1.0
 LEAST_PIECE: Final = 16
 """Tokens of a prompt that a step runs in any case, so that every prompt comes to its end."""
