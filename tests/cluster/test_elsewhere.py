@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,7 +22,8 @@ from replicas import Replicas, replicas_over
 from serving import Peer, check_whole
 from stores import ValkeyServer
 
-CANCEL_S = 1.0  # 0.2 s where the machine is not shared
+NEVER_S = 600.0
+"""The lease of replicas: what waits for its end, or for their beats, outlives the test's time."""
 _databases = itertools.cycle(range(16))
 
 
@@ -50,7 +50,7 @@ async def serving_over_log(
     from d2f_stream.server.streams.valkey.log import ValkeyLog
 
     url = f"{store.url}/{next(_databases)}"
-    logs = [ValkeyLog(url, ServeLimits()) for _ in backends]
+    logs = [ValkeyLog(url, ServeLimits(), lease_s=NEVER_S) for _ in backends]
     async with (
         replicas_over(*backends, logs=logs) as (calls, workers),
         LoggingHandleEngine(calls) as engine,
@@ -103,11 +103,9 @@ async def test_killed_replica_s_stream_goes_on_at_another_one_through_the_log(
                 block = await peer.receive()
                 assert isinstance(block, Block)
                 blocks.append(block)
-            began_s = time.monotonic()
             calls.kill(workers[0])
             gate.open()
             check_whole([started, *blocks, *await peer.answer()])
-            assert time.monotonic() - began_s < 2.0  # nobody waits for the lease to run out
         assert second.num_opened == 1
         window = second.batches[0][0].window
         assert window.num_to_cache >= 16
@@ -119,13 +117,11 @@ async def test_cancel_reaches_the_replica_through_the_log(store: ValkeyServer) -
         await peer.hello()
         started = await peer.generate(params={"max_new_tokens": 2000})
         assert isinstance(await peer.receive(), Block)
-        began_s = time.monotonic()
         await peer.cancel(started.stream)
         *_, last = await peer.answer()
         assert isinstance(last, StreamFinished)
         assert last.reason == "cancelled"
         assert not backend.open_slots
-        assert time.monotonic() - began_s < CANCEL_S
 
 
 async def test_refused_request_is_refused_and_may_come_again(store: ValkeyServer) -> None:
