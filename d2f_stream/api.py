@@ -36,7 +36,7 @@ def generate(
 ) -> Session:
     """Start an answer on the running event loop; the session streams it.
 
-        async for block in d2f_stream.generate("What is the capital of France?"):
+        async for block in d2f_stream.generate("What is the capital of Japan?"):
             print(block.text, end="")
 
     Awaited, the session gives the whole answer: `result = await d2f_stream.generate("...")`.
@@ -179,7 +179,7 @@ def connect(
     """Open an engine whose model is on a server; leaving the context ends its sessions.
 
         async with d2f_stream.connect("ws://127.0.0.1:8000") as engine:
-            turn = {"role": "user", "content": "What is the capital of France?"}
+            turn = {"role": "user", "content": "What is the capital of Japan?"}
             async for block in engine.generate([turn]):
                 print(block.text, end="")
 

@@ -2,7 +2,7 @@
 
     from d2f_stream import sync
 
-    for block in sync.generate("What is the capital of France?"):
+    for block in sync.generate("What is the capital of Japan?"):
         print(block.text, end="", flush=True)
 
 Owns one event loop, in one thread of the process, which starts with the first call and ends with

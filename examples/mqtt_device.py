@@ -15,7 +15,7 @@ import os
 import d2f_stream
 
 BROKER = os.environ.get("BROKER", "mqtt://127.0.0.1:1883")
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES = [{"role": "user", "content": "What is the capital of Japan?"}]
 
 
 async def main() -> None:

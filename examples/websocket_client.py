@@ -10,7 +10,7 @@ import sys
 
 import d2f_stream
 
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES = [{"role": "user", "content": "What is the capital of Japan?"}]
 
 
 async def main(url: str) -> None:

@@ -13,7 +13,7 @@ from d2f_stream.terminal.config import KEYS
 
 __all__ = ["ELSEWHERE", "build_parser", "overrides_of"]
 
-QUESTION: Final = "What is the capital of France?"
+QUESTION: Final = "What is the capital of Japan?"
 SET_MODEL: Final = "config set model sdar:4b"
 
 ELSEWHERE: Final = {  # by name: the offline work is not the SDK's, and imports heavy libraries

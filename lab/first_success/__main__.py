@@ -23,7 +23,7 @@ from lab.first_success.personas import PERSONAS, ROOT, Persona, commands, progra
 from lab.records import command_of, write_record
 
 SERVER: Final = "http://127.0.0.1:8000"
-QUESTION: Final = "What is the capital of France?"
+QUESTION: Final = "What is the capital of Japan?"
 TIMEOUT_S: Final = 1800.0
 
 

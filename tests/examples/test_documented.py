@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = [ROOT / "d2f_stream", ROOT / "runtime" / "d2f_runtime"]
 ANSWERS = {
-    "What is the capital of France?": "Paris",
+    "What is the capital of Japan?": "Tokyo",
     "Why is the sky blue?": "scattered",
     PROBLEM: "The answer is 52",
 }
