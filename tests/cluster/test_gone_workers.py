@@ -128,3 +128,17 @@ async def test_worker_that_was_late_goes_on_unless_another_has_the_stream(
             await server.store.run("SET", lease, "another", "PX", 60_000, patience_s=5.0)
             assert not await work.append(third)
             assert work.is_lost
+
+
+async def test_worker_that_has_lost_its_stream_takes_no_lease_back(store: ValkeyServer) -> None:
+    async with log_of(store) as server, log_of(store) as worker, log_of(store) as other:
+        stream, _ = await server.create(request("lost"), client=LOCAL, asker=LOCAL, clamp=False)
+        late = await worker.work(stream.id)
+        assert late is not None
+        async with late:  # hangs in a step, say, and has not let go of the stream yet
+            taken = await other.work(stream.id, by_force=True)
+            assert taken is not None
+            async with taken:
+                assert not await late.append(events_of(stream.id)[0])
+            await worker._beats._beat()
+            assert await other.work(stream.id) is not None

@@ -82,20 +82,21 @@ class LogMachine(RuleBasedStateMachine):
         self.holders[stream] = self.believed[side, stream] = work
         return work
 
-    @rule(work=works)
-    def append_next(self, work: Work) -> None:
-        """The holder's next event is taken, that of one who lost the stream is not."""
-        stream = work.stream_id
+    @rule(work=works, text=st.sampled_from(("x", "other")))
+    def append_next(self, work: Work, text: str) -> None:
+        """A worker's next event is taken, unless another has the stream or has told otherwise."""
+        stream, seq = work.stream_id, len(work.events)
         written = self.written[stream]
-        if self._ended(stream):
+        is_behind = seq < len(written)  # others went on with the stream, before it knew
+        if self._ended(stream) and not is_behind:
             return
-        event = events_of(stream, num_blocks=NUM_BLOCKS)[len(written)]
-        if stream not in self.holders and work in self.believed.values():
-            self._go_on(work)
-        taken = self.run(work.append(event))
-        assert taken == (self.holders.get(stream) is work)
-        if taken:
+        event = events_of(stream, num_blocks=NUM_BLOCKS, text=text)[seq]
+        is_anothers = work.is_lost or self.holders.get(stream, work) is not work
+        is_due = not is_anothers and (not is_behind or event == written[seq])
+        assert self.run(work.append(event)) == is_due
+        if is_due and not is_behind:
             written.append(event)
+            self.holders[stream] = work
             if self._ended(stream):
                 self.holders.pop(stream)
 
@@ -103,7 +104,7 @@ class LogMachine(RuleBasedStateMachine):
     def append_another(self, work: Work, seq: int) -> None:
         """An event that was taken is not changed by anybody."""
         if seq < len(self.written[work.stream_id]):
-            other = events_of(work.stream_id, num_blocks=NUM_BLOCKS, text="other")[seq]
+            other = events_of(work.stream_id, num_blocks=NUM_BLOCKS, text="third")[seq]
             if other != self.written[work.stream_id][seq]:
                 assert not self.run(work.append(other))
 
@@ -114,13 +115,35 @@ class LogMachine(RuleBasedStateMachine):
             del self.holders[work.stream_id]
         self.believed = {key: held for key, held in self.believed.items() if held is not work}
 
+    @rule(stream=streams, side=sides, waits=st.booleans())
+    def let_lease_run_out(self, stream: str, side: int, waits: bool) -> None:
+        """Nobody works for the stream then, whether or not a server waits for a worker."""
+        if self.url is None or self._ended(stream):
+            return
+        log: Any = self.logs[side]
+        lease = f"{log.keys.prefix}:l:{stream}"
+        command = ("SET", lease, f"?{log.holder}") if waits else ("DEL", lease)
+        self.run(log.store.run(*command, patience_s=5.0))
+        self.holders.pop(stream, None)
+
+    @rule(side=sides)
+    def beat(self, side: int) -> None:
+        """A worker learns that it has lost its stream, or has one back that nobody took."""
+        if self.url is None:
+            return
+        log: Any = self.logs[side]
+        works = {s: w for (at, s), w in self.believed.items() if at == side and not w.is_lost}
+        self.run(log._beats._beat())
+        for stream, work in works.items():
+            if not self._ended(stream):
+                assert work.is_lost == (self.holders.setdefault(stream, work) is not work)
+
     @rule(stream=streams, side=sides)
     def read_whole(self, stream: str, side: int) -> None:
         """Whoever reads has every event, once and in order."""
         believed = self.believed.get((side, stream))
-        is_deposed = believed is not None and self.holders.get(stream) is not believed
-        if is_deposed and self.url is not None and not self._ended(stream):
-            return  # it learns by its next beat that another works, and none comes here
+        if believed is not None and list(believed.events) != self.written[stream]:
+            return  # others went on with the stream, which it learns by its next event
         assert self.run(self._read(stream, side)) == self.written[stream]
 
     @rule(stream=streams, side=sides)
@@ -134,12 +157,6 @@ class LogMachine(RuleBasedStateMachine):
             assert [event.seq for event in events if hasattr(event, "seq")] == list(
                 range(len(events))
             )
-
-    def _go_on(self, work: Work) -> None:
-        """Have a worker hold a stream that was taken from it, and given back before it knew."""
-        is_lost = getattr(work, "is_lost", True)  # one in memory knows at once
-        if not is_lost and list(work.events) == self.written[work.stream_id]:
-            self.holders[work.stream_id] = work
 
     def _ended(self, stream: str) -> bool:
         events = self.written[stream]

@@ -36,7 +36,8 @@ class Work(Protocol):
     """A worker's hold on one stream: its lease, renewed while the context is open.
 
     It ends with the context, by an event that ends the stream, or when the worker was silent for
-    longer than the lease runs: then another worker may take the stream over, and `append` refuses.
+    longer than the lease runs: then another worker may take the stream over, and once one has,
+    `append` refuses.
     """
 
     @property

@@ -105,7 +105,8 @@ class Beats:
 
     async def _beat(self) -> None:
         log = self._log
-        works, kept, followed = list(log.works.values()), list(log.kept), log.copies.ids
+        works = [work for work in log.works.values() if not work.is_lost]  # else it takes it back
+        kept, followed = list(log.kept), log.copies.ids
         if not (works or kept or followed):
             return
         ids = [*(work.stream_id for work in works), *kept, *followed]
