@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from d2f_export.distill.distillation import Distillation
 from d2f_export.distill.distiller import Distiller, Objective
 from d2f_export.distill.loop import train
 from d2f_export.distill.run_folder import RunFolder, RunState, write_model
@@ -92,11 +93,14 @@ def train_stage(
         )
 
     return train(
-        settings,
-        RunFolder(output),
-        open_distiller,
-        open_corpus,
-        write=partial(write_model, config=config),
+        RunFolder(output, settings),
+        lambda: Distillation(
+            settings,
+            open_distiller(),
+            accelerator=accelerator,
+            open_feed=open_corpus,
+            write=partial(write_model, config=config),
+        ),
         accelerator=accelerator,
         console=console,
     )

@@ -4,6 +4,7 @@ A resumed run takes back the rows that a killed one wrote after its last checkpo
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -17,7 +18,7 @@ from d2f_export.distill.whole_files import replacing
 
 __all__ = ["TrainingLog", "plot_loss", "show_plan"]
 
-LOSSES: Final = ("step", "seconds", "tokens", "loss", "lr", "examples", "cut", "dropped")
+LOSSES: Final = ("step", "seconds", "tokens", "loss", "lr")
 SCORES: Final = ("step", "accuracy", "tokens_per_step", "mean_tokens", "answers")
 
 
@@ -26,13 +27,16 @@ class TrainingLog:
 
     Args:
         folder: of the run.
+        columns: of log.csv, behind those of every training.
         step: that the run goes on from; later rows are taken back.
         console: None writes the files in silence.
     """
 
-    def __init__(self, folder: Path, *, step: int, console: Console | None) -> None:
+    def __init__(
+        self, folder: Path, columns: tuple[str, ...], *, step: int, console: Console | None
+    ) -> None:
         self._losses, self._scores = folder / "log.csv", folder / "validation.csv"
-        _begin(self._losses, LOSSES, step)
+        _begin(self._losses, LOSSES + columns, step)
         self._has_scores = self._scores.exists()
         if self._has_scores:
             _begin(self._scores, SCORES, step)
@@ -64,7 +68,7 @@ class TrainingLog:
         seconds: float,
         tokens: int,
         speed: float,
-        counts: tuple[int, int, int],
+        figures: Sequence[object],
     ) -> None:
         """Add a row to log.csv.
 
@@ -74,11 +78,11 @@ class TrainingLog:
             rate: learning rate.
             progress: share of the training that is done.
             seconds: spent in training.
-            tokens: of all sequences so far, padding included.
+            tokens: trained on so far.
             speed: tokens/s since the last row.
-            counts: examples used, cut and dropped.
+            figures: in the training's own columns.
         """
-        row = [step, f"{seconds:.1f}", tokens, f"{loss:.6g}", f"{rate:.3g}", *counts]
+        row = [step, f"{seconds:.1f}", tokens, f"{loss:.6g}", f"{rate:.3g}", *figures]
         _append(self._losses, row)
         text = f"step {step} loss {loss:.4f} {speed:,.0f} tokens/s"
         self._bar.update(self._task, completed=progress, description=text)

@@ -14,18 +14,14 @@ from rich.console import Console
 from d2f_export.distill.attention import use_flex
 from d2f_export.distill.base import Base, open_base
 from d2f_export.distill.corruption import BlockNoise
+from d2f_export.distill.distillation import Distillation, Writer
 from d2f_export.distill.distiller import Distiller, LossWeights, Objective
 from d2f_export.distill.examples import ExampleFiles
 from d2f_export.distill.feed import Feed
 from d2f_export.distill.log import show_plan
 from d2f_export.distill.loop import is_finished, train
 from d2f_export.distill.memory import check_fits, plan_memory
-from d2f_export.distill.run_folder import (
-    RunFolder,
-    RunState,
-    Writer,
-    write_model,
-)
+from d2f_export.distill.run_folder import RunFolder, RunState, write_model
 from d2f_export.distill.sequences import Counts, Packing
 from d2f_export.distill.settings import DistillSettings
 from d2f_export.distill.student import add_lora, save_adapter
@@ -70,8 +66,8 @@ def distill(
     """
     accelerator = open_accelerator(settings, cpu=cpu)
     show = console if accelerator.is_main_process else None
-    folder = RunFolder(output)
-    if is_finished(folder, settings, patience=settings.patience, console=show):
+    folder = RunFolder(output, settings, patience=settings.patience)
+    if is_finished(folder, show):
         return output
     base = open_base(settings.model, family=settings.family)
     if settings.length > base.config.max_len:
@@ -85,14 +81,17 @@ def distill(
     validation = _validation(settings, base, accelerator)
     _check_memory(settings, base, accelerator, compute, show)
     return train(
-        settings,
         folder,
-        lambda: _loaded(settings, base, accelerator, compute),
-        lambda state: _feed(settings, base, files, num_examples, state, accelerator),
-        write=_writer(settings, base),
+        lambda: Distillation(
+            settings,
+            _loaded(settings, base, accelerator, compute),
+            accelerator=accelerator,
+            open_feed=lambda state: _feed(settings, base, files, num_examples, state, accelerator),
+            write=_writer(settings, base),
+            validation=validation,
+        ),
         accelerator=accelerator,
         num_examples=num_examples,
-        validation=validation,
         console=show,
     )
 

@@ -11,20 +11,19 @@ A checkpoint and a model are written beside their name and get it when they are 
 """
 
 import os
+import pickle
 import shutil
 import tomllib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from d2f_export.distill.settings import FREE, TrainSettings, read_settings, to_toml
-from d2f_export.distill.student import trainable
+from d2f_export.distill.settings import FREE, RunSettings, read_settings, to_toml
 from d2f_export.distill.whole_files import write_text
 from d2f_runtime.models.checkpoints import save_checkpoint
 from d2f_runtime.models.config import TransformerConfig
@@ -33,24 +32,31 @@ from d2f_runtime.text.tokenizer import token_source
 from d2f_stream.core.errors import D2FError, InvalidRequest, ModelDamaged
 
 __all__ = [
-    "SETTINGS_FILE",
     "RunFolder",
     "RunState",
-    "Writer",
-    "check_same",
-    "no_training",
-    "prepare_checkpoints",
+    "Stored",
     "write_model",
 ]
-
-Writer = Callable[[Path, dict[str, Tensor]], None]  # puts trained weights into a folder
 
 SETTINGS_FILE: Final = "settings.toml"
 STATE_FILE: Final = "run.json"
 END_FILE: Final = "finished.json"
 MODEL_FILES: Final = ("adapter_config.json", "config.json")  # one of them: the folder is a model
 BEGUN: Final = {f".{SETTINGS_FILE}", "checkpoints"}  # what a kill may leave before the settings
-WEIGHTS_FILE: Final = "model.safetensors"
+DAMAGED: Final = (
+    OSError, EOFError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError,
+    msgspec.DecodeError,
+)  # fmt: skip
+
+
+class Stored(Protocol):
+    """What a checkpoint holds beside the run's state."""
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained and its optimiser into a folder. On all processes."""
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote. On all processes."""
 
 
 class RunState(msgspec.Struct, kw_only=True):
@@ -58,12 +64,13 @@ class RunState(msgspec.Struct, kw_only=True):
 
     Attributes:
         step: optimiser steps taken.
-        tokens: trained on by all processes, padding included.
+        tokens: trained on by all processes.
         position: in the data, in the feed's unit; see BatchSource.
         num_examples: in the data.
         used: examples that were packed; see Counts, as for the next two.
         cut: of these, those that were cut.
         dropped: examples that were too long.
+        skipped: steps that were left out because a gradient was not finite.
         seconds: spent in training.
         best: accuracy and tokens per step of the best validation.
         since_best: validations after it.
@@ -76,14 +83,22 @@ class RunState(msgspec.Struct, kw_only=True):
     used: int = 0
     cut: int = 0
     dropped: int = 0
+    skipped: int = 0
     seconds: float = 0.0
     best: tuple[float, float] | None = None
     since_best: int = 0
 
-    def progress(self, settings: TrainSettings) -> float:
-        """Return the share of the training that is done: of its steps or of its time, at most 1."""
-        timed = 0.0 if settings.max_seconds is None else self.seconds / settings.max_seconds
-        return min(1.0, max(self.step / settings.steps, timed))
+    def progress(self, settings: RunSettings, since: "RunState") -> float:
+        """Return the share that is done of the steps or of the time, at most 1.
+
+        Args:
+            settings: of the run.
+            since: where the share is 0.
+        """
+        steps, timed = settings.steps - since.step, 0.0
+        if settings.max_seconds is not None:
+            timed = (self.seconds - since.seconds) / settings.max_seconds
+        return min(1.0, max((self.step - since.step) / steps if steps > 0 else 1.0, timed))
 
     def is_over(self, patience: int) -> bool:
         """Whether validation has gained nothing for so long that the training ends."""
@@ -95,13 +110,24 @@ class RunFolder:
 
     Args:
         path: made where needed.
+        settings: that the run is to begin or to go on with.
+        free: the names of those that may differ from what it began with.
+        patience: validations without a gain that end it; 0 is any number.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        settings: RunSettings,
+        *,
+        free: Collection[str] = FREE,
+        patience: int = 0,
+    ) -> None:
+        self.path, self.settings, self.patience = path, settings, patience
+        self._free = free
         self._checkpoints = path / "checkpoints"
 
-    def claim(self, settings: TrainSettings) -> None:
+    def claim(self) -> None:
         """Write the settings, or compare them with those of the run that has begun here.
 
         Raises:
@@ -113,13 +139,15 @@ class RunFolder:
             if not file.exists():
                 self.path.mkdir(parents=True, exist_ok=True)
                 if {file.name for file in self.path.iterdir()} - BEGUN:
-                    raise no_training(self.path)
+                    raise InvalidRequest(
+                        f"{self.path} holds something else than a training; choose a new folder"
+                    )
                 self._checkpoints.mkdir(exist_ok=True)
-                write_text(file, to_toml(settings))
+                write_text(file, to_toml(self.settings))
                 return
             has_checkpoint = any(self._checkpoints.glob("step-*"))
             if has_checkpoint or self._end is not None:
-                check_same(self.path, settings, free=FREE)
+                self._check_same()
             if not has_checkpoint and self._end is not None:
                 raise InvalidRequest(
                     f"{self.path} holds a training that ended after {self._end.step} steps, and no "
@@ -127,18 +155,21 @@ class RunFolder:
                 )
         except OSError as error:
             raise InvalidRequest(f"{self.path} cannot be the output: {error}") from error
-        write_text(file, to_toml(settings))
+        write_text(file, to_toml(self.settings))
 
-    def finished(self, settings: TrainSettings, *, patience: int = 0) -> RunState | None:
-        """Return where the run ended, if these settings ask for no more than that.
+    def finished(self) -> RunState | None:
+        """Return where the run ended, if the settings ask for no more than that.
 
         Raises:
             InvalidRequest: it is another run's folder, or cannot be read.
         """
         end = self._end
-        if end is None or (end.progress(settings) < 1.0 and not end.is_over(patience)):
+        if end is None:
             return None
-        check_same(self.path, settings, free=FREE)
+        since = end if self.settings.is_per_start else RunState()
+        if end.progress(self.settings, since) < 1.0 and not end.is_over(self.patience):
+            return None
+        self._check_same()
         return end
 
     def finish(self, state: RunState) -> None:
@@ -154,7 +185,7 @@ class RunFolder:
         except (FileNotFoundError, msgspec.DecodeError):
             return None
 
-    def save(self, accelerator: Any, state: RunState) -> None:
+    def save(self, accelerator: Any, stored: Stored, state: RunState) -> None:
         """Write a checkpoint; the one before it goes when this one is whole. On all processes.
 
         Raises:
@@ -167,7 +198,7 @@ class RunFolder:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(partial))
+            stored.save(partial)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (partial / STATE_FILE).write_bytes(msgspec.json.encode(state))
@@ -183,8 +214,8 @@ class RunFolder:
                 "the same command again, it goes on from the checkpoint before"
             ) from error
 
-    def restore(self, accelerator: Any, num_examples: int) -> RunState:
-        """Load the newest checkpoint into what the accelerator has prepared, if there is one.
+    def restore(self, stored: Stored, num_examples: int) -> RunState:
+        """Load the newest checkpoint, if there is one.
 
         Raises:
             ModelDamaged: it cannot be read.
@@ -194,9 +225,9 @@ class RunFolder:
         if not found:
             return RunState(num_examples=num_examples)
         try:
-            accelerator.load_state(str(found[-1]))
+            stored.load(found[-1])
             state = msgspec.json.decode((found[-1] / STATE_FILE).read_bytes(), type=RunState)
-        except (OSError, RuntimeError, SafetensorError, msgspec.DecodeError) as error:
+        except DAMAGED as error:
             raise ModelDamaged(
                 f"the checkpoint {found[-1]} cannot be read: {error}; remove it to begin anew"
             ) from error
@@ -207,53 +238,16 @@ class RunFolder:
             )
         return state
 
-
-def check_same(folder: Path, settings: msgspec.Struct, *, free: Collection[str]) -> None:
-    """Compare settings with those of the run that has begun in a folder.
-
-    Args:
-        folder: of the run.
-        settings: that it is to go on with.
-        free: the names of those that may differ.
-
-    Raises:
-        InvalidRequest: the run would learn something else with them, or its file cannot be read.
-    """
-    old, new = read_settings(folder / SETTINGS_FILE), tomllib.loads(to_toml(settings))
-    for name in dict.fromkeys([*new, *old]):
-        before, now = old.get(name), new.get(name)
-        if before != now and name not in free:
-            raise InvalidRequest(
-                f"{folder} holds a training with {name} {before!r}, not {now!r}; go on with the "
-                "same settings, or choose a new folder"
-            )
-
-
-def no_training(folder: Path) -> InvalidRequest:
-    """Return the error of a folder in which something else stands than a run."""
-    return InvalidRequest(f"{folder} holds something else than a training; choose a new folder")
-
-
-def prepare_checkpoints(accelerator: Any) -> None:
-    """Let checkpoints hold the trained weights only: a LoRA's base is not copied each time."""
-
-    def save(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:
-        if weights:  # none under FSDP, which stores its shards itself
-            weights[:] = [
-                {name: p.detach() for name, p in trainable(accelerator.unwrap_model(m)).items()}
-                for m in models
-            ]
-
-    def load(models: list[Any], folder: str) -> None:
-        while models:
-            model = accelerator.unwrap_model(models.pop())
-            stored = load_file(Path(folder) / WEIGHTS_FILE)
-            if stored.keys() != trainable(model).keys():
-                raise RuntimeError("its weights are those of another student")
-            model.load_state_dict(stored, strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    def _check_same(self) -> None:
+        """Refuse settings with which the run that has begun here would learn something else."""
+        old, new = read_settings(self.path / SETTINGS_FILE), tomllib.loads(to_toml(self.settings))
+        for name in dict.fromkeys([*new, *old]):
+            before, now = old.get(name), new.get(name)
+            if before != now and name not in self._free:
+                raise InvalidRequest(
+                    f"{self.path} holds a training with {name} {before!r}, not {now!r}; go on with "
+                    "the same settings, or choose a new folder"
+                )
 
 
 def write_model(

@@ -1,6 +1,6 @@
 """DistillSettings: everything that shapes a distillation, one frozen, validated value.
 
-TrainSettings is the part of it that every training has.
+RunSettings is the part of it that every run has, TrainSettings what the embedded model's has too.
 
 Read from a TOML file and from the command line, written into the run's folder. The defaults are
 those of the released D2F training (zhijie-group/Discrete-Diffusion-Forcing, commit 771f745) and of
@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,7 @@ from d2f_stream.core.nearest import one_of
 __all__ = [
     "FREE",
     "DistillSettings",
+    "RunSettings",
     "TrainSettings",
     "build_settings",
     "check_values",
@@ -36,34 +37,42 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 
 
-class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long, how fast and with what a model is trained. Validated on construction.
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long and how fast a run trains. Validated on construction.
 
     Raises:
         InvalidParams: on construction, for the first field out of range.
     """
 
+    is_per_start: ClassVar[bool] = False
+    """Whether time and decay are those of one start of the run, not of the whole run."""
+
     steps: Annotated[int, Meta(ge=1, description="optimiser steps in all")] = 50_000
     max_seconds: Annotated[
         Positive | None, Meta(description="end after this time, the decay done by then")
     ] = None
-    accumulation: Annotated[int, Meta(ge=1, description="micro-batches of an optimiser step")] = 3
     lr: Annotated[Positive, Meta(description="learning rate at its peak")] = 1e-5
     warmup: Annotated[int, Meta(ge=0, description="steps of linear warm-up")] = 0
     decay: Annotated[
         Share, Meta(description="share of the steps, the last ones, in which the rate falls to 0")
     ] = 0.0
-    weight_decay: Annotated[float, Meta(ge=0.0, description="of AdamW")] = 0.05
     clip: Annotated[Positive, Meta(description="largest gradient norm")] = 1.0
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="of data order and noise")] = 0
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"], Meta(description="auto is bf16 on a GPU, else fp32")
-    ] = "auto"
     save_every: Annotated[int, Meta(ge=1, description="steps that a kill loses at most")] = 1000
     log_every: Annotated[int, Meta(ge=1, description="steps between rows of log.csv")] = 10
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+class TrainSettings(RunSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every training of a whole canvas has. Validated on construction."""
+
+    accumulation: Annotated[int, Meta(ge=1, description="micro-batches of an optimiser step")] = 3
+    weight_decay: Annotated[float, Meta(ge=0.0, description="of AdamW")] = 0.05
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], Meta(description="auto is bf16 on a GPU, else fp32")
+    ] = "auto"
 
 
 class DistillSettings(TrainSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):

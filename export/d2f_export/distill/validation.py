@@ -118,11 +118,6 @@ class Validation:
         """Steps from one to the next."""
         return self._settings.validate_every
 
-    @property
-    def patience(self) -> int:
-        """How many without a gain end the training; 0 is any number."""
-        return self._settings.patience
-
     def run(self, model: Transformer) -> Score:
         """Decode this process's prompts with the model and score the answers."""
         was_training = model.training

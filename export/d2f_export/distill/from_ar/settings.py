@@ -3,25 +3,28 @@
 The defaults are those of the adapter of SmolLM2-135M that is described in docs/distillation.md.
 """
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from d2f_export.distill.settings import Positive, Share, check_values
+from d2f_export.distill.settings import Positive, RunSettings, Share, check_values
 from d2f_stream.core.errors import InvalidParams
 
-__all__ = ["FREE", "DraftSettings", "Loss", "WritingSettings"]
+__all__ = ["FREE", "SIZES", "DraftSettings", "Loss", "WritingSettings"]
 
 Loss = Literal["kl", "ce", "both"]
+SIZES: Final = "rows, noisy_length or clean_length"  # what the memory of a training depends on
 
 
-class DraftSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DraftSettings(RunSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a draft adapter is trained. Validated on construction; each field says what it is.
 
     Raises:
         InvalidParams: on construction, for the first field out of range.
     """
+
+    is_per_start: ClassVar[bool] = True
 
     from_ar: Annotated[
         str, Meta(min_length=1, description="the autoregressive base: a folder, .gguf or hub id")
@@ -75,14 +78,10 @@ class DraftSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     decay: Annotated[
         Share, Meta(description="last share of this start in which the rate falls; 0 to go on")
     ] = 0.3
-    clip: Annotated[Positive, Meta(description="largest gradient norm")] = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="of data order and noise")] = 0
     workers: Annotated[int, Meta(ge=0, description="processes that prepare batches")] = 0
-    save_every: Annotated[int, Meta(ge=1, description="steps that a kill loses at most")] = 1000
-    log_every: Annotated[int, Meta(ge=1, description="steps between rows of log.jsonl")] = 10
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if list(self.block_sizes) != sorted(set(self.block_sizes)):
             raise InvalidParams("block_sizes", self.block_sizes, "rising")
 

@@ -4,7 +4,7 @@ The base is frozen. Gradients are averaged over the processes of torch.distribut
 up; files, the clock and the log are others'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -155,7 +155,7 @@ class Training:
         self.flat.refresh()
         return Update(loss.detach(), norm, skipped)
 
-    def batches(self, answers: Answers, *, first: int) -> Iterator[Batch]:
+    def batches(self, answers: Answers, *, first: int) -> Generator[Batch, None, None]:
         """Yield this process's batches, on the device, from a number on and without an end."""
         settings = self.settings
         feed = Feed(

@@ -1,6 +1,8 @@
 """Whole trainings on a tiny Llama: to an adapter that the runtime drafts with, and over a stop."""
 
+import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,16 +56,22 @@ def settings(base: Path, data: Path, **changes: Any) -> DraftSettings:
     return DraftSettings(**(values | changes))
 
 
+def logged(folder: Path) -> list[dict[str, float]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
 def test_training_ends_in_an_adapter_that_the_runtime_drafts_with(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = train_draft(settings(base, data, steps=40, decay=0.3), tmp_path / "run", cpu=True)
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = logged(folder)
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[-1]["skipped"] == 0
     assert rows[-1]["tokens"] == 40 * 2 * 128
-    assert rows[-1]["rate"] < rows[20]["rate"]
+    assert rows[-1]["lr"] < rows[20]["lr"]
+    assert all(row["norm"] > 0 for row in rows)
     model = load_checkpoint(base, adapter=folder)
     assert model.draft is not None
     about = json.loads((folder / "adapter_config.json").read_text())["d2f"]
@@ -93,26 +101,65 @@ def test_a_stop_while_a_checkpoint_is_written_leaves_the_one_before(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = train_draft(settings(base, data, steps=2), tmp_path / "run", cpu=True)
-    before = (folder / "checkpoint.pt").read_bytes()
+    file = folder / "checkpoints" / "step-00000002" / "draft.safetensors"
+    before = file.read_bytes()
 
     def fails(content: object, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(D2FError, match=r"could not be written: .*No space left"):
+    monkeypatch.setattr("d2f_export.distill.from_ar.draft_training.save_file", fails)
+    with pytest.raises(D2FError, match=r"step-00000004 could not be written: .*No space left"):
         train_draft(settings(base, data, steps=4), folder, cpu=True)
-    assert (folder / "checkpoint.pt").read_bytes() == before
-    assert not (folder / ".checkpoint.pt").exists()
+    assert file.read_bytes() == before
+    assert os.listdir(folder / "checkpoints") == ["step-00000002"]
     monkeypatch.undo()
     train_draft(settings(base, data, steps=4), folder, cpu=True)
 
 
+def test_an_adapter_that_cannot_be_written_is_told(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("d2f_export.distill.from_ar.draft_training.write_adapter", fails)
+    with pytest.raises(D2FError, match=r"model could not be written into .*No space left"):
+        train_draft(settings(base, data, steps=2), tmp_path / "run", cpu=True)
+    monkeypatch.undo()
+    folder = train_draft(settings(base, data, steps=2), tmp_path / "run", cpu=True)
+    assert (folder / "adapter_config.json").is_file()
+    assert [row["step"] for row in logged(folder)] == [1, 2]
+
+
 def test_damaged_checkpoint_is_named(base: Path, data: Path, tmp_path: Path) -> None:
     folder = train_draft(settings(base, data, steps=1), tmp_path / "run", cpu=True)
-    (folder / "checkpoint.pt").write_bytes(b"half")
-    with pytest.raises(ModelDamaged, match=r"checkpoint\.pt cannot be read"):
+    (folder / "checkpoints" / "step-00000001" / "draft.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelDamaged, match=r"step-00000001 cannot be read"):
         train_draft(settings(base, data, steps=2), folder, cpu=True)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = train_draft(settings(base, data, steps=1), tmp_path / "run", cpu=True)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "finished.json").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    with pytest.raises(InvalidRequest, match=r"earlier version \(checkpoint\.pt\), .*from_adapter"):
+        train_draft(settings(base, data, steps=2), folder, cpu=True)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_each_start_has_a_time_of_its_own(base: Path, data: Path, tmp_path: Path) -> None:
+    chosen = settings(base, data, steps=3, max_seconds=1e-9)  # over after a step
+    for steps in ([1], [1, 2], [1, 2, 3]):
+        folder = train_draft(chosen, tmp_path / "run", cpu=True)
+        assert [row["step"] for row in logged(folder)] == steps
+    before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    train_draft(chosen, folder, cpu=True)  # there are no more steps
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
@@ -128,8 +175,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
 
     monkeypatch.setattr(Training, "loss", loss)
     folder = train_draft(settings(base, data, steps=12), tmp_path / "run", cpu=True)
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    assert 0 < last["skipped"] < 12
+    assert 0 < logged(folder)[-1]["skipped"] < 12
     stored = load_file(folder / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in stored.values())
 
