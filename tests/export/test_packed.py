@@ -13,6 +13,7 @@ from d2f_export.onnx.graph_builder import GraphBuilder
 from d2f_export.onnx.packed import Packing
 from d2f_export.onnx.quantize import Linear
 from d2f_export.onnx.weights import Checkpoint
+from d2f_runtime.backends import onnx_session
 from d2f_runtime.backends.base import StepRow
 from d2f_runtime.backends.onnx_backend import OnnxBackend, load
 from d2f_runtime.decoding.window import Window
@@ -157,9 +158,16 @@ def test_products_are_those_of_the_unpacked_matrix() -> None:
     assert np.abs(found[0] - wanted).max() < 0.02 * np.abs(wanted).max()  # rows have 8 bits
 
 
-@pytest.fixture(scope="module")
-def drafting(tmp_path_factory: pytest.TempPathFactory) -> OnnxBackend:
-    return load(write_packed(tmp_path_factory.mktemp("packed")), device="cpu")
+@pytest.fixture(scope="module", params=["with a kernel", "without"])
+def drafting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> OnnxBackend:
+    """A backend on a machine that has a kernel for products of blocks, if this one has, or none."""
+    folder = write_packed(tmp_path_factory.mktemp("packed"))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "without":
+            patch.setattr(onnx_session, "has_block_products", lambda: False)
+        return load(folder, device="cpu")
 
 
 @pytest.mark.parametrize("cached", [0, 1, 31, 40, 70])

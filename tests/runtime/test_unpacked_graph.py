@@ -55,20 +55,23 @@ def test_answers_are_those_of_the_file_to_the_bit(folder: Path, window: int) -> 
     path = folder / "model.onnx"
     sessions = [
         ort.InferenceSession(str(path), providers=CPU),
-        open_unpacked(path, ort.SessionOptions(), CPU),
+        open_unpacked(path, ort.SessionOptions(), CPU, in_blocks=False),
     ]
     expected, found = (session.run(None, inputs(session, window)) for session in sessions)
     assert [array.tobytes() for array in found] == [array.tobytes() for array in expected]
 
 
-def test_onnxruntime_is_left_nothing_to_unpack(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_onnxruntime_is_left_nothing_to_unpack(
+    folder: Path, tmp_path: Path, in_blocks: bool
+) -> None:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.optimized_model_filepath = str(tmp_path / "opened.onnx")
-    open_unpacked(folder / "model.onnx", options, CPU)
+    open_unpacked(folder / "model.onnx", options, CPU, in_blocks=in_blocks)
     opened = onnx.load(tmp_path / "opened.onnx", load_external_data=False).graph
     kinds = {node.op_type for node in opened.node}
-    assert "MatMulIntegerToFloat" in kinds
+    assert ("MatMulNBits" in kinds, "MatMulIntegerToFloat" in kinds) == (in_blocks, not in_blocks)
     assert not {"BitwiseAnd", "BitShift", "Pad"} & kinds
 
 

@@ -66,6 +66,7 @@ class GraphBuilder:
         self.weights: list[Weights] = []
         self._nodes: list[Any] = []
         self._constants: dict[str, Any] = {}
+        self._functions: dict[str, Any] = {}
         self._num_values = 0
 
     def op(self, kind: str, /, *inputs: Value, domain: str = "", **attributes: object) -> Value:
@@ -82,6 +83,10 @@ class GraphBuilder:
         node = helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes)
         self._nodes.append(node)
         return outputs
+
+    def define(self, functions: Sequence[Any]) -> None:
+        """Bring FunctionProtos along, each name's once."""
+        self._functions |= {function.name: function for function in functions}
 
     def rename(self, value: Value, name: Value) -> Value:
         """Give a node's output another name, also where it is read; return the name."""
@@ -133,9 +138,15 @@ class GraphBuilder:
                 tensor.name = stored.name
                 tensor.data_type = helper.np_dtype_to_tensor_dtype(np.dtype(stored.dtype))
                 tensor.dims.extend(stored.shape)
+        functions = self._functions.values()
         domains = {node.domain for node in self._nodes}
+        domains |= {function.domain for function in functions}
         imports = [helper.make_opsetid("", OPSET)]
         imports += [helper.make_opsetid(domain, 1) for domain in sorted(domains - {""})]
         return helper.make_model(
-            graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="d2f-stream"
+            graph,
+            functions=list(functions),
+            opset_imports=imports,
+            ir_version=IR_VERSION,
+            producer_name="d2f-stream",
         )

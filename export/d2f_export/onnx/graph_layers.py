@@ -212,7 +212,6 @@ def add_layer(
     if rows is not None:
         x, normed = (select_rows(graph, states, rows) for states in (x, normed))
         seen = _selected(graph, sight, rows)
-        linear.rows = rows
         if draft is not None:
             layer = replace(layer, draft=Draft(select_rows(graph, draft.rows, rows), draft.ranks))
         query = layer.project(normed, "self_attn.q_proj", "q", query_size)

@@ -37,14 +37,12 @@ def add_mixture(linear: Linear, config: TransformerConfig, path: str, x: Value) 
     adder = _Adder(linear.graph, linear, config.mixture, config.hidden_size, path)
     graph = linear.graph
     rows = graph.op("Reshape", x, graph.constant([-1, config.hidden_size]))
-    shared_rows, linear.rows = linear.rows, ""  # each expert has its own number of them
     mixed = adder.mixed(rows)
     if linear.dtype != "float32":
         mixed = graph.op("Cast", mixed, to=10)
     if config.mixture.shared_size:
         shared = adder.expert(rows, f"{path}.shared", config.mixture.shared_size)
         mixed = graph.op("Add", mixed, shared)
-    linear.rows = shared_rows
     return graph.op("Reshape", mixed, graph.op("Shape", x))
 
 

@@ -1,13 +1,11 @@
 """How a matrix is stored in a step graph and multiplied there.
 
 `fp32` and `fp16`: as it is. `int8`: dynamic quantization, weights per output channel, activations
-per row at run time, so that what becomes of a row does not depend on the rows beside it. (One scale
-for all rows, for which onnxruntime has a fused operator, was no faster, and four times as rough
-where rows differ in size.) On CPUs it was the fastest of what onnxruntime offers at every window
-size but one row (bench/onnx), because D2F windows are bound by arithmetic and the integer kernels
-do more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's MatMulNBits
-reads; symmetric, the form for which its CUDA kernels are built. With fp16 activations a matrix
-whose inputs are no multiple of 64 stays in fp16: CUDA's fused kernels would take it and fail.
+per row at run time, see `row_product`. On CPUs it was the fastest of what onnxruntime offers at
+every window size but one row (bench/onnx), because D2F windows are bound by arithmetic and the
+integer kernels do more of it. `int4`: blocks of 32 weights with one scale each, which onnxruntime's
+MatMulNBits reads; symmetric, the form for which its CUDA kernels are built. With fp16 activations a
+matrix whose inputs are no multiple of 64 stays in fp16: fused CUDA kernels would take it and fail.
 `int4-int8`: 4 bits in the file and 8 in memory, see `packed`; activations as with `int8`. Its table
 of embeddings, which may be the head too, has 6 bits.
 
@@ -25,9 +23,11 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from d2f_export.onnx.graph_builder import MICROSOFT, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.graph_builder import MICROSOFT, OPSET, GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.packed import BYTE_ZERO, Packing, smoothed
+from d2f_export.onnx.row_product import row_products
 from d2f_export.onnx.whole_matrices import INT4_BLOCK, joined, pack_int4, pack_int8, transposed
+from d2f_runtime.backends.block_products import DOMAIN, FINE_ROW_PRODUCT, ROW_PRODUCT
 
 __all__ = ["FLOATS", "QUANTIZATIONS", "Linear", "Quantization"]
 
@@ -35,8 +35,6 @@ Quantization = Literal["fp32", "fp16", "int8", "int4", "int4-fp16", "int4-int8"]
 QUANTIZATIONS: Final[tuple[Quantization, ...]] = get_args(Quantization)
 FLOATS: Final = {"fp16": "float16", "int4-fp16": "float16"}  # of activations; else float32
 
-ROW_MAX: Final = 127.0  # of activations
-ROW_ZERO: Final = 128
 FUSED_INPUTS: Final = 64  # that CUDA's int4 kernels read at once
 LAYERS: Final = Packing(4)  # of int4-int8
 TABLE: Final = Packing(6)
@@ -49,17 +47,15 @@ class Linear:
     Args:
         graph: that grows.
         quantization: of the matrices.
-        rows: what names the rows [B, W, K] that products come of, where they are as many; empty
-            where they are [M, K].
     """
 
     graph: GraphBuilder
     quantization: Quantization
-    rows: Value = "tokens"
-    _quantized: dict[tuple[Value, Value], tuple[Value, Value]] = field(default_factory=dict)
     _tables: dict[str, tuple[Value, Value]] = field(default_factory=dict)
-    _zeros: dict[Value, Value] = field(default_factory=dict)
-    _shares: dict[Value, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.in_bytes:
+            self.graph.define(row_products(OPSET, unsigned=self.smooths))
 
     @property
     def dtype(self) -> str:
@@ -100,11 +96,7 @@ class Linear:
         """
         if self.in_bytes:
             matrix = self._matrix(name, parameters, shape, exact=exact, smooth=smooth)
-            out = self._product(x, matrix, shape[1])
-            if twice and self.smooths:
-                rest = self._rest(x, shape[1])
-                out = self.graph.op("Add", out, self._product(rest, matrix, shape[1]))
-            return out
+            return self._product(x, matrix, shape, fine=twice and self.smooths)
         fits = self.dtype == "float32" or shape[1] % FUSED_INPUTS == 0
         if self.quantization.startswith("int4") and fits and not exact:
             return self._int4(x, name, parameters, shape)
@@ -143,10 +135,10 @@ class Linear:
         """
         graph = self.graph
         parts = list(zip(names, shapes, strict=True))
-        if self.in_bytes:
-            num_in = sum(num_in for _, (_, num_in) in parts)
-            return self._product(x, self._diagonal(parts), num_in, only=only)
         x = graph.op("Mul", x, only)
+        if self.in_bytes:
+            num_out, num_in = (sum(sizes) for sizes in zip(*shapes, strict=True))
+            return self._product(x, self._diagonal(parts), (num_out, num_in))
         sizes = [num_in for _, (_, num_in) in parts if num_in]
         pieces = graph.ops("Split", len(sizes), x, graph.constant(sizes), axis=2)
         products: list[Value] = []
@@ -171,7 +163,8 @@ class Linear:
                 part, scale = self._matrix(name, [name], (num_out, num_in))
                 if total > num_out:  # a session pads it once, when it opens
                     pads = graph.constant([0, first, 0, after])
-                    part = graph.op("Pad", part, pads, *self._matrix_zero())
+                    zero = [graph.constant(BYTE_ZERO, "uint8")] if self.smooths else []
+                    part = graph.op("Pad", part, pads, *zero)
                 levels.append(part)
                 scales.append(scale)
             else:
@@ -197,7 +190,7 @@ class Linear:
         exact: bool = False,
         smooth: str | None = None,
     ) -> tuple[Value, Value]:
-        """Return levels [K, N] around `_matrix_zero`, and their scales [N]."""
+        """Return levels [K, N], and their scales [N]."""
         graph, (num_out, num_in) = self.graph, shape
         if self.quantization == "int4-int8":
             if exact:
@@ -221,59 +214,12 @@ class Linear:
         return smoothed(graph, levels, scale, smooth, num_in)
 
     def _product(
-        self, x: Value, matrix: tuple[Value, Value], num_in: int, *, only: Value = ""
+        self, x: Value, matrix: tuple[Value, Value], shape: tuple[int, int], *, fine: bool = False
     ) -> Value:
-        """Multiply with levels [K, N]; sums are integers, whatever rows there are."""
-        graph = self.graph
-        levels, step = self._rows(x, num_in, only)
-        one, zero = graph.constant(1.0, "float32"), graph.constant(ROW_ZERO, "uint8")
-        inputs = levels, matrix[0], one, matrix[1], zero, *self._matrix_zero()
-        return graph.op("Mul", graph.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT), step)
-
-    def _matrix_zero(self) -> list[Value]:
-        """Return the zero point of matrices' levels, where it is not 0."""
-        is_packed = self.quantization == "int4-int8"
-        return [self.graph.constant(BYTE_ZERO, "uint8")] if is_packed else []
-
-    def _rows(self, x: Value, num_in: int, only: Value) -> tuple[Value, Value]:
-        """Return uint8 levels of [..., K] around 128, and what a level is in each row, [..., 1].
-
-        A row of zeros, or one that is not wanted, has levels that mean nothing, of 0 each.
-        """
-        if (x, only) not in self._quantized:
-            graph = self.graph
-            largest = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
-            step = graph.op("Mul", largest, self._share(only))
-            zeros = self._zeros_like(step)
-            levels = graph.op("QuantizeLinear", x, step, zeros, axis=-1, block_size=num_in)
-            self._quantized[x, only] = levels, step
-        return self._quantized[x, only]
-
-    def _rest(self, x: Value, num_in: int) -> Value:
-        """Return what rounding cuts off rows."""
-        graph, (levels, step) = self.graph, self._rows(x, num_in, "")
-        zero = graph.constant(float(ROW_ZERO), "float32")
-        levels = graph.op("Sub", graph.op("Cast", levels, to=1), zero)
-        return graph.op("Sub", x, graph.op("Mul", levels, step))
-
-    def _share(self, only: Value) -> Value:
-        """Return what part of a row's largest value a level is; 0 in rows that are not wanted."""
-        share = self.graph.constant(1 / ROW_MAX, "float32")
-        if not only:
-            return share
-        if only not in self._shares:
-            self._shares[only] = self.graph.op("Mul", only, share)
-        return self._shares[only]
-
-    def _zeros_like(self, step: Value) -> Value:
-        """Return the uint8 zero points [..., 1] of rows."""
-        found = self._zeros.get(self.rows)
-        if found is None:
-            zero = self.graph.constant(ROW_ZERO, "uint8")
-            found = self.graph.op("Expand", zero, self.graph.op("Shape", step))
-            if self.rows:
-                self._zeros[self.rows] = found
-        return found
+        """Multiply with levels [K, N] and their scales."""
+        num_out, num_in = shape
+        kind = FINE_ROW_PRODUCT if fine else ROW_PRODUCT
+        return self.graph.op(kind, x, *matrix, domain=DOMAIN, K=num_in, N=num_out)
 
     def _int4(
         self, x: Value, name: str, parameters: Sequence[str], shape: tuple[int, int]

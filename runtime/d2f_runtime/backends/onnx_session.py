@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from d2f_runtime.backends.block_products import has_block_products
 from d2f_runtime.backends.devices import check_device
 from d2f_runtime.backends.settled_memory import settled_memory
 from d2f_runtime.backends.unpacked_graph import open_unpacked
@@ -121,7 +122,8 @@ def _open(
     try:
         with settled_memory():
             if manifest.onnx is not None and manifest.onnx.quantization == "int4-int8":
-                session = open_unpacked(graph, options, providers)
+                in_blocks = providers == [CPU] and has_block_products()
+                session = open_unpacked(graph, options, providers, in_blocks=in_blocks)
             else:
                 session = ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as exc:  # onnxruntime's errors have no common base but this

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Field", "Part", "fields_of", "holding", "number", "text"]
+__all__ = ["Field", "Part", "fields_of", "holding", "number", "number_in", "text"]
 
 Part = bytes | memoryview
 
@@ -70,6 +70,12 @@ def text(key: int, value: str) -> bytes:
 def number(key: int, value: int) -> bytes:
     """Return a field that holds an integer from 0 on."""
     return _as_varint(key << 3 | VARINT) + _as_varint(value)
+
+
+def number_in(field: Field) -> int:
+    """Return what a field that holds an integer holds."""
+    _, place = _varint(field.whole, 0)
+    return _varint(field.whole, place)[0]
 
 
 def holding(key: int, parts: Sequence[Part]) -> list[Part]:

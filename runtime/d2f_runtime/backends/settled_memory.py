@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["settled_memory"]
+__all__ = ["give_back", "settled_memory"]
 
 MAPPINGS: Final = Path("/proc/self/maps")
 PAGES: Final = Path("/proc/self/pagemap")
@@ -43,14 +43,19 @@ def settled_memory() -> Iterator[None]:
         return
     before = _anonymous()
     yield
+    give_back()
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # of glibc
-        libc.malloc_trim(0)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for span in _anonymous():
         for part in _without(span, before):
             for start, stop in _filled(*part):
                 libc.madvise(start, stop - start, MADV_COLLAPSE)  # it may refuse
+
+
+def give_back() -> None:
+    """Give the system what C's allocator keeps of freed memory."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # of glibc
+        libc.malloc_trim(0)
 
 
 def _anonymous() -> list[Span]:

@@ -5,8 +5,6 @@ once, when it opens a session, but keeps all that they return until the last has
 weights as they are stored. Here the nodes that make one matrix are a graph of their own, which
 onnxruntime runs and closes before the next; the step graph gets the results in their place. So
 results are the same bits, and the file stays a graph that any onnxruntime opens.
-
-Field numbers are those of onnx.proto3.
 """
 
 import mmap
@@ -16,19 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnxruntime as ort
 
-from d2f_runtime.backends.protobuf import Field, Part, fields_of, holding, number, text
+from d2f_runtime.backends import onnx_messages as onnx
+from d2f_runtime.backends.block_products import block_product
+from d2f_runtime.backends.protobuf import Field, Part, fields_of, holding, text
+from d2f_runtime.backends.settled_memory import give_back
 
 __all__ = ["open_unpacked"]
-
-GRAPH: Final = 7  # of ModelProto
-NODE, NAME, INITIALIZER, OUTPUT = 1, 2, 5, 12  # of GraphProto
-INPUTS, OUTPUTS, ATTRIBUTE = 1, 2, 5  # of NodeProto
-BODY, BODIES = 6, 11  # of AttributeProto
-DIMS, DATA_TYPE, TENSOR_NAME, RAW_DATA = 1, 2, 8, 9  # of TensorProto
-VALUE_NAME: Final = 1  # of ValueInfoProto
 
 AT_ONCE: Final = 4 << 20  # bytes of weights, or one matrix
 FOLDER: Final = "session.model_external_initializers_file_folder_path"
@@ -57,28 +50,43 @@ class _Piece:
 
 
 class _Graph:
-    """A ModelProto's graph, with the names that its nodes read and give."""
+    """A ModelProto's graph, with the names that its nodes read and give.
 
-    def __init__(self, data: memoryview) -> None:
+    Args:
+        data: the ModelProto.
+        in_blocks: put products of blocks into row products' places.
+    """
+
+    def __init__(self, data: memoryview, *, in_blocks: bool) -> None:
         model = list(fields_of(data))
-        self.around = [found.whole for found in model if found.key != GRAPH]
+        self.around = [found.whole for found in model if found.key != onnx.GRAPH]
         self.rest: list[Field] = []  # of the graph
         self.nodes: list[_Node] = []
         self.stored: dict[str, memoryview] = {}  # initializers
-        for found in (part for f in model if f.key == GRAPH for part in fields_of(f.value)):
-            if found.key == NODE:
-                self.nodes.append(_node(found))
-            elif found.key == INITIALIZER:
-                self.stored[_text(found.value, TENSOR_NAME)] = found.whole
+        for found in (part for f in model if f.key == onnx.GRAPH for part in fields_of(f.value)):
+            if found.key == onnx.NODE:
+                self._add_node(found, in_blocks)
+            elif found.key == onnx.INITIALIZER:
+                self.stored[onnx.text_of(found.value, onnx.TENSOR_NAME)] = found.whole
             else:
                 self.rest.append(found)
+
+    def _add_node(self, found: Field, in_blocks: bool) -> None:
+        instead = block_product(found.value) if in_blocks else None
+        if instead is None:
+            self.nodes.append(_node(found))
+            return
+        nodes, tensors = instead
+        self.nodes += [_node(made) for made in _fields(onnx.NODE, nodes)]
+        for made in _fields(onnx.INITIALIZER, tensors):
+            self.stored[onnx.text_of(made.value, onnx.TENSOR_NAME)] = made.whole
 
     def bytes_of(self, nodes: Sequence[_Node], others: Sequence[Part]) -> bytes:
         """Return a ModelProto of some nodes, the initializers they read, and other fields."""
         read = dict.fromkeys(name for node in nodes for name in (*node.inputs, *node.inner))
         stored = [self.stored[name] for name in read if name in self.stored]
         body = [*others, *(node.whole for node in nodes), *stored]
-        return b"".join([*self.around, *holding(GRAPH, body)])
+        return b"".join([*self.around, *holding(onnx.GRAPH, body)])
 
     def pieces(self) -> list[_Piece]:
         """Return the nodes over constants: those that belong together, some matrices at a time."""
@@ -94,7 +102,11 @@ class _Graph:
         done = {id(node) for piece in pieces for node in piece.nodes}
         others = (node for node in self.nodes if id(node) not in done)
         needed = {name for node in others for name in (*node.inputs, *node.inner)}
-        needed |= {_text(part.value, VALUE_NAME) for part in self.rest if part.key == OUTPUT}
+        needed |= {
+            onnx.text_of(part.value, onnx.VALUE_NAME)
+            for part in self.rest
+            if part.key == onnx.OUTPUT
+        }
         for piece in pieces:
             made = (name for node in piece.nodes for name in node.outputs)
             piece.outputs = [name for name in made if name in needed]
@@ -114,7 +126,7 @@ class _Graph:
 
 
 def open_unpacked(
-    path: Path, options: ort.SessionOptions, providers: Sequence[Any]
+    path: Path, options: ort.SessionOptions, providers: Sequence[Any], *, in_blocks: bool
 ) -> ort.InferenceSession:
     """Return the session of a graph, as onnxruntime alone would open it.
 
@@ -122,6 +134,7 @@ def open_unpacked(
         path: of the graph.
         options: of the session.
         providers: as onnxruntime takes them.
+        in_blocks: put products of blocks into row products' places; see `block_products`.
 
     Raises:
         ValueError: the file is no graph.
@@ -129,9 +142,11 @@ def open_unpacked(
     """
     options.add_session_config_entry(FOLDER, str(path.parent))
     with path.open("rb") as file:
-        graph = _Graph(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    graph = _Graph(memoryview(mapped), in_blocks=in_blocks)
     unpacked = _unpacked(graph, path.parent, options.intra_op_num_threads)
-    del graph
+    del graph, mapped
+    give_back()  # before onnxruntime copies the weights, twice
     session = ort.InferenceSession(unpacked, options, providers=list(providers))
     session._model_bytes = b""  # it would keep them in order to open itself again
     return session
@@ -150,8 +165,9 @@ def _unpacked(graph: _Graph, folder: Path, num_threads: int) -> bytes:
 
 def _run(graph: _Graph, piece: _Piece, folder: Path) -> list[Part]:
     """Return fields of the step graph: initializers with the piece's outputs."""
-    outputs = [part for name in piece.outputs for part in holding(OUTPUT, [text(VALUE_NAME, name)])]
-    data = graph.bytes_of(piece.nodes, [text(NAME, "unpack"), *outputs])
+    names = [text(onnx.VALUE_NAME, name) for name in piece.outputs]
+    outputs = [part for name in names for part in holding(onnx.OUTPUT, [name])]
+    data = graph.bytes_of(piece.nodes, [text(onnx.NAME, "unpack"), *outputs])
     session = ort.InferenceSession(data, _plain(folder), providers=["CPUExecutionProvider"])
     values = session.run_with_ort_values(piece.outputs, {})
     fields: list[Part] = []
@@ -172,41 +188,18 @@ def _plain(folder: Path) -> ort.SessionOptions:
 
 
 def _initializer(name: str, value: Any) -> list[Part]:
-    """Return an initializer."""
-    data = np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8).data
-    facts = [number(DIMS, size) for size in value.shape()]
-    facts += [number(DATA_TYPE, value.element_type()), text(TENSOR_NAME, name)]
-    return holding(INITIALIZER, [*facts, *holding(RAW_DATA, [data])])
+    return holding(onnx.INITIALIZER, onnx.tensor(name, value.numpy(), value.element_type()))
+
+
+def _fields(key: int, messages: Sequence[bytes]) -> Iterator[Field]:
+    for message in messages:
+        yield from fields_of(memoryview(b"".join(holding(key, [message]))))
 
 
 def _node(found: Field) -> _Node:
-    inputs: list[str] = []
-    outputs: list[str] = []
-    inner: list[str] = []
-    for part in fields_of(found.value):
-        if part.key == INPUTS:
-            inputs.append(str(part.value, "utf-8"))
-        elif part.key == OUTPUTS:
-            outputs.append(str(part.value, "utf-8"))
-        elif part.key == ATTRIBUTE:
-            inner += _read_within(part.value)
-    return _Node(found.whole, _named(inputs), _named(outputs), _named(inner))
-
-
-def _named(names: Sequence[str]) -> tuple[str, ...]:
-    """Leave out what a node leaves out."""
-    return tuple(name for name in names if name)
-
-
-def _read_within(attribute: memoryview) -> Iterator[str]:
-    """Yield what the nodes of an attribute's subgraphs read."""
-    for part in fields_of(attribute):
-        if part.key in (BODY, BODIES):
-            for found in fields_of(part.value):
-                if found.key == NODE:
-                    node = _node(found)
-                    yield from (*node.inputs, *node.inner)
-
-
-def _text(message: memoryview, key: int) -> str:
-    return next((str(f.value, "utf-8") for f in fields_of(message) if f.key == key), "")
+    return _Node(
+        found.whole,
+        onnx.texts_of(found.value, onnx.INPUTS),
+        onnx.texts_of(found.value, onnx.OUTPUTS),
+        tuple(onnx.read_within(found.value)),
+    )
