@@ -282,7 +282,7 @@ async def test_example_runs(tmp_path: Path) -> None:
         output, errors = await process.communicate()
     assert errors == b""
     first, _, drafts = output.decode().partition(" tokens)\n")
-    assert "scattered" in first
+    assert "Rayleigh scattering" in first
     shown = [ast.literal_eval(line) for line in drafts.split("\n") if line]
     assert len(shown) >= 3
     assert first.startswith(shown[-1])
