@@ -56,7 +56,7 @@ def block_product(node: memoryview) -> tuple[list[bytes], list[bytes]] | None:
     }
     constants = {key: np.array(shape, np.int64) for key, shape in shapes.items()}
     constants["zero"] = np.array(ZERO, np.uint8)
-    names = {key: f"{name}.{key}" for key in constants}
+    names = {key: f"{DOMAIN}.{sizes['K']}.{sizes['N']}.{key}" for key in constants}
     steps = [
         ("Pad", levels, ("missing", "zero"), "whole"),
         ("Transpose", f"{name}.whole", (), "turned"),

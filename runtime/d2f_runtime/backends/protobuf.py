@@ -5,8 +5,7 @@ https://protobuf.dev/programming-guides/encoding
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 __all__ = ["Field", "Part", "fields_of", "holding", "number", "number_in", "text"]
 
@@ -18,8 +17,7 @@ FIXED: Final = {1: 8, 5: 4}  # bytes
 MAX_VARINT: Final = 10  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One field of a message.
 
     Attributes:
@@ -86,6 +84,8 @@ def holding(key: int, parts: Sequence[Part]) -> list[Part]:
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
     """Return an integer, and where it ends."""
+    if place < len(message) and (first := message[place]) < 128:  # as nearly all are
+        return first, place + 1
     value = 0
     for index, byte in enumerate(message[place : place + MAX_VARINT]):
         value |= (byte & 127) << 7 * index
