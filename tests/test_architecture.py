@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "d2f_stream.server.peer_log": {CORE},
     "d2f_stream.server.logins": {"d2f_stream.server.peer_log"},
     "d2f_stream.server.settings": {CORE, "d2f_stream.server.auth", "d2f_stream.server.limits"},
-    "d2f_stream.server.listening": {CORE}
+    "d2f_stream.server.listening": {CORE, "d2f_stream.channels"}
     | {"d2f_stream.server." + n for n in ("peer_log", "settings")},
     "d2f_stream.server.streams": STREAMS,
     "d2f_stream.server.http": STREAMS,

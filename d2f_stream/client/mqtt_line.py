@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from d2f_stream.channels.broker import BrokerAddress
 from d2f_stream.channels.mqtt import BrokerLink, Sleep
+from d2f_stream.channels.patience import Patience, patient_timeout
 from d2f_stream.client.remote_engine import RemoteEngine
 from d2f_stream.client.worker_talk import WorkerTalk
 from d2f_stream.core.buffer import EventBuffer
@@ -113,8 +114,7 @@ class MqttLine:
         conversation = self._talk.conversation
         conversation.cancel(request_id)
         if conversation.has_started(request_id):
-            loop = asyncio.get_running_loop()
-            loop.call_later(CANCEL_GRACE_S, conversation.end_cancelled, request_id)
+            Patience(CANCEL_GRACE_S, conversation.end_cancelled, request_id)
         else:
             conversation.end_cancelled(request_id)
 
@@ -127,7 +127,7 @@ class MqttLine:
         self._entered = True
         self._start()
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with patient_timeout(self._connect_timeout_s):
                 await self._talk.known.wait()
         except TimeoutError:
             raise self._talk.absence_error(self._connect_timeout_s) from None

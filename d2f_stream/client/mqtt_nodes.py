@@ -5,13 +5,13 @@ it for the time that its last status named. While there is no connection nothing
 the clock then stands still.
 """
 
-import asyncio
 import random
 from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
+from d2f_stream.channels.patience import Patience
 from d2f_stream.wire.protocol import ModelCard
 from d2f_stream.wire.topics import NodeStatus
 
@@ -35,7 +35,7 @@ class Nodes:
     ) -> None:
         self._on_online, self._on_offline = on_online, on_offline
         self._nodes: dict[str, NodeStatus] = {}
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers: dict[str, Patience] = {}
         self._listening = False
 
     @property
@@ -102,8 +102,7 @@ class Nodes:
         self._disarm(status.node)
         if self._listening:
             gone = msgspec.structs.replace(status, status="offline", hello=None)
-            loop = asyncio.get_running_loop()
-            self._timers[status.node] = loop.call_later(status.ttl_s, self.note, gone)
+            self._timers[status.node] = Patience(status.ttl_s, self.note, gone)
 
     def _disarm(self, node: str) -> None:
         timer = self._timers.pop(node, None)

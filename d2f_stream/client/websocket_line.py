@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from d2f_stream.channels import Channel, ChannelClosed
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.client.backoff import Backoff, Retries
 from d2f_stream.client.conversation import Conversation
 from d2f_stream.client.remote_engine import RemoteEngine
@@ -221,7 +222,7 @@ class WebsocketLine:
 
     async def _read(self, channel: Channel) -> None:
         try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
+            async with patient_timeout(HELLO_TIMEOUT_S):
                 hello = await _receive(channel)
         except TimeoutError:
             raise ChannelClosed(1006, f"no server.hello within {HELLO_TIMEOUT_S:g} s") from None

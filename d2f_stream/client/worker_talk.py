@@ -12,6 +12,7 @@ from typing import Final
 
 from d2f_stream.channels.broker import BrokerAddress, Incoming, Outgoing
 from d2f_stream.channels.mqtt import BrokerLink
+from d2f_stream.channels.patience import Patience
 from d2f_stream.client.conversation import Conversation
 from d2f_stream.client.mqtt_nodes import Nodes
 from d2f_stream.client.mqtt_posts import keys_of, message_of
@@ -84,7 +85,7 @@ class WorkerTalk:
         self._turned_away = turned_away
         self._nodes = Nodes(on_online=self._note_online, on_offline=self._note_offline)
         self._orphaned: set[str] = set()  # gone workers whose streams wait for another
-        self._absence: asyncio.TimerHandle | None = None  # broker or workers are away
+        self._absence: Patience | None = None  # broker or workers are away
         self._trouble = "no answer"
 
     def watch(self) -> None:
@@ -101,8 +102,7 @@ class WorkerTalk:
                 self._absence.cancel()
                 self._absence = None
         elif self._absence is None and self.conversation.num_requests:
-            loop = asyncio.get_running_loop()
-            self._absence = loop.call_later(self._patience_s, self._give_up)
+            self._absence = Patience(self._patience_s, self._give_up)
 
     def rest(self) -> None:
         """Hear nothing until the next connection; nothing is waited for meanwhile."""
@@ -206,8 +206,7 @@ class WorkerTalk:
 
     def _note_offline(self, node: str) -> None:
         """Lose the streams of a worker, and ask others for what it may not have started."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(LOSS_GRACE_S, self._lose_streams, node)  # their ends may be on the way
+        Patience(LOSS_GRACE_S, self._lose_streams, node)  # their ends may be on the way
         if self._nodes.card is not None:
             self.conversation.recover("", unstarted=True)
 
@@ -220,7 +219,7 @@ class WorkerTalk:
             if node not in self._orphaned:
                 self._orphaned.add(node)
                 give_up = partial(self._lose_streams, node, waits=False)
-                asyncio.get_running_loop().call_later(self._patience_s, give_up)
+                Patience(self._patience_s, give_up)
             return
         self._orphaned.discard(node)
         problem = WorkerLost(f"the worker {node} that ran the stream is gone")

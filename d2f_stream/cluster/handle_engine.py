@@ -11,6 +11,7 @@ from typing import Final, Self, Unpack
 
 import msgspec
 
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.client.remote import RemoteStream, new_request
 from d2f_stream.cluster.attempts import Attempts
 from d2f_stream.cluster.calls import Calls, ReplicaLost
@@ -153,7 +154,7 @@ class HandleEngine:
         why: Exception | None = None
         attempts = Attempts("the question what is served")
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with patient_timeout(CONNECT_S):
                 while True:
                     try:
                         facts = await self._calls.call("facts", b"")

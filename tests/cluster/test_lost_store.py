@@ -15,9 +15,10 @@ from d2f_stream.core.errors import InvalidRequest, LogUnavailable
 from d2f_stream.core.events import Block, StreamFinished
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server, ServeSettings
-from fakes import ANSWER, held
+from fakes import ANSWER, held, turn
 from requirements import require_program
 from serving import Peer, check_whole, request, serving, text_of
+from stalls import stall
 from stores import ValkeyServer, events_of
 from stores import request as request_of
 
@@ -227,6 +228,18 @@ async def test_stream_whose_log_stays_away_ends_with_one_error(
         assert getattr(message, "code", None) == "log_unavailable"
         assert getattr(message, "stream", None) == started.stream
         assert not backend.open_slots
+
+
+async def test_store_is_heard_after_a_stall_of_the_server(store: ValkeyServer) -> None:
+    from d2f_stream.server.streams.valkey.store import Store
+
+    asked = Store(store.url)
+    await asked.open()
+    answer = asyncio.create_task(asked.run("PING", patience_s=5.0))
+    await turn()  # the command is on its way
+    stall()
+    assert await answer == b"PONG"
+    await asked.close()
 
 
 async def test_full_store_refuses_requests_and_holds_streams_up(make_store: MakeStore) -> None:

@@ -5,6 +5,8 @@ import pytest
 from d2f_stream.client.mqtt_nodes import Nodes
 from d2f_stream.wire.protocol import ModelCard, ModelDefaults, ServerHello
 from d2f_stream.wire.topics import NodeStatus
+from fakes import turn
+from stalls import stall
 
 HELLO = ServerHello(
     protocol=1,
@@ -86,6 +88,17 @@ async def test_silent_worker_is_gone_once_its_time_is_over() -> None:
     watcher.nodes.note(online("a", ttl_s=0.01))
     await watcher.told.wait()
     assert watcher.nodes.is_gone("a")
+    watcher.nodes.pause()
+
+
+async def test_worker_is_heard_after_a_stall_of_the_client() -> None:
+    watcher = Watcher()
+    watcher.nodes.listen()
+    watcher.nodes.note(online("a"))
+    stall()
+    await turn()
+    watcher.nodes.note(online("a"))
+    assert watcher.news == [("a", True)]
     watcher.nodes.pause()
 
 

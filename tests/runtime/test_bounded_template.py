@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from d2f_runtime.models import __path__ as models_path
 from d2f_runtime.text import bounded_template
@@ -49,6 +50,16 @@ def test_template_without_an_end_is_cut_off(template: str, monkeypatch: pytest.M
     with pytest.raises(InvalidPrompt, match="chat template"):
         render(template)
     assert time.monotonic() - began < 50 * LIMIT_S  # on a machine that is busy, too
+
+
+def test_template_is_not_blamed_for_a_machine_that_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bounded_template, "MAX_RENDER_S", LIMIT_S)
+    environment = bounded_template.bound_environment(ImmutableSandboxedEnvironment)()
+    template = "{% for i in range(2) %}{{ stand_still(0.3) }}{% endfor %}"
+    rendered = bounded_template.compile_bounded(environment, template)
+    assert rendered(stand_still=time.sleep) == "NoneNone"
 
 
 @pytest.mark.parametrize(

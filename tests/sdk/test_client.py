@@ -20,7 +20,8 @@ from d2f_stream.wire.protocol import (
 )
 from fakes import ANSWER, STREAM, block, finished, held, texts, turn
 from memory_network import client_of, connected, instantly, network, until
-from scripted_server import LONG, Script, client_tasks, start_of, until_down
+from scripted_server import LONG, Far, Script, client_tasks, start_of, until_down
+from stalls import stall
 
 
 @pytest.fixture
@@ -30,6 +31,18 @@ async def script() -> Script:
 
 
 # Reconnecting.
+
+
+async def test_hello_that_comes_in_a_stall_of_the_client_is_heard(script: Script) -> None:
+    engine = connect_websocket(script.dial, backoff=instantly(), linger_s=0.0)
+    entering = asyncio.create_task(engine.__aenter__())
+    far = Far(await script.ends.get())
+    await turn()
+    sending = asyncio.create_task(far.send(script.hello))
+    stall()
+    await asyncio.gather(sending, entering)
+    assert script.ends.empty()  # it has not tried again
+    await engine.close()
 
 
 async def test_stream_goes_on_where_its_connection_broke() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from d2f_runtime.backends.scripted import ScriptedBackend
 from d2f_stream.channels.memory import MemoryChannel
+from d2f_stream.channels.patience import LOOKS
 from d2f_stream.core.events import Draft
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.wire.codec import JSON
@@ -17,9 +18,10 @@ from d2f_stream.wire.protocol import (
     ServerClosing,
     ServerHello,
 )
-from fakes import ANSWER, held
+from fakes import ANSWER, held, turn
 from gateway_peer import LONG, TOKENS, Peer, peer_of, request, text_of
 from memory_network import network, until
+from stalls import stall
 
 # Who may connect.
 
@@ -57,6 +59,18 @@ async def test_connection_that_says_nothing_is_shown_the_door() -> None:
         peer_of(net, client=None, greeted=False) as peer,
     ):
         assert await peer.closed() == (4401, "no token came within 0 s")
+
+
+async def test_token_that_comes_in_a_stall_of_the_server_is_heard() -> None:
+    async with (
+        network(ScriptedBackend(), auth=TOKENS) as net,
+        peer_of(net, client=None, greeted=False) as peer,
+    ):
+        await turn()
+        sending = asyncio.create_task(peer.send(Authenticate(token="bob-token")))
+        stall()
+        await sending
+        assert isinstance(await peer.receive(), ServerHello)
 
 
 # Limits.
@@ -101,6 +115,23 @@ async def test_reader_that_does_not_read_loses_its_connection_only() -> None:
             await other.send(asked)
             assert text_of(await other.to_the_end()) == LONG
         assert net.gateway.num_slow_consumers == 1
+
+
+async def test_reader_is_not_blamed_for_stalls_of_the_server() -> None:
+    async with network(ScriptedBackend(LONG)) as net, peer_of(net, capacity=3) as reader:
+
+        async def read_late(name: str) -> None:
+            net.notes.ended.clear()
+            await reader.send(request(name, max_new_tokens=4000))
+            await until(lambda: net.notes.ended)
+            for _ in range(LOOKS - 1):
+                stall()
+                await turn()
+            assert text_of(await reader.to_the_end()) == LONG
+
+        await read_late("first")
+        await read_late("second")  # with the timer of the first one's last message
+        assert net.gateway.num_slow_consumers == 0
 
 
 async def test_client_that_answers_nothing_is_not_read_without_end() -> None:

@@ -15,7 +15,9 @@ from d2f_stream.server.auth import Auth
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server
 from d2f_stream.server.settings import Timeouts
+from memory_network import until
 from serving import serving, small_socket
+from stalls import stall
 
 CHAT = "/v1/chat/completions"
 
@@ -244,6 +246,16 @@ async def test_response_that_nobody_reads_loses_its_connection() -> None:
         await loop.sock_recv(sock, 100)
         while server.num_connections:
             await fakes.turn()
+
+
+async def test_request_may_go_on_after_a_stall_of_the_server() -> None:
+    async with serving() as server, raw(server) as (reader, writer):
+        writer.write(b"GET /healthz HTTP/1.1\r\n")
+        await until(lambda: server.num_connections)
+        stall()
+        await fakes.turn()
+        writer.write(b"Host: localhost\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
 
 
 async def test_closed_keep_alive_connection_does_not_wait_for_its_reader() -> None:

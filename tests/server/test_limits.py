@@ -16,6 +16,7 @@ from d2f_stream.server.settings import Timeouts
 from d2f_stream.wire.codec import MSGPACK
 from fakes import held
 from serving import Peer, check_whole, handshake, request, serving, small_socket
+from stalls import stall
 
 LONG = "A block of text that nobody reads. " * 100
 
@@ -114,6 +115,24 @@ async def test_reader_that_never_reads_is_ended_and_costs_others_nothing() -> No
         # Its streams are not lost: they can be read over another connection.
         await other.send(asked[-1])
         check_whole(await other.answer(), LONG)
+
+
+async def test_pong_is_awaited_through_a_stall_of_the_server() -> None:
+    ping = b"\x89\x04"  # and four bytes that the pong repeats
+    async with serving() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(handshake(server.port))
+        await reader.readuntil(b"server.hello")
+        for _ in range(2):
+            await fakes.turn()
+            stall()  # and the next ping is due
+            await reader.readuntil(ping)
+            stall()
+            await fakes.turn()
+            writer.write(b"\x8a\x84\0\0\0\0" + await reader.readexactly(4))  # masked by zeros
+            await writer.drain()
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_reader_that_never_reads_again_is_dropped_even_if_it_stays() -> None:

@@ -22,10 +22,11 @@ from d2f_stream.core.session import Engine
 from d2f_stream.server.http.sse import COMMENT, EventStream
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.serve import Server, ServeSettings
-from fakes import ANSWER, engine_over
+from fakes import ANSWER, engine_over, turn
 from installed_model import brief_model
 from memory_network import until
 from openai_serving import Exchange, Serving, chat, serving
+from stalls import stall
 
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,20 @@ async def test_reader_that_never_reads_is_ended_and_others_are_not() -> None:
         assert other.choices[0].message.content == "a" * 400
         assert served.metrics.registry.get_sample_value("d2f_slow_consumers_total") == 1
         assert backend.open_slots == {}
+
+
+async def test_reader_is_not_blamed_for_a_stall_of_the_server() -> None:
+    async with serving(ScriptedBackend("a" * 1000)) as served:
+        exchange = Exchange(served.app, CHAT, chat(stream=True, max_tokens=800), room=2)
+        await exchange.start()
+        await until(lambda: served.registry.num_active == 0)
+        stall()
+        await turn()
+        while "[DONE]" not in await exchange.frame():
+            pass
+        await exchange.frame()  # the empty one, which ends the response
+        await exchange.task
+        assert served.metrics.registry.get_sample_value("d2f_slow_consumers_total") == 0
 
 
 async def test_frames_that_never_began_are_closed_too() -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -19,76 +18,55 @@ from d2f_stream.core.errors import (
 from d2f_stream.core.events import StreamFinished, StreamStarted
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.memory_log import MemoryLog
-from fakes import ANSWER, held
+from fakes import ANSWER, held, turn
 from memory_network import network, until
 from registry_requests import read, request, text_of
+from stalls import pass_time, stall
 
 # How long streams are kept.
 
 
-class SkippingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock a test can put forward."""
-
-    skipped_s = 0.0
-
-    def time(self) -> float:
-        return super().time() + self.skipped_s
-
-
-def run_skipping(main: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
-        runner.run(main)
+async def test_stream_can_be_resumed_for_its_time_and_no_longer() -> None:
+    async with network(ScriptedBackend(ANSWER)) as net:
+        stream = await net.registry.generate(request(), client="alice")
+        await read(stream)
+        await pass_time(299)
+        assert await net.registry.resume(stream.id, client="alice") is stream
+        await pass_time(2)
+        with pytest.raises(StreamLost, match="ended more than 300 s ago"):
+            await net.registry.resume(stream.id, client="alice")
+        assert net.registry.num_retained == 0
 
 
-async def skip(seconds: float) -> None:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, SkippingLoop)
-    loop.skipped_s += seconds
-    for _ in range(3):
-        await asyncio.sleep(0)
+async def test_stream_can_be_resumed_after_a_stall_of_the_server() -> None:
+    async with network(ScriptedBackend(ANSWER)) as net:
+        stream = await net.registry.generate(request(), client="alice")
+        await read(stream)
+        stall()
+        await turn()
+        assert await net.registry.resume(stream.id, client="alice") is stream
 
 
-def test_stream_can_be_resumed_for_its_time_and_no_longer() -> None:
-    async def main() -> None:
-        async with network(ScriptedBackend(ANSWER)) as net:
-            stream = await net.registry.generate(request(), client="alice")
-            await read(stream)
-            await skip(299)
-            assert await net.registry.resume(stream.id, client="alice") is stream
-            await skip(2)
-            with pytest.raises(StreamLost, match="ended more than 300 s ago"):
-                await net.registry.resume(stream.id, client="alice")
-            assert net.registry.num_retained == 0
-
-    run_skipping(main())
+async def test_running_stream_is_kept_however_long_it_takes() -> None:
+    backend, gate = held()
+    async with network(backend) as net:
+        stream = await net.registry.generate(request(), client="alice")
+        await pass_time(1000)
+        assert await net.registry.resume(stream.id, client="alice") is stream
+        gate.open()
+        assert text_of(await read(stream)) == ANSWER
 
 
-def test_running_stream_is_kept_however_long_it_takes() -> None:
-    async def main() -> None:
-        backend, gate = held()
-        async with network(backend) as net:
-            stream = await net.registry.generate(request(), client="alice")
-            await skip(10_000)
-            assert await net.registry.resume(stream.id, client="alice") is stream
-            gate.open()
-            assert text_of(await read(stream)) == ANSWER
-
-    run_skipping(main())
-
-
-def test_name_may_be_used_again_once_its_stream_is_forgotten() -> None:
-    async def main() -> None:
-        async with network(ScriptedBackend(ANSWER)) as net:
-            first = await net.registry.generate(request(), client="alice")
-            await read(first)
-            await skip(301)
-            second = await net.registry.generate(request(), client="alice")
-            assert second is not first
-            await skip(301)  # the first one's time is over again; the second one's is not
-            assert await net.registry.resume(second.id, client="alice") is second
-            await read(second)
-
-    run_skipping(main())
+async def test_name_may_be_used_again_once_its_stream_is_forgotten() -> None:
+    async with network(ScriptedBackend(ANSWER)) as net:
+        first = await net.registry.generate(request(), client="alice")
+        await read(first)
+        await pass_time(301)
+        second = await net.registry.generate(request(), client="alice")
+        assert second is not first
+        await pass_time(301)  # the first one's time is over again; the second one's is not
+        assert await net.registry.resume(second.id, client="alice") is second
+        await read(second)
 
 
 async def test_stream_that_made_room_holds_no_memory() -> None:

@@ -9,6 +9,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from d2f_stream.core.errors import SlowConsumer
+from d2f_stream.server.streams.stall import Stall
 
 __all__ = ["COMMENT", "DONE", "EventStream", "data_frame", "unless_disconnected"]
 
@@ -70,19 +71,23 @@ class EventStream(StreamingResponse):
                 self._on_end()
 
     async def _write(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await self._send(send, start)
-        async for frame in self._frames:
-            await self._send(send, {"type": "http.response.body", "body": frame, "more_body": True})
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+        stall = Stall(self._stall_timeout_s)
 
-    async def _send(self, send: Send, message: Message) -> None:
+        async def take(message: Message) -> None:
+            try:
+                with stall:
+                    await send(message)
+            except TimeoutError:
+                sentence = f"the reader did not take a chunk for {self._stall_timeout_s:g} s"
+                raise SlowConsumer(sentence) from None
+
         try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await send(message)
-        except TimeoutError:
-            sentence = f"the reader did not take a chunk for {self._stall_timeout_s:g} s"
-            raise SlowConsumer(sentence) from None
+            await take({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for frame in self._frames:
+                await take({"type": "http.response.body", "body": frame, "more_body": True})
+            await take({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            stall.close()
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[None, None, Result]) -> Result:

@@ -18,6 +18,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
 
+from d2f_stream.channels.patience import Patience
 from d2f_stream.server.listening.gathered_writes import GatheredWrites
 from d2f_stream.server.listening.sockets import Sockets
 from d2f_stream.server.peer_log import PeerLog
@@ -182,6 +183,13 @@ class _GuardedWebSocket(WebSocketsSansIOProtocol):
         super().shutdown()
         self._abort_later()
 
+    def send_keepalive_ping(self) -> None:
+        super().send_keepalive_ping()
+        if self.pong_timer is not None:
+            self.pong_timer.cancel()
+            patience = Patience(self.timeouts.ping_s, self.keepalive_timeout)
+            self.pong_timer = patience  # type: ignore[assignment]  # it is cancelled only
+
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
         self._abort_later()
@@ -224,18 +232,17 @@ class _Timer:
     """Aborts a connection after a delay, unless it is stopped before."""
 
     def __init__(self) -> None:
-        self._handle: asyncio.TimerHandle | None = None
+        self._patience: Patience | None = None
 
     def start(self, delay_s: float, transport: asyncio.Transport) -> None:
         """Begin to count, unless it counts already."""
-        if self._handle is None:
-            loop = asyncio.get_running_loop()
-            self._handle = loop.call_later(delay_s, transport.abort)
+        if self._patience is None:
+            self._patience = Patience(delay_s, transport.abort)
 
     def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
 
 def uvicorn_config(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from d2f_stream.channels import Channel, ChannelClosed
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.core.errors import (
     D2FError,
     ProtocolError,
@@ -159,7 +160,7 @@ class Connection:
     async def _authenticate(self) -> str:
         timeout_s = self._limits.auth_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with patient_timeout(timeout_s):
                 data = await self._channel.receive()
         except TimeoutError:
             raise Unauthorized(f"no token came within {timeout_s:g} s") from None

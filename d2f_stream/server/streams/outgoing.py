@@ -5,7 +5,6 @@ does not take what is sent loses its connection, not its streams.
 """
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from d2f_stream.channels import Channel
 from d2f_stream.core.errors import D2FError, SlowConsumer
 from d2f_stream.core.events import Draft
 from d2f_stream.server.streams.served_stream import Cursor, ServedStream
+from d2f_stream.server.streams.stall import Stall
 from d2f_stream.wire.protocol import RequestRejected, ServerMessage
 
 __all__ = ["Outgoing"]
@@ -44,7 +44,7 @@ class Outgoing:
         self._room = asyncio.Event()  # for the reader: replies were written
         self._ending: D2FError | None = None
         self._left = False  # the client: nothing can be written any more
-        self._stall: _Stall
+        self._stall: Stall
 
     @property
     def num_streams(self) -> int:
@@ -106,7 +106,7 @@ class Outgoing:
             SlowConsumer: it did not take what was sent.
             D2FError: what `finish` was given.
         """
-        self._stall = _Stall(self._stall_timeout_s)
+        self._stall = Stall(self._stall_timeout_s)
         try:
             await self._write()
         finally:
@@ -159,42 +159,3 @@ class Outgoing:
             kind = "a draft" if isinstance(message, Draft) else "a message"
             timeout_s = self._stall_timeout_s
             raise SlowConsumer(f"the reader did not take {kind} for {timeout_s:g} s") from None
-
-
-class _Stall:
-    """Ends what its task waits for in this context, where that takes too long, by TimeoutError.
-
-    `asyncio.timeout` with one timer for all: one for each message costs as much as sending it.
-    """
-
-    def __init__(self, timeout_s: float) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._loop = asyncio.get_running_loop()
-        self._timeout_s = timeout_s
-        self._due_s = math.inf
-        self._timer: asyncio.TimerHandle | None = None
-        self._is_over = False
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def __enter__(self) -> None:
-        self._due_s = self._loop.time() + self._timeout_s
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._due_s, self._look)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._due_s = math.inf
-        if self._is_over and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise TimeoutError from None
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._due_s <= self._loop.time():
-            self._is_over = True
-            self._task.cancel()
-        elif self._due_s < math.inf:
-            self._timer = self._loop.call_at(self._due_s, self._look)

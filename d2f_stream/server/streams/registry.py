@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.core.errors import D2FError, RequestConflict, ServerShuttingDown
 from d2f_stream.core.session import Engine
 from d2f_stream.server.limits import ServeLimits
@@ -162,7 +163,7 @@ class StreamRegistry:
         self._stand_by.watch(stream)
         if self._log.outlives:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESTORE_S):
+                async with patient_timeout(RESTORE_S):
                     # A reader would count as one, and its leaving might cancel the stream.
                     while after_seq >= len(stream.log) and not stream.has_terminal:  # noqa: ASYNC110
                         await asyncio.sleep(RESTORE_S / 50)

@@ -4,8 +4,7 @@ Whoever lost a connection can read on until then. What all ended streams take to
 where it is too much, the oldest of the client who has most go first.
 """
 
-import asyncio
-
+from d2f_stream.channels.patience import Patience
 from d2f_stream.core.errors import StreamLost
 from d2f_stream.server.limits import ServeLimits
 from d2f_stream.server.streams.served_stream import ServedStream
@@ -25,7 +24,7 @@ class Shelf:
         self._streams: dict[str, ServedStream] = {}
         self._requests: dict[tuple[str, str], ServedStream] = {}  # by client and request id
         self._ended: dict[str, _Ended] = {}  # by client
-        self._expiries: dict[str, asyncio.TimerHandle] = {}  # by stream id
+        self._expiries: dict[str, Patience] = {}  # by stream id
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -59,9 +58,7 @@ class Shelf:
 
     def retain(self, stream: ServedStream) -> None:
         """Keep a stream that has ended until its time is over, or others need the room."""
-        self._expiries[stream.id] = asyncio.get_running_loop().call_later(
-            self._limits.resume_ttl_s, self.forget, stream
-        )
+        self._expiries[stream.id] = Patience(self._limits.resume_ttl_s, self.forget, stream)
         self._ended.setdefault(stream.client, _Ended()).add(stream)
         limit = self._limits.max_retained_bytes
         while sum(ended.num_bytes for ended in self._ended.values()) > limit:

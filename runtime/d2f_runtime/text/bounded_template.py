@@ -16,7 +16,10 @@ from d2f_stream.core.errors import InvalidPrompt
 __all__ = ["bound_environment", "compile_bounded"]
 
 MAX_RENDER_S: Final = 2.0
-"""Published templates take a few milliseconds for the longest conversations."""
+"""Of the thread's processor time: a busy or frozen machine is no fault of the template.
+
+Published templates take a few milliseconds for the longest conversations.
+"""
 MAX_CHARACTERS: Final = 4_000_000
 MAX_NUMBER: Final = 1_000_000
 """Of arguments: widths, counts and precisions."""
@@ -104,7 +107,7 @@ class _Bounds:
         self._local = threading.local()
 
     def __enter__(self) -> None:
-        self._local.until_s = time.monotonic() + MAX_RENDER_S
+        self._local.until_s = time.thread_time() + MAX_RENDER_S
 
     def __exit__(self, *error: object) -> None:
         del self._local.until_s
@@ -115,7 +118,7 @@ class _Bounds:
         Raises:
             InvalidPrompt: there is none.
         """
-        if time.monotonic() > self._local.until_s:
+        if time.thread_time() > self._local.until_s:
             raise InvalidPrompt(
                 f"the chat template takes more than {MAX_RENDER_S:g} s for these messages"
             )

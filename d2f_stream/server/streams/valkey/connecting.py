@@ -3,7 +3,6 @@
 This file, `store.py` and `news.py` are all that knows the library.
 """
 
-import asyncio
 import contextlib
 import logging
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.channels.unreachable import reason_of
 from d2f_stream.core.errors import InvalidRequest, LogUnavailable, MissingExtra
 
@@ -75,7 +75,7 @@ async def open_connection(pool: ConnectionPool) -> AbstractConnection:
     """
     connection: AbstractConnection = pool.make_connection()
     try:
-        async with asyncio.timeout(ANSWER_S):
+        async with patient_timeout(ANSWER_S):
             await connection.connect()
     except BaseException:
         with contextlib.suppress(*LOST):

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.server.streams.valkey.connecting import (
     BACKOFF_S,
@@ -65,7 +66,7 @@ class News:
             confirmed = self._channels[channel] = asyncio.Event()
             self._send("SUBSCRIBE", channel)
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with patient_timeout(PATIENCE_S):
                 await confirmed.wait()
         except TimeoutError:
             raise LogUnavailable(

@@ -8,11 +8,11 @@ command here may run twice.
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import Sequence
 from typing import Final
 
 from d2f_stream.channels.ending import end_tasks
+from d2f_stream.channels.patience import patient_timeout
 from d2f_stream.core.errors import LogUnavailable
 from d2f_stream.server.streams.valkey.connecting import (
     ANSWER_S,
@@ -38,6 +38,8 @@ Argument = str | bytes | int
 
 CLOSE_S: Final = 1.0
 MAX_BATCH: Final = 512
+LOOK_S: Final = 0.25
+"""Between two looks at what waits for an answer; a stall of this process costs it no more."""
 
 
 class LogFull(LogUnavailable):
@@ -64,7 +66,6 @@ class Store:
         self._problem = "cannot be reached: no answer yet"
         self._connected_at: float | None = None
         self._asked: set[_Call] = set()  # whose answers somebody waits for
-        self._looks_at_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -86,7 +87,7 @@ class Store:
             LogUnavailable: nothing answers, or not what can be used.
         """
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with patient_timeout(ANSWER_S):
                 await self._connect()
                 assert self._connection is not None
                 await check_server(self._connection, self.address)
@@ -115,14 +116,13 @@ class Store:
             LogFull: the store has no room.
             LogUnavailable: it did not answer for so long, or refuses.
         """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Reply] = loop.create_future()
-        call = _Call(command, answer, due_s=loop.time() + patience_s)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        call = _Call(command, answer, left_s=patience_s + LOOK_S)  # the first may come at once
         self._waiting.append(call)
         self._wake.set()
         self._asked.add(call)
-        if call.due_s < self._looks_at_s:
-            self._look_at(call.due_s)
+        if self._timer is None:
+            self._look_later()
         try:
             return await answer
         finally:
@@ -142,21 +142,18 @@ class Store:
         """Return what a script answers; as `run`."""
         return await self.run("EVALSHA", script.sha, 0, *arguments, patience_s=patience_s)
 
-    def _look_at(self, then_s: float) -> None:
-        """Look then for calls that are due: a timer for each costs as much as all the rest."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._looks_at_s = then_s
-        self._timer = asyncio.get_running_loop().call_at(then_s, self._refuse_what_is_due)
+    def _look_later(self) -> None:
+        """Look for calls that are due: a timer for each costs as much as all the rest."""
+        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
-    def _refuse_what_is_due(self) -> None:
-        now_s = self._looks_at_s
-        self._timer, self._looks_at_s = None, math.inf
+    def _look(self) -> None:
+        self._timer = None
         for call in self._asked:
-            if call.due_s <= now_s:
+            call.left_s -= LOOK_S
+            if call.left_s <= 0:
                 call.refuse(LogUnavailable(f"the log at {self.address} {self._problem}"))
-        if left := [call.due_s for call in self._asked if not call.is_over]:
-            self._look_at(min(left))
+        if any(not call.is_over for call in self._asked):
+            self._look_later()
 
     async def _serve(self) -> None:
         while True:
@@ -166,7 +163,7 @@ class Store:
                 batch = [call for call in self._waiting[:MAX_BATCH] if not call.is_over]
                 del self._waiting[:MAX_BATCH]
                 try:
-                    async with asyncio.timeout(ANSWER_S):
+                    async with patient_timeout(ANSWER_S):
                         again = await self._exchange(batch)
                     if again:
                         self._waiting[:0] = again
@@ -211,7 +208,7 @@ class Store:
             await asyncio.sleep(BACKOFF_S[min(number, len(BACKOFF_S) - 1)])
             number += 1
             try:
-                async with asyncio.timeout(ANSWER_S):
+                async with patient_timeout(ANSWER_S):
                     await self._connect()
             except (*LOST, exceptions.ValkeyError) as later:
                 error = later
@@ -255,14 +252,14 @@ class Store:
 
 
 class _Call:
-    __slots__ = ("answer", "due_s", "packed")
+    __slots__ = ("answer", "left_s", "packed")
 
     def __init__(
         self,
         command: tuple[Argument, ...],
         answer: "asyncio.Future[Reply] | None",
         *,
-        due_s: float = math.inf,
+        left_s: float = 0.0,
     ) -> None:
         # Packed here: what cannot be is the caller's error, not that of all who share a batch. The
         # library's own way takes four times as long.
@@ -270,7 +267,7 @@ class _Call:
         pieces = (b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
         self.packed = b"*%d\r\n%b" % (len(parts), b"".join(pieces))
         self.answer = answer
-        self.due_s = due_s
+        self.left_s = left_s  # of its asker's patience
 
     @property
     def is_over(self) -> bool:

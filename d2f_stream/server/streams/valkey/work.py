@@ -162,7 +162,7 @@ class ValkeyWork:
                 answer = await self._log.store.script(
                     scripts.APPEND,
                     *self._arguments(event),
-                    patience_s=max(0.0, deadline - loop.time()),
+                    patience_s=max(FULL_S, deadline - loop.time()),  # time enough to hear it
                 )
             except LogFull:
                 if loop.time() + FULL_S > deadline:
