@@ -82,7 +82,6 @@ class Incoming:
     topic: str
     payload: bytes
     content_type: str | None
-    retained: bool
     notes: dict[str, str]
 
 

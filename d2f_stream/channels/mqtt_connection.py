@@ -177,6 +177,5 @@ def incoming_of(message: aiomqtt.Message) -> Incoming:
         topic=message.topic.value,
         payload=bytes(message.payload),
         content_type=getattr(properties, "ContentType", None),
-        retained=bool(message.retain),
         notes=dict(getattr(properties, "UserProperty", ())),
     )

@@ -55,8 +55,6 @@ class PrefixCache(Generic[SlotT]):
         self._max_kept = max_kept
         self._entries: dict[SlotT, _Entry] = {}  # least recently used first
         self.kept_tokens = 0  # storage that slots of ended sessions take
-        self.num_hits = 0
-        self.num_lookups = 0
         self.num_tokens_reused = 0
 
     def __contains__(self, slot: SlotT) -> bool:
@@ -67,7 +65,6 @@ class PrefixCache(Generic[SlotT]):
 
         At least the prompt's last token is left to run: what follows is predicted from it.
         """
-        self.num_lookups += 1
         wanted = _packed(prompt)
         best: Match[SlotT] | None = None
         for slot, entry in self._entries.items():
@@ -78,7 +75,6 @@ class PrefixCache(Generic[SlotT]):
                 best = Match(slot, number)
         if best is not None:
             self._touch(best.slot)
-            self.num_hits += 1
             self.num_tokens_reused += best.num_tokens
         return best
 

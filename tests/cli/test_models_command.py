@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -84,8 +83,7 @@ def test_misspelt_name_is_answered_with_those_like_it() -> None:
 
 
 def test_list_tells_what_is_on_disk_known_or_not() -> None:
-    now = datetime(2026, 1, 1, tzinfo=UTC)
-    here = [Kept("JetLM/SDAR-4B-Chat", 8_800_000_000, now), Kept("my/own", 1_000_000_000, now)]
+    here = [Kept("JetLM/SDAR-4B-Chat", 8_800_000_000), Kept("my/own", 1_000_000_000)]
     lines = listed(CATALOGUE, here, {}).splitlines()
     assert any(line.startswith("sdar:4b") and "8.8 GB" in line for line in lines)
     assert any(line.startswith("-") and line.endswith("my/own") for line in lines)

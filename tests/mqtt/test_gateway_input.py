@@ -60,7 +60,6 @@ messages = st.builds(
     topic=near_topics | st.lists(levels, max_size=7).map("/".join),
     payload=payloads,
     content_type=st.sampled_from([None, "", JSON.content_type, MSGPACK.content_type, "text/plain"]),
-    retained=st.booleans(),
     notes=st.just({}),
 )
 
@@ -190,4 +189,4 @@ def test_rejections_of_one_client_do_not_push_out_another_s() -> None:
 
 
 def garbage(client: str) -> Incoming:
-    return Incoming(str(RequestTopic(client)), b"garbage", None, False, {})
+    return Incoming(str(RequestTopic(client)), b"garbage", None, {})

@@ -1,7 +1,6 @@
 """Shelf: the models of the local hub cache, listed, fetched and removed. Knows huggingface_hub."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_one_by_one, fetch_weights
 from d2f_stream.core.errors import MissingExtra, ModelNotFound
@@ -11,11 +10,10 @@ __all__ = ["Kept", "kept", "pull", "remove"]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A repository in the cache: its id, its size in bytes, and when it was last read."""
+    """A repository in the cache: its id, and its size in bytes."""
 
     repo: str
     size: int
-    last_read: datetime
 
 
 def kept() -> list[Kept]:
@@ -35,7 +33,7 @@ def kept() -> list[Kept]:
         return []
     return sorted(
         (
-            Kept(info.repo_id, info.size_on_disk, datetime.fromtimestamp(info.last_accessed, UTC))
+            Kept(info.repo_id, info.size_on_disk)
             for info in found.repos
             if info.repo_type == "model"
         ),

@@ -91,7 +91,7 @@ class Nf4Weight:
         return torch.stack([self.codes >> 4, self.codes & 15], dim=1).flatten()
 
 
-def quantise_nf4(weight: Tensor, *, block: int = BLOCK) -> Nf4Weight:
+def quantise_nf4(weight: Tensor) -> Nf4Weight:
     """Quantise a weight [N, K] of any floating dtype, as bitsandbytes does.
 
     Raises:
@@ -103,11 +103,11 @@ def quantise_nf4(weight: Tensor, *, block: int = BLOCK) -> Nf4Weight:
     values = torch.tensor(NF4_VALUES, device=weight.device)
     bounds = (values[:-1] + values[1:]) / 2
     found = [
-        _quantise_piece(piece, bounds, block)
-        for piece in torch.split(weight.detach().flatten(), PIECE)  # a multiple of every block
+        _quantise_piece(piece, bounds)
+        for piece in torch.split(weight.detach().flatten(), PIECE)  # a multiple of the block
     ]
     codes, absmax = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Nf4Weight(codes, absmax, (outputs, features), block)
+    return Nf4Weight(codes, absmax, (outputs, features))
 
 
 def dequantised_blocks(codes: Tensor, values: Tensor, absmax: Tensor, block: int) -> Tensor:
@@ -120,10 +120,10 @@ def dequantised_blocks(codes: Tensor, values: Tensor, absmax: Tensor, block: int
     return torch.cat([scaled.flatten(), found[whole:] * absmax[-1]])
 
 
-def _quantise_piece(weights: Tensor, bounds: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _quantise_piece(weights: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     flat = weights.float()
-    rest = -flat.numel() % block
-    blocks = torch.nn.functional.pad(flat, (0, rest)).view(-1, block)
+    rest = -flat.numel() % BLOCK
+    blocks = torch.nn.functional.pad(flat, (0, rest)).view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]).clamp(-1, 1)
     codes = torch.bucketize(scaled.flatten()[: flat.numel()], bounds, out_int32=True)

@@ -40,7 +40,6 @@ logger = logging.getLogger("d2f_stream.server")
 
 ANSWER_S: Final = 5.0
 """For the store to answer; later, the connection counts as broken."""
-"""For a task to end, until it is cancelled once more."""
 BACKOFF_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between attempts to connect; the last is for all later ones."""
 OLDEST: Final = 7

@@ -91,7 +91,6 @@ class Generation:
         self._ends = torch.tensor(list(end_ids), device=device)
         self._jobs: list[Job | None] = [None] * slots
         self.num_tokens = 0  # fed in slots that had a job
-        self.num_written = 0
         is_cuda = device.type == "cuda"
         self._rows = torch.arange(slots, device=device)
         self._before: Callable[..., Any] = self._before_attention
@@ -189,7 +188,6 @@ class Generation:
             written = tokens[slot, size : max(size, count - int(repeated[slot]))].tolist()
             self._jobs[slot] = None
             self.num_tokens += count
-            self.num_written += count - size
             ended = bool(written) and written[-1] in self._end_ids
             reason = "loop" if repeated[slot] else "end" if ended else "length"
             on_done(Outcome(job, written, reason))
