@@ -7,7 +7,6 @@ rich; the command line imports this module only where rich is installed.
 
 import re
 import time
-from types import TracebackType
 from typing import Final, Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -246,12 +245,7 @@ class LiveCanvas:
         self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._canvas.close()
         self._live.transient = isinstance(error, Exception) and not self._canvas.text
         self._live.stop()

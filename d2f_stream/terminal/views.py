@@ -7,7 +7,7 @@ terminal back whatever ended the stream.
 
 import re
 import sys
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Final, Protocol, Self, assert_never
 
 import msgspec
@@ -45,24 +45,11 @@ def about_silence(reason: FinishReason, description: str) -> str:
             assert_never(reason)
 
 
-class View(Protocol):
+class View(AbstractContextManager["View"], Protocol):
     """Shows the events of one stream; a context manager around it."""
 
     def apply(self, event: Event) -> None:
         """Show the next event."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Start showing."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish, whatever ended the stream."""
         ...
 
 
@@ -84,12 +71,7 @@ class TextView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if not self._ends_line and not isinstance(error, BrokenPipeError):
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -109,10 +91,5 @@ class JsonView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         pass
