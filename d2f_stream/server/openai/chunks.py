@@ -138,18 +138,11 @@ class AnswerWriter:
 
     def body(self, answers: Sequence[Answer]) -> Body:
         """Return the whole answer, of all its choices."""
-        prefix, name, _ = OBJECTS[self.dialect]
         whole = [self._whole(index, *answer) for index, answer in enumerate(answers)]
         ends = [end for _, end in answers]
-        return Body(
-            id=prefix + self.name,
-            object=name,
-            created=self.created,
-            model=self.model,
-            choices=whole,
-            usage=TokenUsage.of([end.usage for end in ends]),
-            d2f=_report_of_end(ends[0]) if len(ends) == 1 else UNSET,
-        )
+        usage = TokenUsage.of([end.usage for end in ends])
+        report = _report_of_end(ends[0]) if len(ends) == 1 else UNSET
+        return self._body(whole, usage=usage, report=report, is_whole=True)
 
     def _whole(
         self, index: int, blocks: list[Block], end: StreamFinished
@@ -219,15 +212,16 @@ class AnswerWriter:
 
     def _body(
         self,
-        choices: Sequence[ChunkChoice | TextChoice],
+        choices: Sequence[MessageChoice | ChunkChoice | TextChoice],
         *,
         usage: TokenUsage | UnsetType | None,
         report: D2fReport | UnsetType = UNSET,
+        is_whole: bool = False,
     ) -> Body:
-        prefix, _, name = OBJECTS[self.dialect]
+        prefix, whole, chunk = OBJECTS[self.dialect]
         return Body(
             id=prefix + self.name,
-            object=name,
+            object=whole if is_whole else chunk,
             created=self.created,
             model=self.model,
             choices=choices,
