@@ -59,7 +59,6 @@ QUANTIZATION_OF: Final[dict[Target, Quantization]] = {
 DATA_FILE: Final = GRAPH_FILE + ".data"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
-HASH_BYTES: Final = 1 << 20
 
 Defaults = dict[str, dict[str, JsonValue | list[str]]]
 
@@ -261,8 +260,6 @@ def describe(
 
 def file_info(path: Path) -> FileInfo:
     """Return a file's hash and size."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(HASH_BYTES):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, "sha256")
     return FileInfo(sha256=digest.hexdigest(), bytes=path.stat().st_size)

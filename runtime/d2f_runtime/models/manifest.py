@@ -34,7 +34,6 @@ __all__ = [
 
 FORMAT_VERSION: Final = 1
 FILE_NAME: Final = "manifest.json"
-HASH_BYTES: Final = 1 << 20
 MAX_SIZE: Final = 2**31 - 1
 
 _COUNTS: Final = ("native_block_size", "max_block_size", "max_len", "num_tokens")
@@ -280,8 +279,5 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(HASH_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

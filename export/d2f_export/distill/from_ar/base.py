@@ -16,7 +16,6 @@ __all__ = ["MARK", "ArBase", "free_mask_id", "open_ar_base"]
 
 WEIGHTS_FILE: Final = "model.safetensors"
 MARK: Final = "\u2063\u2063"  # a text that no template writes
-PIECE: Final = 1 << 22  # bytes hashed at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,8 @@ class ArBase:
         file = self.path if is_gguf(self.path) else self.path / WEIGHTS_FILE
         if not file.is_file():
             return None
-        digest = hashlib.sha256()
         with file.open("rb") as stream:
-            while piece := stream.read(PIECE):
-                digest.update(piece)
-        return digest.hexdigest()
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_ar_base(model: str, *, family: str | None = None) -> ArBase:
