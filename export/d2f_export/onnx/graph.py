@@ -33,26 +33,22 @@ size, D hidden size, V vocabulary. Floats are fp32 unless the weights are in fp1
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from onnx import helper
 
 from d2f_export.onnx.graph_builder import OPSET, GraphBuilder, Stored, Value, Weights
-from d2f_export.onnx.graph_layers import Draft, Sight, add_layer, norm
+from d2f_export.onnx.graph_layers import Draft, add_layer, norm
 from d2f_export.onnx.graph_sampler import add_sampler
+from d2f_export.onnx.graph_sight import add_sight
 from d2f_export.onnx.quantize import QUANTIZATIONS, Linear, Quantization
 from d2f_export.onnx.smoothing import FINAL
 from d2f_runtime.kernels.sampling import FORBIDDEN
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.rope_scaling import YarnRope
-from d2f_runtime.models.rotary import attention_factor, rotary_frequencies
 from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = ["OPSET", "FixedShape", "StepGraph", "step_graph"]
-
-LOWEST: Final = {"float32": FORBIDDEN, "float16": -65504.0}  # finite: no row's softmax is empty
-NOWHERE: Final = 1 << 40  # a canvas position that nobody sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +122,7 @@ class _Step:
         for name, dtype, shape in self._declared_inputs():
             self.inputs.append(_info(name, dtype, shape))
         x, draft = self._embedded(), self._draft()
-        sight = self._sight()
+        sight = add_sight(graph, config, self.linear.dtype, window=self.window, past=self.past)
         head_rows = "head_rows"
         if config.shift_logits:
             # Position i is predicted by row i of [last_hidden; hidden].
@@ -198,41 +194,6 @@ class _Step:
         shape = (self.config.vocab_size, self.config.hidden_size)
         return self.linear.look_up(tokens, "embed_tokens.weight", shape)
 
-    def _sight(self) -> Sight:
-        graph, dtype = self.graph, self.linear.dtype
-        start = graph.op("Unsqueeze", "start", graph.constant([1]))  # [B, 1]
-        ahead = self._counting("tokens", self.window)
-        positions = graph.op("Add", start, ahead)  # [B, W]
-        frequency = graph.constant(rotary_frequencies(self.config).numpy(), "float32")
-        angle = graph.op("Unsqueeze", positions, graph.constant([2]))
-        angle = graph.op("Mul", graph.op("Cast", angle, to=1), frequency)
-        tables = [graph.op(kind, angle) for kind in ("Cos", "Sin")]
-        if (factor := attention_factor(self.config.rope_scaling)) != 1.0:
-            tables = [graph.op("Mul", t, graph.constant(factor, "float32")) for t in tables]
-        cos, sin = (self._float(table) for table in tables)
-        cached = self._counting("past.0.k", self.past)
-        holds = graph.op("Less", cached, start)  # [B, P]
-        cached = graph.op("Where", holds, cached, graph.constant(NOWHERE))
-        columns = graph.op("Concat", cached, positions, axis=1)
-        until = graph.op("Unsqueeze", "visible_until", graph.constant([2]))
-        sees = graph.op("Less", graph.op("Unsqueeze", columns, graph.constant([1])), until)
-        zero, lowest = graph.constant(0.0, dtype), graph.constant(LOWEST[dtype], dtype)
-        mask = graph.op("Where", sees, zero, lowest)
-        mask = graph.op("Unsqueeze", mask, graph.constant([1]))
-        return Sight(cos, sin, mask, self._query_scale(positions))
-
-    def _query_scale(self, positions: Value) -> Value | None:
-        """Return [B, W, 1] what queries are multiplied by; None leaves them."""
-        scaling, graph = self.config.rope_scaling, self.graph
-        if not isinstance(scaling, YarnRope) or not scaling.query_beta:
-            return None
-        one = graph.constant(1.0, "float32")
-        turns = graph.op("Div", positions, graph.constant(scaling.trained_len))  # rounds down
-        logarithm = graph.op("Log", graph.op("Add", graph.op("Cast", turns, to=1), one))
-        scale = graph.op("Mul", logarithm, graph.constant(scaling.query_beta, "float32"))
-        scale = self._float(graph.op("Add", scale, one))
-        return graph.op("Unsqueeze", scale, graph.constant([2]))
-
     def _predict(self, x: Value, doubt: Value) -> None:
         """Add final norm, shift, head and sampler; name what leaves the graph.
 
@@ -298,19 +259,6 @@ class _Step:
         nothing = graph.op("Mul", x, graph.constant(0.0, self.linear.dtype))
         doubt = graph.op("ReduceSum", nothing, graph.constant(axes), keepdims=1)
         return graph.op("Cast", doubt, to=1) if self.linear.dtype != "float32" else doubt
-
-    def _counting(self, tensor: Value, size: object) -> Value:
-        """Return [1, size] the integers below the size of a tensor's second dimension."""
-        graph = self.graph
-        if isinstance(size, int):
-            return graph.constant(np.arange(size)[None])
-        length = graph.op("Shape", tensor, start=1, end=2)
-        length = graph.op("Squeeze", length, graph.constant([0]))
-        counting = graph.op("Range", graph.constant(0), length, graph.constant(1))
-        return graph.op("Unsqueeze", counting, graph.constant([0]))
-
-    def _float(self, x: Value) -> Value:
-        return x if self.linear.dtype == "float32" else self.graph.op("Cast", x, to=10)
 
 
 def _info(name: str, dtype: str, shape: list[object]) -> Any:

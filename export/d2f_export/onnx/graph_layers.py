@@ -23,28 +23,13 @@ from d2f_export.onnx.graph_builder import (
     Weights,
 )
 from d2f_export.onnx.graph_mixture import add_mixture
+from d2f_export.onnx.graph_sight import Sight
 from d2f_export.onnx.quantize import Linear
 from d2f_export.onnx.smoothing import DOWN, NORMS
 from d2f_runtime.models.config import TransformerConfig
 from d2f_runtime.models.draft_adapter import PARENTS, product_shapes
 
-__all__ = ["Draft", "Sight", "add_layer", "norm", "select_rows"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """What all layers share: where the rows stand and what they see.
-
-    Attributes:
-        cos, sin: [B, W, hd / 2].
-        mask: [B, 1, W, P + W], added to the scores.
-        query_scale: [B, W, 1], by which queries are multiplied; None leaves them.
-    """
-
-    cos: Value
-    sin: Value
-    mask: Value
-    query_scale: Value | None = None
+__all__ = ["Draft", "add_layer", "norm", "select_rows"]
 
 
 @dataclass(frozen=True, slots=True)
