@@ -9,7 +9,7 @@ from d2f_stream.core.errors import InvalidParams, MessageTooLarge, PromptTooLong
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.core.presets import PRESETS
 
-__all__ = ["default_params", "fitted_params"]
+__all__ = ["default_params", "defaults_of", "fitted_params"]
 
 
 def default_params(info: ModelInfo) -> GenerationParams:
@@ -17,6 +17,13 @@ def default_params(info: ModelInfo) -> GenerationParams:
     if info.commit_attention == "causal" and info.shift_logits and info.native_block_size > 1:
         return msgspec.structs.replace(PRESETS["verified"], block_size=info.native_block_size)
     return GenerationParams(block_size=info.native_block_size)
+
+
+def defaults_of(parts: ModelParts, limits: Limits) -> GenerationParams:
+    """Return the parameters of a request that gives none, on an engine of such limits."""
+    if not limits.may_narrow:
+        return parts.defaults
+    return parts.defaults.with_overrides({"may_narrow": True})
 
 
 def fitted_params(

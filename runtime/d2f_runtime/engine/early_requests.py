@@ -2,33 +2,23 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from d2f_runtime.engine.continuation import Continuation
+from d2f_runtime.engine.limits import Limits
+from d2f_runtime.engine.request import Request
 from d2f_runtime.engine.stream import Stream, StreamId
 from d2f_runtime.loaded_model import ModelParts
-from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import D2FError
 
-__all__ = ["EarlyRequests", "Prepare"]
+__all__ = ["EarlyRequests"]
 
 logger = logging.getLogger("d2f_stream.engine")
-
-Prepare = Callable[[ModelParts], Stream]
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    prepare: Prepare
-    buffer: EventBuffer
-    before: Continuation
 
 
 class EarlyRequests:
     """Requests in order of arrival, until they become streams or are turned away."""
 
     def __init__(self) -> None:
-        self._requests: dict[StreamId, _Request] = {}
+        self._requests: dict[StreamId, Request] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -36,11 +26,9 @@ class EarlyRequests:
     def __contains__(self, stream_id: StreamId) -> bool:
         return stream_id in self._requests
 
-    def add(
-        self, stream_id: StreamId, prepare: Prepare, buffer: EventBuffer, before: Continuation
-    ) -> None:
+    def add(self, request: Request) -> None:
         """Take a request on."""
-        self._requests[stream_id] = _Request(prepare, buffer, before)
+        self._requests[request.id] = request
 
     def cancel(self, stream_id: StreamId) -> None:
         """End a request. Nothing happens where it is not, or not any more, among these."""
@@ -48,12 +36,12 @@ class EarlyRequests:
         if request is not None:
             request.buffer.append(request.before.cancelled(stream_id))
 
-    def start(self, parts: ModelParts, add: Callable[[Stream], None]) -> None:
+    def start(self, parts: ModelParts, limits: Limits, add: Callable[[Stream], None]) -> None:
         """Make streams of all requests and add them; turn away those that are refused."""
         requests, self._requests = self._requests, {}
         for request in requests.values():
             try:
-                add(request.prepare(parts))
+                add(request.stream(parts, limits))
             except D2FError as error:
                 request.buffer.reject(error)
             except Exception as error:

@@ -12,13 +12,14 @@ from functools import partial
 from typing import Final, Self, Unpack
 
 from d2f_runtime.backends.base import Backend
-from d2f_runtime.engine.answer_params import default_params, fitted_params
+from d2f_runtime.engine.answer_params import default_params, defaults_of
 from d2f_runtime.engine.continuation import Continuation
 from d2f_runtime.engine.limits import EngineLoad, Limits
 from d2f_runtime.engine.prompts import check_size, encode
+from d2f_runtime.engine.request import Request
 from d2f_runtime.engine.running_streams import StepObserver
 from d2f_runtime.engine.step_loop import StepLoop
-from d2f_runtime.engine.stream import Stream, StreamId
+from d2f_runtime.engine.stream import StreamId
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
 from d2f_runtime.models.facts import ModelInfo
 from d2f_runtime.text.tokenizer import TextCodec
@@ -86,7 +87,7 @@ class LocalEngine:
     @property
     def defaults(self) -> GenerationParams:
         """The parameters of a request that gives none, once the model is loaded."""
-        return self._defaults_of(self._parts())
+        return defaults_of(self._parts(), self._steps.limits)
 
     @property
     def codec(self) -> TextCodec:
@@ -151,7 +152,7 @@ class LocalEngine:
         check_given(params)
         given = names or StreamNames.fresh()
         stream_id = StreamId(given.stream)
-        steps, before = self._steps, Continuation(committed)
+        steps = self._steps
         buffer = EventBuffer(
             cancel=partial(steps.cancel, stream_id),
             pause=partial(steps.pause, stream_id),
@@ -159,24 +160,16 @@ class LocalEngine:
             committed=committed,
         )
 
-        def prepare(parts: ModelParts) -> Stream:
-            chosen = (params or self._defaults_of(parts)).with_overrides(overrides)
-            must_fit = params is not None or "max_new_tokens" in overrides
-            check_size(prompt, parts)
-            before.check(parts.info.num_tokens)
-            tokens = encode(prompt, parts, raw=raw)
-            fitted = fitted_params(chosen, len(tokens), parts, steps.limits, must_fit=must_fit)
-            return Stream(
-                given,
-                prompt_tokens=tokens,
-                params=fitted,
-                info=parts.info,
-                codec=parts.codec,
-                buffer=buffer,
-                before=before,
-            )
-
-        steps.submit(stream_id, prepare, buffer, before)
+        request = Request(
+            prompt=prompt,
+            params=params,
+            overrides=overrides,
+            names=given,
+            before=Continuation(committed),
+            raw=raw,
+            buffer=buffer,
+        )
+        steps.submit(request)
         return Session(buffer)
 
     def check_size(self, prompt: Prompt) -> None:
@@ -282,7 +275,7 @@ class LocalEngine:
 
     async def _prepare_steps(self, steps: StepLoop) -> None:
         parts = await steps.load()
-        defaults = self._defaults_of(parts)
+        defaults = defaults_of(parts, steps.limits)
         try:
             await self._model.device.call(self._model.do_warm_up)
             if defaults.may_narrow or defaults.commit == "verify":
@@ -305,11 +298,6 @@ class LocalEngine:
     def _note_freed_model(self, freed: asyncio.Future[None]) -> None:
         if not freed.cancelled() and freed.exception() is not None:
             logger.error("model %s cannot be freed", self._model.name, exc_info=freed.exception())
-
-    def _defaults_of(self, parts: ModelParts) -> GenerationParams:
-        if not self._steps.limits.may_narrow:
-            return parts.defaults
-        return parts.defaults.with_overrides({"may_narrow": True})
 
     def _parts(self) -> ModelParts:
         if self._steps.parts is None:

@@ -18,14 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from d2f_runtime.engine.continuation import NEW, Continuation
-from d2f_runtime.engine.early_requests import EarlyRequests, Prepare
+from d2f_runtime.engine.early_requests import EarlyRequests
 from d2f_runtime.engine.limits import EngineLoad, Limits
+from d2f_runtime.engine.request import Request
 from d2f_runtime.engine.running_streams import RunningStreams, StepObserver
 from d2f_runtime.engine.stream import StreamId
 from d2f_runtime.engine.timed_steps import do_time_steps
 from d2f_runtime.loaded_model import MODELS, LoadedModel, ModelParts
-from d2f_stream.core.buffer import EventBuffer
 from d2f_stream.core.errors import D2FError, EngineClosed, EngineFailed
 from d2f_stream.core.params import GenerationParams
 from d2f_stream.core.printable import printable
@@ -103,25 +102,19 @@ class StepLoop:
         timed = await self._model.device.call(do_time, self._model, self)
         self._streams.scheduler.begin_with(timed)
 
-    def submit(
-        self,
-        stream_id: StreamId,
-        prepare: Prepare,
-        buffer: EventBuffer,
-        before: Continuation = NEW,
-    ) -> None:
+    def submit(self, request: Request) -> None:
         """Take a request on.
 
         Raises:
-            D2FError: the request is refused; while the model is loading, `buffer` gets that.
+            D2FError: the request is refused; while the model is loading, its buffer gets that.
             ValueError: another stream has the id.
         """
-        if stream_id in self._streams or stream_id in self._early:
-            raise ValueError(f"another stream of this engine is called {stream_id!r}")
+        if request.id in self._streams or request.id in self._early:
+            raise ValueError(f"another stream of this engine is called {request.id!r}")
         if self.parts is None:
-            self._early.add(stream_id, prepare, buffer, before)
+            self._early.add(request)
         else:
-            self._streams.add(prepare(self.parts))
+            self._streams.add(request.stream(self.parts, self.limits))
         self._wake.set()
         if self._task is None or self._task.done():
             self._home = asyncio.get_running_loop(), threading.current_thread()
@@ -184,7 +177,7 @@ class StepLoop:
 
     async def _serve(self) -> None:
         parts = await self.load()
-        self._early.start(parts, self._streams.add)
+        self._early.start(parts, self.limits, self._streams.add)
         while self._streams:
             self._wake.clear()
             if self._closing:
