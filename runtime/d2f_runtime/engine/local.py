@@ -5,7 +5,6 @@ model runs on is behind `backends.base`.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,8 +29,6 @@ from d2f_stream.core.params import GenerationParams, ParamOverrides, check_given
 from d2f_stream.core.session import Prompt, Session
 
 __all__ = ["Limits", "LocalEngine"]
-
-logger = logging.getLogger("d2f_stream.engine")
 
 NUM_ENCODERS: Final = 2
 """Threads that read prompts, of which one may be long."""
@@ -217,7 +214,6 @@ class LocalEngine:
         freed = MODELS.release(self._model)
         if freed is not None:
             await asyncio.wait((freed,))
-            self._note_freed_model(freed)
         if self._closing:
             return
         self._model = model = MODELS.renew(self._model)
@@ -289,15 +285,7 @@ class LocalEngine:
         if freed is None:
             self._closed.set()
         else:
-            freed.add_done_callback(self._note_freed)
-
-    def _note_freed(self, freed: asyncio.Future[None]) -> None:
-        self._note_freed_model(freed)
-        self._closed.set()
-
-    def _note_freed_model(self, freed: asyncio.Future[None]) -> None:
-        if not freed.cancelled() and freed.exception() is not None:
-            logger.error("model %s cannot be freed", self._model.name, exc_info=freed.exception())
+            freed.add_done_callback(lambda _: self._closed.set())
 
     def _parts(self) -> ModelParts:
         if self._steps.parts is None:

@@ -6,15 +6,19 @@ The only state of the package that outlives an event loop.
 import asyncio
 import atexit
 import ctypes
+import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from d2f_runtime.loaded_model.model import LoadedModel
 from d2f_runtime.loaded_model.parts import ModelKey, ModelParts
 
 __all__ = ["MODELS", "ModelCache"]
+
+logger = logging.getLogger("d2f_stream.engine")
 
 EXIT_TIMEOUT_S: Final = 30.0
 
@@ -54,6 +58,7 @@ class ModelCache:
             del self._leases[model]
             self._forget(model)
         closed = model.device.call(model.do_close)
+        closed.add_done_callback(partial(_note_closed, model.name))
         model.device.stop()
         return closed
 
@@ -93,6 +98,11 @@ class ModelCache:
     def _forget(self, model: LoadedModel) -> None:
         for key in [key for key, known in self._models.items() if known is model]:
             del self._models[key]
+
+
+def _note_closed(name: str, closed: "asyncio.Future[None]") -> None:
+    if not closed.cancelled() and (error := closed.exception()) is not None:
+        logger.error("model %s cannot be freed", name, exc_info=error)
 
 
 MODELS = ModelCache()
