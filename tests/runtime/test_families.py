@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from d2f_runtime.models.config import Llama3Rope
-from d2f_runtime.models.families import PUBLISHED, published_name
+from d2f_runtime.models.families import PUBLISHED
+from d2f_runtime.models.layouts import published_name
 from d2f_runtime.models.published import Published, read_published
+from d2f_runtime.models.rope_scaling import Llama3Rope
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from tiny_checkpoints import FAMILIES, added_tokens, config_of, write_tokenizer
 

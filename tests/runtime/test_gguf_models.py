@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import d2f_stream
-from d2f_runtime.models.checkpoints import load_checkpoint, read_config, stored_as
-from d2f_runtime.models.config import Llama3Rope
+from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
+from d2f_runtime.models.rope_scaling import Llama3Rope
+from d2f_runtime.models.stored_weights import read_config
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 from gguf_loading import TOKENS, logits
 from tiny_gguf import (

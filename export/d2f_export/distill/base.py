@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from d2f_runtime.models.checkpoints import read_config
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.families import Layout
 from d2f_runtime.models.hub import HubModel, fetch_description, fetch_weights, locate
+from d2f_runtime.models.layouts import Layout
 from d2f_runtime.models.published import find_published
+from d2f_runtime.models.stored_weights import read_config
 from d2f_runtime.text.tokenizer import Tokenizer, token_source
 from d2f_stream.core.errors import UnsupportedModel
 

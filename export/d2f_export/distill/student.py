@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d2f_export.distill.whole_files import write_peft
-from d2f_runtime.models.families import Layout, published_name
+from d2f_runtime.models.layouts import Layout, published_name
 from d2f_runtime.models.transformer import Transformer
 from d2f_stream.core.errors import MissingExtra
 

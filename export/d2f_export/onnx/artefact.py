@@ -11,7 +11,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from d2f_export.onnx.graph import OPSET, FixedShape, StepGraph, step_graph
+from d2f_export.onnx.graph import FixedShape, StepGraph, step_graph
+from d2f_export.onnx.graph_builder import OPSET
 from d2f_export.onnx.quantize import QUANTIZATIONS, Quantization
 from d2f_export.onnx.weights import INLINE_BYTES, Checkpoint, num_bytes, write_graphs
 from d2f_export.onnx.whole_folder import whole_or_absent

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
-from d2f_export.onnx.graph_builder import OPSET, GraphBuilder, Stored, Value, Weights
+from d2f_export.onnx.graph_builder import GraphBuilder, Stored, Value, Weights
 from d2f_export.onnx.graph_layers import Draft, add_layer, norm
 from d2f_export.onnx.graph_sampler import add_sampler
 from d2f_export.onnx.graph_sight import add_sight
@@ -48,7 +48,7 @@ from d2f_runtime.kernels.sampling import FORBIDDEN
 from d2f_runtime.models.config import TransformerConfig
 from d2f_stream.core.errors import UnsupportedModel
 
-__all__ = ["OPSET", "FixedShape", "StepGraph", "step_graph"]
+__all__ = ["FixedShape", "StepGraph", "step_graph"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ from d2f_runtime.models.stored_weights import (
     Parameter,
     StoredWeights,
     open_shards,
-    read_config,
 )
 from d2f_runtime.models.transformer import Transformer
 from d2f_runtime.quantization.stored import (
@@ -41,11 +40,8 @@ from d2f_runtime.quantization.stored import (
 from d2f_stream.core.errors import UnsupportedModel
 
 __all__ = [
-    "CONFIG_FILE",
-    "WEIGHTS_FILE",
     "StoredAs",
     "load_checkpoint",
-    "read_config",
     "save_checkpoint",
     "stored_as",
 ]

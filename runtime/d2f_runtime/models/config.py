@@ -10,14 +10,13 @@ import msgspec
 from d2f_runtime.models.facts import FAMILIES, ModelFacts
 from d2f_runtime.models.mixture_config import MixtureConfig
 from d2f_runtime.models.rope_scaling import (
-    Llama3Rope,
     RopeScaling,
     rope_from_dict,
     rope_to_dict,
 )
 from d2f_stream.core.errors import ModelDamaged, UnsupportedModel
 
-__all__ = ["Llama3Rope", "TransformerConfig"]
+__all__ = ["TransformerConfig"]
 
 MAX_SIZE: Final = 2**31 - 1  # of any count; what is larger is no model's
 _COUNTS: Final = (

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from d2f_runtime.models.facts import CommitAttention, PromptAttention
-from d2f_runtime.models.layouts import Layout, published_name
+from d2f_runtime.models.layouts import Layout
 
-__all__ = ["PUBLISHED", "Family", "Layout", "Variant", "published_name"]
+__all__ = ["PUBLISHED", "Family", "Variant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

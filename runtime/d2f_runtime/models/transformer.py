@@ -19,16 +19,9 @@ from d2f_runtime.models.draft_adapter import DraftAdapter, LayerDraft
 from d2f_runtime.models.feed_forward import FeedForward
 from d2f_runtime.models.masks import MaskRows
 from d2f_runtime.models.mixture import Mixture
-from d2f_runtime.models.rotary import Rope, rotary, rotary_frequencies, rotate
+from d2f_runtime.models.rotary import Rope, rotary
 
-__all__ = [
-    "KeyValue",
-    "Past",
-    "Transformer",
-    "rotary",
-    "rotary_frequencies",
-    "rotate",
-]
+__all__ = ["KeyValue", "Past", "Transformer"]
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values of one layer, each [B, P or W, KV, hd]
 

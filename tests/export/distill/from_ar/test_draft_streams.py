@@ -16,7 +16,8 @@ from d2f_export.distill.from_ar.settings import Loss
 from d2f_export.distill.from_ar.streams import named_weights, streams_of
 from d2f_export.distill.from_ar.visibility import Visibility
 from d2f_runtime.models.config import TransformerConfig
-from d2f_runtime.models.transformer import Transformer, rotate
+from d2f_runtime.models.rotary import rotate
+from d2f_runtime.models.transformer import Transformer
 
 pytestmark = pytest.mark.torch
 
