@@ -34,7 +34,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PACKAGES = [ROOT / "d2f_stream", ROOT / "runtime" / "d2f_runtime"]
 ANSWERS = {
     "What is the capital of Japan?": "Tokyo",
-    "Why is the sky blue?": "Rayleigh scattering",
+    "Why is the sky blue?": "scatter",
     PROBLEM: "The answer is 52",
 }
 
