@@ -4,7 +4,8 @@ r"""Measures what a draft adapter's ways of decoding score, and how fast they ar
         --gsm8k test.jsonl --prompts requests.jsonl --output record.json
 
 Greedy answers by the torch backend, on the same kernels: the base alone, a token a step with the
-adapter at hand, verified, and unverified blocks. What is timed has the machine to itself.
+first adapter at hand, and of each adapter verified and unverified blocks. What is timed has the
+machine to itself; `--timed 0` leaves that out.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from lab.records import command_of, write_record
 
 __all__ = ["main"]
 
-TIMED: Final = 8  # prompts of each task that are decoded alone
 ROUNDS: Final = 3  # of what is timed, the ways in turn
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the arguments say; the record is written anew after each way."""
     parser = argparse.ArgumentParser(prog="python -m lab.bench.scores", description=__doc__)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, required=True, nargs="+")
     parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl")
     parser.add_argument("--gsm8k", type=Path, help="test.jsonl of GSM8K")
     parser.add_argument("--prompts", type=Path, help="JSONL with prompts that are not graded")
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quantization", default="auto")
     parser.add_argument("--max-new", type=int, default=384)
     parser.add_argument("--rows", type=int, default=32, help="answers decoded side by side")
+    parser.add_argument("--timed", type=int, default=8, help="prompts of each task timed alone")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no way begins later")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--answers", type=Path, help="a JSONL file for all answers")
@@ -78,17 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     plain = backend_of(None)
     ways: list[tuple[str, TorchBackend, GenerationParams]] = [("base", plain, alone)]
-    drafting = backend_of(args.adapter)
-    ways.append(("token by token", drafting, alone))
-    ways += [
-        (f"verified {masks}", drafting, PRESETS["verified"].with_overrides(
-            {"block_size": int(masks), "max_new_tokens": args.max_new}
-        ))
-        for masks in args.verified
-    ]  # fmt: skip
-    ways += [(f"unverified {text}", drafting, _unverified(text, args)) for text in args.unverified]
+    for adapter in args.adapter:
+        drafting = backend_of(adapter)
+        if len(ways) == 1:
+            ways.append(("token by token", drafting, alone))
+        of = f"{adapter.name}: " if len(args.adapter) > 1 else ""
+        ways += [
+            (f"{of}{way}", drafting, params) for way, params in _ways_of_an_adapter(args).items()
+        ]
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    results["quantization"] = drafting.info.quantization
+    results["quantization"] = plain.info.quantization
     reference: dict[str, list[Answer]] = {}
     for name, backend, params in ways:
         if time.monotonic() - began > args.seconds:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["ways"].append(found)
         print(json.dumps(found), flush=True)
         write_record(args.output, "scores", results, command=command)
-    results["tokens_per_s_alone"] = _speeds(ways, tasks)
+    results["tokens_per_s_alone"] = _speeds(ways, tasks, args.timed)
     write_record(args.output, "scores", results, command=command)
     print(json.dumps(results["tokens_per_s_alone"]), flush=True)
 
@@ -135,6 +135,16 @@ def _tasks(args: argparse.Namespace, base: ArBase) -> list[_Task]:
 def _lines(path: Path, number: int) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()][:number]
+
+
+def _ways_of_an_adapter(args: argparse.Namespace) -> dict[str, GenerationParams]:
+    verified = {
+        f"verified {masks}": PRESETS["verified"].with_overrides(
+            {"block_size": int(masks), "max_new_tokens": args.max_new}
+        )
+        for masks in args.verified
+    }
+    return verified | {f"unverified {text}": _unverified(text, args) for text in args.unverified}
 
 
 def _unverified(text: str, args: argparse.Namespace) -> GenerationParams:
@@ -180,15 +190,17 @@ def _keep(path: Path | None, way: str, task: str, texts: Sequence[str]) -> None:
 
 
 def _speeds(
-    ways: Sequence[tuple[str, TorchBackend, GenerationParams]], tasks: Sequence[_Task]
+    ways: Sequence[tuple[str, TorchBackend, GenerationParams]], tasks: Sequence[_Task], timed: int
 ) -> dict[str, dict[str, list[float]]]:
     """Return tokens/s of answers that have the device to themselves, the ways in turn."""
     speeds: dict[str, dict[str, list[float]]] = {task.name: {} for task in tasks}
+    if not timed:
+        return speeds
     for _ in range(ROUNDS):
         for task in tasks:
             for name, backend, params in ways:
                 began = time.perf_counter()
-                answers = decode_all(backend, task.prompts[:TIMED], params, rows=1)
+                answers = decode_all(backend, task.prompts[:timed], params, rows=1)
                 seconds = time.perf_counter() - began
                 speed = sum(len(answer.tokens) for answer in answers) / seconds
                 speeds[task.name].setdefault(name, []).append(round(speed, 1))

@@ -1,6 +1,7 @@
 """The bench of scores: every way of decoding, graded, on a tiny adapter."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_every_way_is_scored_and_timed(tmp_path: Path) -> None:
         ["--base", str(base), "--adapter", str(tmp_path / "run"), "--cpu", "--rows", "2",
          "--humaneval", str(code), "--gsm8k", str(sums), "--prompts", str(data), "--number", "2",
          "--verified", "3", "--unverified", "4:2:0.5", "--max-new", "9",
-         "--output", str(output), "--answers", str(answers)]
+         "--timed", "1", "--output", str(output), "--answers", str(answers)]
     )  # fmt: skip
     results = json.loads(output.read_text())["results"]
     ways = {found["way"]: found for found in results["ways"]}
@@ -48,3 +49,14 @@ def test_every_way_is_scored_and_timed(tmp_path: Path) -> None:
     assert "score" not in ways["base"]["prompts"]
     assert len(results["tokens_per_s_alone"]["prompts"]["verified 3"]) == 3
     assert len(answers.read_text().splitlines()) == 4 * (1 + 1 + 2)
+
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    main(
+        ["--base", str(base), "--adapter", str(tmp_path / "run"), str(tmp_path / "other"), "--cpu",
+         "--gsm8k", str(sums), "--verified", "--unverified", "4:2:0.5", "--max-new", "9",
+         "--timed", "0", "--output", str(output)]
+    )  # fmt: skip
+    results = json.loads(output.read_text())["results"]
+    names = ["base", "token by token", "run: unverified 4:2:0.5", "other: unverified 4:2:0.5"]
+    assert [found["way"] for found in results["ways"]] == names
+    assert results["tokens_per_s_alone"] == {"gsm8k": {}}
