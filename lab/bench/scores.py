@@ -14,14 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
 from d2f_export.distill.from_ar.base import ArBase, open_ar_base
 from d2f_runtime.backends.torch_backend import TorchBackend, load
 from d2f_runtime.evaluation.answers import Answer, decode_all
-from d2f_stream.core.params import GenerationParams
+from d2f_stream.core.params import GenerationParams, Rank
 from d2f_stream.core.presets import PRESETS
 from lab.bench.graders import CodeProblem, WordProblem, grade
 from lab.records import command_of, write_record
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, default=500, help="problems of each task")
     parser.add_argument("--verified", nargs="*", default=["12"], metavar="MASKS")
     parser.add_argument(
-        "--unverified", nargs="*", default=["8:1:0.9"], metavar="SIZE:BLOCKS:THRESHOLD"
+        "--unverified", nargs="*", default=["8:1:0.9"], metavar="SIZE:BLOCKS:THRESHOLD[:RANK]"
+    )
+    parser.add_argument(
+        "--without-base", action="store_true", help="neither the base nor token by token"
     )
     parser.add_argument("--quantization", default="auto")
     parser.add_argument("--max-new", type=int, default=384)
@@ -77,18 +80,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     alone = PRESETS["verified"].with_overrides(
         {"block_size": 1, "commit": "filled", "max_new_tokens": args.max_new}
     )
-    plain = backend_of(None)
-    ways: list[tuple[str, TorchBackend, GenerationParams]] = [("base", plain, alone)]
+    ways: list[tuple[str, TorchBackend, GenerationParams]] = []
+    if not args.without_base:
+        ways.append(("base", backend_of(None), alone))
     for adapter in args.adapter:
         drafting = backend_of(adapter)
-        if len(ways) == 1:
+        if len(ways) == 1 and not args.without_base:
             ways.append(("token by token", drafting, alone))
         of = f"{adapter.name}: " if len(args.adapter) > 1 else ""
         ways += [
             (f"{of}{way}", drafting, params) for way, params in _ways_of_an_adapter(args).items()
         ]
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    results["quantization"] = plain.info.quantization
+    results["quantization"] = drafting.info.quantization
     reference: dict[str, list[Answer]] = {}
     for name, backend, params in ways:
         if time.monotonic() - began > args.seconds:
@@ -97,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found: dict[str, Any] = {"way": name}
         for task in tasks:
             answers = decode_all(backend, task.prompts, params, rows=args.rows)
-            same = reference.setdefault(task.name, answers)
+            same = None if args.without_base else reference.setdefault(task.name, answers)
             texts = [base.codec.decode(_words(answer, base)) for answer in answers]
             found[task.name] = _figures(task, answers, same, texts)
             _keep(args.answers, name, task.name, texts)
@@ -148,8 +152,8 @@ def _ways_of_an_adapter(args: argparse.Namespace) -> dict[str, GenerationParams]
 
 
 def _unverified(text: str, args: argparse.Namespace) -> GenerationParams:
-    size, blocks, threshold = text.split(":")
-    return PRESETS["paper"].with_overrides(
+    size, blocks, threshold, *rank = text.split(":")
+    params = PRESETS["paper"].with_overrides(
         {
             "block_size": int(size),
             "max_active_blocks": int(blocks),
@@ -158,6 +162,7 @@ def _unverified(text: str, args: argparse.Namespace) -> GenerationParams:
             "commit": "filled",
         }
     )
+    return params.with_overrides({"rank": cast(Rank, rank[0])}) if rank else params
 
 
 def _words(answer: Answer, base: ArBase) -> list[int]:
@@ -165,16 +170,17 @@ def _words(answer: Answer, base: ArBase) -> list[int]:
 
 
 def _figures(
-    task: _Task, answers: Sequence[Answer], same: Sequence[Answer], texts: Sequence[str]
+    task: _Task, answers: Sequence[Answer], same: Sequence[Answer] | None, texts: Sequence[str]
 ) -> dict[str, Any]:
     tokens = sum(len(answer.tokens) for answer in answers)
-    pairs = zip(answers, same, strict=True)
     found: dict[str, Any] = {
         "answers": len(answers),
         "tokens": tokens,
         "tokens_per_step": round(tokens / sum(answer.num_steps for answer in answers), 3),
-        "same_as_base": round(sum(a.tokens == b.tokens for a, b in pairs) / len(answers), 4),
     }
+    if same is not None:
+        equal = sum(a.tokens == b.tokens for a, b in zip(answers, same, strict=True))
+        found["same_as_base"] = round(equal / len(answers), 4)
     if task.problems:
         found["score"] = round(sum(grade(task.problems, texts)) / len(texts), 4)
     return found

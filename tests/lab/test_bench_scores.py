@@ -53,10 +53,12 @@ def test_every_way_is_scored_and_timed(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     main(
         ["--base", str(base), "--adapter", str(tmp_path / "run"), str(tmp_path / "other"), "--cpu",
-         "--gsm8k", str(sums), "--verified", "--unverified", "4:2:0.5", "--max-new", "9",
-         "--timed", "0", "--output", str(output)]
+         "--gsm8k", str(sums), "--verified", "--unverified", "4:2:0.5", "4:1:0.5:position",
+         "--without-base", "--max-new", "9", "--timed", "0", "--output", str(output)]
     )  # fmt: skip
     results = json.loads(output.read_text())["results"]
-    names = ["base", "token by token", "run: unverified 4:2:0.5", "other: unverified 4:2:0.5"]
+    ways = ["unverified 4:2:0.5", "unverified 4:1:0.5:position"]
+    names = [f"{name}: {way}" for name in ("run", "other") for way in ways]
     assert [found["way"] for found in results["ways"]] == names
+    assert "same_as_base" not in results["ways"][0]["gsm8k"]
     assert results["tokens_per_s_alone"] == {"gsm8k": {}}
