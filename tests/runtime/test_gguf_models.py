@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import d2f_stream
+from d2f_runtime.models import gguf_weights
 from d2f_runtime.models.checkpoints import load_checkpoint, stored_as
 from d2f_runtime.models.rope_scaling import Llama3Rope
 from d2f_runtime.models.stored_weights import read_config
@@ -74,10 +75,14 @@ def test_logits_of_every_type_equal_transformers(tmp_path: Path, stored: str) ->
 
 
 @pytest.mark.parametrize("stored", ["Q4_0", "Q4_1", "Q8_0", *K_TYPES])
-def test_blocks_are_unpacked_as_by_another_reader(tmp_path: Path, stored: str) -> None:
+@pytest.mark.parametrize("piece", [gguf_weights.PIECE, 1, 1500])
+def test_blocks_are_unpacked_as_by_another_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, piece: int
+) -> None:
     """transformers' own kernels in torch share nothing with gguf-py, which unpacks here."""
     from transformers.integrations.gguf import dequant
 
+    monkeypatch.setattr(gguf_weights, "PIECE", piece)  # the smaller ones on several threads
     path = write_gguf(tmp_path / "tiny.gguf", "qwen2", oracle("qwen2"), stored=stored)
     found = load_checkpoint(path).state_dict()["layers.1.mlp.down_proj.weight"]
     (tensor,) = [t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_down.weight"]
