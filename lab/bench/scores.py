@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ways.append(("base", backend_of(None), alone))
     for adapter in args.adapter:
         drafting = backend_of(adapter)
-        if len(ways) == 1 and not args.without_base:
+        if adapter == args.adapter[0] and not args.without_base:
             ways.append(("token by token", drafting, alone))
         of = f"{adapter.name}: " if len(args.adapter) > 1 else ""
         ways += [

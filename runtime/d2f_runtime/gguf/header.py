@@ -33,7 +33,7 @@ class Header:
     """Reads a file's head from front to back.
 
     Args:
-        file: opened for reading in binary, at its beginning; nobody else reads of it.
+        file: opened for reading in binary, at its beginning; read here alone.
         path: for errors.
         size: of the file, bytes.
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -176,7 +176,7 @@ def _dense(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:
     def fill(first: int) -> None:
         rows = range(first, min(first + step, tensor.num_rows))
         unpacked = _unpacked(file.read(tensor, rows), tensor)
-        numbers[rows.start : rows.stop] = unpacked.view(np.uint8).reshape(len(rows), -1)
+        numbers[rows.start : rows.stop] = unpacked.reshape(len(rows), -1)
 
     pieces = range(0, tensor.num_rows, step)
     if len(pieces) == 1:
@@ -188,8 +188,8 @@ def _dense(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:
     return weight.view(tensor.shape)
 
 
-def _unpacked(stored: bytes, tensor: GgufTensor) -> npt.NDArray[Any]:
-    """Return the numbers of some rows, one after the other; dense ones as the bytes they are."""
+def _unpacked(stored: bytes, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+    """Return the bytes of some rows' numbers in turn: fp32, or the 16 bits that are stored."""
     blocks = np.frombuffer(stored, dtype=np.uint8)
     if tensor.type.name in _DENSE:
         return blocks
@@ -199,4 +199,4 @@ def _unpacked(stored: bytes, tensor: GgufTensor) -> npt.NDArray[Any]:
     kind = GGMLQuantizationType[tensor.type.name]
     # As one row: it takes 16 at a time, however long they are.
     numbers: npt.NDArray[np.float32] = dequantize(blocks[None], kind)[0]
-    return numbers
+    return numbers.view(np.uint8)
