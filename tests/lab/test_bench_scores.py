@@ -57,8 +57,8 @@ def test_every_way_is_scored_and_timed(tmp_path: Path) -> None:
          "--without-base", "--max-new", "9", "--timed", "0", "--output", str(output)]
     )  # fmt: skip
     results = json.loads(output.read_text())["results"]
-    ways = ["unverified 4:2:0.5", "unverified 4:1:0.5:position"]
-    names = [f"{name}: {way}" for name in ("run", "other") for way in ways]
+    wanted = ["unverified 4:2:0.5", "unverified 4:1:0.5:position"]
+    names = [f"{name}: {way}" for name in ("run", "other") for way in wanted]
     assert [found["way"] for found in results["ways"]] == names
     assert "same_as_base" not in results["ways"][0]["gsm8k"]
     assert results["tokens_per_s_alone"] == {"gsm8k": {}}

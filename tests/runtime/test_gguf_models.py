@@ -82,7 +82,7 @@ def test_blocks_are_unpacked_as_by_another_reader(
     """transformers' own kernels in torch share nothing with gguf-py, which unpacks here."""
     from transformers.integrations.gguf import dequant
 
-    monkeypatch.setattr(gguf_weights, "PIECE", piece)  # the smaller ones on several threads
+    monkeypatch.setattr(gguf_weights, "PIECE", piece)
     path = write_gguf(tmp_path / "tiny.gguf", "qwen2", oracle("qwen2"), stored=stored)
     found = load_checkpoint(path).state_dict()["layers.1.mlp.down_proj.weight"]
     (tensor,) = [t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_down.weight"]

@@ -18,10 +18,8 @@ Value = bool | int | float | str | tuple[bool, ...] | tuple[int | float, ...] | 
 """What a key of a GGUF file can hold; arrays of arrays, which nobody writes, are refused."""
 
 MAX_BYTES: Final = 1 << 27  # of the head; Llama 3's, with 128,256 tokens, has 8 MiB
-READ: Final = 1 << 20  # bytes that are read of the file at a time
 MAX_ITEMS: Final = 1 << 22  # of all arrays; Gemma 3's, with 262,144 tokens, have 1.3 million
 
-_LENGTH: Final = struct.Struct("<Q")
 _UINT8, _BOOL, _STRING, _ARRAY = 0, 7, 8, 9
 _SCALARS: Final = {
     _UINT8: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?",
@@ -33,7 +31,7 @@ class Header:
     """Reads a file's head from front to back.
 
     Args:
-        file: opened for reading in binary, at its beginning; read here alone.
+        file: opened for reading in binary, at its beginning.
         path: for errors.
         size: of the file, bytes.
 
@@ -46,8 +44,6 @@ class Header:
         self.position = 0
         self._file = file
         self._size = size
-        self._held = b""  # what was read of the file, and how much of that was taken
-        self._taken = 0
         self._items_left = MAX_ITEMS
 
     def numbers(self, form: str, what: str) -> tuple[int, ...]:
@@ -97,28 +93,8 @@ class Header:
                 f"than the {MAX_ITEMS} that are read here"
             )
         if kind == _STRING:
-            return tuple(self._texts(length, key))
+            return tuple(self.text(key) for _ in range(length))
         return self.numbers(f"{length}{form}", key)
-
-    def _texts(self, number: int, key: str) -> list[str]:
-        """Read so many strings; there are hundreds of thousands, so few words are made of each."""
-        found: list[str] = []
-        while len(found) < number:
-            found.append(self.text(key))  # holds what follows, and says what is wrong
-            held, at = self._held, self._taken
-            while len(found) < number and at + 8 <= len(held):
-                (length,) = _LENGTH.unpack_from(held, at)
-                encoded = held[at + 8 : at + 8 + length]
-                if len(encoded) < length:
-                    break
-                try:
-                    found.append(encoded.decode("utf-8"))
-                except UnicodeDecodeError:
-                    break
-                at += 8 + length
-            self.position += at - self._taken
-            self._taken = at
-        return found
 
     def _form(self, kind: int, key: str) -> str:
         if kind == _ARRAY:
@@ -134,17 +110,11 @@ class Header:
 
     def _take(self, length: int, what: str) -> bytes:
         self._require(length, what)
-        if self._taken + length > len(self._held):
-            left = self._held[self._taken :]
-            most = min(self._size, MAX_BYTES) - self.position - len(left)
-            wanted = max(length - len(left), READ)
-            self._held, self._taken = left + self._file.read(min(wanted, most)), 0
-            if len(self._held) < length:
-                raise ModelDamaged(f"{self.path} became shorter while it was read; fetch it again")
-        start = self._taken
-        self._taken += length
+        read = self._file.read(length)
+        if len(read) < length:
+            raise ModelDamaged(f"{self.path} became shorter while it was read; fetch it again")
         self.position += length
-        return self._held[start : self._taken]
+        return read
 
     def _require(self, length: int, what: str) -> None:
         """Refuse a length that reaches beyond the file, or beyond any model's head."""

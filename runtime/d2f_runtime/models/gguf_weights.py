@@ -9,15 +9,12 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from d2f_runtime.cpus import num_cpus
 from d2f_runtime.gguf.file import GgufFile, GgufTensor
 from d2f_runtime.quantization.bitsandbytes import Beside
 from d2f_runtime.quantization.stored import QuantizedWeight
@@ -29,7 +26,6 @@ logger = logging.getLogger("d2f_stream.gguf_weights")
 
 STRETCH: Final = "rope_freqs.weight"  # what the config says of the rotary positions
 PIECE: Final = 1 << 18  # numbers that are unpacked at once
-MAX_THREADS: Final = 8  # that unpack
 
 _NAMES: Final = {
     "model.embed_tokens": "token_embd",
@@ -170,33 +166,20 @@ def _dense(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:
     weight = torch.empty(
         (tensor.num_rows, width), dtype=_DENSE.get(tensor.type.name, torch.float32)
     )
-    numbers = weight.view(torch.uint8).numpy()  # torch's own copies would begin threads of theirs
     step = max(1, PIECE // width)
-
-    def fill(first: int) -> None:
+    for first in range(0, tensor.num_rows, step):
         rows = range(first, min(first + step, tensor.num_rows))
-        unpacked = _unpacked(file.read(tensor, rows), tensor)
-        numbers[rows.start : rows.stop] = unpacked.reshape(len(rows), -1)
-
-    pieces = range(0, tensor.num_rows, step)
-    if len(pieces) == 1:
-        fill(0)
-        return weight.view(tensor.shape)
-    with ThreadPoolExecutor(min(num_cpus(), MAX_THREADS)) as pool:
-        for _ in pool.map(fill, pieces):
-            pass  # a failure is raised here
+        weight[rows.start : rows.stop] = _unpacked(file.read(tensor, rows), tensor, len(rows))
     return weight.view(tensor.shape)
 
 
-def _unpacked(stored: bytes, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-    """Return the bytes of some rows' numbers in turn: fp32, or the 16 bits that are stored."""
-    blocks = np.frombuffer(stored, dtype=np.uint8)
-    if tensor.type.name in _DENSE:
-        return blocks
+def _unpacked(stored: bytes, tensor: GgufTensor, num_rows: int) -> torch.Tensor:
+    """Return [num_rows, width] of the stored bytes of some rows."""
+    raw: Any = bytearray(stored)  # torch wants bytes that may be written
+    if (dtype := _DENSE.get(tensor.type.name)) is not None:
+        return torch.frombuffer(raw, dtype=dtype).view(num_rows, -1)
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType[tensor.type.name]
-    # As one row: it takes 16 at a time, however long they are.
-    numbers: npt.NDArray[np.float32] = dequantize(blocks[None], kind)[0]
-    return numbers.view(np.uint8)
+    blocks = np.frombuffer(stored, dtype=np.uint8).reshape(num_rows, tensor.row_bytes)
+    return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.type.name]))
