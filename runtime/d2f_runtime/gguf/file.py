@@ -106,7 +106,7 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> "GgufFile":
-        """Read a file's head: up to a quarter of a second, and a few times its size in memory.
+        """Read a file's head: some tenths of a second, and a few times its size in memory.
 
         Raises:
             ModelNotFound: there is no such file.
